@@ -1,0 +1,38 @@
+# make demo and make test each do all the set-up on a fresh Debian or Ubuntu; make .venv does just that.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: demo test test-long bench clean
+
+.venv: pyproject.toml
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python {sys.version} is too old; edgedyn needs 3.10 or newer: make PYTHON=python3.11"'
+	$(PYTHON) -m venv .venv || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev,tensorrt-check]'
+	touch .venv
+
+demo: .venv
+	rm -rf demo-out
+	mkdir demo-out
+	$(BIN)/python tools/make_noisy.py demo-out/noisy.png
+	$(BIN)/edgedyn build recipes/mallenet-s.phone.int8.yaml -o demo-out/bundle
+	$(BIN)/edgedyn run demo-out/bundle demo-out/noisy.png -o demo-out/denoised
+	@echo
+	@echo "bundle    demo-out/bundle"
+	@echo "report    demo-out/bundle/report.html"
+	@echo "photo     demo-out/denoised/noisy.png, from demo-out/noisy.png"
+
+test: .venv
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/pytest
+
+test-long: .venv
+	$(BIN)/pytest -m "slow or not slow"
+
+bench: .venv
+	$(BIN)/python tools/bench.py
+
+clean:
+	rm -rf .venv demo-out

@@ -1,0 +1,381 @@
+"""The command line: verb first, recipe or bundle first. Results on stdout, progress on stderr.
+
+Exit codes: 0 ok, 1 a check failed, 2 wrong recipe or usage, 3 target or dependency not available here, 4 model or
+layer not supported, 5 calibration refused.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from edgedyn.errors import EdgedynError, TargetMissingError, UsageError
+
+if TYPE_CHECKING:
+    from edgedyn.validate import Row
+
+app = typer.Typer(
+    help="Deploy PyTorch networks with dynamic layers to phones (ExecuTorch) and Jetsons (TensorRT).",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_out, _err = Console(highlight=False), Console(stderr=True, highlight=False)
+
+RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, see: edgedyn list recipes")]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="directory made by edgedyn build")]
+AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe value, a.b=c")
+]
+Force = Annotated[bool, typer.Option("--force", help="replace what stands at the output")]
+Trust = Annotated[bool, typer.Option("--trust", help="allow weights that are a pickle (tensors only)")]
+Seed = Annotated[int, typer.Option("--seed", help="seed of torch's random numbers")]
+
+
+def main() -> None:
+    """Run the command line; every refusal becomes one message and its exit code."""
+    try:
+        app()
+    except EdgedynError as error:
+        _err.print(f"[bold red]error[/] [bold]{type(error).__name__}[/]: ", end="")
+        _err.print(str(error), markup=False, soft_wrap=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _err.print("interrupted; nothing was left half-written")
+        sys.exit(130)
+
+
+@app.command()
+def build(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="the bundle's directory")],
+    overrides: Set = None,
+    as_json: AsJson = False,
+    force: Force = False,
+    trust: Trust = False,
+    seed: Seed = 0,
+) -> None:
+    """Build a bundle and its report; exit 1 if a check fails."""
+    from edgedyn.recipe import load_recipe
+
+    parsed = load_recipe(recipe, overrides or [])
+    with _quiet_libraries(), _progress() as advance:
+        import torch
+
+        from edgedyn import pipeline
+
+        torch.manual_seed(seed)
+        built = pipeline.build(parsed, out, force=force, trust=trust, progress=advance)
+    if as_json:
+        _print_json(built.to_json())
+    else:
+        _print_rows(list(built.report.rows))
+        latency = built.latency_ms
+        _out.print(
+            f"\n{'ok' if built.report.ok else 'FAILED'}: {out}  ({built.bundle.precision}, {built.bundle.target})"
+        )
+        _out.print(
+            f"one tile on this machine: {latency['median']:.1f} ms median of {latency['runs']:.0f} runs"
+        )
+        _out.print(f"report: {out / 'report.html'}", soft_wrap=True)
+    _exit_unless(built.report.ok)
+
+
+@app.command()
+def inspect(recipe: RecipePath, overrides: Set = None, as_json: AsJson = False, trust: Trust = False) -> None:
+    """Dry run: each dynamic layer, its form, its multiply-adds and bytes; nothing is written."""
+    from edgedyn.recipe import load_recipe
+
+    parsed = load_recipe(recipe, overrides or [])
+    with _quiet_libraries():
+        from edgedyn import inspection
+
+        found = inspection.inspect(parsed, trust=trust)
+    if as_json:
+        _print_json(found)
+        return
+    table = Table(title=f"{parsed.name}: dynamic layers on {parsed.target}", title_justify="left")
+    for column in ("layer", "class", "primitive", "form", "grid", "generator MMAC", "apply MMAC", "grid KB"):
+        table.add_column(column, overflow="fold")
+    for layer in found["layers"]:
+        table.add_row(
+            layer["path"],
+            layer["class"],
+            layer["primitive"],
+            layer["form"],
+            "x".join(map(str, layer["grid"])),
+            f"{layer['generator_macs'] / 1e6:.1f}",
+            f"{layer['apply_macs'] / 1e6:.2f}",
+            f"{layer['grid_bytes'] / 1024:.1f}",
+        )
+    _out.print(table)
+    _out.print(
+        f"{found['parameters'] / 1e6:.2f} M parameters; {found['macs'] / 1e6:.0f} MMAC a tile of {found['shape']}, "
+        f"{found['generator_share']:.0%} of them generate kernels"
+    )
+
+
+@app.command()
+def check(bundle: BundlePath, as_json: AsJson = False) -> None:
+    """Verify every hash, then run the validation vectors where it stands."""
+    from edgedyn import session
+
+    opened = session.open_session(bundle)
+    report = session.check(opened)
+    runtime = session.runtime_name(opened.bundle)
+    if as_json:
+        rows = [row.to_json() for row in report.rows]
+        _print_json({"ok": report.ok, "bundle": str(bundle), "runtime": runtime, "rows": rows})
+    else:
+        _print_rows(list(report.rows))
+        _out.print(
+            f"\n{'ok' if report.ok else 'FAILED'}: {len(opened.bundle.manifest['files'])} files verified"
+        )
+        _out.print(f"ran with {runtime}", soft_wrap=True)
+    _exit_unless(report.ok)
+
+
+@app.command()
+def run(
+    bundle: BundlePath,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG or TIFF, any size")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder for the results")],
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """Denoise images of any size, in tiles without seams."""
+    from edgedyn import session
+
+    opened = session.open_session(bundle)
+    with _progress() as advance:
+        written = session.denoise_files(
+            opened,
+            images,
+            out,
+            force=force,
+            progress=lambda image, done, total: advance(image.name, done, total),
+        )
+    if as_json:
+        _print_json({"ok": True, "files": [str(path) for path in written]})
+    else:
+        for path in written:
+            _out.print(str(path), soft_wrap=True)
+
+
+@app.command(name="compile")
+def compile_bundle(
+    bundle: BundlePath,
+    workspace_mb: Annotated[
+        int, typer.Option("--workspace", help="builder's scratch limit, MB; 0 is none")
+    ] = 0,
+    force: Force = False,
+    as_json: AsJson = False,
+) -> None:
+    """On the Jetson: build the TensorRT engine beside the bundle's ONNX."""
+    from edgedyn import bundle as bundles
+    from edgedyn.targets.tensorrt.compile import compile_engine
+
+    opened = bundles.open_bundle(bundle)
+    if opened.target != "tensorrt":
+        raise UsageError(
+            f"bundle {bundle} is for the target {opened.target!r}; only tensorrt bundles are compiled. "
+            "Use it as it is: edgedyn run."
+        )
+    engine = bundle / "model.engine"
+    if engine.exists() and not force:
+        raise UsageError(f"{engine} exists already; use --force to build it again on this machine.")
+    with _progress() as advance:
+        facts = compile_engine(
+            bundle / opened.program, engine, workspace_bytes=workspace_mb * 2**20 or None, progress=advance
+        )
+    bundles.add_file(opened, engine.name)
+    if as_json:
+        _print_json({"ok": True, "engine": str(engine), **facts})
+    else:
+        _out.print(f"{engine}: {facts}", soft_wrap=True)
+
+
+@app.command()
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed, what each target lacks, and the command that mends it."""
+    from dataclasses import asdict
+
+    from edgedyn import doctor as examiner
+
+    findings = examiner.examine()
+    broken = [f for f in findings if not f.ok and not f.optional]
+    if as_json:
+        _print_json({"ok": not broken, "findings": [asdict(f) for f in findings]})
+    else:
+        table = Table(box=None)
+        for column in ("", "what", "found", "needed for", "mend"):
+            table.add_column(column, overflow="fold")
+        for f in findings:
+            mark = "ok" if f.ok else ("-" if f.optional else "MISSING")
+            table.add_row(mark, f.name, f.found or "", f.needed_for, "" if f.ok else f.mend)
+        _out.print(table)
+    if broken:
+        raise TargetMissingError(
+            f"{len(broken)} needed things are missing: {', '.join(f.name for f in broken)}."
+        )
+
+
+@app.command(name="list")
+def list_things(
+    what: Annotated[str, typer.Argument(metavar="layers|ops|targets|metrics|recipes")],
+    as_json: AsJson = False,
+) -> None:
+    """List layers, ops, targets, metrics or recipes."""
+    if what not in _LISTS:
+        raise UsageError(f"cannot list {what!r}; expected one of {', '.join(_LISTS)}.")
+    rows = _LISTS[what]()
+    if as_json:
+        _print_json(rows)
+        return
+    table = Table(box=None)
+    for key in rows[0] if rows else ["nothing found"]:
+        table.add_column(key, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    _out.print(table)
+
+
+def _list_layers() -> list[dict[str, Any]]:
+    from edgedyn import layers
+
+    return [
+        {
+            "layer": name,
+            "paper": x.paper,
+            "primitive": x.primitive,
+            "classes": ", ".join(c.__name__ for c in x.canonical),
+        }
+        for name, x in layers.load_all().items()
+    ]
+
+
+def _list_ops() -> list[dict[str, Any]]:
+    from edgedyn import ops
+
+    return [
+        {
+            "op": op.name,
+            "form": f.name,
+            "requires": ", ".join(sorted(f.requires)) or "nothing",
+            "expand": f.expand,
+        }
+        for op in ops.load_all().values()
+        for f in op.forms
+    ]
+
+
+def _list_targets() -> list[dict[str, Any]]:
+    from edgedyn import targets
+
+    found = [targets.load(name) for name in targets.names()]
+    return [
+        {
+            "target": t.name,
+            "precisions": ", ".join(sorted(t.precisions)),
+            "summary": t.summary,
+            "missing": t.missing() or "",
+        }
+        for t in found
+    ]
+
+
+def _list_metrics() -> list[dict[str, Any]]:
+    from edgedyn.metrics import METRICS
+
+    return [{"metric": n, "meaning": (f.__doc__ or "").strip().splitlines()[0]} for n, f in METRICS.items()]
+
+
+def _list_recipes() -> list[dict[str, Any]]:
+    from edgedyn.recipe import load_recipe
+
+    found = [(path, load_recipe(path)) for path in sorted(Path("recipes").glob("*.yaml"))]
+    if not found:
+        raise UsageError(
+            "there is no folder recipes/ with YAML files here; run this in a checkout of edgedyn."
+        )
+    return [
+        {"recipe": str(p), "network": r.model.network, "target": r.target, "precision": r.precision}
+        for p, r in found
+    ]
+
+
+_LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "layers": _list_layers,
+    "ops": _list_ops,
+    "targets": _list_targets,
+    "metrics": _list_metrics,
+    "recipes": _list_recipes,
+}
+
+
+def _print_rows(rows: list[Row]) -> None:
+    table = Table(box=None, pad_edge=False)
+    for column in ("between", "metric", "value", "limit", "samples", ""):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        limit = " ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in row.limit.items())
+        word = "passed" if row.passed else "FAILED"
+        table.add_row(row.between, row.metric, f"{row.value:.4g}", limit, str(row.samples), word)
+    _out.print(table)
+
+
+def _print_json(value: object) -> None:
+    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
+
+
+def _exit_unless(ok: bool) -> None:
+    if not ok:
+        raise typer.Exit(1)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """Show a bar a task on stderr, and nothing where stderr is no terminal."""
+    bars = Progress(
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=_err,
+    )
+    tasks: dict[str, Any] = {}
+
+    def advance(what: str, done: int, total: int) -> None:
+        if what not in tasks:
+            tasks[what] = bars.add_task(what, total=total)
+        bars.update(tasks[what], completed=done, total=total)
+
+    if not _err.is_terminal:
+        yield lambda what, done, total: None
+        return
+    with bars:
+        yield advance
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Keep the chatter of torch, torchao, NNCF and ExecuTorch off the terminal; errors still show."""
+    logging.basicConfig(level=logging.ERROR)
+    for name in ("torchao", "nncf", "executorch", "torch"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield

@@ -1,0 +1,319 @@
+"""MalleConv: depthwise kernels predicted on a small grid and sliced at every pixel (arXiv 2201.00392, ECCV 2022).
+
+    K x K    y[b, c, p] = sum_t Resize(grid)[b, t, c, p] * x[b, c, p + off(t)]  (+ Resize(bias)[b, c, p])
+    affine   y[b, c, p] = Resize(scale)[b, c, p] * x[b, c, p] + Resize(offset)[b, c, p]
+             out = x + gate * clip(PReLU(BN(y)), -1, 1)
+    depth D  Resize(grid)[p] becomes sum_z max(1 - |clip(D g, 1/2, D - 1/2) - (z + 1/2)|, 0) * Resize(grid[:, z])[p]
+
+x, y: (B, C, H, W)   grids: (B, n, gh, gw)   Resize: bilinear, half-pixel centres, clamped at the border.
+
+The reference modules follow the published code, channel-major grids and all, and load its state_dicts. The canonical
+modules hold the same weights and call ``edgedyn::sliced_depthwise2d`` with tap-major grids: the rows of the last 1x1
+convolution are permuted once, so nothing is transposed at run time.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgedyn.errors import ModelError
+from edgedyn.layers import Layer
+from edgedyn.ops.sliced_depthwise2d import sliced_depthwise2d
+
+
+def resize_grid(grid: Tensor, height: int, width: int, *, align_corners: bool = False) -> Tensor:
+    """Upsample a grid (B, n, gh, gw) bilinearly to (B, n, height, width)."""
+    return F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=align_corners)
+
+
+def slice_and_convolve(
+    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernel_size: int = 3, dilation: int = 1
+) -> Tensor:
+    """Filter every pixel with the bilinearly upsampled kernel at that pixel (arXiv 2201.00392, eq. 3).
+
+    Args:
+        x: features (B, C, H, W), zero-padded.
+        weight: kernels (B, C / share, T, gh, gw), taps row-major; ``share`` consecutive channels use one filter.
+        bias: offsets (B, C / share, gh, gw) or None.
+        kernel_size: odd kernel side R, T = R * R.
+        dilation: distance between taps, pixels.
+
+    Returns:
+        (B, C, H, W).
+    """
+    b, c, h, w = x.shape
+    filters, taps = weight.shape[1], weight.shape[2]
+    padding = dilation * (kernel_size // 2)
+    patches = F.unfold(x, kernel_size, dilation=dilation, padding=padding).view(b, c, taps, h, w)
+    kernels = resize_grid(weight.flatten(1, 2), h, w).view(b, filters, taps, h, w)
+    y = (patches * kernels.repeat_interleave(c // filters, dim=1)).sum(2)
+    return y if bias is None else y + resize_grid(bias, h, w).repeat_interleave(c // filters, dim=1)
+
+
+def depth_weights(guide: Tensor, depth: int) -> Tensor:
+    """Weigh the cells of a bilateral grid's depth axis by a guide (HDRNet, arXiv 1707.02880, eq. 5).
+
+    Args:
+        guide: values in [0, 1], shape (B, n, H, W).
+        depth: number D of cells along the depth axis.
+
+    Returns:
+        (B, D, n, H, W), summing to 1 over D; all ones at D = 1, where the guide has no effect.
+    """
+    position = (guide * depth).clamp(0.5, depth - 0.5).unsqueeze(1)
+    centres = torch.arange(depth, dtype=guide.dtype, device=guide.device).view(1, depth, 1, 1, 1) + 0.5
+    return (1 - (position - centres).abs()).clamp(min=0)
+
+
+def bilateral_slice(grid: Tensor, guide: Tensor) -> Tensor:
+    """Slice a bilateral grid (B, D, n, gh, gw) with a guide (B, 1 or n, H, W) in [0, 1] to (B, n, H, W)."""
+    b, depth, n, gh, gw = grid.shape
+    h, w = guide.shape[2:]
+    cells = resize_grid(grid.reshape(b, depth * n, gh, gw), h, w).view(b, depth, n, h, w)
+    return (depth_weights(guide, depth) * cells).sum(1)
+
+
+def bilateral_slice_apply(grid: Tensor, guide: Tensor, image: Tensor, *, has_offset: bool) -> Tensor:
+    """Apply the sliced per-pixel matrix of a bilateral grid to an image (HDRNet, arXiv 1707.02880).
+
+    Args:
+        grid: (B, D, O * (I + has_offset), gh, gw); coefficient index ``o * (I + has_offset) + i``, offset last.
+        guide: (B, 1, H, W) in [0, 1].
+        image: (B, I, H, W).
+        has_offset: whether each output channel carries an additive coefficient.
+
+    Returns:
+        (B, O, H, W).
+    """
+    b, i, h, w = image.shape
+    columns = i + has_offset
+    matrix = bilateral_slice(grid, guide).view(b, -1, columns, h, w)
+    y = (matrix[:, :, :i] * image.unsqueeze(1)).sum(2)
+    return y + matrix[:, :, i] if has_offset else y
+
+
+class PConvBlock(nn.Module):
+    """Predictor block of the K x K form: 3x3 on a quarter of the channels, 1x1, GroupNorm(1), GELU, 1x1, residual."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        quarter = channels // 4
+        self.pconv = nn.Conv2d(quarter, quarter, 3, padding=1, bias=False)
+        self.pwconv1 = nn.Conv2d(channels, channels, 1, bias=False)
+        self.norm = nn.GroupNorm(1, channels)
+        self.pwconv2 = nn.Conv2d(channels, channels, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        head, tail = x.split([self.pconv.in_channels, x.shape[1] - self.pconv.in_channels], dim=1)
+        y = torch.cat([self.pconv(head), tail], dim=1)
+        return x + self.pwconv2(F.gelu(self.norm(self.pwconv1(y))))
+
+
+class MalleConv(nn.Module):
+    """K x K MalleConv: a pooled predictor emits a grid of 3x3 depthwise kernels, a 1x1 convolution follows.
+
+    Args:
+        in_channel: channels C of the input.
+        out_channel: channels of the output of the last 1x1 convolution.
+        num_blocks: predictor blocks; with ``pooling`` the resolution is halved once more half-way.
+        groups: number of consecutive channels that share one filter (the published meaning).
+        scale: side of the average pool before the predictor, pixels.
+
+    Raises:
+        ModelError: for channel counts that the published code cannot split.
+    """
+
+    def __init__(
+        self,
+        in_channel: int,
+        out_channel: int,
+        *,
+        pooling: bool = True,
+        num_blocks: int = 4,
+        groups: int = 1,
+        scale: int = 4,
+    ) -> None:
+        super().__init__()
+        if in_channel < 4 or in_channel % groups:
+            raise ModelError(
+                f"MalleConv got in_channel={in_channel}, groups={groups}; it needs at least 4 channels, divisible by "
+                "groups (the number of consecutive channels that share one filter). Choose another width."
+            )
+        blocks: list[nn.Module] = [nn.Conv2d(in_channel, in_channel, 1)]
+        for i in range(num_blocks):
+            blocks.append(PConvBlock(in_channel))
+            if i == num_blocks // 2 - 1 and pooling:
+                blocks.append(nn.AvgPool2d(2, 2))
+        self.pool = nn.AvgPool2d(scale, scale)
+        self.predictor = nn.Sequential(*blocks)
+        self.filters = in_channel // groups
+        self.expander = nn.Conv2d(in_channel, self.filters * 9, 1)
+        nn.init.normal_(self.expander.bias, 0, 1 / 3)  # type: ignore[arg-type]
+        nn.init.normal_(self.expander.weight, 0, 0.1 / 3)
+        self.pwconv = nn.Conv2d(in_channel, out_channel, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = F.hardtanh(self.expander(self.predictor(self.pool(x))), -2, 2)
+        grid = grid.view(x.shape[0], self.filters, 9, grid.shape[2], grid.shape[3])
+        return self.pwconv(slice_and_convolve(x, grid))
+
+
+class CanonicalMalleConv(nn.Module):
+    """MalleConv on ``edgedyn::sliced_depthwise2d``; the expander's rows stand tap-major."""
+
+    def __init__(self, layer: MalleConv) -> None:
+        super().__init__()
+        self.pool, self.predictor, self.pwconv = layer.pool, layer.predictor, layer.pwconv
+        rows = torch.arange(layer.expander.out_channels).view(layer.filters, 9).t().flatten()
+        self.expander = _select_rows(layer.expander, rows)
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = F.hardtanh(self.expander(self.predictor(self.pool(x))), -2, 2)
+        return self.pwconv(sliced_depthwise2d(x, grid, None, 3))
+
+
+class ResConvBlock(nn.Module):
+    """Residual block of MalleNet: 1x1 (C -> 5C), depthwise 3x3, 1x1 (5C -> C), each with BatchNorm and PReLU."""
+
+    def __init__(self, channels: int, expansion: int = 5) -> None:
+        super().__init__()
+        hidden = channels * expansion
+        self.body = nn.Sequential(
+            nn.Conv2d(channels, hidden, 1, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.PReLU(hidden),
+            nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=False),
+            nn.BatchNorm2d(hidden),
+            nn.PReLU(hidden),
+            nn.Conv2d(hidden, channels, 1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.PReLU(channels),
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class AffineMalleConv(nn.Module):
+    """Affine MalleConv: R = 1 with offset, sliced from a bilateral grid, added through a trainable gate.
+
+    Args:
+        channels: channels C of input and output.
+        features: width of the predictor.
+        stages: predictor stages of 3 ResConvBlocks; the grid is 2 ** (stages - 1) times smaller than the input.
+        depth: cells D of the grid's depth axis; the guide is the feature itself, clipped to [0, 1].
+    """
+
+    def __init__(self, channels: int, features: int, stages: int, depth: int = 1) -> None:
+        super().__init__()
+        self.depth = depth
+        blocks: list[nn.Module] = [nn.Conv2d(channels, features, 3, padding=1), nn.PReLU(features)]
+        for stage in range(stages):
+            blocks += [nn.MaxPool2d(2)] if stage else []
+            blocks += [ResConvBlock(features) for _ in range(3)]
+        self.predictor = nn.Sequential(*blocks)
+        self.coefficients = nn.Conv2d(features, 2 * channels * depth, 1)
+        self.norm = nn.BatchNorm2d(channels)
+        self.act = nn.PReLU(channels)
+        self.gate = nn.Parameter(torch.zeros(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = affine_slice(self.coefficients(self.predictor(x)), x, self.depth)
+        return x + self.gate * self.act(self.norm(y)).clamp(-1, 1)
+
+
+def affine_slice(coefficients: Tensor, x: Tensor, depth: int = 1) -> Tensor:
+    """Slice per-channel scale and offset and apply them: ``scale(p) * x(p) + offset(p)``.
+
+    Args:
+        coefficients: (B, 2 * C * D, gh, gw); first half scale, second half offset, index ``c * D + z`` inside each.
+        x: (B, C, H, W); clipped to [0, 1] it is its own guide.
+        depth: cells D of the grid's depth axis.
+
+    Returns:
+        (B, C, H, W).
+    """
+    b, _, gh, gw = coefficients.shape
+    cells = coefficients.view(b, 2 * x.shape[1], depth, gh, gw).transpose(1, 2)
+    scale, offset = bilateral_slice(cells, x.clamp(0, 1).repeat(1, 2, 1, 1)).chunk(2, dim=1)
+    return scale * x + offset
+
+
+class CanonicalAffineMalleConv(nn.Module):
+    """Affine MalleConv on ``edgedyn::sliced_depthwise2d``: one call a depth cell, weighed by the guide.
+
+    Scale and offset have a convolution each: one that makes both would be split outside XNNPACK's delegate.
+    BatchNorm follows an affine map of x whose coefficients a 1x1 convolution makes, and slicing keeps constants
+    (interpolation and depth weights sum to one): so BN folds into that convolution's rows, exactly.
+    """
+
+    def __init__(self, layer: AffineMalleConv) -> None:
+        super().__init__()
+        self.depth = layer.depth
+        self.predictor, self.act, self.gate = layer.predictor, layer.act, layer.gate
+        folded, channels = _fold_norm(layer), layer.norm.num_features
+        rows = torch.arange(folded.out_channels).view(2, channels, layer.depth)
+        self.scales = nn.ModuleList(_select_rows(folded, rows[0, :, z]) for z in range(layer.depth))
+        self.offsets = nn.ModuleList(_select_rows(folded, rows[1, :, z]) for z in range(layer.depth))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = self.predictor(x)
+        cells = [
+            sliced_depthwise2d(x, scale(features), offset(features), 1)
+            for scale, offset in zip(self.scales, self.offsets, strict=True)
+        ]
+        y = cells[0]
+        if self.depth > 1:
+            y = (depth_weights(x.clamp(0, 1), self.depth) * torch.stack(cells, dim=1)).sum(1)
+        return x + self.gate * self.act(y).clamp(-1, 1)
+
+
+def _fold_norm(layer: AffineMalleConv) -> nn.Conv2d:
+    """Fold ``norm(scale * x + offset)`` into the convolution that makes scale and offset (evaluation mode)."""
+    norm, conv = layer.norm, copy.deepcopy(layer.coefficients)
+    assert norm.running_mean is not None and norm.running_var is not None and conv.bias is not None
+    factor = norm.weight / (norm.running_var + norm.eps).sqrt()
+    shift = norm.bias - norm.running_mean * factor
+    rows = factor.repeat_interleave(layer.depth).repeat(2)
+    with torch.no_grad():
+        conv.weight.mul_(rows.view(-1, 1, 1, 1))
+        conv.bias.mul_(rows)
+        conv.bias[len(rows) // 2 :] += shift.repeat_interleave(layer.depth)
+    return conv
+
+
+def _select_rows(conv: nn.Conv2d, rows: Tensor) -> nn.Conv2d:
+    """Copy a 1x1 convolution with its output channels reordered."""
+    copy = nn.Conv2d(conv.in_channels, len(rows), 1, bias=conv.bias is not None)
+    copy = copy.to(conv.weight.device, conv.weight.dtype)
+    copy.load_state_dict({name: tensor[rows] for name, tensor in conv.state_dict().items()})
+    return copy.train(conv.training)
+
+
+def _examples() -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
+    """Yield reference modules in evaluation mode, each with an input that discriminates (B >= 2, H != W)."""
+    generator = torch.Generator().manual_seed(3)
+    cases: list[tuple[nn.Module, tuple[int, ...]]] = [
+        (MalleConv(8, 12), (2, 8, 16, 24)),
+        (MalleConv(8, 8, groups=2, scale=2, num_blocks=2), (2, 8, 20, 28)),
+        (AffineMalleConv(5, 4, 3), (2, 5, 12, 20)),
+        (AffineMalleConv(3, 4, 2, depth=4), (2, 3, 8, 14)),
+    ]
+    for module, shape in cases:
+        for p in module.parameters():
+            p.data = p.data + 0.1 * torch.randn(p.shape, generator=generator)
+        yield module.eval(), (torch.rand(shape, generator=generator) * 1.5 - 0.25,)
+
+
+LAYER = Layer(
+    name="malleconv",
+    paper="MalleConv (arXiv 2201.00392)",
+    primitive="sliced_depthwise2d",
+    canonical={MalleConv: CanonicalMalleConv, AffineMalleConv: CanonicalAffineMalleConv},
+    examples=_examples,
+)

@@ -1,0 +1,242 @@
+"""The recipe: what is built, from which weights and images, for which target, within which limits.
+
+A recipe is a YAML file named ``<model>.<target>.<precision>.yaml``; paths in it are relative to the file. Unknown keys
+and wrong types are refused, the nearest known key is named.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from edgedyn.errors import RecipeError
+from edgedyn.tensors import TensorSpec
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class ModelSection(_Section):
+    """The network and its weights."""
+
+    network: str = Field(description="a file of edgedyn/models/, or package.module:function of yours")
+    arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the network")
+    weights: str | None = Field(default=None, description="safetensors file; .pth only with --trust")
+    sha256: str | None = Field(default=None, description="digest that the weights file must have")
+
+
+class InputSection(_Section):
+    """The one input of the program: a batch of images of a fixed size."""
+
+    name: str = "image"
+    shape: list[int] = Field(
+        description="B, C, H, W; larger images run in tiles of H x W", min_length=4, max_length=4
+    )
+    low: float = 0.0
+    high: float = 1.0
+    meaning: str = "sRGB image, RGB order, 0 black, 1 white"
+
+
+class QuantizeSection(_Section):
+    """How INT8 is made."""
+
+    engine: Literal["nncf", "torchao"] = "nncf"
+    bias_correction: Literal["none", "fast", "full"] = Field(default="fast", description="NNCF only")
+    keep_float: list[str] = Field(
+        default=[], description="dotted layer paths that stay float; * matches any part"
+    )
+
+
+class TileSection(_Section):
+    """How larger images are cut."""
+
+    overlap: int = Field(default=32, ge=0, description="pixels that neighbouring tiles share")
+
+
+class LimitSection(_Section):
+    """What the checks demand."""
+
+    exact: float = Field(default=1e-12, description="float64 rewrite error, relative to the largest output")
+    drop_db: float = Field(default=0.25, description="PSNR that the deployed precision may cost")
+    device_levels: float = Field(default=0.25, description="mean |device - program|, 8-bit grey levels")
+
+
+class Recipe(_Section):
+    """A parsed recipe; ``folder`` is where its relative paths start."""
+
+    name: str
+    model: ModelSection
+    input: InputSection
+    target: str
+    precision: Literal["fp32", "fp16", "int8"]
+    forms: dict[str, str] = {}
+    quantize: QuantizeSection = QuantizeSection()
+    calibration: str | None = Field(default=None, description="set manifest or folder; needed for int8")
+    validation: str = Field(description="set manifest or folder, disjoint from the calibration set")
+    limits: LimitSection = LimitSection()
+    tile: TileSection = TileSection()
+    folder: str = "."
+
+    def path(self, name: str) -> Path:
+        """Resolve a path of the recipe."""
+        return Path(self.folder, name)
+
+    def to_yaml(self) -> str:
+        """Return the whole recipe, defaults included, as YAML."""
+        values = self.model_dump(exclude={"folder"})
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+
+    def digest(self) -> str:
+        """Return the sha256 of the recipe's values."""
+        text = json.dumps(self.model_dump(exclude={"folder"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def weights_digest(self) -> str:
+        """Return the sha256 of the weights file, or the empty string for a network without one."""
+        if self.model.weights is None:
+            return ""
+        return hashlib.sha256(self.path(self.model.weights).read_bytes()).hexdigest()
+
+    def input_spec(self) -> TensorSpec:
+        """Return the program's input."""
+        i = self.input
+        dtype = "float16" if self.precision == "fp16" else "float32"
+        return TensorSpec(i.name, dtype, tuple(i.shape), i.low, i.high, i.meaning)
+
+    def load_model(self, *, trust: bool = False) -> nn.Module:
+        """Build the network, load its weights and put it in evaluation mode.
+
+        Raises:
+            RecipeError: when the network is unknown or refuses its arguments.
+            WeightsError: when the weights are missing, unsafe, altered, not finite, or do not fit.
+        """
+        from edgedyn.weights import load_weights
+
+        network = _network(self.model.network)
+        try:
+            inspect.signature(network).bind(**self.model.arguments)
+        except TypeError as error:
+            raise RecipeError(
+                f"model.arguments {sorted(self.model.arguments)} do not fit {self.model.network!r}: {error}; expected "
+                f"{inspect.signature(network)}. Mend the recipe."
+            ) from error
+        model = network(**self.model.arguments)
+        if self.model.weights is not None:
+            load_weights(model, self.path(self.model.weights), sha256=self.model.sha256, trust=trust)
+        return model.eval()  # type: ignore[no-any-return]
+
+
+def _network(name: str) -> Any:
+    """Find ``NETWORK`` of edgedyn/models/<name>.py, or the function ``package.module:function``."""
+    module_name, _, function = name.partition(":")
+    try:
+        if function:
+            return getattr(importlib.import_module(module_name), function)
+        return importlib.import_module(f"edgedyn.models.{name}").NETWORK
+    except (ImportError, AttributeError) as error:
+        from edgedyn.models import names
+
+        raise RecipeError(
+            f"model.network {name!r} cannot be loaded ({error}); expected one of {', '.join(names())}, or "
+            "package.module:function of an importable module."
+        ) from error
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: YAML file.
+        overrides: ``dotted.key=value`` items; the value is YAML. A relative path given here starts at the working
+            directory, unlike one in the file.
+
+    Raises:
+        RecipeError: for a missing or unreadable file, an unknown key (the nearest is named) or a wrong type.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"recipe {path} cannot be read ({error.strerror}); expected a YAML file. See: edgedyn list recipes."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"recipe {path} is not YAML: {str(error).splitlines()[0]}. Mend the file."
+        ) from error
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"recipe {path} holds {type(values).__name__}; expected keys and values, as in recipes/."
+        )
+    for override in overrides:
+        _override(values, override)
+    values.setdefault("name", path.stem)
+    try:
+        return Recipe(**values, folder=str(path.parent))
+    except ValidationError as error:
+        raise RecipeError(f"recipe {path}: {explain(error, Recipe)}") from error
+    except TypeError as error:  # a key that is not text, or `folder` itself
+        raise RecipeError(f"recipe {path}: {error}. Keys are plain names.") from error
+
+
+_PATH_KEYS = {"model.weights", "calibration", "validation"}
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set ``a.b=c`` in nested dictionaries."""
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise RecipeError(
+            f"--set {override!r} is not of the form key=value, for instance quantize.engine=torchao."
+        )
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(f"--set {override!r}: the value is not YAML. Quote it, or close its brackets.") from error
+    if key in _PATH_KEYS and isinstance(value, str):
+        value = str(Path(value).absolute())
+    for part in parts[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise RecipeError(
+                f"--set {override!r}: {part!r} is a value, not a section. Set it whole, or drop the rest."
+            )
+    values[parts[-1]] = value
+
+
+def explain(error: ValidationError, model: type[BaseModel]) -> str:
+    """Put the first problem of a pydantic error in our words: where, found, expected, next."""
+    problem = error.errors()[0]
+    where = ".".join(str(part) for part in problem["loc"])
+    more = f" ({len(error.errors()) - 1} more problems follow.)" if len(error.errors()) > 1 else ""
+    if problem["type"] == "extra_forbidden":
+        known = _keys_at(model, problem["loc"][:-1])
+        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        return f"unknown key {where!r}; {hint}Known here: {', '.join(known)}.{more}"
+    if problem["type"] == "missing":
+        return f"the key {where!r} is missing. Add it.{more}"
+    return f"{where} is {problem['input']!r}: {problem['msg']}. Mend this value.{more}"
+
+
+def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
+    """Return the keys that a (nested) section knows."""
+    for part in location:
+        field = model.model_fields.get(str(part))
+        nested = field.annotation if field else None
+        if isinstance(nested, type) and issubclass(nested, BaseModel):
+            model = nested
+    return [key for key in model.model_fields if key != "folder"]

@@ -1,0 +1,234 @@
+"""The report of a build as one HTML file: verdict, pictures, every row, and what the numbers were made with.
+
+Self-contained: pictures are embedded, nothing is loaded or executed, and the page forbids itself both. Equal
+arguments give equal bytes. ``page.html`` decides how it looks; this file decides what it says.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from edgedyn.errors import UsageError
+from edgedyn.report.pictures import Picture, panels
+from edgedyn.report.text import TIMES, megabytes, number
+
+__all__ = ["FILE", "Picture", "write_report"]
+
+FILE = "report.html"
+
+# What each comparison asks, as in the table of the design; another ``between`` is shown without a question.
+QUESTIONS = {
+    "canonical:reference": "Is the rewrite of the dynamic layers exact?",
+    "expanded:canonical": "Is the form that the target runs exact?",
+    "quantized:expanded": "What did quantization cost?",
+    "device:quantized": "Does the runtime compute what was exported?",
+    "float:truth": "How good is the network before deployment?",
+    "device:truth": "Is what runs on the device still a good network?",
+    "decisions": "Do gates and masks still decide the same?",
+}
+
+_UNITS = {"_db": "dB", "_ms": "ms", "_levels": "levels", "_bytes": "bytes", "_percent": "%"}
+_ROW_KEYS = frozenset({"between", "metric", "value", "limit", "samples", "passed"})
+_FACTS_SHOWN = frozenset(
+    {"programs", "latency_ms", "int8_mac_share", "float_nodes", "check_build", "calibration"}
+)
+
+
+def write_report(
+    out: Path,
+    *,
+    title: str,
+    ok: bool,
+    rows: list[dict[str, Any]],
+    manifest: dict[str, Any],
+    pictures: list[Picture],
+    facts: dict[str, Any],
+) -> None:
+    """Write ``report.html`` into the existing folder ``out``.
+
+    Args:
+        out: folder of the bundle.
+        title: name of what was built.
+        ok: the verdict.
+        rows: ``Row.to_json()`` of every row.
+        manifest: ``target`` and ``precision``; where given, ``inputs``, ``outputs`` (TensorSpecs as dicts),
+            ``forms`` {op: form}, ``versions`` {tool: version}, ``digests`` {what: sha256} and
+            ``files`` {name: {bytes, sha256}}.
+        pictures: shown in this order.
+        facts: what was measured besides the rows. Each may be absent: ``programs`` {file: bytes},
+            ``latency_ms`` {median, p95, runs}, ``int8_mac_share`` (a fraction), ``float_nodes``
+            [{node, reason}], ``check_build`` and ``calibration`` {name: value}. Others are listed at the end.
+
+    Raises:
+        UsageError: for a verdict that the rows contradict, a row or a manifest without a required key, a
+            picture whose arrays are unequal or not finite, or a folder that is not there.
+    """
+    _require(out, ok, rows, manifest)
+    precision = str(manifest["precision"]).upper()
+    page = _template().render(
+        title=title,
+        ok=ok,
+        target=manifest["target"],
+        precision=precision,
+        verdict=_verdict(ok, rows),
+        failed=[_row(row) for row in rows if not row["passed"]],
+        figures=list(_figures(rows, facts)),
+        pictures=[{"caption": p.caption, "panels": panels(p, precision)} for p in pictures],
+        groups=_groups(rows),
+        floats=_by_reason(facts.get("float_nodes", [])),
+        int8_mac_share=facts.get("int8_mac_share"),
+        sections=[section for section in _sections(manifest, facts) if section[1]],
+    )
+    (out / FILE).write_text(page, encoding="utf-8")
+
+
+def _require(out: Path, ok: bool, rows: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
+    if not out.is_dir():
+        raise UsageError(
+            f"the report goes into the folder {out}, which does not exist. Build the bundle first."
+        )
+    for key in ("target", "precision"):
+        if key not in manifest:
+            raise UsageError(
+                f"the report needs {key!r} in the manifest; found {sorted(manifest)}. Build again."
+            )
+    for row in rows:
+        if lacks := sorted(_ROW_KEYS - set(row)):
+            raise UsageError(f"a row of the report lacks {lacks}; found {sorted(row)}. Pass Row.to_json().")
+    passed = sum(bool(row["passed"]) for row in rows)
+    if ok and (passed < len(rows) or not rows):
+        raise UsageError(
+            f"the report is to say 'passed', but {passed} of {len(rows)} rows passed; "
+            "expected all, and at least one. Pass ValidationReport.ok."
+        )
+
+
+def _template() -> Any:
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    folder = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    return environment.get_template("page.html")
+
+
+def _verdict(ok: bool, rows: list[dict[str, Any]]) -> str:
+    limited = [row for row in rows if row["limit"] or not row["passed"]]
+    failed = sum(not row["passed"] for row in rows)
+    if not rows:
+        return "Nothing was compared, and nothing compared is not a success."
+    if failed:
+        return f"{failed} of {len(limited)} checks do not hold."
+    if not ok:
+        return "Every row below holds; the build failed for a reason outside this table."
+    reported = len(rows) - len(limited)
+    return f"All {len(limited)} checks hold." + (
+        f" {reported} more numbers are reported only." if reported else ""
+    )
+
+
+def _figures(rows: list[dict[str, Any]], facts: Mapping[str, Any]) -> Iterable[tuple[str, str, str]]:
+    """Yield the key figures as (label, value, note)."""
+    yield from _psnr_cost(rows)
+    if "int8_mac_share" in facts:
+        yield "In INT8", f"{100 * facts['int8_mac_share']:.1f} %", "of the convolutions' multiply-adds"
+    if programs := facts.get("programs"):
+        yield "Size", megabytes(sum(programs.values())), ", ".join(sorted(programs))
+    if latency := facts.get("latency_ms"):
+        note = f"median of {latency['runs']} runs; p95 {number(latency['p95'])} ms"
+        yield "Latency", f"{number(latency['median'])} ms", note
+
+
+def _psnr_cost(rows: list[dict[str, Any]]) -> Iterable[tuple[str, str, str]]:
+    """Yield the largest PSNR drop from float to device among the conditions that both were measured under."""
+    found = {
+        (r["between"], r["metric"]): float(r["value"]) for r in rows if r["metric"].startswith("psnr_db")
+    }
+    drops = [
+        (found["float:truth", metric] - device, metric, found["float:truth", metric], device)
+        for (between, metric), device in found.items()
+        if between == "device:truth" and math.isfinite(found.get(("float:truth", metric), math.nan) - device)
+    ]
+    if drops:
+        drop, metric, before, after = max(drops)
+        condition = metric.partition("[")[2].rstrip("]")
+        note = f"PSNR {before:.2f} → {after:.2f} dB" + (f", at worst: {condition}" if condition else "")
+        yield "Quality lost", f"{drop:.2f} dB", note
+
+
+def _groups(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    order = dict.fromkeys(row["between"] for row in rows)
+    return [
+        {
+            "between": between,
+            "question": QUESTIONS.get(between.replace(" ", ""), ""),
+            "rows": [_row(row) for row in rows if row["between"] == between],
+        }
+        for between in order
+    ]
+
+
+def _row(row: dict[str, Any]) -> dict[str, Any]:
+    name, _, condition = row["metric"].partition("[")
+    unit = next((unit for suffix, unit in _UNITS.items() if name.endswith(suffix)), "")
+    signs = {"at_least": "≥", "at_most": "≤"}
+    value = float(row["value"])
+    # Four digits could show a failed value as equal to its limit.
+    shown = number(value, digits=4 if row["passed"] else 8)
+    if unit == "dB" and row["passed"] and 1 <= abs(value) < math.inf:
+        shown = f"{value:.2f}"
+    word = "failed" if not row["passed"] else "passed" if row["limit"] else "reported"
+    return {
+        "between": row["between"],
+        "metric": name,
+        "condition": condition.rstrip("]"),
+        "value": f"{shown} {unit}".rstrip(),
+        "limit": ", ".join(f"{signs[key]} {number(float(limit))}" for key, limit in row["limit"].items()),
+        "samples": row["samples"],
+        "word": word,
+    }
+
+
+def _by_reason(float_nodes: Iterable[Mapping[str, str]]) -> dict[str, list[str]]:
+    nodes: dict[str, list[str]] = {}
+    for entry in float_nodes:
+        nodes.setdefault(entry["reason"], []).append(entry["node"])
+    return nodes
+
+
+def _sections(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, str]]]:
+    """Yield (heading, {name: value}) of everything that the numbers were made with."""
+    tensors = {
+        f"{kind} {spec['name']}": f"{spec['dtype']}, {TIMES.join(map(str, spec['shape']))}; {spec['meaning']}"
+        for kind in ("input", "output")
+        for spec in manifest.get(f"{kind}s", [])
+    }
+    files = {
+        name: f"{megabytes(file['bytes'])}, sha256 {file['sha256']}"
+        for name, file in manifest.get("files", {}).items()
+    }
+    yield "Inputs and outputs", tensors
+    yield "Forms", _texts(manifest.get("forms", {}))
+    yield "Calibration", _texts(facts.get("calibration", {}))
+    yield "Check build with TensorRT", _texts(facts.get("check_build", {}))
+    yield "Tool versions", _texts(manifest.get("versions", {}))
+    yield "Digests", _texts(manifest.get("digests", {}))
+    yield "Files", files
+    yield "Further facts", _texts({key: facts[key] for key in sorted(set(facts) - _FACTS_SHOWN)})
+
+
+def _texts(values: Mapping[str, Any]) -> dict[str, str]:
+    return {name: _text(value) for name, value in values.items()}
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return number(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)

@@ -1,0 +1,84 @@
+"""Pictures of a report: what the network got, what it returns in float and lowered, and how these differ.
+
+The difference is shown with its sign, around grey: a bias tints the panel, which absolute values would hide.
+Beyond 0.5 / 10, which is 12.75 grey levels, it saturates.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from edgedyn import metrics
+from edgedyn.errors import UsageError
+from edgedyn.report.text import MINUS, TIMES, number
+
+_GAIN = 10
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One validation image on its way through the network; arrays are (H, W, 1 or 3) float32 on [0, 1].
+
+    Attributes:
+        caption: what is seen, and the image's licence where it asks for one.
+        sigma: standard deviation of the noise in 8-bit grey levels.
+        noisy: what the network got.
+        float_: what it returns in float32, before anything was lowered.
+        device: what the lowered program returns.
+        truth: the image without noise.
+    """
+
+    caption: str
+    sigma: float
+    noisy: metrics.Array
+    float_: metrics.Array
+    device: metrics.Array
+    truth: metrics.Array
+
+
+def panels(picture: Picture, precision: str) -> list[dict[str, str]]:
+    """Return what stands in a picture's row: four images as data URIs, each with its name, number and note.
+
+    Raises:
+        UsageError: for an array that is not (H, W, 1) or (H, W, 3), not finite, or not of the truth's shape.
+    """
+    float_, device = np.asarray(picture.float_), np.asarray(picture.device)
+    mean, most = metrics.mean_abs_levels(device, float_), 255 * metrics.max_abs(device, float_)
+    difference = 0.5 + _GAIN * (device - float_)
+    return [
+        _panel("Noisy", f"sigma {picture.sigma:g}", picture.noisy, picture),
+        _panel("Float", "before lowering", float_, picture),
+        _panel(precision, "from the lowered program", device, picture),
+        {
+            "uri": _png(difference),
+            "name": f"Difference {TIMES} {_GAIN}",
+            "note": f"{precision} {MINUS} float; grey is zero",
+            "number": f"mean {number(mean, digits=3)}, largest {number(most, digits=3)} levels",
+        },
+    ]
+
+
+def _panel(name: str, note: str, image: metrics.Array, picture: Picture) -> dict[str, str]:
+    psnr = metrics.psnr_db(image, picture.truth)
+    shown = f"{psnr:.2f} dB" if math.isfinite(psnr) else "identical to the truth"
+    return {"uri": _png(image), "name": name, "note": note, "number": shown}
+
+
+def _png(image: metrics.Array) -> str:
+    """Return (H, W, C) on [0, 1] as a data URI; lossless, because what is judged is a few grey levels."""
+    from PIL import Image
+
+    if image.ndim != 3 or image.shape[2] not in (1, 3):
+        raise UsageError(
+            f"a picture has shape {image.shape}; expected (H, W, 1) or (H, W, 3). Put channels last."
+        )
+    levels = np.rint(np.clip(image, 0, 1) * 255).astype(np.uint8)
+    file = io.BytesIO()
+    picture = Image.fromarray(levels[..., 0] if levels.shape[2] == 1 else levels)
+    picture.save(file, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")

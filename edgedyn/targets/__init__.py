@@ -1,0 +1,95 @@
+"""Targets, one folder each. A folder adds a target by a constant ``TARGET`` in its ``__init__.py``.
+
+``lower.py`` is the host side (torch, onnx). ``run.py`` is the device side (numpy and the runtime) and defines
+``load(path) -> run`` where ``run(*arrays)`` returns a list of arrays. Importing a target imports neither.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgedyn.errors import RecipeError
+from edgedyn.validate import Row
+
+if TYPE_CHECKING:
+    import numpy as np
+    from torch.export import ExportedProgram
+
+    Run = Callable[..., list[np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Int8Scheme:
+    """How a target's runtime wants its INT8 operators annotated.
+
+    Attributes:
+        symmetric: activations have zero point 0.
+        outputs: convolutions also need a quantized output, and PReLU may follow in INT8.
+    """
+
+    symmetric: bool
+    outputs: bool
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """What lowering leaves behind.
+
+    Attributes:
+        files: plain names of the files written into the output folder; the first is the program that ``load`` takes.
+        facts: measured facts for the report and the manifest: delegated nodes, check-build memory, versions.
+        rows: what lowering itself measured with limits, for instance a check build.
+    """
+
+    files: tuple[str, ...]
+    facts: dict[str, object]
+    rows: tuple[Row, ...] = ()
+
+
+@dataclass(frozen=True)
+class Target:
+    """A runtime that a program is lowered to.
+
+    Attributes:
+        name: the folder's name, and the recipe's ``target``.
+        summary: one line for ``edgedyn list targets``.
+        capabilities: what forms may require, for instance ``edgedyn_kernels``.
+        precisions: what the recipe may ask for, of ``fp32``, ``fp16``, ``int8``.
+        int8: how INT8 is annotated, or None where the target has none.
+        lower: ``lower(program, out, precision) -> Artifact``; writes into the existing folder ``out``.
+        load: ``load(path) -> run``; the device side, keeps alive what the runtime needs.
+        missing: a sentence that says what is not installed and what to do, or None where the target can be lowered
+            to and run here.
+    """
+
+    name: str
+    summary: str
+    capabilities: frozenset[str]
+    precisions: frozenset[str]
+    int8: Int8Scheme | None
+    lower: Callable[[ExportedProgram, Path, str], Artifact]
+    load: Callable[[Path], Run]
+    missing: Callable[[], str | None]
+
+
+def names() -> list[str]:
+    """Return the names of all targets."""
+    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
+
+
+def load(name: str) -> Target:
+    """Return the target of that name.
+
+    Raises:
+        RecipeError: for an unknown name; the known ones are listed.
+    """
+    if name not in names():
+        raise RecipeError(
+            f"target {name!r} is unknown; found targets: {', '.join(names())}. Pick one in the recipe."
+        )
+    return importlib.import_module(f"edgedyn.targets.{name}").TARGET  # type: ignore[no-any-return]

@@ -1,0 +1,44 @@
+"""ExecuTorch with XNNPACK: the phone."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgedyn.targets import Artifact, Int8Scheme, Target
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from edgedyn.targets import Run
+
+
+def _lower(program: ExportedProgram, out: Path, precision: str) -> Artifact:
+    from edgedyn.targets.executorch.lower import lower
+
+    return lower(program, out, precision)
+
+
+def _load(path: Path) -> Run:
+    from edgedyn.targets.executorch.run import load
+
+    return load(path)
+
+
+def _missing() -> str | None:
+    if find_spec("executorch") is None:
+        return "the package executorch is not installed; run: pip install 'executorch==1.5.*'"
+    return None
+
+
+TARGET = Target(
+    name="executorch",
+    summary="phone: one .pte for ExecuTorch, XNNPACK delegates, stock runtime",
+    capabilities=frozenset(),
+    precisions=frozenset({"fp32", "int8"}),
+    int8=Int8Scheme(symmetric=False, outputs=True),
+    lower=_lower,
+    load=_load,
+    missing=_missing,
+)

@@ -1,0 +1,50 @@
+"""Run a ``.pte`` in the real ExecuTorch runtime on this machine (its Python binding takes torch tensors)."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgedyn.errors import BundleError
+
+if TYPE_CHECKING:
+    from edgedyn.targets import Run
+
+
+def load(path: Path) -> Run:
+    """Load the method ``forward`` of a ``.pte``.
+
+    Returns:
+        ``run(*arrays) -> [arrays]``. It holds the buffer, the program and the method: the runtime keeps none of them
+        alive, and the process dies without (executorch 1.5.1).
+
+    Raises:
+        BundleError: when the runtime refuses the program, with the runtime's words.
+    """
+    import torch
+    from executorch.runtime import Runtime, Verification
+
+    data = path.read_bytes()
+    try:
+        program = Runtime.get().load_program(data, verification=Verification.InternalConsistency)
+        method = program.load_method("forward")
+    except RuntimeError as error:
+        raise BundleError(
+            f"ExecuTorch refuses {path.name} ({len(data)} bytes): {error}. Expected a program built for this runtime "
+            "version; build the bundle again, `edgedyn doctor` prints the versions."
+        ) from error
+    kept = (data, program, method)
+
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+        return [y.numpy().copy() for y in kept[2].execute(tensors)]
+
+    return run
+
+
+def runtime_name(path: Path) -> str:
+    """Return what ``load(path)`` runs with, for people: ``ExecuTorch 1.5.1, stock runtime``."""
+    return f"ExecuTorch {version('executorch')}, stock runtime"

@@ -1,0 +1,115 @@
+"""Run an ONNX file on the CPU exactly as it is written. Device side: numpy and ONNX Runtime only.
+
+Graph optimizations are off: on a quantized graph ONNX Runtime 1.31 was off by 3.97 with its EXTENDED level,
+by one quantization step with BASIC, by 0 with none. An oracle must not optimize.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgedyn.errors import BundleError, ModelError, TargetMissingError, UsageError
+
+if TYPE_CHECKING:
+    from edgedyn.targets import Run
+
+THREADS = 2
+
+
+@dataclass(frozen=True)
+class Input:
+    """Name, numpy type and shape of one input of a loaded program."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int, ...]
+
+
+def load(path: Path) -> Run:
+    """Return ``run(*arrays) -> [array, ...]`` for an ONNX file; arrays in its order, of its types and shapes.
+
+    ONNX Runtime computes float16 operators that have no kernel of their own in float32, between casts that it
+    inserts itself.
+
+    Raises:
+        TargetMissingError: where ONNX Runtime is not installed.
+        BundleError: where the file is missing or is not ONNX.
+        ModelError: where ONNX Runtime has no kernel for an operator, for instance a TensorRT plugin.
+        UsageError: from ``run``, for arrays that are not what the program takes.
+    """
+    session = _open_session(path)
+    inputs = [_read_input(value) for value in session.get_inputs()]
+
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        check_arrays(arrays, inputs)
+        outputs: list[np.ndarray] = session.run(
+            None, {spec.name: array for spec, array in zip(inputs, arrays, strict=True)}
+        )
+        return outputs
+
+    return run
+
+
+def runtime_name(path: Path) -> str:
+    """Return what ``load(path)`` runs with, for people: ``ONNX Runtime 1.31.1, unoptimized``."""
+    return f"ONNX Runtime {_import_onnxruntime().__version__}, unoptimized"
+
+
+def check_arrays(arrays: Sequence[np.ndarray], inputs: Sequence[Input]) -> None:
+    """Refuse arrays that differ from a program's inputs in number, type or shape.
+
+    Raises:
+        UsageError: with the first difference.
+    """
+    if len(arrays) != len(inputs):
+        raise UsageError(
+            f"the program got {len(arrays)} arrays; expected {len(inputs)}: {[s.name for s in inputs]}."
+        )
+    for array, spec in zip(arrays, inputs, strict=True):
+        if array.dtype != spec.dtype or array.shape != spec.shape:
+            raise UsageError(
+                f"input {spec.name!r} got {array.dtype} {array.shape}; expected {spec.dtype} {spec.shape}. "
+                "Shapes are fixed when a program is built: tile or pad the image, or build for this size."
+            )
+
+
+def _import_onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise TargetMissingError(
+            f"ONNX Runtime cannot be imported: {error}. Install it: pip install onnxruntime"
+        ) from error
+    return onnxruntime
+
+
+def _open_session(path: Path) -> Any:
+    ort = _import_onnxruntime()
+    from onnxruntime.capi.onnxruntime_pybind11_state import Fail, InvalidGraph, InvalidProtobuf, NoSuchFile
+    from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NoKernel
+
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = THREADS
+    options.inter_op_num_threads = 1
+    options.log_severity_level = 3  # errors: the exception below carries them
+    try:
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    except (NoSuchFile, InvalidProtobuf) as error:
+        raise BundleError(f"{path.name} cannot be read as ONNX: {error}. Build the bundle again.") from error
+    except (Fail, InvalidGraph, NoKernel) as error:
+        raise ModelError(
+            f"ONNX Runtime {ort.__version__} cannot run {path.name}: {error}. Pick a form of ordinary ops in "
+            "the recipe."
+        ) from error
+
+
+def _read_input(value: Any) -> Input:
+    types = {"tensor(float)": "float32", "tensor(float16)": "float16"}
+    dtype = types.get(value.type, value.type.removeprefix("tensor(").removesuffix(")"))
+    return Input(value.name, np.dtype(dtype), tuple(value.shape))

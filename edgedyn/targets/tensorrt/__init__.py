@@ -1,0 +1,51 @@
+"""TensorRT on a Jetson: ONNX is written and checked on the host, the engine is built on the device."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgedyn.targets import Artifact, Int8Scheme, Target
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from edgedyn.targets import Run
+
+
+def _lower(program: ExportedProgram, out: Path, precision: str) -> Artifact:
+    from edgedyn.targets.tensorrt.lower import lower
+
+    return lower(program, out, precision)
+
+
+def _load(path: Path) -> Run:
+    from edgedyn.targets.tensorrt.run import load
+
+    return load(path)
+
+
+def _missing() -> str | None:
+    """Nothing is missing where either the engine or, as its oracle, the ONNX file can run."""
+    found = {
+        name: importlib.util.find_spec(name) is not None for name in ("onnxruntime", "tensorrt", "pycuda")
+    }
+    if found["onnxruntime"] or (found["tensorrt"] and found["pycuda"]):
+        return None
+    return (
+        "neither ONNX Runtime (to run the ONNX on a host) nor TensorRT with pycuda (to run the engine) is "
+        "installed. Install one: pip install onnxruntime on a host, pip install 'edgedyn[jetson]' on a Jetson"
+    )
+
+
+TARGET = Target(
+    name="tensorrt",
+    summary="TensorRT 10 and 11 on Jetson: ONNX here, engine there (fp32, fp16, int8)",
+    capabilities=frozenset(),
+    precisions=frozenset({"fp32", "fp16", "int8"}),
+    int8=Int8Scheme(symmetric=True, outputs=False),
+    lower=_lower,
+    load=_load,
+    missing=_missing,
+)

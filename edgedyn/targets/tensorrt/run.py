@@ -1,0 +1,172 @@
+"""Run a TensorRT engine, or its ONNX where there is none. Device side: TensorRT and pycuda, or ONNX Runtime.
+
+    model.engine beside model.onnx, TensorRT and a GPU here   -> the engine
+    otherwise                                                 -> the ONNX, unoptimized, on the CPU
+
+``runtime_name`` says which, so that a check on a host is never taken for one on a Jetson.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgedyn.errors import BundleError, TargetMissingError
+from edgedyn.targets.onnxruntime import run as onnxruntime_run
+
+if TYPE_CHECKING:
+    from edgedyn.targets import Run
+
+MINIMUM_VERSION = (10, 1)  # the first with ICudaEngine.device_memory_size_v2; JetPack 6.1 brings 10.3
+_ENGINE_SUFFIX = ".engine"
+
+
+def load(path: Path) -> Run:
+    """Return ``run(*arrays) -> [array, ...]`` for ``model.onnx`` or ``model.engine``.
+
+    Raises:
+        TargetMissingError: where TensorRT or a GPU is missing for a ``.engine``, or it was built with
+            others; where ONNX Runtime is missing for an ONNX file.
+        BundleError: where the file is missing or damaged.
+        UsageError: from ``run``, for arrays that are not what the program takes.
+    """
+    engine_path = path.with_suffix(_ENGINE_SUFFIX)
+    if path.suffix == _ENGINE_SUFFIX or (engine_path.is_file() and _why_no_engine() is None):
+        return EngineRun(engine_path)
+    return onnxruntime_run.load(path)
+
+
+def runtime_name(path: Path) -> str:
+    """Return what ``load(path)`` runs with: ``TensorRT 10.3.0 engine``, or ONNX Runtime and why no engine."""
+    engine_path = path.with_suffix(_ENGINE_SUFFIX)
+    reason = _why_no_engine() if engine_path.is_file() else "no TensorRT engine here"
+    if reason is None or path.suffix == _ENGINE_SUFFIX:
+        return f"TensorRT {require_tensorrt()[0].__version__} engine"
+    return f"{onnxruntime_run.runtime_name(path)} ({reason})"
+
+
+class EngineRun:
+    """A loaded engine with its context, stream and device buffers; call it with arrays, from one thread."""
+
+    def __init__(self, path: Path) -> None:
+        self._trt, self._cuda = require_tensorrt()
+        if not path.is_file():
+            raise BundleError(f"there is no engine {path}. Build it on this machine: edgedyn compile BUNDLE")
+        with current_device(self._cuda):
+            self._engine = load_engine(self._trt, path)
+            self._context = self._engine.create_execution_context()
+            self._stream = self._cuda.Stream()
+            names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
+            specs = [self._describe(name) for name in names]
+            self._buffers = {spec.name: self._allocate(spec) for spec in specs}
+        modes = {name: self._engine.get_tensor_mode(name) for name in names}
+        self._inputs = [spec for spec in specs if modes[spec.name] == self._trt.TensorIOMode.INPUT]
+        self._outputs = [spec for spec in specs if modes[spec.name] == self._trt.TensorIOMode.OUTPUT]
+
+    def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
+        """Copy the arrays in, run, and return the outputs, once the device is done.
+
+        Raises:
+            UsageError: for arrays that are not what the engine takes.
+            TargetMissingError: where the device could not run the engine.
+        """
+        onnxruntime_run.check_arrays(arrays, self._inputs)
+        outputs = [np.empty(spec.shape, spec.dtype) for spec in self._outputs]
+        with current_device(self._cuda):
+            for spec, array in zip(self._inputs, arrays, strict=True):
+                self._cuda.memcpy_htod_async(
+                    self._buffers[spec.name], np.ascontiguousarray(array), self._stream
+                )
+            if not self._context.execute_async_v3(self._stream.handle):
+                raise TargetMissingError(
+                    "TensorRT could not start the engine; the device may be out of memory."
+                )
+            for spec, array in zip(self._outputs, outputs, strict=True):
+                self._cuda.memcpy_dtoh_async(array, self._buffers[spec.name], self._stream)
+            self._stream.synchronize()
+        return outputs
+
+    def _describe(self, name: str) -> onnxruntime_run.Input:
+        dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
+        return onnxruntime_run.Input(name, dtype, tuple(self._engine.get_tensor_shape(name)))
+
+    def _allocate(self, spec: onnxruntime_run.Input) -> Any:
+        buffer = self._cuda.mem_alloc(int(np.prod(spec.shape)) * spec.dtype.itemsize)
+        self._context.set_tensor_address(spec.name, int(buffer))
+        return buffer
+
+
+def require_tensorrt() -> tuple[Any, Any]:
+    """Return the modules ``tensorrt`` and ``pycuda.driver``, with a GPU found.
+
+    Raises:
+        TargetMissingError: with what is missing and what to install.
+    """
+    try:
+        import pycuda.driver as cuda
+        import tensorrt as trt
+    except ImportError as error:
+        raise TargetMissingError(
+            f"an engine needs TensorRT and pycuda, found: {error}. On a Jetson install JetPack 6.1 or newer, "
+            "which brings TensorRT, and: pip install pycuda; elsewhere: pip install 'edgedyn[jetson]'"
+        ) from error
+    if parse_version(trt.__version__) < MINIMUM_VERSION:
+        raise TargetMissingError(
+            f"found TensorRT {trt.__version__}; expected {'.'.join(map(str, MINIMUM_VERSION))} or newer. "
+            "On a Jetson install JetPack 6.1 or newer; elsewhere: pip install 'tensorrt>=10.1'"
+        )
+    try:
+        cuda.init()
+        if cuda.Device.count() < 1:
+            raise TargetMissingError("CUDA finds no GPU on this machine; an engine needs one.")
+    except cuda.Error as error:
+        raise TargetMissingError(
+            f"CUDA cannot start: {error}. An engine needs an NVIDIA GPU and its driver on this machine."
+        ) from error
+    return trt, cuda
+
+
+def parse_version(text: str) -> tuple[int, int]:
+    """Return (major, minor) of a TensorRT version, ``10.3.0.30``."""
+    major, minor = text.split(".")[:2]
+    return int(major), int(minor)
+
+
+@contextmanager
+def current_device(cuda: Any) -> Iterator[Any]:
+    """Make the first GPU current, in its primary context: the one that TensorRT itself uses."""
+    device = cuda.Device(0)
+    context = device.retain_primary_context()
+    context.push()
+    try:
+        yield device
+    finally:
+        context.pop()
+
+
+def load_engine(trt: Any, path: Path) -> Any:
+    """Deserialize an engine.
+
+    Raises:
+        TargetMissingError: where TensorRT refuses it.
+    """
+    engine = trt.Runtime(trt.Logger(trt.Logger.ERROR)).deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise TargetMissingError(
+            f"TensorRT {trt.__version__} refuses {path.name}; expected an engine built with this version on "
+            "this GPU. Build it again on this machine: edgedyn compile BUNDLE"
+        )
+    return engine
+
+
+def _why_no_engine() -> str | None:
+    """Say why an engine cannot run here, or None where it can."""
+    try:
+        require_tensorrt()
+    except TargetMissingError as error:
+        return f"an engine is here, but {error}"
+    return None

@@ -1,0 +1,1 @@
+"""What each paper needs to be trained: the denoising loop."""

@@ -1,0 +1,100 @@
+"""Load weights from safetensors; a pickle only where the user trusts it, and then tensors only."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from edgedyn.errors import WeightsError
+
+_PICKLES = {".pth", ".pt", ".ckpt", ".ckp", ".bin", ".pkl"}
+
+
+def load_weights(model: nn.Module, path: Path, *, sha256: str | None = None, trust: bool = False) -> None:
+    """Load a weights file into a model, all keys, all finite.
+
+    Args:
+        model: the network; its keys must be those of the file.
+        path: ``.safetensors``, or a ``torch.save`` file of tensors where ``trust`` is given.
+        sha256: digest that the file must have, or None.
+        trust: allow ``torch.load(weights_only=True)``.
+
+    Raises:
+        WeightsError: missing, altered, unsafe, damaged, not finite, or of another network.
+    """
+    if not path.is_file():
+        raise WeightsError(
+            f"weights {path} do not exist; expected a safetensors file. Set model.weights in the recipe, or "
+            "--set model.weights=PATH."
+        )
+    found = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 is not None and found != sha256:
+        raise WeightsError(
+            f"weights {path} have sha256 {found}; the recipe expects {sha256}. Fetch the file again, or change "
+            "model.sha256 if you mean to deploy these."
+        )
+    state = _read(path, trust=trust)
+    broken = [
+        key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
+    ]
+    if broken:
+        raise WeightsError(
+            f"weights {path} hold NaN or infinity in {len(broken)} tensors, the first is {broken[0]!r}; expected "
+            "finite numbers. Take an earlier checkpoint."
+        )
+    _fit(model, state, path)
+
+
+def _read(path: Path, *, trust: bool) -> dict[str, Tensor]:
+    if path.suffix.lower() in _PICKLES or _looks_pickled(path):
+        if not trust:
+            raise WeightsError(
+                f"weights {path} are a pickle, which can run code when it is loaded; expected safetensors. Convert it "
+                "with safetensors.torch.save_file, or pass --trust if you know where it is from."
+            )
+        try:
+            state = torch.load(path, weights_only=True, map_location="cpu")
+        except Exception as error:  # torch.load raises half a dozen unrelated types for a damaged file
+            raise WeightsError(
+                f"weights {path} cannot be loaded as tensors only: {error}. Convert them."
+            ) from error
+        for key in ("state_dict", "params", "model"):
+            state = state.get(key, state) if isinstance(state, dict) else state
+        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
+            raise WeightsError(
+                f"weights {path} are not a state_dict (name -> tensor). Save model.state_dict()."
+            )
+        return state
+    try:
+        return load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"weights {path} are not a whole safetensors file: {error}. Fetch them again."
+        ) from error
+
+
+def _looks_pickled(path: Path) -> bool:
+    """Whether a file starts as a pickle or is a zip; one safetensors header in 256 also starts with byte 0x80."""
+    with path.open("rb") as file:
+        start = file.read(9)  # safetensors: 8 bytes of length, then JSON
+    return (start[:1] == b"\x80" and start[8:] != b"{") or zipfile.is_zipfile(path)
+
+
+def _fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+    own = model.state_dict()
+    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
+    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    if missing or extra or wrong:
+        first = wrong[0] if wrong else (missing or extra)[0]
+        shapes = f", {tuple(state[first].shape)} against {tuple(own[first].shape)}" if wrong else ""
+        raise WeightsError(
+            f"weights {path} do not fit {type(model).__name__}: {len(missing)} keys missing, {len(extra)} unknown, "
+            f"{len(wrong)} of another shape, the first is {first!r}{shapes}. Check model.arguments."
+        )
+    model.load_state_dict(state)

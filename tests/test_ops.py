@@ -1,0 +1,243 @@
+"""Every primitive: its definition, its forms, its registrations, its refusals."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgedyn import ops, targets
+from edgedyn.errors import ModelError, NoFormError, RecipeError
+from edgedyn.ops.sliced_depthwise2d import oracle, sliced_depthwise2d
+from edgedyn.targets.onnx_export import export_onnx
+
+OPS = ops.load_all()
+CASES = {f"{name}-{k}": (op, args) for name, op in OPS.items() for k, args in enumerate(op.examples())}
+FORMS = {f"{name}-{form.name}": (op, form) for name, op in OPS.items() for form in op.forms}
+ORDINARY = [
+    pytest.param(op, form, args, id=f"{form.name}-{case}")
+    for case, (op, args) in CASES.items()
+    for form in op.forms
+    if not form.requires
+]
+EXECUTORCH = targets.load("executorch")
+OP = OPS["sliced_depthwise2d"]
+
+
+def every_case(function):
+    return pytest.mark.parametrize(("op", "args"), CASES.values(), ids=list(CASES))(function)
+
+
+def to_double(args):
+    return tuple(a.double() if isinstance(a, Tensor) else a for a in args)
+
+
+class Call(nn.Module):
+    """One call of an op with everything but its tensors fixed."""
+
+    def __init__(self, op, args):
+        super().__init__()
+        self.op, self.args = op, args
+
+    def forward(self, *tensors):
+        left = list(tensors)
+        return self.op.overload(*[left.pop(0) if isinstance(a, Tensor) else a for a in self.args])
+
+
+def capture(op, args):
+    tensors = tuple(a for a in args if isinstance(a, Tensor))
+    return torch.export.export(Call(op, args), tensors), tensors
+
+
+def test_every_op_has_forms_and_examples():
+    assert OPS
+    for name, op in OPS.items():
+        assert op.name == name
+        assert op.forms
+        assert list(op.examples()), f"{name} has no examples"
+        assert any(not form.requires for form in op.forms), f"{name} has no form for a target without kernels"
+
+
+@every_case
+def test_example_discriminates(op, args):
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    assert tensors[0].shape[0] >= 2
+    for tensor in tensors:
+        assert tensor.shape[2] != tensor.shape[3], "a square tensor hides a transposition"
+        assert tensor.unique().numel() > 0.99 * tensor.numel(), "equal values hide a wrong index"
+
+
+@every_case
+def test_oracle_equals_the_formula_at_single_pixels(op, args):
+    """The docstring's formula, one scalar loop a pixel, at the corners and in the middle."""
+    x, grid, offset, side, dilation, align = to_double(args)
+    y = op.overload(x, grid, offset, side, dilation, align)
+    (b, c, h, w), (gh, gw), filters = x.shape, grid.shape[2:], grid.shape[1] // side**2
+
+    def lerp(cells, p, size, count):
+        position = p * (count - 1) / (size - 1) if align else max((p + 0.5) * count / size - 0.5, 0)
+        low = min(int(position), count - 1)
+        weight = position - low
+        return [(low, 1 - weight), (min(low + 1, count - 1), weight)]
+
+    def sliced(cells, py, px):
+        rows, columns = lerp(cells, py, h, gh), lerp(cells, px, w, gw)
+        return sum(wy * wx * cells[i, j].item() for i, wy in rows for j, wx in columns)
+
+    for bi, ci, py, px in [(0, 0, 0, 0), (b - 1, c - 1, h - 1, w - 1), (0, c - 1, h // 2, 0), (1, 1, 1, w - 2)]:
+        share = c // filters
+        total = 0.0
+        for tap in range(side**2):
+            qy = py + dilation * (tap // side - side // 2)
+            qx = px + dilation * (tap % side - side // 2)
+            if 0 <= qy < h and 0 <= qx < w:
+                total += sliced(grid[bi, tap * filters + ci // share], py, px) * x[bi, ci, qy, qx].item()
+        if offset is not None:
+            total += sliced(offset[bi, ci // share], py, px)
+        # 25 taps of 4 terms and a position each: about 200 roundings of 1.1e-16
+        assert y[bi, ci, py, px].item() == pytest.approx(total, rel=1e-12, abs=1e-12)
+
+
+@pytest.mark.parametrize(("op", "form", "args"), ORDINARY)
+def test_form_equals_op_in_float64(op, form, args):
+    args = to_double(args)
+    torch.testing.assert_close(form.fn(*args), op.overload(*args), rtol=1e-12, atol=1e-12)
+
+
+@every_case
+def test_fake_has_the_shape_and_dtype_of_eager(op, args):
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    for values in (args, to_double(args)):
+        with FakeTensorMode() as mode:
+            fakes = [mode.from_tensor(a) if isinstance(a, Tensor) else a for a in values]
+            fake = op.overload(*fakes)
+        y = op.overload(*values)
+        assert (fake.shape, fake.dtype, fake.stride()) == (y.shape, y.dtype, y.stride())
+
+
+@every_case
+def test_out_variant_writes_what_the_op_returns(op, args):
+    out = torch.full((1,), torch.nan)
+    returned = getattr(torch.ops.edgedyn, op.name).out(*args, out=out)
+    assert returned is out
+    assert torch.equal(out, op.overload(*args))
+
+
+@every_case
+def test_registration_passes_opcheck(op, args):
+    """Schema and fake; the op has no autograd formula: canonical modules are deployed, references are trained."""
+    torch.library.opcheck(op.overload, args, test_utils=("test_schema", "test_faketensor"))
+
+
+@every_case
+def test_onnx_node_carries_inputs_and_attributes(op, args, tmp_path):
+    program, tensors = capture(op, args)
+    form = next(form for form in op.forms if form.name == "onnx_node")
+    assert form.requires == {"edgedyn_plugins"}
+    assert form.expand == "after_quantize"
+    assert len(ops.expand(program, {op: form}, "before_quantize").graph.nodes) == len(program.graph.nodes)
+    expanded = ops.expand(program, {op: form}, "after_quantize")
+    names = [f"input_{k}" for k in range(len(tensors))]
+    model = export_onnx(expanded, tmp_path / "op.onnx", input_names=names, output_names=["y"])
+    onnx.checker.check_model(model, full_check=True)
+    (node,) = model.graph.node
+    assert (node.domain, node.op_type) == ("edgedyn", "SlicedDepthwise2d")
+    assert list(node.input) == names
+    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    assert (attributes["kernel_size"], attributes["dilation"], attributes["align_corners"]) == args[3:]
+    assert (attributes["plugin_version"], attributes["plugin_namespace"]) == (b"1", b"edgedyn")
+    shape = [d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim]
+    assert shape == list(args[0].shape)
+
+
+@pytest.mark.parametrize(("op", "form", "args"), ORDINARY)
+def test_expand_leaves_no_node_of_ours_and_keeps_the_numbers(op, form, args):
+    args = to_double(args)
+    program, tensors = capture(op, args)
+    assert op.overload in {node.target for node in program.graph.nodes}
+    expanded = ops.expand(program, {op: form}, form.expand)
+    assert not [node for node in expanded.graph.nodes if "edgedyn" in str(node.target)]
+    torch.testing.assert_close(expanded.module()(*tensors), op.overload(*args), rtol=1e-12, atol=1e-12)
+
+
+def test_defaults_of_the_wrapper_are_those_of_the_schema():
+    x, grid = torch.randn(2, 2, 5, 6), torch.randn(2, 18, 2, 3)
+    assert torch.equal(sliced_depthwise2d(x, grid, None, 3), oracle(x, grid, None, 3, 1, False))
+
+
+X, GRID, OFFSET = torch.zeros(2, 6, 5, 7), torch.zeros(2, 27, 2, 3), torch.zeros(2, 3, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("args", "found", "expected"),
+    [
+        ((X, GRID, None, 2), "kernel_size=2", "odd kernel_size"),
+        ((X, GRID, None, 0), "kernel_size=0", "odd kernel_size"),
+        ((X, GRID, None, 3, 0), "dilation=0", "dilation >= 1"),
+        ((X[0], GRID, None, 3), r"x \(6, 5, 7\)", "Reshape the grid tap-major"),
+        ((X, GRID[0], None, 3), r"grid \(27, 2, 3\)", "Reshape the grid tap-major"),
+        ((X, GRID[:1], None, 3), r"grid \(1, 27, 2, 3\)", "the same batch B"),
+        ((X, GRID[:, :26], None, 3), "26 channels for 9 taps", "F divides the channels"),
+        ((X, GRID[:, :0], None, 3), "0 channels for 9 taps", "F divides the channels"),
+        ((X[:, :4], GRID, None, 3), "x of 4 channels", "F divides the channels"),
+        ((X, GRID, OFFSET[:, :2], 3), r"offset \(2, 2, 2, 3\)", r"expected \(2, 3, 2, 3\)"),
+        ((X, GRID, OFFSET[:, :, :1], 3), r"offset \(2, 3, 1, 3\)", "one offset a filter"),
+    ],
+    ids=lambda v: v.replace(" ", "_") if isinstance(v, str) else "",
+)
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_precondition_is_refused_with_what_was_found(args, found, expected, device):
+    args = [a.to(device) if isinstance(a, Tensor) else a for a in args]
+    with pytest.raises(ModelError, match=f"{found}.*{expected}") as caught:
+        OP.overload(*args)
+    assert caught.value.exit_code == 4
+
+
+def test_first_form_that_the_target_can_run_is_chosen():
+    plugins = replace(EXECUTORCH, capabilities=frozenset({"edgedyn_plugins"}))
+    assert ops.choose_form(OP, EXECUTORCH).name == OP.forms[0].name == "resize_shift_mac"
+    assert ops.choose_form(OP, plugins, "onnx_node").name == "onnx_node"
+    behind = replace(OP, forms=tuple(reversed(OP.forms)))
+    assert ops.choose_form(behind, plugins).name == "onnx_node"
+    assert ops.choose_form(behind, EXECUTORCH).name == "resize_shift_mac"
+
+
+def test_form_that_the_target_lacks_names_every_form_and_its_needs():
+    with pytest.raises(NoFormError) as caught:
+        ops.choose_form(OP, EXECUTORCH, "onnx_node")
+    text = str(caught.value)
+    assert caught.value.exit_code == 4
+    assert "target 'executorch' cannot run op 'sliced_depthwise2d' as onnx_node: it has []" in text
+    assert "resize_shift_mac needs []" in text
+    assert "onnx_node needs ['edgedyn_plugins']" in text
+    assert "forms.sliced_depthwise2d" in text
+
+
+def test_op_without_any_possible_form_is_refused():
+    only = replace(OP, forms=tuple(form for form in OP.forms if form.requires))
+    with pytest.raises(NoFormError, match=r"as any form: .*onnx_node needs \['edgedyn_plugins'\]"):
+        ops.choose_form(only, EXECUTORCH)
+
+
+def test_unknown_form_lists_the_known_ones():
+    with pytest.raises(RecipeError, match=r"'fused'.*found forms: resize_shift_mac, onnx_node\. Mend forms\."):
+        ops.choose_form(OP, EXECUTORCH, "fused")
+
+
+def test_unknown_op_lists_the_known_ones():
+    program, _ = capture(OP, next(iter(OP.examples())))
+    with pytest.raises(RecipeError, match=r"unknown op 'mixed_conv2d'; found ops: .*sliced_depthwise2d"):
+        ops.choose_forms(program, EXECUTORCH, {"mixed_conv2d": "x"})
+
+
+def test_only_ops_that_the_program_calls_get_a_form():
+    program, _ = capture(OP, next(iter(OP.examples())))
+    chosen = ops.choose_forms(program, EXECUTORCH, {})
+    assert {op.name: form.name for op, form in chosen.items()} == {"sliced_depthwise2d": "resize_shift_mac"}
+    plain = torch.export.export(nn.Conv2d(3, 3, 1), (torch.zeros(1, 3, 2, 4),))
+    assert ops.choose_forms(plain, EXECUTORCH, {}) == {}
+    assert ops.expand(plain, {}, "before_quantize") is plain

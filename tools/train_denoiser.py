@@ -1,0 +1,118 @@
+"""Train a denoiser on a folder of images: safetensors and a training card out; resumes where it stopped.
+
+    python tools/train_denoiser.py IMAGES --validation IMAGES --out recipes/weights/mallenet-s.safetensors
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from edgedyn import metrics
+from edgedyn.models.mallenet import MalleNet
+from edgedyn.training.denoise import TrainingPlan, load_images, plan_card, train
+
+SIGMAS = (15, 25, 50)
+
+
+def main(
+    images: Annotated[Path, typer.Argument(help="folder of training images")],
+    validation: Annotated[Path, typer.Option(help="folder of images to measure the PSNR on, disjoint")],
+    out: Annotated[Path, typer.Option(help="weights, .safetensors; the card is written beside")],
+    width: Annotated[str, typer.Option(help="s, m, l, xl")] = "s",
+    colors: Annotated[int, typer.Option(help="3 or 1")] = 3,
+    steps: int = 10000,
+    batch: int = 8,
+    patch: int = 64,
+    learning_rate: float = 1e-3,
+    freeze_norms: int = 2000,
+    seed: int = 0,
+    fast: Annotated[bool, typer.Option(help="bfloat16 and torch.compile; needs a C++ compiler")] = True,
+    checkpoint: Annotated[Path | None, typer.Option(help="default: beside --out, .resume.pt")] = None,
+    threads: int = 2,
+) -> None:
+    torch.set_num_threads(threads)
+    plan = TrainingPlan(
+        steps=steps,
+        batch=batch,
+        patch=patch,
+        learning_rate=learning_rate,
+        freeze_norms=freeze_norms,
+        seed=seed,
+        bfloat16=fast,
+        compile=fast,
+    )
+    training = load_images(images, gray=colors == 1)
+    held_out = load_images(validation, gray=colors == 1)
+    torch.manual_seed(seed)
+    network = MalleNet(width, colors=colors)
+    with _bar(plan.steps) as report:
+        model, seconds = train(
+            network, training, plan, checkpoint or out.with_suffix(".resume.pt"), report=report
+        )
+    card = {
+        "network": f"MalleNet({width!r}, colors={colors})",
+        "data": {"folder": images.name, "images": len(training)},
+        "noise": "white Gaussian, unclipped, sigma uniform in plan.sigma (0..255 scale), blind",
+        "plan": plan_card(plan),
+        "seconds": round(seconds),
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {threads} threads",
+        "versions": {"python": platform.python_version(), "torch": torch.__version__},
+        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "psnr_db": {
+            "set": validation.name,
+            "images": len(held_out),
+            **{f"sigma={sigma}": measure(model, held_out, sigma) for sigma in SIGMAS},
+        },
+    }
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out)
+    out.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
+    print(json.dumps(card["psnr_db"]))
+
+
+def measure(model: nn.Module, images: list[Tensor], sigma: float) -> float:
+    """Return the mean PSNR over whole images with seeded unclipped noise; in float32."""
+    values = []
+    for index, image in enumerate(images):
+        truth = image[None].float() / 255
+        generator = torch.Generator().manual_seed(index)
+        noisy = truth + sigma / 255 * torch.randn(truth.shape, generator=generator)
+        with torch.no_grad():
+            values.append(metrics.psnr_db(model(noisy).numpy(), truth.numpy()))
+    return round(sum(values) / len(values), 3)
+
+
+@contextmanager
+def _bar(steps: int) -> Iterator[Callable[[int, float, nn.Module], None]]:
+    """Show a bar on a terminal, and a line every 100 steps elsewhere."""
+    recent: list[float] = []
+    bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    task = bar.add_task("train", total=steps)
+
+    def report(step: int, loss: float, averaged: nn.Module) -> None:
+        recent.append(loss)
+        del recent[:-100]
+        mean = sum(recent) / len(recent)
+        bar.update(task, completed=step + 1, description=f"loss {mean:.5f}")
+        if (step + 1) % 100 == 0 and not sys.stderr.isatty():
+            print(step + 1, f"{mean:.5f}", flush=True)
+
+    with bar:
+        yield report
+
+
+if __name__ == "__main__":
+    typer.run(main)
