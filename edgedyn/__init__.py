@@ -1,1 +1,32 @@
-"""edgedyn."""
+"""edgedyn: deploy PyTorch networks with dynamic layers to phones and Jetsons, every step measured.
+
+Public names are imported when they are used: ``import edgedyn`` imports neither torch nor any target.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edgedyn.bundle import open_bundle
+    from edgedyn.layers import canonicalize
+    from edgedyn.pipeline import build
+    from edgedyn.recipe import load_recipe
+    from edgedyn.session import open_session
+
+__version__ = "0.1.0"
+__all__ = ["build", "canonicalize", "load_recipe", "open_bundle", "open_session"]
+_HOMES = {
+    "build": "edgedyn.pipeline",
+    "canonicalize": "edgedyn.layers",
+    "load_recipe": "edgedyn.recipe",
+    "open_bundle": "edgedyn.bundle",
+    "open_session": "edgedyn.session",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edgedyn' has no attribute {name!r}; it has {', '.join(__all__)}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,9 +1,10 @@
 """Image sets with a noise model: what INT8 is calibrated on, and what everything is validated on.
 
-    noisy = clean + sigma / 255 * n,  n ~ N(0, 1), clipped to [0, 1] only where the manifest says ``clip: true``
+    noisy = clean + sigma / 255 * n,  n ~ N(0, 1), clipped to [0, 1] only where the manifest says
+    ``clip: true``
 
-A manifest (``calib/<set>.yaml``) names each file with its sha256. The clipping rule is explicit, because a network
-trained on clipped noise collapses on unclipped noise and the other way round.
+A manifest (``calib/<set>.yaml``) names each file with its sha256. The clipping rule is explicit, because a
+network trained on clipped noise collapses on unclipped noise and the other way round.
 """
 
 from __future__ import annotations
@@ -21,10 +22,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from edgedyn.errors import CalibrationError, ImageError
-from edgedyn.imaging import read_image
+from edgedyn.imaging import IMAGE_SUFFIXES, read_image
 from edgedyn.recipe import explain
-
-_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
 
 
 class NoiseSection(BaseModel):
@@ -45,7 +44,7 @@ class _File(BaseModel):
 
 
 class SetManifest(BaseModel):
-    """The YAML manifest; ``root`` is a folder relative to it, or ``package:NAME/folder`` of an installed package."""
+    """The YAML manifest; ``root`` is relative to it, or ``package:NAME/folder`` of an installed package."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
@@ -100,7 +99,8 @@ class CalibrationSet:
             truth = _crop(_pixels(path, shape[1]), shape[2], shape[3], rng)
             if truth.min() == truth.max():
                 raise CalibrationError(
-                    f"{path} is constant ({truth.min():.3f}) in the crop drawn from it; a set needs real images. "
+                    f"{path} is constant ({truth.min():.3f}) in the crop drawn from it; a set needs "
+                    f"real images. "
                     "Remove the file from the set."
                 )
             sigma = 0.0 if self.noise.kind == "none" else self.noise.sigma[index % len(self.noise.sigma)]
@@ -129,7 +129,7 @@ def open_set(path: Path) -> CalibrationSet:
         ) from error
     except ValidationError as error:
         raise CalibrationError(f"image set {path}: {explain(error, SetManifest)}") from error
-    except (yaml.YAMLError, TypeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         raise CalibrationError(
             f"image set {path} is not a manifest: {error}. See calib/skimage.yaml."
         ) from error
@@ -139,7 +139,8 @@ def open_set(path: Path) -> CalibrationSet:
         found = _sha256(file, path)
         if found != expected:
             raise CalibrationError(
-                f"image set {path}: {file.name} has sha256 {found}, the manifest says {expected}. Fetch the file "
+                f"image set {path}: {file.name} has sha256 {found}, the manifest says {expected}. "
+                f"Fetch the file "
                 "again, or write the new digest if you mean to use this one."
             )
     return CalibrationSet(
@@ -157,17 +158,19 @@ def refuse_overlap(calibration: CalibrationSet, validation: CalibrationSet) -> N
     shared = [f"{path.name} ({seen[digest].name})" for path, digest in validation.files if digest in seen]
     if shared:
         raise CalibrationError(
-            f"calibration set {calibration.name!r} and validation set {validation.name!r} share {len(shared)} files "
+            f"calibration set {calibration.name!r} and validation set {validation.name!r} share "
+            f"{len(shared)} files "
             f"(by content): {', '.join(shared[:5])}. Take them out of one set."
         )
 
 
 def _open_folder(path: Path) -> CalibrationSet:
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in _SUFFIXES and p.is_file())
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file())
     if not files:
         raise CalibrationError(
-            f"image folder {path} holds no image ({len(list(path.iterdir()))} other entries); expected files with a "
-            f"suffix of {', '.join(sorted(_SUFFIXES))}. Put images there or name another folder."
+            f"image folder {path} holds no image ({len(list(path.iterdir()))} other entries); "
+            f"expected files with a "
+            f"suffix of {', '.join(sorted(IMAGE_SUFFIXES))}. Put images there or name another folder."
         )
     hashed = tuple((file, _sha256(file, path)) for file in files)
     return CalibrationSet(path.name, "not stated", hashed, NoiseSection(), max(12, len(files)), 0)

@@ -1,7 +1,7 @@
 """The command line: verb first, recipe or bundle first. Results on stdout, progress on stderr.
 
-Exit codes: 0 ok, 1 a check failed, 2 wrong recipe or usage, 3 target or dependency not available here, 4 model or
-layer not supported, 5 calibration refused.
+Exit codes: 0 ok, 1 a check failed, 2 wrong recipe or usage, 3 target or dependency not available here,
+4 model or layer not supported, 5 calibration refused.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -85,7 +86,8 @@ def build(
         _print_rows(list(built.report.rows))
         latency = built.latency_ms
         _out.print(
-            f"\n{'ok' if built.report.ok else 'FAILED'}: {out}  ({built.bundle.precision}, {built.bundle.target})"
+            f"\n{'ok' if built.report.ok else 'FAILED'}: {out}  "
+            f"({built.bundle.precision}, {built.bundle.target})"
         )
         _out.print(
             f"one tile on this machine: {latency['median']:.1f} ms median of {latency['runs']:.0f} runs"
@@ -123,8 +125,8 @@ def inspect(recipe: RecipePath, overrides: Set = None, as_json: AsJson = False, 
         )
     _out.print(table)
     _out.print(
-        f"{found['parameters'] / 1e6:.2f} M parameters; {found['macs'] / 1e6:.0f} MMAC a tile of {found['shape']}, "
-        f"{found['generator_share']:.0%} of them generate kernels"
+        f"{found['parameters'] / 1e6:.2f} M parameters; {found['macs'] / 1e6:.0f} MMAC a tile of "
+        f"{found['shape']}, {found['generator_share']:.0%} of them generate kernels"
     )
 
 
@@ -333,7 +335,7 @@ def _print_rows(rows: list[Row]) -> None:
     for row in rows:
         limit = " ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in row.limit.items())
         word = "passed" if row.passed else "FAILED"
-        table.add_row(row.between, row.metric, f"{row.value:.4g}", limit, str(row.samples), word)
+        table.add_row(row.between, escape(row.metric), f"{row.value:.4g}", limit, str(row.samples), word)
     _out.print(table)
 
 
@@ -374,8 +376,12 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 def _quiet_libraries() -> Iterator[None]:
     """Keep the chatter of torch, torchao, NNCF and ExecuTorch off the terminal; errors still show."""
     logging.basicConfig(level=logging.ERROR)
-    for name in ("torchao", "nncf", "executorch", "torch"):
+    for name in ("torchao", "nncf", "executorch", "torch", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+if __name__ == "__main__":
+    main()

@@ -25,10 +25,12 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image
 
-from edgedyn.bundle import replace_file
 from edgedyn.errors import ImageError
+from edgedyn.files import replace_file
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
+# What counts as an image in a folder: also what is refused here, by its name rather than by passing it over.
+IMAGE_SUFFIXES = frozenset({*SUFFIXES, ".bmp", ".webp"})
 # Twice Pillow's MAX_IMAGE_PIXELS, where it raises DecompressionBombError: 2 GB as float32 RGB.
 MAX_PIXELS = 178_956_970
 

@@ -21,9 +21,10 @@ def inspect(recipe: Recipe, *, trust: bool = False) -> dict[str, Any]:
     """Return what a build would do; nothing is written.
 
     Returns:
-        ``layers``: a dictionary for each call of an op of ours, with ``path``, ``class``, ``paper``, ``primitive``,
-        ``form``, ``grid`` (gh, gw), ``generator_macs``, ``apply_macs``, ``grid_bytes``; then ``shape``,
-        ``parameters``, ``macs``, ``generator_share`` of the whole network. Multiply-adds are of one tile.
+        ``layers``: a dictionary for each call of an op of ours, with ``path``, ``class``, ``paper``,
+        ``primitive``, ``form``, ``grid`` (gh, gw), ``generator_macs``, ``apply_macs``, ``grid_bytes``; then
+        ``shape``, ``parameters``, ``macs``, ``generator_share`` of the whole network. Multiply-adds are of
+        one tile.
 
     Raises:
         EdgedynError: as ``pipeline.build`` would.
@@ -35,7 +36,7 @@ def inspect(recipe: Recipe, *, trust: bool = False) -> dict[str, Any]:
     forms = {op.overload: form for op, form in ops.choose_forms(program, target, recipe.forms).items()}
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     costs = {node: multiply_adds(node) for node in nodes if node.target in MULTIPLY_ADD_OPS}
-    layers = []
+    layers: list[dict[str, Any]] = []
     for node in nodes:
         if node.target not in forms:
             continue

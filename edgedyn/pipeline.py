@@ -7,11 +7,10 @@ Each line of ``build`` is a function of typed values and can be called alone.
 
 from __future__ import annotations
 
-import json
+import copy
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,15 +22,16 @@ from torch.export import ExportedProgram
 from edgedyn import ops, quantize, targets, validate
 from edgedyn.bundle import Bundle, refuse_existing, staging_folder, write_bundle
 from edgedyn.calibration import CalibrationSet, open_set, refuse_overlap
+from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
 from edgedyn.errors import CalibrationError, ModelError, RecipeError, TargetMissingError
 from edgedyn.layers import canonicalize
-from edgedyn.report import Picture, write_report
-from edgedyn.validate import Outputs, ValidationReport
+from edgedyn.report import write_report
+from edgedyn.validate import Outputs, Row, ValidationReport
 
 if TYPE_CHECKING:
     from edgedyn.calibration import Sample
     from edgedyn.recipe import Recipe
-    from edgedyn.targets import Artifact, Run, Target
+    from edgedyn.targets import Run, Target
 
 Progress = Callable[[str, int, int], None]
 _EXACT_SAMPLES = 2  # float64 comparison of whole networks; the rewrite does not depend on the image
@@ -103,9 +103,7 @@ def build(
         run = target.load(staging / artifact.files[0])
         progress("lower", 1, 1)
         outputs = run_samples(expanded, program, run, samples, recipe.precision, progress)
-        rows = validate.rewrite_rows(
-            reference, canonical, expanded, samples[:_EXACT_SAMPLES], recipe.limits.exact
-        )
+        rows = exactness_rows(reference, expanded, samples, recipe.limits.exact)
         rows += validate.arithmetic_rows(outputs, recipe.precision, recipe.limits)
         rows += validate.truth_rows(outputs, recipe.limits)
         rows += [validate.decision_row(expanded), *artifact.rows]
@@ -159,8 +157,8 @@ def load_sets(recipe: Recipe) -> tuple[CalibrationSet | None, list[Sample]]:
     if recipe.precision == "int8":
         if recipe.calibration is None:
             raise CalibrationError(
-                f"recipe {recipe.name!r} is INT8 and names no calibration set. Set calibration: to a manifest in "
-                "calib/ or a folder of images; random data is never used."
+                f"recipe {recipe.name!r} is INT8 and names no calibration set. Set calibration: to a "
+                "manifest in calib/ or a folder of images; random data is never used."
             )
         calibration = open_set(recipe.path(recipe.calibration))
         refuse_overlap(calibration, validation)
@@ -179,8 +177,8 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"torch.export cannot capture {type(model).__name__} for inputs "
-            f"{[tuple(x.shape) for x in inputs]}: {first}. A layer that branches on data needs a canonical form "
-            "(edgedyn list layers), or the input shape does not fit (input.shape)."
+            f"{[tuple(x.shape) for x in inputs]}: {first}. A layer that branches on data needs a canonical "
+            "form (edgedyn list layers), or the input shape does not fit (input.shape)."
         ) from error
 
 
@@ -205,6 +203,14 @@ def apply_precision(
         samples=drawn,
         progress=lambda done, total: progress("calibrate", done, total),
     )
+
+
+def exactness_rows(
+    reference: nn.Module, expanded: ExportedProgram, samples: list[Sample], limit: float
+) -> list[Row]:
+    """Prove the rewrite in float64: reference, canonical and expanded network on real images."""
+    wide = copy.deepcopy(reference).double()
+    return validate.rewrite_rows(wide, canonicalize(wide), expanded, samples[:_EXACT_SAMPLES], limit)
 
 
 def run_samples(
@@ -242,141 +248,3 @@ def time_runs(run: Run, x: np.ndarray, *, runs: int = 10, warm_up: int = 2) -> d
         if index >= warm_up:
             times.append((time.perf_counter() - start) * 1e3)
     return {"median": float(np.median(times)), "p95": float(np.percentile(times, 95)), "runs": runs}
-
-
-def write_vectors(staging: Path, outputs: Outputs, recipe: Recipe) -> None:
-    """Write the first and the noisiest sample, with what the quantized program makes of them."""
-    (staging / "vectors").mkdir()
-    dtype = recipe.input_spec().dtype
-    for name, index in _vector_indices(outputs).items():
-        np.save(staging / f"vectors/{name}.input.npy", outputs.samples[index].noisy.astype(dtype))
-        expected = outputs.quantized[index].transpose(2, 0, 1)[None]
-        np.save(staging / f"vectors/{name}.output.npy", np.ascontiguousarray(expected, dtype=dtype))
-
-
-def _vector_indices(outputs: Outputs) -> dict[str, int]:
-    noisiest = max(range(len(outputs.samples)), key=lambda i: outputs.samples[i].sigma)
-    return {"first": 0, "noisiest": noisiest}
-
-
-def describe(
-    recipe: Recipe,
-    artifact: Artifact,
-    forms: dict[ops.Op, ops.Form],
-    quantized: quantize.Quantized,
-    calibration: CalibrationSet | None,
-    outputs: Outputs,
-    latency_ms: dict[str, float],
-) -> dict[str, Any]:
-    """Assemble the manifest; files and digests of files are added when the bundle is written."""
-    spec = recipe.input_spec()
-    facts: dict[str, Any] = {**artifact.facts, "latency_ms": latency_ms}
-    if calibration is not None:
-        facts["int8_mac_share"] = quantized.int8_mac_share
-        facts["float_nodes"] = list(quantized.float_nodes)
-        facts["calibration"] = {
-            "set": calibration.name,
-            "licence": calibration.licence,
-            "images": len(calibration.files),
-            "samples": calibration.samples,
-            "noise": calibration.noise.model_dump(),
-            "engine": recipe.quantize.engine,
-            "bias_correction": recipe.quantize.bias_correction
-            if recipe.quantize.engine == "nncf"
-            else "none",
-        }
-    vectors = []
-    for name, index in _vector_indices(outputs).items():
-        # another CPU, compiler or GPU rounds otherwise: twice what this runtime was off, at least 1/4 of a level
-        seen = float(np.abs(outputs.device[index] - outputs.quantized[index]).max())
-        tolerance = max(2 * seen, 0.25 / 255)
-        vectors.append(
-            {
-                "input": f"vectors/{name}.input.npy",
-                "output": f"vectors/{name}.output.npy",
-                "max_abs": tolerance,
-            }
-        )
-    return {
-        "format": 1,
-        "name": recipe.name,
-        "edgedyn": version("edgedyn"),
-        "target": recipe.target,
-        "precision": recipe.precision,
-        "program": artifact.files[0],
-        "inputs": [{**asdict(spec), "shape": list(spec.shape)}],
-        "outputs": [{**asdict(replace(spec, name="output")), "shape": list(spec.shape)}],
-        "forms": {op.name: form.name for op, form in forms.items()},
-        "tile": {"overlap": recipe.tile.overlap},
-        "versions": {
-            name: version(name) for name in ("torch", "executorch", "torchao", "nncf", "onnx", "numpy")
-        },
-        "digests": {
-            "recipe": recipe.digest(),
-            "weights": recipe.weights_digest(),
-            "calibration": calibration.digest() if calibration else "",
-        },
-        "facts": facts,
-        "vectors": vectors,
-    }
-
-
-def write_texts(
-    staging: Path,
-    recipe: Recipe,
-    report: ValidationReport,
-    quantized: quantize.Quantized,
-    calibration: CalibrationSet | None,
-    latency_ms: dict[str, float],
-) -> None:
-    """Write the recipe, the rows and the calibration table, for people and programs."""
-    (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    rows = {"ok": report.ok, "rows": [row.to_json() for row in report.rows], "latency_ms": latency_ms}
-    _write_json(staging / "report.json", rows)
-    table: dict[str, Any] = {"set": None, "tensors": []}
-    if calibration is not None:
-        table = {
-            "set": calibration.name,
-            "digest": calibration.digest(),
-            "files": [{"name": path.name, "sha256": digest} for path, digest in calibration.files],
-            "tensors": list(quantized.table),
-        }
-    _write_json(staging / "calibration.json", table)
-
-
-def _write_json(path: Path, values: object) -> None:
-    path.write_text(json.dumps(_plain(values), indent=1) + "\n", encoding="utf-8")
-
-
-def _plain(values: Any) -> Any:
-    """Replace numbers that JSON does not have by text."""
-    if isinstance(values, dict):
-        return {key: _plain(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_plain(value) for value in values]
-    if isinstance(values, float) and not np.isfinite(values):
-        return str(values)
-    return values
-
-
-def choose_pictures(outputs: Outputs, most: int = 3) -> list[Picture]:
-    """Choose a sample of each noise level, from different images where the set has them."""
-    chosen: dict[float, int] = {}
-    sources: set[str] = set()
-    for index, sample in enumerate(outputs.samples):
-        if sample.sigma not in chosen and (sample.source not in sources or len(sources) >= most):
-            chosen[sample.sigma] = index
-            sources.add(sample.source)
-    for index, sample in enumerate(outputs.samples):
-        chosen.setdefault(sample.sigma, index)
-    return [
-        Picture(
-            caption=outputs.samples[i].source,
-            sigma=sigma,
-            noisy=outputs.samples[i].noisy[0].transpose(1, 2, 0),
-            float_=outputs.expanded[i],
-            device=outputs.device[i],
-            truth=outputs.samples[i].truth[0].transpose(1, 2, 0),
-        )
-        for sigma, i in sorted(chosen.items())[:most]
-    ]

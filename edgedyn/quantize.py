@@ -2,17 +2,22 @@
 
     x -> Q/DQ -> conv(int8 weights, one scale a channel) [-> Q/DQ -> PReLU -> Q/DQ -> conv ...] -> float adds
 
-Only convolutions and linear layers are INT8, with the PReLU between them where the runtime keeps it so. Residual sums,
-products of two activations, generated kernels and slicing stay float: the residual stream is where an 8-bit step would
-be paid at every block, and a feature map that leaves a quantized chain for two consumers makes XNNPACK fail at run
-time ("Propagating input shapes failed", executorch 1.5.1). Each consumer therefore gets its own Q/DQ pair.
+Only convolutions and linear layers are INT8, with the PReLU between them where the runtime keeps it so.
+Residual sums, products of two activations, generated kernels and slicing stay float: the residual stream is
+where an 8-bit step would be paid at every block. Each reader of a quantized feature map gets its own
+dequantize.
 """
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import fnmatch
+import io
+import itertools
+import logging
 import math
-import operator
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +27,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from edgedyn.errors import CalibrationError, RecipeError
+from edgedyn.quantized_graph import center, separate_readers, unshare_constants
 from edgedyn.recipe import QuantizeSection
 from edgedyn.targets import Int8Scheme
 
@@ -42,6 +48,28 @@ _KEPT_FLOAT = {
     "avg_pool2d": "its input is a float stream",
     "batch_norm": "could not be folded into a convolution",
 }
+_KEPT_BY_RECIPE = "kept in float by the recipe (quantize.keep_float)"
+_NO_RULE = "no INT8 rule for this operator"
+# operators that are no view of their input and yet compute nothing
+_MOVES_ONLY = {
+    "_to_copy",
+    "_unsafe_view",
+    "channel_shuffle",
+    "clone",
+    "detach",
+    "dropout",
+    "flip",
+    "full_like",
+    "lift_fresh_copy",
+    "ones_like",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "repeat",
+    "repeat_interleave",
+    "roll",
+    "tile",
+    "zeros_like",
+}
 
 
 @dataclass(frozen=True)
@@ -50,7 +78,7 @@ class Quantized:
 
     Attributes:
         program: BatchNorm folded; INT8 as ``quantized_decomposed`` Q/DQ pairs, half, or float32.
-        int8_mac_share: multiply-adds of convolutions and linear layers that run in INT8, divided by all of them.
+        int8_mac_share: multiply-adds of convolutions and linear layers that run in INT8, as a share of all.
         float_nodes: ``{"node", "count", "reason"}`` of what stays float.
         table: a row a quantized tensor: name, scale, zero point.
     """
@@ -75,7 +103,8 @@ def to_float(program: ExportedProgram, inputs: tuple[Tensor, ...], precision: st
     """Return the folded program in float32 or float16."""
     module: nn.Module = fold(program)
     if precision == "fp16":
-        module, inputs = module.half(), tuple(x.half() for x in inputs)
+        # a copy: the program shares its tensors with the module, and .half() would change both
+        module, inputs = copy.deepcopy(module).half(), tuple(x.half() for x in inputs)
     return Quantized(torch.export.export(module, inputs))
 
 
@@ -107,13 +136,15 @@ def to_int8(
             "there are no calibration samples; INT8 needs at least one image. Mend the set."
         )
     module = fold(program)
-    _unshare_constants(module)
+    unshare_constants(module, MULTIPLY_ADD_OPS)
     macs = {node.name: multiply_adds(node) for node in module.graph.nodes if node.target in MULTIPLY_ADD_OPS}
     quantizer = make_quantizer(scheme, _matching(module, section.keep_float))
     convert = {"torchao": _convert_torchao, "nncf": _convert_nncf}[section.engine]
     with torch.no_grad():
         converted = convert(module, quantizer, section, samples, progress)
-    _separate_readers(converted)
+    if scheme.symmetric:
+        center(converted)
+    separate_readers(converted)
     share, float_nodes, table = _account(converted, macs)
     return Quantized(torch.export.export(converted, inputs), share, float_nodes, table)
 
@@ -132,14 +163,14 @@ def _matching(module: fx.GraphModule, patterns: Sequence[str]) -> frozenset[fx.N
         if not fnmatch.filter(layers.values(), pattern):
             near = ", ".join(list(layers.values())[:8])
             raise RecipeError(
-                f"quantize.keep_float: {pattern!r} matches no layer; found {len(layers)} convolutions and linear "
-                f"layers, the first are {near}. Use a dotted path; * matches any part."
+                f"quantize.keep_float: {pattern!r} matches no layer; found {len(layers)} convolutions and "
+                f"linear layers, the first are {near}. Use a dotted path; * matches any part."
             )
     return frozenset(n for n, path in layers.items() if any(fnmatch.fnmatch(path, p) for p in patterns))
 
 
 def make_quantizer(scheme: Int8Scheme, keep_float: frozenset[fx.Node] = frozenset()) -> Any:
-    """Make the PT2E quantizer of a scheme: int8 activations by tensor, int8 weights by channel, symmetric weights."""
+    """Make the PT2E quantizer of a scheme: int8 activations by tensor, symmetric int8 weights by channel."""
     from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
@@ -205,78 +236,23 @@ def _convert_nncf(
     from nncf.experimental.torch.fx import quantize_pt2e
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
 
-    return quantize_pt2e(  # type: ignore[no-any-return]
-        module,
-        quantizer,
-        nncf.Dataset(list(samples), lambda sample: sample[0] if len(sample) == 1 else sample),
-        subset_size=len(samples),
-        fast_bias_correction={"fast": True, "full": False, "none": None}[section.bias_correction],
-        activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
-    )
+    reads = itertools.count(1)
 
+    def read(sample: tuple[Tensor, ...]) -> Tensor | tuple[Tensor, ...]:
+        progress(min(next(reads), len(samples)), len(samples))
+        return sample[0] if len(sample) == 1 else sample
 
-def _unshare_constants(module: fx.GraphModule) -> None:
-    """Give every convolution and linear layer its own weight and bias, also where the network calls a layer twice.
-
-    XNNPACK keeps a shared bias in the steps of its first reader, silently wrong at the second (executorch 1.5.1), and
-    NNCF quantizes a shared weight at one place only (3.4).
-    """
-    seen: set[str] = set()
-    for node in [n for n in module.graph.nodes if n.target in MULTIPLY_ADD_OPS]:
-        for index, constant in enumerate(node.args[1:3], start=1):
-            if isinstance(constant, fx.Node) and constant.op == "get_attr" and constant.target in seen:
-                name = f"{str(constant.target).replace('.', '_')}_of_{node.name}"
-                module.register_buffer(name, operator.attrgetter(str(constant.target))(module).detach().clone())
-                with module.graph.inserting_before(node):
-                    copied = module.graph.get_attr(name)
-                copied.meta = dict(constant.meta)
-                node.update_arg(index, copied)
-            elif isinstance(constant, fx.Node):
-                seen.add(str(constant.target))
-    module.recompile()
-
-
-def _separate_readers(module: fx.GraphModule) -> None:
-    """Give every reader its own dequantize; no number changes.
-
-    XNNPACK (executorch 1.5.1) changes the layout of a dequantize for one reader and hands the result to all ("Propagating
-    input shapes failed"). It also makes a pad between a dequantize and a float reader half quantized ("Failed to create
-    StaticConstantPad node"), unless a quantize follows.
-    """
-    dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
-    for node in list(module.graph.nodes):
-        if _is_zero_pad(node) and node.args[0].target is dequantize:
-            _quantize_again(module, node)
-    for node in [n for n in module.graph.nodes if n.target is dequantize]:
-        for reader in list(node.users)[1:]:
-            with module.graph.inserting_before(reader):
-                reader.replace_input_with(node, module.graph.node_copy(node))
-    module.recompile()
-
-
-def _is_zero_pad(node: fx.Node) -> bool:
-    rest = [arg for arg in node.args[2:] if arg not in ("constant", None, 0)]
-    return node.target in (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default) and not rest
-
-
-def _quantize_again(module: fx.GraphModule, pad: fx.Node) -> None:
-    """Follow a pad by a Q/DQ pair of its input's step, unless all its readers quantize.
-
-    Exact: zero and the padded values lie on that grid.
-    """
-    pair = torch.ops.quantized_decomposed
-    readers = [user for user in pad.users if user.target is not pair.quantize_per_tensor.default]
-    if not readers:
-        return
-    step = pad.args[0].args[1:]  # type: ignore[union-attr]
-    with module.graph.inserting_after(pad):
-        quantized = module.graph.call_function(pair.quantize_per_tensor.default, (pad, *step))
-    with module.graph.inserting_after(quantized):
-        dequantized = module.graph.call_function(pair.dequantize_per_tensor.default, (quantized, *step))
-    for node in (quantized, dequantized):
-        node.meta = dict(pad.meta)
-    for reader in readers:
-        reader.replace_input_with(pad, dequantized)
+    nncf.set_log_level(logging.ERROR)
+    # its progress bars; standard output is the command's result
+    with contextlib.redirect_stdout(io.StringIO()):
+        return quantize_pt2e(  # type: ignore[no-any-return]
+            module,
+            quantizer,
+            nncf.Dataset(list(samples), read),
+            subset_size=len(samples),
+            fast_bias_correction={"fast": True, "full": False, "none": None}[section.bias_correction],
+            activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX,
+        )
 
 
 def _account(
@@ -284,26 +260,36 @@ def _account(
 ) -> tuple[float, tuple[dict[str, object], ...], tuple[dict[str, object], ...]]:
     """Measure the INT8 share of multiply-adds, list what stays float, and read the scales."""
     total = quantized = 0
-    kept: dict[tuple[str, str], int] = {}
+    kept: Counter[tuple[str, str]] = Counter()
     table = []
     for node in module.graph.nodes:
-        if node.op != "call_function":
-            continue
-        name = str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
         if node.target in MULTIPLY_ADD_OPS:
             is_int8 = all("dequantize" in str(a.target) for a in node.args[:2])
             total, quantized = total + macs[node.name], quantized + macs[node.name] * is_int8
             if not is_int8:
-                key = (module_path(node) or node.name, "kept in float by the recipe (quantize.keep_float)")
-                kept[key] = kept.get(key, 0) + 1
-        elif name in _KEPT_FLOAT:
-            kept[(name, _KEPT_FLOAT[name])] = kept.get((name, _KEPT_FLOAT[name]), 0) + 1
-        elif name.startswith("quantize_per_tensor"):
+                kept[module_path(node) or node.name, _KEPT_BY_RECIPE] += 1
+        elif name := _float_operator(node):
+            kept[name, _KEPT_FLOAT.get(name, _NO_RULE)] += 1
+        elif str(node.target).startswith("quantized_decomposed.quantize_per_tensor"):
             table.append(
                 {"tensor": str(node.args[0]), "scale": float(node.args[1]), "zero_point": int(node.args[2])}
             )
     rows = tuple({"node": node, "count": count, "reason": reason} for (node, reason), count in kept.items())
     return (quantized / total if total else 0.0), rows, tuple(table)
+
+
+def _float_operator(node: fx.Node) -> str | None:
+    """Return the name of the operator that a node computes in float, or None where it only moves values."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "quantized_decomposed":
+        return None
+    if target.is_view or not target._schema.returns or not node.all_input_nodes:
+        return None  # an alias of its input, an assertion, a constant
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return None
+    name = target._schema.name.partition("::")[2].removesuffix("_")  # relu_ works in place
+    return None if name in _MOVES_ONLY else name
 
 
 def multiply_adds(node: fx.Node) -> int:

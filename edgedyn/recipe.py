@@ -1,7 +1,7 @@
 """The recipe: what is built, from which weights and images, for which target, within which limits.
 
-A recipe is a YAML file named ``<model>.<target>.<precision>.yaml``; paths in it are relative to the file. Unknown keys
-and wrong types are refused, the nearest known key is named.
+A recipe is a YAML file named ``<model>.<target>.<precision>.yaml``; paths in it are relative to the file.
+Unknown keys and wrong types are refused, the nearest known key is named.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgedyn.errors import RecipeError
 from edgedyn.tensors import TensorSpec
@@ -71,7 +71,9 @@ class LimitSection(_Section):
 
     exact: float = Field(default=1e-12, description="float64 rewrite error, relative to the largest output")
     drop_db: float = Field(default=0.25, description="PSNR that the deployed precision may cost")
-    device_levels: float = Field(default=0.25, description="mean |device - program|, 8-bit grey levels")
+    device_levels: float = Field(
+        default=0.25, description="fp32, fp16: mean |device - program|, 8-bit grey levels"
+    )
 
 
 class Recipe(_Section):
@@ -90,6 +92,18 @@ class Recipe(_Section):
     tile: TileSection = TileSection()
     folder: str = "."
 
+    @model_validator(mode="after")
+    def _shape_and_overlap_fit(self) -> Recipe:
+        shape, overlap = self.input.shape, self.tile.overlap
+        if shape[0] != 1 or shape[1] not in (1, 3) or min(shape) < 1:
+            raise ValueError(f"input.shape is {shape}; expected [1, C, H, W] with C 1 or 3")
+        if overlap >= min(shape[2:]):
+            raise ValueError(
+                f"tile.overlap {overlap} leaves nothing of a tile of {shape[2:]}; expected less than "
+                f"{min(shape[2:])}"
+            )
+        return self
+
     def path(self, name: str) -> Path:
         """Resolve a path of the recipe."""
         return Path(self.folder, name)
@@ -97,7 +111,8 @@ class Recipe(_Section):
     def to_yaml(self) -> str:
         """Return the whole recipe, defaults included, as YAML."""
         values = self.model_dump(exclude={"folder"})
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+        text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
+        return text
 
     def digest(self) -> str:
         """Return the sha256 of the recipe's values."""
@@ -130,8 +145,8 @@ class Recipe(_Section):
             inspect.signature(network).bind(**self.model.arguments)
         except TypeError as error:
             raise RecipeError(
-                f"model.arguments {sorted(self.model.arguments)} do not fit {self.model.network!r}: {error}; expected "
-                f"{inspect.signature(network)}. Mend the recipe."
+                f"model.arguments {sorted(self.model.arguments)} do not fit {self.model.network!r}: {error}; "
+                f"expected {inspect.signature(network)}. Mend the recipe."
             ) from error
         model = network(**self.model.arguments)
         if self.model.weights is not None:
@@ -160,8 +175,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         path: YAML file.
-        overrides: ``dotted.key=value`` items; the value is YAML. A relative path given here starts at the working
-            directory, unlike one in the file.
+        overrides: ``dotted.key=value`` items; the value is YAML. A relative path given here starts at the
+            working directory, unlike one in the file.
 
     Raises:
         RecipeError: for a missing or unreadable file, an unknown key (the nearest is named) or a wrong type.
@@ -170,7 +185,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(
-            f"recipe {path} cannot be read ({error.strerror}); expected a YAML file. See: edgedyn list recipes."
+            f"recipe {path} cannot be read ({error.strerror}); expected a YAML file. "
+            "See: edgedyn list recipes."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(
@@ -205,7 +221,9 @@ def _override(values: dict[str, Any], override: str) -> None:
     try:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise RecipeError(f"--set {override!r}: the value is not YAML. Quote it, or close its brackets.") from error
+        raise RecipeError(
+            f"--set {override!r}: the value is not YAML. Quote it, or close its brackets."
+        ) from error
     if key in _PATH_KEYS and isinstance(value, str):
         value = str(Path(value).absolute())
     for part in parts[:-1]:
@@ -229,6 +247,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
         return f"unknown key {where!r}; {hint}Known here: {', '.join(known)}.{more}"
     if problem["type"] == "missing":
         return f"the key {where!r} is missing. Add it.{more}"
+    if not where:  # a rule over several values
+        return f"{problem['msg']}. Mend these values.{more}"
     return f"{where} is {problem['input']!r}: {problem['msg']}. Mend this value.{more}"
 
 

@@ -36,7 +36,8 @@ def load_weights(model: nn.Module, path: Path, *, sha256: str | None = None, tru
     found = hashlib.sha256(path.read_bytes()).hexdigest()
     if sha256 is not None and found != sha256:
         raise WeightsError(
-            f"weights {path} have sha256 {found}; the recipe expects {sha256}. Fetch the file again, or change "
+            f"weights {path} have sha256 {found}; the recipe expects {sha256}. Fetch the file again, "
+            f"or change "
             "model.sha256 if you mean to deploy these."
         )
     state = _read(path, trust=trust)
@@ -45,7 +46,8 @@ def load_weights(model: nn.Module, path: Path, *, sha256: str | None = None, tru
     ]
     if broken:
         raise WeightsError(
-            f"weights {path} hold NaN or infinity in {len(broken)} tensors, the first is {broken[0]!r}; expected "
+            f"weights {path} hold NaN or infinity in {len(broken)} tensors, the first is "
+            f"{broken[0]!r}; expected "
             "finite numbers. Take an earlier checkpoint."
         )
     _fit(model, state, path)
@@ -55,7 +57,8 @@ def _read(path: Path, *, trust: bool) -> dict[str, Tensor]:
     if path.suffix.lower() in _PICKLES or _looks_pickled(path):
         if not trust:
             raise WeightsError(
-                f"weights {path} are a pickle, which can run code when it is loaded; expected safetensors. Convert it "
+                f"weights {path} are a pickle, which can run code when it is loaded; expected "
+                f"safetensors. Convert it "
                 "with safetensors.torch.save_file, or pass --trust if you know where it is from."
             )
         try:
@@ -80,7 +83,7 @@ def _read(path: Path, *, trust: bool) -> dict[str, Tensor]:
 
 
 def _looks_pickled(path: Path) -> bool:
-    """Whether a file starts as a pickle or is a zip; one safetensors header in 256 also starts with byte 0x80."""
+    """Tell a pickle or a zip by its start; one safetensors header in 256 also starts with byte 0x80."""
     with path.open("rb") as file:
         start = file.read(9)  # safetensors: 8 bytes of length, then JSON
     return (start[:1] == b"\x80" and start[8:] != b"{") or zipfile.is_zipfile(path)
@@ -94,7 +97,8 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         first = wrong[0] if wrong else (missing or extra)[0]
         shapes = f", {tuple(state[first].shape)} against {tuple(own[first].shape)}" if wrong else ""
         raise WeightsError(
-            f"weights {path} do not fit {type(model).__name__}: {len(missing)} keys missing, {len(extra)} unknown, "
+            f"weights {path} do not fit {type(model).__name__}: {len(missing)} keys missing, "
+            f"{len(extra)} unknown, "
             f"{len(wrong)} of another shape, the first is {first!r}{shapes}. Check model.arguments."
         )
     model.load_state_dict(state)

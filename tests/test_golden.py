@@ -22,8 +22,8 @@ from edgedyn.layers.malleconv import (
 from edgedyn.ops.sliced_depthwise2d import sliced_depthwise2d
 
 FILES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
-# Both sides are float64 and differ by the order of summation only: at most 8 * 9 + 12 products of a chain of six
-# layers, each rounded at 1.1e-16 relative to a largest output that cancels at most a hundredfold.
+# Both sides are float64 and differ by the order of summation only: at most 8 * 9 + 12 products of a chain of
+# six layers, each rounded at 1.1e-16, relative to a largest output that cancels at most a hundredfold.
 EXACT = 1e-12
 
 
@@ -59,11 +59,11 @@ def depth_first(grid: Tensor) -> Tensor:
 
 
 def smoothing(*, depth: int) -> float:
-    """Bound what HDRNet's sqrt(d^2 + 1e-8) in place of |d| does to one sliced value, relative to the largest cell.
+    """Bound what HDRNet's sqrt(d^2 + 1e-8) for |d| does to a sliced value, relative to the largest cell.
 
-    The root exceeds |d| by at most 1e-4, at d = 0, and by 1e-8 / (2 |d|) farther away. A weight max(1 - root, 0) thus
-    falls by at most 1e-4, and a pixel reads at most two cells of the depth axis; when d = 0 at the one, d = 1 at the
-    other, which then adds 5e-9. In between both lose 1e-8 / (2 d) and 1e-8 / (2 (1 - d)), less than 1e-4 together.
+    The root exceeds |d| by at most 1e-4, at d = 0, and by 1e-8 / (2 |d|) farther away. A weight max(1 - root,
+    0) thus falls by at most 1e-4, and a pixel reads at most two cells of the depth axis; when d = 0 at the
+    one, d = 1 at the other, which then adds 5e-9. In between both lose less together.
     """
     return 1e-4 + (5e-9 if depth > 1 else 0.0)
 
@@ -115,7 +115,9 @@ def check_affine(golden: Golden) -> None:
     coefficients, x = nchw(golden.inputs["coefficients"]), nchw(golden.inputs["feature"])
     y = affine_slice(coefficients, x, golden.call["gz"])
     terms = x.abs().max().item() + 1
-    assert_within(nhwc(y), golden, smoothing(depth=golden.call["gz"]) * coefficients.abs().max().item() * terms)
+    assert_within(
+        nhwc(y), golden, smoothing(depth=golden.call["gz"]) * coefficients.abs().max().item() * terms
+    )
 
 
 RULES = {

@@ -86,7 +86,9 @@ class Nested(nn.Module):
         super().__init__()
         shared = disturb(AffineMalleConv(4, 4, 2))
         self.first = shared
-        self.body = nn.Sequential(nn.Conv2d(4, 4, 1), nn.ModuleDict({"deep": disturb(MalleConv(4, 4, scale=2))})["deep"])
+        self.body = nn.Sequential(
+            nn.Conv2d(4, 4, 1), nn.ModuleDict({"deep": disturb(MalleConv(4, 4, scale=2))})["deep"]
+        )
         self.last = nn.Sequential(nn.Identity(), nn.Sequential(shared))
 
     def forward(self, x):
@@ -161,7 +163,9 @@ def test_find_dynamic_gives_dotted_paths_and_papers():
 def test_training_mode_is_refused_with_the_first_module():
     model = make_nested()
     model.body[1].train()
-    with pytest.raises(ModelError, match=r"training mode \(body\.1 and \d+ more modules\).*model\.eval\(\)") as caught:
+    with pytest.raises(
+        ModelError, match=r"training mode \(body\.1 and \d+ more modules\).*model\.eval\(\)"
+    ) as caught:
         canonicalize(model)
     assert caught.value.exit_code == 4
 
@@ -174,8 +178,10 @@ def test_hooks_are_refused_with_the_path(register):
         canonicalize(model)
 
 
-@pytest.mark.parametrize("arguments", [{"in_channel": 3}, {"in_channel": 8, "groups": 3}], ids=["few", "indivisible"])
+@pytest.mark.parametrize(
+    "arguments", [{"in_channel": 3}, {"in_channel": 8, "groups": 3}], ids=["few", "indivisible"]
+)
 def test_malleconv_refuses_widths_that_cannot_be_split(arguments):
-    text = f"in_channel={arguments['in_channel']}, groups={arguments.get('groups', 1)}; it needs at least 4 channels"
-    with pytest.raises(ModelError, match=text):
+    found = f"in_channel={arguments['in_channel']}, groups={arguments.get('groups', 1)}"
+    with pytest.raises(ModelError, match=f"{found}; it needs at least 4 channels"):
         MalleConv(out_channel=4, **arguments)

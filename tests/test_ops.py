@@ -87,7 +87,12 @@ def test_oracle_equals_the_formula_at_single_pixels(op, args):
         rows, columns = lerp(cells, py, h, gh), lerp(cells, px, w, gw)
         return sum(wy * wx * cells[i, j].item() for i, wy in rows for j, wx in columns)
 
-    for bi, ci, py, px in [(0, 0, 0, 0), (b - 1, c - 1, h - 1, w - 1), (0, c - 1, h // 2, 0), (1, 1, 1, w - 2)]:
+    for bi, ci, py, px in [
+        (0, 0, 0, 0),
+        (b - 1, c - 1, h - 1, w - 1),
+        (0, c - 1, h // 2, 0),
+        (1, 1, 1, w - 2),
+    ]:
         share = c // filters
         total = 0.0
         for tap in range(side**2):
@@ -129,7 +134,7 @@ def test_out_variant_writes_what_the_op_returns(op, args):
 
 @every_case
 def test_registration_passes_opcheck(op, args):
-    """Schema and fake; the op has no autograd formula: canonical modules are deployed, references are trained."""
+    """Schema and fake; there is no autograd formula: references are trained, canonical modules deployed."""
     torch.library.opcheck(op.overload, args, test_utils=("test_schema", "test_faketensor"))
 
 
@@ -224,7 +229,9 @@ def test_op_without_any_possible_form_is_refused():
 
 
 def test_unknown_form_lists_the_known_ones():
-    with pytest.raises(RecipeError, match=r"'fused'.*found forms: resize_shift_mac, onnx_node\. Mend forms\."):
+    with pytest.raises(
+        RecipeError, match=r"'fused'.*found forms: resize_shift_mac, onnx_node\. Mend forms\."
+    ):
         ops.choose_form(OP, EXECUTORCH, "fused")
 
 

@@ -23,8 +23,8 @@ SMALLEST = {
 }
 
 
-def write(folder: Path, **changes) -> Path:
-    path = folder / "net.executorch.int8.yaml"
+def write(where: Path, /, **changes) -> Path:
+    path = where / "net.executorch.int8.yaml"
     path.write_text(yaml.safe_dump({**SMALLEST, **changes}), encoding="utf-8")
     return path
 
@@ -40,7 +40,11 @@ def test_name_folder_and_defaults_come_from_the_file(tmp_path):
     recipe = load_recipe(write(tmp_path))
     assert recipe.name == "net.executorch.int8"
     assert recipe.path("photos") == tmp_path / "photos"
-    assert (recipe.quantize.engine, recipe.quantize.bias_correction, recipe.tile.overlap) == ("nncf", "fast", 32)
+    assert (recipe.quantize.engine, recipe.quantize.bias_correction, recipe.tile.overlap) == (
+        "nncf",
+        "fast",
+        32,
+    )
     assert recipe.calibration is None
 
 
@@ -61,7 +65,13 @@ def test_digest_follows_the_values_and_not_the_folder(tmp_path):
 
 def test_input_spec_is_half_only_for_half_precision(tmp_path):
     spec = load_recipe(write(tmp_path)).input_spec()
-    assert (spec.name, spec.dtype, spec.shape, spec.low, spec.high) == ("image", "float32", (1, 3, 32, 64), 0, 1)
+    assert (spec.name, spec.dtype, spec.shape, spec.low, spec.high) == (
+        "image",
+        "float32",
+        (1, 3, 32, 64),
+        0,
+        1,
+    )
     assert load_recipe(write(tmp_path), ["precision=fp16"]).input_spec().dtype == "float16"
 
 
@@ -74,7 +84,10 @@ def test_recipe_cannot_be_changed(tmp_path):
     ("changes", "words"),
     [
         ({"taget": "x"}, ["unknown key 'taget'", "did you mean 'target'?", "Known here: name, model, input"]),
-        ({"quantize": {"engin": "nncf"}}, ["'quantize.engin'", "did you mean 'engine'?", "bias_correction, keep_float"]),
+        (
+            {"quantize": {"engin": "nncf"}},
+            ["'quantize.engin'", "did you mean 'engine'?", "bias_correction, keep_float"],
+        ),
         ({"zzzzzz": 1}, ["unknown key 'zzzzzz'; Known here:"]),
         ({"target": 3}, ["target is 3", "string", "Mend this value"]),
         ({"input": {"shape": [1, 3, 32]}}, ["input.shape is [1, 3, 32]", "at least 4 items"]),

@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto, helper
+from small_models import run_with_blocked, save_model
+from small_networks import capture, make_input, make_net, make_program, quantize, sum_of_terms
 from torch import Tensor, nn
-from torch.export import ExportedProgram
-from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
-from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
-from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from edgedyn import targets
 from edgedyn.errors import BundleError, ModelError, TargetMissingError, UsageError
@@ -26,101 +21,8 @@ from edgedyn.targets import onnx_export
 from edgedyn.targets.onnxruntime import run as onnxruntime_run
 
 TARGET = targets.load("onnxruntime")
-SHAPE = (2, 3, 10, 14)
 FLOAT16_UNIT = 2.0**-11  # largest relative error of one rounding to float16
 FLOAT32_UNIT = 2.0**-24
-
-
-class TinyNet(nn.Module):
-    """Convolution, PReLU, residual convolution, 1x1 convolution: one feature map has two readers."""
-
-    def __init__(self, channels: int = 8) -> None:
-        super().__init__()
-        self.head = nn.Conv2d(3, channels, 3, padding=1)
-        self.act = nn.PReLU(channels)
-        self.body = nn.Conv2d(channels, channels, 3, padding=1)
-        self.tail = nn.Conv2d(channels, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.act(self.head(x))
-        return x + self.tail(y + self.body(y))
-
-
-class ConvInputs(Quantizer):
-    """INT8 at the inputs of convolutions and per channel in their weights, as TensorRT wants it."""
-
-    def __init__(self, activation_scheme: torch.qscheme = torch.per_tensor_symmetric) -> None:
-        super().__init__()
-        self.activation = QuantizationSpec(
-            torch.int8, HistogramObserver, quant_min=-128, quant_max=127, qscheme=activation_scheme
-        )
-        self.weight = QuantizationSpec(
-            torch.int8,
-            PerChannelMinMaxObserver,
-            quant_min=-127,
-            quant_max=127,
-            qscheme=torch.per_channel_symmetric,
-            ch_axis=0,
-        )
-
-    def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
-        for node in model.graph.nodes:
-            if node.target == torch.ops.aten.conv2d.default:
-                specs = {node.args[0]: self.activation, node.args[1]: self.weight}
-                node.meta["quantization_annotation"] = QuantizationAnnotation(specs, _annotated=True)
-        return model
-
-    def validate(self, model: torch.fx.GraphModule) -> None:
-        pass
-
-
-def make_net(channels: int = 8) -> TinyNet:
-    torch.manual_seed(5)
-    return TinyNet(channels).eval()
-
-
-def make_input(shape: tuple[int, ...] = SHAPE) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(6)) * 1.5 - 0.25
-
-
-def capture(net: nn.Module, x: Tensor) -> ExportedProgram:
-    return torch.export.export(net, (x,))
-
-
-def quantize(
-    net: nn.Module, x: Tensor, quantizer: Quantizer | None = None, *, fold_quantize: bool = True
-) -> ExportedProgram:
-    prepared = prepare_pt2e(capture(net, x).module(), quantizer or ConvInputs())
-    prepared(x)
-    return capture(convert_pt2e(prepared, fold_quantize=fold_quantize), x)
-
-
-def make_program(precision: str) -> tuple[ExportedProgram, Tensor]:
-    x = make_input()
-    if precision == "int8":
-        return quantize(make_net(), x), x
-    if precision == "fp16":
-        return capture(make_net().half(), x.half()), x.half()
-    return capture(make_net(), x), x
-
-
-def sum_of_terms(net: nn.Module, x: Tensor) -> Tensor:
-    """Sum the absolute values of all terms: the network with absolute weights, on the absolute input."""
-    net = copy.deepcopy(net).double()
-    for parameter in net.parameters():
-        parameter.data = parameter.data.abs()
-    with torch.no_grad():
-        return net(x.abs().double())
-
-
-def save_model(path: Path, nodes: list[onnx.NodeProto], *, shape: tuple[int, ...] = (1, 2)) -> Path:
-    value = helper.make_tensor_value_info
-    graph = helper.make_graph(
-        nodes, "hand_made", [value("x", TensorProto.FLOAT, shape)], [value("y", TensorProto.FLOAT, shape)]
-    )
-    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("edgedyn", 1)]
-    path.write_bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
-    return path
 
 
 @pytest.mark.parametrize(
@@ -314,15 +216,6 @@ def test_export_without_its_packages_says_what_to_install(tmp_path, monkeypatch,
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(TargetMissingError, match=f"pip install {package}$"):
         TARGET.lower(program, tmp_path, "fp32")
-
-
-def run_with_blocked(packages: list[str], code: str) -> str:
-    """Run code in a Python where importing the packages fails; return what it prints."""
-    block = f"import sys\nfor name in {packages}: sys.modules[name] = None\n"
-    command = [sys.executable, "-c", block + code]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[1])
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_target_imports_with_everything_heavy_blocked():

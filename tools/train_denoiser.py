@@ -1,6 +1,6 @@
 """Train a denoiser on a folder of images: safetensors and a training card out; resumes where it stopped.
 
-    python tools/train_denoiser.py IMAGES --validation IMAGES --out recipes/weights/mallenet-s.safetensors
+python tools/train_denoiser.py IMAGES --validation IMAGES --out recipes/weights/mallenet-s.safetensors
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from edgedyn import metrics
 from edgedyn.models.mallenet import MalleNet
 from edgedyn.training.denoise import TrainingPlan, load_images, plan_card, train
+from edgedyn.weights import load_weights
 
 SIGMAS = (15, 25, 50)
 
@@ -40,6 +41,9 @@ def main(
     learning_rate: float = 1e-3,
     freeze_norms: int = 2000,
     seed: int = 0,
+    start_from: Annotated[
+        Path | None, typer.Option(help="safetensors to go on from; --freeze-norms is then 0")
+    ] = None,
     fast: Annotated[bool, typer.Option(help="bfloat16 and torch.compile; needs a C++ compiler")] = True,
     checkpoint: Annotated[Path | None, typer.Option(help="default: beside --out, .resume.pt")] = None,
     threads: int = 2,
@@ -50,7 +54,7 @@ def main(
         batch=batch,
         patch=patch,
         learning_rate=learning_rate,
-        freeze_norms=freeze_norms,
+        freeze_norms=0 if start_from else freeze_norms,
         seed=seed,
         bfloat16=fast,
         compile=fast,
@@ -59,6 +63,8 @@ def main(
     held_out = load_images(validation, gray=colors == 1)
     torch.manual_seed(seed)
     network = MalleNet(width, colors=colors)
+    if start_from:
+        load_weights(network, start_from)
     with _bar(plan.steps) as report:
         model, seconds = train(
             network, training, plan, checkpoint or out.with_suffix(".resume.pt"), report=report
@@ -68,6 +74,7 @@ def main(
         "data": {"folder": images.name, "images": len(training)},
         "noise": "white Gaussian, unclipped, sigma uniform in plan.sigma (0..255 scale), blind",
         "plan": plan_card(plan),
+        "start_from": start_from and json.loads(start_from.with_suffix(".json").read_text()),
         "seconds": round(seconds),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {threads} threads",
         "versions": {"python": platform.python_version(), "torch": torch.__version__},

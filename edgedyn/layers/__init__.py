@@ -1,7 +1,7 @@
 """Dynamic layers, one file a paper: the faithful reference, and its canonical module that calls our ops.
 
-A file adds a paper by a constant ``LAYER``. ``canonicalize`` swaps every reference layer of a model for its canonical
-twin; the rewrite is exact, and no target is involved.
+A file adds a paper by a constant ``LAYER``. ``canonicalize`` swaps every reference layer of a model for its
+canonical twin; the rewrite is exact, and no target is involved.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -25,14 +26,15 @@ class Layer:
         name: the file's name.
         paper: title and arXiv number.
         primitive: the op that the canonical modules call.
-        canonical: reference class -> function that makes the canonical module with the same weights.
+        canonical: reference class -> function of an instance of that class, which makes the canonical module
+            with the same weights.
         examples: reference modules in evaluation mode with inputs that discriminate.
     """
 
     name: str
     paper: str
     primitive: str
-    canonical: Mapping[type[nn.Module], Callable[[nn.Module], nn.Module]]
+    canonical: Mapping[type[nn.Module], Callable[[Any], nn.Module]]
     examples: Callable[[], Iterable[tuple[nn.Module, tuple[Tensor, ...]]]]
 
 
@@ -64,16 +66,16 @@ def canonicalize(model: nn.Module) -> nn.Module:
     training = [path or "(the model)" for path, module in model.named_modules() if module.training]
     if training:
         raise ModelError(
-            f"the model is in training mode ({training[0]} and {len(training) - 1} more modules); a deployed program "
-            "has fixed BatchNorm statistics. Call model.eval() first."
+            f"the model is in training mode ({training[0]} and {len(training) - 1} more modules); a deployed "
+            "program has fixed BatchNorm statistics. Call model.eval() first."
         )
     model = copy.deepcopy(model)
     twins: dict[nn.Module, nn.Module] = {}
     for path, module, layer in find_dynamic(model):
         if module._forward_hooks or module._forward_pre_hooks:
             raise ModelError(
-                f"{path or 'the model'} ({type(module).__name__}) carries forward hooks, which its canonical form "
-                "cannot call. Remove them before building."
+                f"{path or 'the model'} ({type(module).__name__}) carries forward hooks, which its canonical "
+                "form cannot call. Remove them before building."
             )
         twins[module] = layer.canonical[type(module)](module).eval()
     if model in twins:

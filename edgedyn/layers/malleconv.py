@@ -1,15 +1,16 @@
-"""MalleConv: depthwise kernels predicted on a small grid and sliced at every pixel (arXiv 2201.00392, ECCV 2022).
+"""MalleConv (arXiv 2201.00392, ECCV 2022): depthwise kernels of a predicted grid, sliced at every pixel.
 
     K x K    y[b, c, p] = sum_t Resize(grid)[b, t, c, p] * x[b, c, p + off(t)]  (+ Resize(bias)[b, c, p])
     affine   y[b, c, p] = Resize(scale)[b, c, p] * x[b, c, p] + Resize(offset)[b, c, p]
              out = x + gate * clip(PReLU(BN(y)), -1, 1)
-    depth D  Resize(grid)[p] becomes sum_z max(1 - |clip(D g, 1/2, D - 1/2) - (z + 1/2)|, 0) * Resize(grid[:, z])[p]
+    depth D  Resize(grid)[p] becomes sum_z weight_z(p) * Resize(grid[:, z])[p]
+             weight_z = max(1 - |clip(D g, 1/2, D - 1/2) - (z + 1/2)|, 0)
 
 x, y: (B, C, H, W)   grids: (B, n, gh, gw)   Resize: bilinear, half-pixel centres, clamped at the border.
 
-The reference modules follow the published code, channel-major grids and all, and load its state_dicts. The canonical
-modules hold the same weights and call ``edgedyn::sliced_depthwise2d`` with tap-major grids: the rows of the last 1x1
-convolution are permuted once, so nothing is transposed at run time.
+The reference modules follow the published code, channel-major grids and all, and load its state_dicts. The
+canonical modules hold the same weights and call ``edgedyn::sliced_depthwise2d`` with tap-major grids: the
+rows of the last 1x1 convolution are permuted once, so nothing is transposed at run time.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def slice_and_convolve(
 
     Args:
         x: features (B, C, H, W), zero-padded.
-        weight: kernels (B, C / share, T, gh, gw), taps row-major; ``share`` consecutive channels use one filter.
+        weight: kernels (B, C / share, T, gh, gw), taps row-major; ``share`` consecutive channels use one
+            filter.
         bias: offsets (B, C / share, gh, gw) or None.
         kernel_size: odd kernel side R, T = R * R.
         dilation: distance between taps, pixels.
@@ -82,7 +84,8 @@ def bilateral_slice_apply(grid: Tensor, guide: Tensor, image: Tensor, *, has_off
     """Apply the sliced per-pixel matrix of a bilateral grid to an image (HDRNet, arXiv 1707.02880).
 
     Args:
-        grid: (B, D, O * (I + has_offset), gh, gw); coefficient index ``o * (I + has_offset) + i``, offset last.
+        grid: (B, D, O * (I + has_offset), gh, gw); coefficient index ``o * (I + has_offset) + i``, offset
+            last.
         guide: (B, 1, H, W) in [0, 1].
         image: (B, I, H, W).
         has_offset: whether each output channel carries an additive coefficient.
@@ -98,7 +101,7 @@ def bilateral_slice_apply(grid: Tensor, guide: Tensor, image: Tensor, *, has_off
 
 
 class PConvBlock(nn.Module):
-    """Predictor block of the K x K form: 3x3 on a quarter of the channels, 1x1, GroupNorm(1), GELU, 1x1, residual."""
+    """Residual predictor block of the K x K form: 3x3 on a quarter of x, 1x1, GroupNorm(1), GELU, 1x1."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -109,9 +112,12 @@ class PConvBlock(nn.Module):
         self.pwconv2 = nn.Conv2d(channels, channels, 1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        head, tail = x.split([self.pconv.in_channels, x.shape[1] - self.pconv.in_channels], dim=1)
-        y = torch.cat([self.pconv(head), tail], dim=1)
-        return x + self.pwconv2(F.gelu(self.norm(self.pwconv1(y))))
+        """Return x plus the branch; (B, C, H, W) both."""
+        quarter = self.pconv.in_channels
+        head, tail = torch.split(x, [quarter, x.shape[1] - quarter], dim=1)
+        branch: Tensor = self.pwconv1(torch.cat([self.pconv(head), tail], dim=1))
+        branch = self.pwconv2(F.gelu(self.norm(branch)))
+        return x + branch
 
 
 class MalleConv(nn.Module):
@@ -141,8 +147,9 @@ class MalleConv(nn.Module):
         super().__init__()
         if in_channel < 4 or in_channel % groups:
             raise ModelError(
-                f"MalleConv got in_channel={in_channel}, groups={groups}; it needs at least 4 channels, divisible by "
-                "groups (the number of consecutive channels that share one filter). Choose another width."
+                f"MalleConv got in_channel={in_channel}, groups={groups}; it needs at least 4 channels, "
+                "divisible by groups (the number of consecutive channels that share one filter). "
+                "Choose another width."
             )
         blocks: list[nn.Module] = [nn.Conv2d(in_channel, in_channel, 1)]
         for i in range(num_blocks):
@@ -158,9 +165,11 @@ class MalleConv(nn.Module):
         self.pwconv = nn.Conv2d(in_channel, out_channel, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Filter (B, in_channel, H, W) and mix the channels: (B, out_channel, H, W)."""
         grid = F.hardtanh(self.expander(self.predictor(self.pool(x))), -2, 2)
         grid = grid.view(x.shape[0], self.filters, 9, grid.shape[2], grid.shape[3])
-        return self.pwconv(slice_and_convolve(x, grid))
+        y: Tensor = self.pwconv(slice_and_convolve(x, grid))
+        return y
 
 
 class CanonicalMalleConv(nn.Module):
@@ -173,12 +182,14 @@ class CanonicalMalleConv(nn.Module):
         self.expander = _select_rows(layer.expander, rows)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Filter (B, in_channel, H, W) and mix the channels: (B, out_channel, H, W)."""
         grid = F.hardtanh(self.expander(self.predictor(self.pool(x))), -2, 2)
-        return self.pwconv(sliced_depthwise2d(x, grid, None, 3))
+        y: Tensor = self.pwconv(sliced_depthwise2d(x, grid, None, 3))
+        return y
 
 
 class ResConvBlock(nn.Module):
-    """Residual block of MalleNet: 1x1 (C -> 5C), depthwise 3x3, 1x1 (5C -> C), each with BatchNorm and PReLU."""
+    """Residual block of MalleNet: 1x1 (C -> 5C), depthwise 3x3, 1x1 (5C -> C), each with BatchNorm, PReLU."""
 
     def __init__(self, channels: int, expansion: int = 5) -> None:
         super().__init__()
@@ -196,7 +207,9 @@ class ResConvBlock(nn.Module):
         )
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.body(x)
+        """Return x plus the body's output; (B, C, H, W) both."""
+        y: Tensor = x + self.body(x)
+        return y
 
 
 class AffineMalleConv(nn.Module):
@@ -205,7 +218,8 @@ class AffineMalleConv(nn.Module):
     Args:
         channels: channels C of input and output.
         features: width of the predictor.
-        stages: predictor stages of 3 ResConvBlocks; the grid is 2 ** (stages - 1) times smaller than the input.
+        stages: predictor stages of 3 ResConvBlocks; the grid is 2 ** (stages - 1) times smaller than the
+            input.
         depth: cells D of the grid's depth axis; the guide is the feature itself, clipped to [0, 1].
     """
 
@@ -223,15 +237,18 @@ class AffineMalleConv(nn.Module):
         self.gate = nn.Parameter(torch.zeros(1))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = affine_slice(self.coefficients(self.predictor(x)), x, self.depth)
-        return x + self.gate * self.act(self.norm(y)).clamp(-1, 1)
+        """Add the gated affine map of x; (B, C, H, W) both, H and W multiples of 2 ** (stages - 1)."""
+        y: Tensor = affine_slice(self.coefficients(self.predictor(x)), x, self.depth)
+        y = self.act(self.norm(y))
+        return x + self.gate * y.clamp(-1, 1)
 
 
 def affine_slice(coefficients: Tensor, x: Tensor, depth: int = 1) -> Tensor:
     """Slice per-channel scale and offset and apply them: ``scale(p) * x(p) + offset(p)``.
 
     Args:
-        coefficients: (B, 2 * C * D, gh, gw); first half scale, second half offset, index ``c * D + z`` inside each.
+        coefficients: (B, 2 * C * D, gh, gw); first half scale, second half offset, index ``c * D + z`` inside
+            each.
         x: (B, C, H, W); clipped to [0, 1] it is its own guide.
         depth: cells D of the grid's depth axis.
 
@@ -248,8 +265,8 @@ class CanonicalAffineMalleConv(nn.Module):
     """Affine MalleConv on ``edgedyn::sliced_depthwise2d``: one call a depth cell, weighed by the guide.
 
     Scale and offset have a convolution each: one that makes both would be split outside XNNPACK's delegate.
-    BatchNorm follows an affine map of x whose coefficients a 1x1 convolution makes, and slicing keeps constants
-    (interpolation and depth weights sum to one): so BN folds into that convolution's rows, exactly.
+    BatchNorm follows an affine map of x whose coefficients a 1x1 convolution makes, and slicing keeps
+    constants (interpolation and depth weights sum to one): so BN folds into that convolution's rows, exactly.
     """
 
     def __init__(self, layer: AffineMalleConv) -> None:
@@ -262,21 +279,25 @@ class CanonicalAffineMalleConv(nn.Module):
         self.offsets = nn.ModuleList(_select_rows(folded, rows[1, :, z]) for z in range(layer.depth))
 
     def forward(self, x: Tensor) -> Tensor:
+        """Add the gated affine map of x; (B, C, H, W) both, H and W multiples of 2 ** (stages - 1)."""
         features = self.predictor(x)
         cells = [
             sliced_depthwise2d(x, scale(features), offset(features), 1)
             for scale, offset in zip(self.scales, self.offsets, strict=True)
         ]
-        y = cells[0]
+        y: Tensor = cells[0]
         if self.depth > 1:
             y = (depth_weights(x.clamp(0, 1), self.depth) * torch.stack(cells, dim=1)).sum(1)
-        return x + self.gate * self.act(y).clamp(-1, 1)
+        y = self.act(y)
+        return x + self.gate * y.clamp(-1, 1)
 
 
 def _fold_norm(layer: AffineMalleConv) -> nn.Conv2d:
-    """Fold ``norm(scale * x + offset)`` into the convolution that makes scale and offset (evaluation mode)."""
+    """Fold ``norm(scale * x + offset)`` of evaluation into the convolution that makes scale and offset."""
     norm, conv = layer.norm, copy.deepcopy(layer.coefficients)
-    assert norm.running_mean is not None and norm.running_var is not None and conv.bias is not None
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    assert conv.bias is not None
     factor = norm.weight / (norm.running_var + norm.eps).sqrt()
     shift = norm.bias - norm.running_mean * factor
     rows = factor.repeat_interleave(layer.depth).repeat(2)

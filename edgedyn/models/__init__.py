@@ -1,4 +1,4 @@
-"""Networks that a user deploys, one file each; the constant ``NETWORK`` is the class or function that builds it."""
+"""Networks that a user deploys, one file each; the constant ``NETWORK`` is the class or function to call."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""FFDNet, the static denoiser that a user would pick instead (arXiv 1710.04026); published weights load as they are.
+"""FFDNet, the static denoiser that a user would pick instead (arXiv 1710.04026); published weights load.
 
-    y = shuffle(convs(cat(unshuffle(x), sigma)))        x, y: (B, 3 or 1, H, W) in [0, 1], sigma a constant map
+    y = shuffle(convs(cat(unshuffle(x), sigma)))       x, y: (B, 3 or 1, H, W) in [0, 1], sigma a constant map
 
-12 (colour, 96 channels) or 15 (gray, 64 channels) 3x3 convolutions at half resolution. The noise level is fixed when
-the network is built: a deployed program has one input.
+12 (colour, 96 channels) or 15 (gray, 64 channels) 3x3 convolutions at half resolution. The noise level is
+fixed when the network is built: a deployed program has one input.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class FFDNet(nn.Module):
         self.sigma = sigma
 
     def forward(self, x: Tensor) -> Tensor:
+        """Denoise (B, colors, H, W) in [0, 1], any H and W."""
         height, width = x.shape[2:]
         halves = F.pixel_unshuffle(pad_reflect(x, 2), 2)
         level = torch.full_like(halves[:, :1], self.sigma / 255)

@@ -2,9 +2,10 @@
 
     out = x - net(x)        x, out: (B, 3 or 1, H, W) in [0, 1], any H and W
 
-Four levels see x at 1, 1/2, 1/4 and 1/8 of its size by space-to-depth, with f, f, 2f and 4f channels. From coarse to
-fine: 2 ResConvBlocks, MalleConv, 2 ResConvBlocks; bilinear x2, concatenation, Conv3x3. The predictors have 6, 5, 4 and
-3 stages from fine to coarse, so that every kernel grid is H/32 x W/32 and H, W are padded to multiples of 32.
+Four levels see x at 1, 1/2, 1/4 and 1/8 of its size by space-to-depth, with f, f, 2f and 4f channels. From
+coarse to fine: 2 ResConvBlocks, MalleConv, 2 ResConvBlocks; bilinear x2, concatenation, Conv3x3. The
+predictors have 6, 5, 4 and 3 stages from fine to coarse, so that every kernel grid is H/32 x W/32 and H, W
+are padded to multiples of 32.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ class MalleNet(nn.Module):
         f = WIDTHS.get(width, 0) if isinstance(width, str) else width
         if f < 1:
             raise ModelError(
-                f"MalleNet got width={width!r}; expected a positive number of channels or one of {sorted(WIDTHS)}."
+                f"MalleNet got width={width!r}; expected a positive number of channels or one of "
+                f"{sorted(WIDTHS)}."
             )
         self.colors = colors
         channels = [f, f, 2 * f, 4 * f]
@@ -58,6 +60,7 @@ class MalleNet(nn.Module):
         self.tail = nn.Conv2d(f, colors, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        """Denoise (B, colors, H, W) in [0, 1], any H and W."""
         height, width = x.shape[2:]
         padded = pad_reflect(x, PAD_MULTIPLE)
         y: Tensor | None = None
@@ -67,12 +70,12 @@ class MalleNet(nn.Module):
                 y = F.interpolate(y, size=head.shape[2:], mode="bilinear", align_corners=False)
                 head = self.merges[k](torch.cat([head, y], dim=1))
             y = self.levels[k](head)
-        noise = self.tail(y)
+        noise: Tensor = self.tail(y)
         return x - (noise if padded is x else noise[:, :, :height, :width])
 
 
 def pad_reflect(x: Tensor, multiple: int) -> Tensor:
-    """Pad (B, C, H, W) at the bottom and right by reflection to multiples; repeated where the image is smaller."""
+    """Pad (B, C, H, W) at the bottom and right to multiples by reflection, repeated for small images."""
     height, width = x.shape[2:]
     bottom, right = -height % multiple, -width % multiple
     while bottom or right:  # one reflection reaches at most size - 1 pixels

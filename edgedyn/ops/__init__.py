@@ -1,7 +1,8 @@
 """Primitive ops, one folder each: what a paper layer is rewritten to, and how a target can compute it.
 
-A folder adds an op by a constant ``OP`` in its ``__init__.py``. The eager body of an op is its definition (the oracle);
-a form is a plain function of the same signature, and names the capabilities that it needs, never a target.
+A folder adds an op by a constant ``OP`` in its ``__init__.py``. The eager body of an op is its definition
+(the oracle); a form is a plain function of the same signature, and names the capabilities that it needs,
+never a target.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from edgedyn.errors import NoFormError, RecipeError
-from edgedyn.targets import Target
+
+if TYPE_CHECKING:
+    from edgedyn.targets import Target
 
 
 @dataclass(frozen=True)
@@ -93,8 +96,8 @@ def choose_form(op: Op, target: Target, wanted: str | None = None) -> Form:
     others = "; ".join(f"{form.name} needs {sorted(form.requires)}" for form in op.forms)
     raise NoFormError(
         f"target {target.name!r} cannot run op {op.name!r} as {wanted or 'any form'}: it has "
-        f"{sorted(target.capabilities)}, but {others}. Pick another form in the recipe (forms.{op.name}) or add one "
-        f"to edgedyn/ops/{op.name}/."
+        f"{sorted(target.capabilities)}, but {others}. Pick another form in the recipe "
+        f"(forms.{op.name}) or add one to edgedyn/ops/{op.name}/."
     )
 
 

@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edgedyn.errors import RecipeError
-from edgedyn.validate import Row
 
 if TYPE_CHECKING:
     import numpy as np
     from torch.export import ExportedProgram
+
+    from edgedyn.validate import Row
 
     Run = Callable[..., list[np.ndarray]]
 
@@ -41,7 +42,8 @@ class Artifact:
     """What lowering leaves behind.
 
     Attributes:
-        files: plain names of the files written into the output folder; the first is the program that ``load`` takes.
+        files: plain names of the files written into the output folder; the first is the program that ``load``
+            takes.
         facts: measured facts for the report and the manifest: delegated nodes, check-build memory, versions.
         rows: what lowering itself measured with limits, for instance a check build.
     """
@@ -63,8 +65,8 @@ class Target:
         int8: how INT8 is annotated, or None where the target has none.
         lower: ``lower(program, out, precision) -> Artifact``; writes into the existing folder ``out``.
         load: ``load(path) -> run``; the device side, keeps alive what the runtime needs.
-        missing: a sentence that says what is not installed and what to do, or None where the target can be lowered
-            to and run here.
+        missing: a sentence that says what is not installed and what to do, or None where the target can be
+            lowered to and run here.
     """
 
     name: str

@@ -1,9 +1,9 @@
 """Train a blind Gaussian denoiser: patches, noise, loss and the loop, resumable at any step.
 
-    loss = mean sqrt((net(x + sigma n) - x)^2 + eps^2)        x in [0, 1], sigma ~ U(low, high) / 255, noise unclipped
+    loss = mean sqrt((net(x + sigma n) - x)^2 + eps^2)        x in [0, 1], sigma ~ U(low, high) / 255
 
-Every random choice of step k comes from a generator seeded with (seed, k), so an interrupted run continues with the
-patches and the noise that it would have seen.
+The noise n ~ N(0, 1) is not clipped. Every random choice of step k comes from a generator seeded with
+(seed, k), so an interrupted run continues with the patches and the noise that it would have seen.
 """
 
 from __future__ import annotations
@@ -22,8 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from edgedyn.errors import TrainingError
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp"}
+from edgedyn.imaging import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)
@@ -31,9 +30,10 @@ class TrainingPlan:
     """Settings of one run; written into the training card.
 
     ``sigma`` is the range of noise levels on the 0..255 scale, ``learning_rate`` the peak of a cosine with
-    ``warmup`` steps, ``ema`` the decay of the averaged weights that are kept. From step ``freeze_norms`` on BatchNorm
-    uses fixed statistics, as a deployed network does: with 8 patches of 64 px the kernel grids are 2 x 2, their batch
-    statistics rest on 32 values, and a network trained on those alone fails on unusual images.
+    ``warmup`` steps, ``ema`` the decay of the averaged weights that are kept. From step ``freeze_norms`` on
+    BatchNorm uses fixed statistics, as a deployed network does: with 8 patches of 64 px the kernel grids are
+    2 x 2, their batch statistics rest on 32 values, and a network trained on those alone fails on unusual
+    images.
     """
 
     steps: int = 14000
@@ -72,7 +72,7 @@ def load_images(folder: Path, *, gray: bool = False) -> list[Tensor]:
 
 
 def patches(images: list[Tensor], plan: TrainingPlan, step: int) -> tuple[Tensor, Tensor]:
-    """Draw the (noisy, clean) batch of a step: random image, crop, one of 8 orientations, noise level a sample."""
+    """Draw the (noisy, clean) batch of a step: image, crop, one of 8 orientations, noise level a sample."""
     rng = np.random.default_rng([plan.seed, step])
     crops = []
     for index in rng.integers(len(images), size=plan.batch):
@@ -130,15 +130,17 @@ def train(
         )
     torch.manual_seed(plan.seed)
     model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
-    averaged = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(plan.ema))
+    average = get_ema_multi_avg_fn(plan.ema)  # type: ignore[no-untyped-call]
+    averaged = AveragedModel(model, multi_avg_fn=average)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=1e-4, fused=True)
     start, seconds = _resume(checkpoint, model, averaged, optimizer)
     forward = torch.compile(model) if plan.compile else model
     begin = time.monotonic() - seconds
     for step in range(start, plan.steps):
         if step == max(start, plan.freeze_norms):
-            _freeze_norms(model, images, plan, measure=step == plan.freeze_norms)
-            if step == plan.freeze_norms:
+            switches = step == plan.freeze_norms > 0  # trained weights come with statistics that fit them
+            _freeze_norms(model, images, plan, measure=switches)
+            if switches:
                 averaged.n_averaged.zero_()  # the average starts again from the weights as they are now
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(plan, step)
@@ -147,7 +149,7 @@ def train(
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=plan.bfloat16):
             y = forward(noisy.contiguous(memory_format=torch.channels_last))
         loss = charbonnier(y.float(), clean)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         if not math.isfinite(loss.item()):
             raise TrainingError(
                 f"the loss is {loss.item()} at step {step}. Lower the learning rate; resume is safe."

@@ -3,11 +3,12 @@
     k[b, t, c, p] = sum_ij lerp_y(p, i) * lerp_x(p, j) * grid[b, t * F + c // share, i, j]
     y[b, c, p]    = sum_t k[b, t, c, p] * x[b, c, p + off(t)]  (+ the same lerp of offset[b, c // share] at p)
 
-x, y: (B, C, H, W)   grid: (B, T * F, gh, gw)   offset: (B, F, gh, gw) or None   F filters, share = C // F, T = R * R
+x, y: (B, C, H, W)   grid: (B, T * F, gh, gw)   offset: (B, F, gh, gw) or None
+F filters, share = C // F, T = R * R taps
 
-Zero padding, stride 1, odd R. Centres are half-pixel and clamped at the border (``align_corners=False``) or corner to
-corner. Grids are tap-major, so that every form reads a tap with one channel slice: XNNPACK then takes the whole layer
-as 1 delegate, where channel-major leaves a select_copy a tap outside it.
+Zero padding, stride 1, odd R. Centres are half-pixel and clamped at the border (``align_corners=False``) or
+corner to corner. Grids are tap-major, so that every form reads a tap with one channel slice: XNNPACK then
+takes the whole layer as 1 delegate, where channel-major leaves a select_copy a tap outside it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,10 @@ from edgedyn.errors import ModelError
 from edgedyn.ops import Op, register
 from edgedyn.ops.sliced_depthwise2d.forms import FORMS
 
-_SCHEMA = "(Tensor x, Tensor grid, Tensor? offset, int kernel_size, int dilation=1, bool align_corners=False) -> Tensor"
+_SCHEMA = (
+    "(Tensor x, Tensor grid, Tensor? offset, int kernel_size, int dilation=1, bool align_corners=False)"
+    " -> Tensor"
+)
 
 
 def _lerp(size: int, cells: int, align_corners: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -83,13 +87,13 @@ def _fake(
 def _check(x: Tensor, grid: Tensor, offset: Tensor | None, kernel_size: int, dilation: int) -> None:
     if kernel_size < 1 or kernel_size % 2 == 0 or dilation < 1:
         raise ModelError(
-            f"sliced_depthwise2d got kernel_size={kernel_size}, dilation={dilation}; expected an odd kernel_size >= 1 "
-            "and dilation >= 1. Even kernels have no centre pixel: retrain with an odd one."
+            f"sliced_depthwise2d got kernel_size={kernel_size}, dilation={dilation}; expected an odd "
+            "kernel_size >= 1 and dilation >= 1. Even kernels have no centre pixel: retrain with an odd one."
         )
     if x.dim() != 4 or grid.dim() != 4 or x.shape[0] != grid.shape[0]:
         raise ModelError(
-            f"sliced_depthwise2d got x {tuple(x.shape)} and grid {tuple(grid.shape)}; expected (B, C, H, W) and "
-            "(B, T * F, gh, gw) of the same batch B. Reshape the grid tap-major."
+            f"sliced_depthwise2d got x {tuple(x.shape)} and grid {tuple(grid.shape)}; expected (B, C, H, W) "
+            "and (B, T * F, gh, gw) of the same batch B. Reshape the grid tap-major."
         )
     filters, rest = divmod(grid.shape[1], kernel_size**2)
     if rest or filters == 0 or x.shape[1] % filters:
@@ -123,7 +127,8 @@ def sliced_depthwise2d(
         offset: (B, F, gh, gw), added after slicing, or None.
         kernel_size: odd R, T = R * R. R = 1 with offset is the affine form.
         dilation: distance between taps, pixels.
-        align_corners: grid alignment; a silent mismatch is the likeliest accuracy bug, so it is never inferred.
+        align_corners: grid alignment; a silent mismatch is the likeliest accuracy bug, so it is never
+            inferred.
 
     Returns:
         (B, C, H, W), the dtype of x.
@@ -135,7 +140,7 @@ def sliced_depthwise2d(
 
 
 def _examples() -> Iterator[tuple[Tensor, Tensor, Tensor | None, int, int, bool]]:
-    """Yield (x, grid, offset, kernel_size, dilation, align_corners): odd sizes, shared filters, R = 1, dilation 2."""
+    """Yield the op's arguments in order: odd sizes, shared filters, R = 1, dilation 2, aligned corners."""
     generator = torch.Generator().manual_seed(7)
 
     def rand(*shape: int) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,17 +21,17 @@ def resize_shift_mac(
 ) -> Tensor:
     """Resize the grid one tap at a time, shift x by that tap, multiply and add.
 
-    Exact: the sum over taps is the definition, in another order of loops; a pixel's kernel is read once, so nothing is
-    lost by never holding all T upsampled taps. Only static resizes, pads, slices, mul and add, which every runtime
-    has. One resize of all taps at once is slower: 142 against 104 ms (C=32, 512 x 512, R=3, grid 16 x 16, ExecuTorch
-    1.5.1 with XNNPACK, 2 x86 threads).
+    Exact: the sum over taps is the definition, in another order of loops; a pixel's kernel is read once, so
+    nothing is lost by never holding all T upsampled taps. Only static resizes, pads, slices, mul and add,
+    which every runtime has. One resize of all taps at once is slower: 142 against 104 ms (C=32, 512 x 512,
+    R=3, grid 16 x 16, ExecuTorch 1.5.1 with XNNPACK, 2 x86 threads).
     """
     height, width = x.shape[2:]
     filters = grid.shape[1] // kernel_size**2
     padding = dilation * (kernel_size // 2)
     padded = F.pad(x, (padding,) * 4) if padding else x
     y = None
-    for tap, cells in enumerate(grid.split(filters, dim=1) if kernel_size > 1 else (grid,)):
+    for tap, cells in enumerate(torch.split(grid, filters, dim=1) if kernel_size > 1 else (grid,)):
         kernel = _upsample(cells, x, align_corners)
         dy, dx = dilation * (tap // kernel_size), dilation * (tap % kernel_size)
         term = kernel * (padded[:, :, dy : dy + height, dx : dx + width] if kernel_size > 1 else x)
@@ -60,7 +62,7 @@ def onnx_node(
     ``plugin_version`` and ``plugin_namespace`` are what TensorRT's parser looks a plugin up by.
     """
     inputs = (x, grid) if offset is None else (x, grid, offset)
-    attributes: dict[str, int | str] = {
+    attributes: dict[str, Any] = {
         "kernel_size": kernel_size,
         "dilation": dilation,
         "align_corners": int(align_corners),

@@ -20,7 +20,7 @@ from edgedyn.targets import Artifact
 
 
 def lower(program: ExportedProgram, out: Path, precision: str) -> Artifact:
-    """Write ``model.pte``; what XNNPACK does not take stays on the portable kernels and is counted in the facts.
+    """Write ``model.pte``; what XNNPACK leaves stays on the portable kernels and is counted in the facts.
 
     Args:
         program: float32, or INT8 as Q/DQ pairs.
@@ -45,9 +45,10 @@ def lower(program: ExportedProgram, out: Path, precision: str) -> Artifact:
 def _partitioner() -> XnnpackPartitioner:
     """Make a partitioner that takes Q/DQ pairs literally: only convolutions and linear layers are INT8.
 
-    The stock one also makes a quantized operator of any ``DQ -> op -> Q``. A max pool between convolutions then dies
-    when loaded, because its two scales differ; so does a product that shares the DQ with a global average pool, because
-    the pool's claim leaves it an int8 operand (executorch 1.5.1). ``quantize`` means these operators as float.
+    The stock one also makes a quantized operator of any ``DQ -> op -> Q``. A max pool between convolutions
+    then dies when loaded, because its two scales differ; so does a product that shares the DQ with a global
+    average pool, because the pool's claim leaves it an int8 operand (executorch 1.5.1). ``quantize`` means
+    them as float.
     """
     partitioner = XnnpackPartitioner()
     for config in partitioner.target_partitioner_configs.values():

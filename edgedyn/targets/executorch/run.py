@@ -18,8 +18,8 @@ def load(path: Path) -> Run:
     """Load the method ``forward`` of a ``.pte``.
 
     Returns:
-        ``run(*arrays) -> [arrays]``. It holds the buffer, the program and the method: the runtime keeps none of them
-        alive, and the process dies without (executorch 1.5.1).
+        ``run(*arrays) -> [arrays]``. It holds the buffer, the program and the method: the runtime keeps none
+        of them alive, and the process dies without (executorch 1.5.1).
 
     Raises:
         BundleError: when the runtime refuses the program, with the runtime's words.
@@ -33,8 +33,8 @@ def load(path: Path) -> Run:
         method = program.load_method("forward")
     except RuntimeError as error:
         raise BundleError(
-            f"ExecuTorch refuses {path.name} ({len(data)} bytes): {error}. Expected a program built for this runtime "
-            "version; build the bundle again, `edgedyn doctor` prints the versions."
+            f"ExecuTorch refuses {path.name} ({len(data)} bytes): {error}. Expected a program built for this "
+            "runtime version; build the bundle again, `edgedyn doctor` prints the versions."
         ) from error
     kept = (data, program, method)
 

@@ -8,13 +8,13 @@ pycuda only. ``tensorrt`` is passed along as ``trt``: the check build passes Ten
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from edgedyn.errors import BundleError, ModelError, UsageError
+from edgedyn.files import replace_file
 from edgedyn.targets.tensorrt.run import current_device, require_tensorrt
 
 Progress = Callable[[str, int, int], None]
@@ -171,19 +171,6 @@ def attach_timings(config: Any, path: Path) -> Any:
             "Delete the file."
         )
     return cache
-
-
-def replace_file(path: Path, content: Any) -> None:
-    """Write a buffer beside ``path`` and move it there, so that the file is whole or as it was."""
-    part = path.with_name(f".{path.name}.part-{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _errors(log: Any) -> str:

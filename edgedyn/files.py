@@ -1,0 +1,53 @@
+"""Files that are whole or not there: part files beside their place, synced to the disk, then renamed.
+
+Beside it, because a rename is atomic only inside one file system. Device side: standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+
+from edgedyn.errors import UsageError
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write ``data`` to ``path`` at once or not at all: a part file beside it, synced, then a rename.
+
+    Args:
+        path: the file; what stands there is replaced.
+        data: bytes, or whatever gives its memory as bytes.
+
+    Raises:
+        UsageError: if the file cannot be written; what was there is untouched.
+    """
+    part = sibling(path, "part")
+    try:
+        with part.open("xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error}. Choose another place, or make room.") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def sibling(path: Path, suffix: str) -> Path:
+    """Return a new hidden name beside ``path``, for a part or an old version of it."""
+    full = Path(os.path.abspath(path))
+    return full.with_name(f".{full.name}.{suffix}-{secrets.token_hex(4)}")
+
+
+def sync(*paths: Path) -> None:
+    """Wait until files, or the entries of directories, are on the disk."""
+    for path in paths:
+        if os.name == "nt" and path.is_dir():
+            continue  # Windows opens no directory, and its renames need no sync of one.
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -1,0 +1,103 @@
+"""Graph rewrites around INT8 operators that the runtimes and NNCF need; each names who fails without it.
+
+    unshare_constants    before quantizing: every convolution has its own weight and bias
+    center               after: zero point 0 everywhere, for targets of symmetric INT8
+    separate_readers     after: every reader of a quantized map has its own dequantize
+
+They are exact, but for ``center``, which widens the step of a tensor whose range was one-sided.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Container
+from typing import Any
+
+import torch
+from torch import fx
+
+
+def unshare_constants(module: fx.GraphModule, readers: Container[Any]) -> None:
+    """Give every convolution and linear layer its own weight and bias, also where a layer is called twice.
+
+    XNNPACK keeps a shared bias in the steps of its first reader, silently wrong at the second (executorch
+    1.5.1), and NNCF quantizes a shared weight at one place only (3.4).
+
+    Args:
+        module: a float program, changed in place.
+        readers: the operators of convolutions and linear layers.
+    """
+    seen: set[str] = set()
+    for node in [n for n in module.graph.nodes if n.target in readers]:
+        for index, constant in enumerate(node.args[1:3], start=1):
+            if isinstance(constant, fx.Node) and constant.op == "get_attr" and constant.target in seen:
+                name = f"{str(constant.target).replace('.', '_')}_of_{node.name}"
+                module.register_buffer(
+                    name, operator.attrgetter(str(constant.target))(module).detach().clone()
+                )
+                with module.graph.inserting_before(node):
+                    copied = module.graph.get_attr(name)
+                copied.meta = dict(constant.meta)
+                node.update_arg(index, copied)
+            elif isinstance(constant, fx.Node):
+                seen.add(str(constant.target))
+    module.recompile()
+
+
+def center(module: fx.GraphModule) -> None:
+    """Give every tensor zero point 0, keeping its largest value.
+
+    NNCF 3.4 makes a symmetric spec unsigned where no sample was negative: zero point -128, which TensorRT
+    refuses.
+    """
+    pair = torch.ops.quantized_decomposed
+    targets = (pair.quantize_per_tensor.default, pair.dequantize_per_tensor.default)
+    for node in module.graph.nodes:
+        if node.target in targets and node.args[2] != 0:
+            scale, zero_point = float(node.args[1]), int(node.args[2])
+            largest = max(127 - zero_point, zero_point + 128) * scale
+            node.args = (node.args[0], largest / 127, 0, *node.args[3:])
+    module.recompile()
+
+
+def separate_readers(module: fx.GraphModule) -> None:
+    """Give every reader its own dequantize; no number changes.
+
+    XNNPACK (executorch 1.5.1) changes the layout of a dequantize for one reader and hands the result to all
+    ("Propagating input shapes failed"). It also makes a pad between a dequantize and a float reader half
+    quantized ("Failed to create StaticConstantPad node"), unless a quantize follows.
+    """
+    dequantize = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+    for node in list(module.graph.nodes):
+        if _is_zero_pad(node) and node.args[0].target is dequantize:
+            _quantize_again(module, node)
+    for node in [n for n in module.graph.nodes if n.target is dequantize]:
+        for reader in list(node.users)[1:]:
+            with module.graph.inserting_before(reader):
+                reader.replace_input_with(node, module.graph.node_copy(node))
+    module.recompile()
+
+
+def _quantize_again(module: fx.GraphModule, pad: fx.Node) -> None:
+    """Follow a pad by a Q/DQ pair of its input's step, unless all its readers quantize.
+
+    Exact: zero and the padded values lie on that grid.
+    """
+    pair = torch.ops.quantized_decomposed
+    readers = [user for user in pad.users if user.target is not pair.quantize_per_tensor.default]
+    if not readers:
+        return
+    step = pad.args[0].args[1:]  # type: ignore[union-attr]
+    with module.graph.inserting_after(pad):
+        quantized = module.graph.call_function(pair.quantize_per_tensor.default, (pad, *step))
+    with module.graph.inserting_after(quantized):
+        dequantized = module.graph.call_function(pair.dequantize_per_tensor.default, (quantized, *step))
+    for node in (quantized, dequantized):
+        node.meta = dict(pad.meta)
+    for reader in readers:
+        reader.replace_input_with(pad, dequantized)
+
+
+def _is_zero_pad(node: fx.Node) -> bool:
+    rest = [arg for arg in node.args[2:] if arg not in ("constant", None, 0)]
+    return node.target in (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default) and not rest

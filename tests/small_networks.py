@@ -1,0 +1,109 @@
+"""Small networks and what is made of them, for tests of several targets."""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
+from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
+
+from edgedyn.layers.malleconv import AffineMalleConv, MalleConv
+
+SHAPE = (2, 3, 10, 14)
+
+
+class TinyNet(nn.Module):
+    """Convolution, PReLU, residual convolution, 1x1 convolution: one feature map has two readers."""
+
+    def __init__(self, channels: int = 8) -> None:
+        super().__init__()
+        self.head = nn.Conv2d(3, channels, 3, padding=1)
+        self.act = nn.PReLU(channels)
+        self.body = nn.Conv2d(channels, channels, 3, padding=1)
+        self.tail = nn.Conv2d(channels, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.head(x))
+        return x + self.tail(y + self.body(y))
+
+
+class ConvInputs(Quantizer):
+    """INT8 at the inputs of convolutions and per channel in their weights, as TensorRT wants it."""
+
+    def __init__(self, activation_scheme: torch.qscheme = torch.per_tensor_symmetric) -> None:
+        super().__init__()
+        self.activation = QuantizationSpec(
+            torch.int8, HistogramObserver, quant_min=-128, quant_max=127, qscheme=activation_scheme
+        )
+        self.weight = QuantizationSpec(
+            torch.int8,
+            PerChannelMinMaxObserver,
+            quant_min=-127,
+            quant_max=127,
+            qscheme=torch.per_channel_symmetric,
+            ch_axis=0,
+        )
+
+    def annotate(self, model: torch.fx.GraphModule) -> torch.fx.GraphModule:
+        for node in model.graph.nodes:
+            if node.target == torch.ops.aten.conv2d.default:
+                specs = {node.args[0]: self.activation, node.args[1]: self.weight}
+                node.meta["quantization_annotation"] = QuantizationAnnotation(specs, _annotated=True)
+        return model
+
+    def validate(self, model: torch.fx.GraphModule) -> None:
+        pass
+
+
+def make_net(channels: int = 8) -> TinyNet:
+    torch.manual_seed(5)
+    return TinyNet(channels).eval()
+
+
+def make_input(shape: tuple[int, ...] = SHAPE) -> Tensor:
+    return torch.rand(shape, generator=torch.Generator().manual_seed(6)) * 1.5 - 0.25
+
+
+def capture(net: nn.Module, x: Tensor) -> ExportedProgram:
+    return torch.export.export(net, (x,))
+
+
+def quantize(
+    net: nn.Module, x: Tensor, quantizer: Quantizer | None = None, *, fold_quantize: bool = True
+) -> ExportedProgram:
+    prepared = prepare_pt2e(capture(net, x).module(), quantizer or ConvInputs())
+    prepared(x)
+    return capture(convert_pt2e(prepared, fold_quantize=fold_quantize), x)
+
+
+def make_program(precision: str) -> tuple[ExportedProgram, Tensor]:
+    x = make_input()
+    if precision == "int8":
+        return quantize(make_net(), x), x
+    if precision == "fp16":
+        return capture(make_net().half(), x.half()), x.half()
+    return capture(make_net(), x), x
+
+
+def sum_of_terms(net: nn.Module, x: Tensor) -> Tensor:
+    """Sum the absolute values of all terms: the network with absolute weights, on the absolute input."""
+    net = copy.deepcopy(net).double()
+    for parameter in net.parameters():
+        parameter.data = parameter.data.abs()
+    with torch.no_grad():
+        return net(x.abs().double())
+
+
+def small_affine() -> AffineMalleConv:
+    """An affine layer whose predictor keeps one block a stage: lowering time grows with the nodes."""
+    layer = AffineMalleConv(8, 4, 2)
+    head, act, first, *_, pool, second, _, _ = layer.predictor
+    layer.predictor = nn.Sequential(head, act, first, pool, second)
+    return layer
+
+
+LAYERS = {"affine": small_affine, "kernels": lambda: MalleConv(8, 8, num_blocks=1)}

@@ -1,0 +1,123 @@
+"""The command line as a user meets it: real processes, exit codes, stdout and stderr."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[1]
+RECIPE = "recipes/mallenet-s.phone.fp32.yaml"
+
+
+def edgedyn(*arguments: object) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "edgedyn.cli", *map(str, arguments)]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    out = tmp_path_factory.mktemp("cli") / "bundle"
+    done = edgedyn(
+        "build",
+        RECIPE,
+        "-o",
+        out,
+        "--set",
+        "input.shape=[1, 3, 64, 64]",
+        "--set",
+        "tile.overlap=32",
+        "--json",
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ok"] is True
+    return out
+
+
+def test_check_passes_and_fails_after_a_flip(bundle):
+    done = edgedyn("check", bundle, "--json")
+    assert (done.returncode, json.loads(done.stdout)["ok"]) == (0, True)
+    file = bundle / "report.html"
+    data = file.read_bytes()
+    file.write_bytes(data[:-1] + b"?")
+    done = edgedyn("check", bundle)
+    file.write_bytes(data)
+    assert done.returncode == 1
+    assert "report.html" in done.stderr
+
+
+def test_run_writes_a_photo_of_the_same_size(bundle, tmp_path):
+    rng = np.random.default_rng(0)
+    Image.fromarray(rng.integers(0, 255, (90, 130, 3), dtype=np.uint8)).save(tmp_path / "photo.png")
+    done = edgedyn("run", bundle, tmp_path / "photo.png", "-o", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "out/photo.png").size == (130, 90)
+    again = edgedyn("run", bundle, tmp_path / "photo.png", "-o", tmp_path / "out")
+    assert again.returncode == 2
+    assert "--force" in again.stderr
+
+
+def test_compile_of_a_phone_bundle_is_refused(bundle):
+    done = edgedyn("compile", bundle)
+    assert done.returncode == 2
+    assert "only tensorrt bundles are compiled" in done.stderr
+
+
+def test_build_refuses_to_overwrite(bundle):
+    done = edgedyn("build", RECIPE, "-o", bundle)
+    assert done.returncode == 2
+    assert "exists already" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["build", "nowhere.yaml", "-o", "x"], 2, "cannot be read"),
+        (["build", RECIPE, "-o", "x", "--set", "quantise.engine=nncf"], 2, "did you mean 'quantize'"),
+        (["build", RECIPE, "-o", "x", "--set", "precision=int7"], 2, "precision"),
+        (["build", RECIPE, "-o", "x", "--set", "tile.overlap=256"], 2, "leaves nothing of a tile"),
+        (["build", RECIPE, "-o", "x", "--set", "target=coreml"], 2, "executorch, onnxruntime, tensorrt"),
+        (["build", RECIPE, "-o", "x", "--set", "validation=tests"], 5, "holds no image"),
+        (["check", "docs"], 1, "manifest.json"),
+        (["run", "docs", "README.md", "-o", "x"], 1, "manifest.json"),
+        (["list", "layer"], 2, "layers"),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else None,
+)
+def test_refusals_have_their_exit_code_and_say_what_to_do(arguments, code, message):
+    done = edgedyn(*arguments)
+    assert done.returncode == code, done.stderr
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert not (ROOT / "x").exists()
+
+
+@pytest.mark.parametrize("what", ["layers", "ops", "targets", "metrics", "recipes"])
+def test_list_prints_rows(what):
+    rows = json.loads(edgedyn("list", what, "--json").stdout)
+    assert rows
+    assert all(isinstance(row, dict) for row in rows)
+
+
+def test_inspect_names_each_dynamic_layer():
+    done = edgedyn("inspect", "recipes/mallenet-s.jetson.int8.yaml", "--json")
+    found = json.loads(done.stdout)
+    assert [layer["path"] for layer in found["layers"]] == [f"levels.{k}.2" for k in (3, 2, 1, 0)]
+    assert {layer["form"] for layer in found["layers"]} == {"resize_shift_mac"}
+    assert {tuple(layer["grid"]) for layer in found["layers"]} == {(8, 8)}
+    # the finest level: 5 values sliced and 2 multiply-adds a pixel and channel
+    assert found["layers"][-1]["apply_macs"] == 256 * 256 * 16 * (2 * 4 + 1)
+    assert 0.2 < found["generator_share"] < 0.6
+
+
+def test_doctor_finds_what_is_installed():
+    done = edgedyn("doctor", "--json")
+    found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
+    assert found["torch"]["ok"]
+    assert done.returncode == 0

@@ -1,0 +1,193 @@
+"""The straight line, end to end: the shipped recipes on small tiles, in the real runtimes, on real photos."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edgedyn import pipeline, session
+from edgedyn.bundle import open_bundle
+from edgedyn.errors import (
+    BundleError,
+    CalibrationError,
+    EdgedynError,
+    ModelError,
+    RecipeError,
+    UsageError,
+    WeightsError,
+)
+from edgedyn.recipe import load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SMALL = ["input.shape=[1, 3, 64, 64]", "tile.overlap=32"]
+STAGES = {
+    "canonical:reference",
+    "expanded:canonical",
+    "quantized:expanded",
+    "device:quantized",
+    "float:truth",
+    "device:truth",
+    "decisions",
+}
+
+
+@pytest.fixture(scope="module", params=["phone.fp32", "phone.int8", "jetson.fp16", "jetson.int8"])
+def built(request, tmp_path_factory):
+    recipe = load_recipe(RECIPES / f"mallenet-s.{request.param}.yaml", SMALL)
+    return pipeline.build(recipe, tmp_path_factory.mktemp("build") / "bundle")
+
+
+def test_every_stage_has_rows_with_samples_and_passes(built):
+    rows = built.to_json()["rows"]
+    assert {row["between"] for row in rows} >= STAGES
+    assert all(row["samples"] > 0 for row in rows)
+    assert [row for row in rows if not row["passed"]] == []
+    assert built.to_json()["ok"] is True
+
+
+def test_json_names_what_was_built(built):
+    printed = json.loads(json.dumps(built.to_json()))
+    assert printed["forms"] == {"sliced_depthwise2d": "resize_shift_mac"}
+    assert printed["files"].keys() >= {"report.html", "report.json", "recipe.yaml", "calibration.json"}
+    assert printed["latency_ms"]["runs"] == 10
+    assert printed["latency_ms"]["p95"] >= printed["latency_ms"]["median"] > 0
+
+
+def test_int8_takes_most_multiply_adds_and_says_what_stays_float(built):
+    facts = built.bundle.manifest["facts"]
+    if built.bundle.precision != "int8":
+        assert "int8_mac_share" not in facts
+        return
+    assert facts["int8_mac_share"] >= 0.8
+    kept = {row["node"] for row in facts["float_nodes"]}
+    assert kept >= {"heads.0", "merges.0", "tail", "add", "mul"}
+    assert all(row["reason"] for row in facts["float_nodes"])
+
+
+@pytest.mark.tensorrt_rtx
+@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the extra tensorrt-check")
+def test_tensorrt_rows_tell_the_check_build_and_its_memory(built):
+    rows = {row.metric: row for row in built.report.rows if row.between.startswith("tensorrt-rtx")}
+    if built.bundle.target != "tensorrt":
+        assert not rows
+        return
+    assert rows["check_build_failures"].value == 0
+    assert rows["check_build_scratch_bytes"].value > 1e5
+
+
+def test_bundle_opens_and_its_vectors_pass_where_it_stands(built):
+    opened = session.open_session(built.bundle.path)
+    report = session.check(opened)
+    assert report.ok
+    assert len(report.rows) == 2
+
+
+def test_one_flipped_byte_of_any_file_is_refused(built):
+    for file in sorted(p for p in built.bundle.path.rglob("*") if p.is_file()):
+        data = file.read_bytes()
+        for position in (0, len(data) // 2, len(data) - 1):
+            file.write_bytes(data[:position] + bytes([data[position] ^ 1]) + data[position + 1 :])
+            with pytest.raises(BundleError):
+                open_bundle(built.bundle.path)
+        file.write_bytes(data)
+    open_bundle(built.bundle.path)
+
+
+def test_session_denoises_a_photo_that_is_larger_than_the_tile(built):
+    import skimage.data
+
+    truth = skimage.data.coffee()[100:230, 200:350].astype(np.float32) / 255
+    rng = np.random.default_rng(0)
+    noisy = truth + np.float32(25 / 255) * rng.standard_normal(truth.shape, dtype=np.float32)
+    result = session.open_session(built.bundle.path).denoise(noisy)
+    assert result.shape == truth.shape
+    error = [np.mean((image - truth) ** 2) for image in (result, noisy)]
+    assert error[0] < error[1] / 3  # at least 4.8 dB better than its input
+
+
+def test_calibration_table_lists_the_scales_as_text(built):
+    table = json.loads((built.bundle.path / "calibration.json").read_text())
+    if built.bundle.precision != "int8":
+        assert table == {"set": None, "tensors": []}
+        return
+    assert table["set"] == "skimage"
+    assert len(table["tensors"]) > 200
+    symmetric = built.bundle.target == "tensorrt"
+    assert all(row["scale"] > 0 and (row["zero_point"] == 0 or not symmetric) for row in table["tensors"])
+
+
+def refuse(
+    tmp_path: Path, error: type[EdgedynError], match: str, *overrides: str, recipe: str = "phone.int8"
+) -> None:
+    """Expect a refusal that leaves nothing behind."""
+    out = tmp_path / "bundle"
+    with pytest.raises(error, match=match):
+        pipeline.build(load_recipe(RECIPES / f"mallenet-s.{recipe}.yaml", [*SMALL, *overrides]), out)
+    assert list(tmp_path.glob("*bundle*")) == []
+
+
+def test_precision_that_the_target_lacks_lists_what_it_has(tmp_path):
+    refuse(tmp_path, RecipeError, "no precision 'fp16'; it has fp32, int8", "precision=fp16")
+
+
+def test_unknown_target_lists_the_known_ones(tmp_path):
+    refuse(tmp_path, RecipeError, "executorch, onnxruntime, tensorrt", "target=coreml")
+
+
+def test_int8_without_calibration_set_is_refused(tmp_path):
+    refuse(tmp_path, CalibrationError, "names no calibration set", "calibration=null")
+
+
+def test_sets_that_share_a_file_are_refused(tmp_path):
+    validation = RECIPES.parent / "calib/skimage.yaml"
+    refuse(tmp_path, CalibrationError, "share 7 files", f"validation={validation}")
+
+
+def test_missing_weights_are_refused(tmp_path):
+    refuse(tmp_path, WeightsError, "do not exist", f"model.weights={tmp_path / 'none.safetensors'}")
+
+
+def test_layer_that_keep_float_does_not_find_is_refused(tmp_path):
+    refuse(tmp_path, RecipeError, "matches no layer", "quantize.keep_float=[nothing.*]", "model.weights=null")
+
+
+def test_input_that_does_not_fit_the_network_is_refused(tmp_path):
+    gray = "model.arguments={width: s, colors: 1}"
+    refuse(tmp_path, ModelError, "cannot capture MalleNet", gray, "model.weights=null")
+
+
+def test_existing_output_is_refused_before_any_work(tmp_path):
+    (tmp_path / "bundle").mkdir()
+    (tmp_path / "bundle/mine.txt").write_text("keep me")
+    recipe = load_recipe(RECIPES / "mallenet-s.phone.fp32.yaml", SMALL)
+    for force in (False, True):
+        with pytest.raises(UsageError):
+            pipeline.build(recipe, tmp_path / "bundle", force=force)
+    assert (tmp_path / "bundle/mine.txt").read_text() == "keep me"
+
+
+def test_failure_half_way_leaves_no_bundle(tmp_path, monkeypatch):
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(pipeline, "write_report", fail)
+    recipe = load_recipe(
+        RECIPES / "mallenet-s.phone.fp32.yaml", ["input.shape=[1, 3, 32, 32]", "tile.overlap=16"]
+    )
+    with pytest.raises(OSError, match="no space"):
+        pipeline.build(recipe, tmp_path / "bundle")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_dependent_branch_is_refused_with_the_exporter_s_words(tmp_path):
+    class Branch(torch.nn.Module):
+        def forward(self, x):
+            return x if x.mean() > 0 else -x
+
+    with pytest.raises(ModelError, match="cannot capture Branch"):
+        pipeline.capture(Branch(), (torch.rand(1, 3, 8, 8),))

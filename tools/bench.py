@@ -1,0 +1,225 @@
+"""Latency and memory side by side in one run: eager, naive export, our forms, INT8, ONNX Runtime, and FFDNet.
+
+    python tools/bench.py [--sizes 320x480,1024x1024] [--ffdnet ffdnet_color.pth] [--out FILE.json]
+
+Every variant runs in a process of its own, in turn, for several rounds; the figures are medians over all runs
+of all rounds, with the spread of the rounds' medians. Ratios are against PyTorch eager of the same network
+and size; FFDNet is the peer. Memory is the growth of the peak resident set from before loading to after
+running.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import resource
+import shlex
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def bench(
+    sizes: Annotated[str, typer.Option(help="comma-separated HxW")] = "320x480,1024x1024",
+    ffdnet: Annotated[
+        Path | None, typer.Option(help="published ffdnet_color.pth; without it FFDNet is left out")
+    ] = None,
+    rounds: int = 3,
+    runs: int = 10,
+    out: Annotated[Path | None, typer.Option(help="JSON file, for docs/measurements/")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout")] = False,
+) -> None:
+    """Build every variant, run them in turn, print the table."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="edgedyn-bench-") as folder:
+        for size in sizes.split(","):
+            height, width = map(int, size.split("x"))
+            jobs = prepare(Path(folder) / size, [1, 3, height, width], ffdnet)
+            measured: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
+            order = [name for _ in range(rounds) for name in jobs]
+            for name in track(order, f"run {size}", disable=not sys.stderr.isatty()):
+                measured[name].append(spawn(jobs[name], runs))
+            rows += summarize(size, measured)
+    record = {
+        "rows": rows,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, 2 threads",
+        "versions": {n: version(n) for n in ("torch", "executorch", "torchao", "nncf", "onnxruntime")},
+        "samples": f"{rounds} rounds of {runs} runs after 2 warm-ups, each round a new process",
+        "command": shlex.join(["python", "tools/bench.py", *(a for a in sys.argv[1:] if os.sep not in a)]),
+    }
+    if out:
+        out.write_text(json.dumps(record, indent=1) + "\n")
+    if as_json:
+        sys.stdout.write(json.dumps(record, indent=1) + "\n")
+    else:
+        show(rows)
+
+
+def prepare(folder: Path, shape: list[int], ffdnet: Path | None) -> dict[str, list[str]]:
+    """Lower every variant into the folder; return the worker's arguments by name."""
+    folder.mkdir(parents=True)
+    size = ",".join(map(str, shape))
+    jobs = {"mallenet-s, PyTorch eager": ["eager", "mallenet-s", size]}
+    naive = lower_naive(folder, shape)
+    if naive is not None:
+        jobs["mallenet-s, naive export"] = ["executorch", str(naive), size]
+    variants = {
+        "mallenet-s, ExecuTorch float32": ("mallenet-s.phone.fp32", []),
+        "mallenet-s, ExecuTorch INT8": ("mallenet-s.phone.int8", []),
+        "mallenet-s, ONNX Runtime float32": (
+            "mallenet-s.jetson.fp16",
+            ["precision=fp32", "target=onnxruntime"],
+        ),
+    }
+    if ffdnet is not None:
+        weights = f"model.weights={ffdnet}"
+        jobs["ffdnet, PyTorch eager"] = ["eager", str(ffdnet), size]
+        variants["ffdnet, ExecuTorch float32"] = ("ffdnet-color.phone.fp32", [weights])
+        variants["ffdnet, ExecuTorch INT8"] = ("ffdnet-color.phone.fp32", [weights, "precision=int8"])
+    for index, (name, (recipe, overrides)) in enumerate(variants.items()):
+        kind, path = lower_ours(folder / str(index), recipe, [*overrides, f"input.shape={shape}"])
+        jobs[name] = [kind, str(path), size]
+    return jobs
+
+
+def lower_ours(folder: Path, name: str, overrides: list[str]) -> tuple[str, Path]:
+    """Deploy a recipe by the straight line, without the bundle."""
+    from evaluate import lower_recipe
+
+    from edgedyn.recipe import load_recipe
+
+    recipe = load_recipe(ROOT / f"recipes/{name}.yaml", overrides)
+    artifact = lower_recipe(recipe, folder, trust=True)[0]
+    return recipe.target, folder / artifact.files[0]
+
+
+def lower_naive(folder: Path, shape: list[int]) -> Path | None:
+    """Export the reference network as it is, as a user without edgedyn would."""
+    import torch
+    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+    from executorch.exir import to_edge_transform_and_lower
+
+    program = torch.export.export(reference("mallenet-s"), (torch.rand(shape),))
+    edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+    path = folder / "naive.pte"
+    path.write_bytes(edge.to_executorch().buffer)
+    return path
+
+
+def reference(name: str):
+    """Return a network in PyTorch: mallenet-s, or FFDNet from a file."""
+    from edgedyn.recipe import load_recipe
+
+    if name == "mallenet-s":
+        return load_recipe(ROOT / "recipes/mallenet-s.phone.fp32.yaml").load_model()
+    recipe = load_recipe(ROOT / "recipes/ffdnet-color.phone.fp32.yaml", [f"model.weights={name}"])
+    return recipe.load_model(trust=True)
+
+
+def spawn(job: list[str], runs: int) -> dict[str, Any]:
+    """Run one variant in a new process."""
+    command = [sys.executable, __file__, "worker", *job, str(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(job)} failed:\n{done.stderr[-2000:]}")
+    return json.loads(done.stdout.splitlines()[-1])  # type: ignore[no-any-return]
+
+
+@app.command(hidden=True)
+def worker(kind: str, what: str, size: str, runs: int) -> None:
+    """Load one variant, run it, print times and memory."""
+    import torch
+
+    torch.set_num_threads(2)
+    x = np.random.default_rng(0).random(tuple(map(int, size.split(","))), dtype=np.float32)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    run = load(kind, what)
+    times = []
+    for index in range(2 + runs):
+        start = time.perf_counter()
+        run(x)
+        if index >= 2:
+            times.append((time.perf_counter() - start) * 1e3)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"times_ms": times, "memory_mb": (peak - before) / 1024}))
+
+
+def load(kind: str, what: str) -> Callable[[np.ndarray], object]:
+    """Return a function that runs one variant."""
+    import torch
+
+    if kind == "eager":
+        model = reference(what)
+
+        def eager(x: np.ndarray) -> object:
+            with torch.no_grad():
+                return model(torch.from_numpy(x))
+
+        return eager
+    if kind == "onnxruntime":  # as a user runs it, optimized: here it is a peer, not the oracle
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = 2
+        session = onnxruntime.InferenceSession(what, options, providers=["CPUExecutionProvider"])
+        return lambda x: session.run(None, {session.get_inputs()[0].name: x})
+    from edgedyn import targets
+
+    return targets.load(kind).load(Path(what))
+
+
+def summarize(size: str, measured: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
+    """Return a row a variant."""
+    rows: list[dict[str, Any]] = []
+    for name, results in measured.items():
+        times = [t for result in results for t in result["times_ms"]]
+        medians = [float(np.median(result["times_ms"])) for result in results]
+        rows.append(
+            {
+                "size": size,
+                "what": name,
+                "median_ms": round(float(np.median(times)), 1),
+                "p95_ms": round(float(np.percentile(times, 95)), 1),
+                "spread": round((max(medians) - min(medians)) / min(medians), 3),
+                "memory_mb": round(float(np.median([r["memory_mb"] for r in results])), 1),
+            }
+        )
+    for row in rows:
+        network = row["what"].split(",")[0]
+        eager = next(r for r in rows if r["what"] == f"{network}, PyTorch eager")
+        row["ratio_to_eager"] = round(row["median_ms"] / eager["median_ms"], 3)
+    return rows
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table(box=None)
+    for column in rows[0]:
+        table.add_column(column, justify="left" if column == "what" else "right")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1 and sys.argv[1] in ("worker", "bench"):
+        app()
+    else:
+        sys.argv.insert(1, "bench")
+        app()
