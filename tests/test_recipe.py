@@ -16,7 +16,7 @@ from edgedyn.recipe import load_recipe
 
 SMALLEST = {
     "model": {"network": "mallenet", "arguments": {"width": 4}},
-    "input": {"shape": [1, 3, 32, 64]},
+    "input": {"shape": [1, 3, 48, 64]},
     "target": "executorch",
     "precision": "int8",
     "validation": "photos",
@@ -68,7 +68,7 @@ def test_input_spec_is_half_only_for_half_precision(tmp_path):
     assert (spec.name, spec.dtype, spec.shape, spec.low, spec.high) == (
         "image",
         "float32",
-        (1, 3, 32, 64),
+        (1, 3, 48, 64),
         0,
         1,
     )
