@@ -1,6 +1,6 @@
 """Make the README's picture from a built bundle: noisy, float32 in PyTorch, INT8 in the bundle's runtime.
 
-python tools/make_result.py BUNDLE docs/result.png
+python tools/make_result.py BUNDLE docs/result.jpg
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def main(bundle: Path, out: Path, sigma: float = 25.0, seed: int = 0) -> None:
     sheet = Image.new("RGB", (width, panels[0].height), "white")
     for index, panel in enumerate(panels):
         sheet.paste(panel, (index * (panel.width + 8), 0))
-    sheet.save(out, optimize=True)
+    sheet.save(out, optimize=True, quality=92)
 
 
 if __name__ == "__main__":
