@@ -329,11 +329,13 @@ _LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 
 
 def _print_rows(rows: list[Row]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for column in ("between", "metric", "value", "limit", "samples", ""):
-        table.add_column(column, overflow="fold")
+    """Print one line a row; the longest fits 80 columns."""
+    signs = {"at_most": "<=", "at_least": ">="}
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("between", "metric", "value", "limit", "of", ""):
+        table.add_column(column, overflow="fold", justify="right" if column in ("value", "of") else "left")
     for row in rows:
-        limit = " ".join(f"{key.replace('_', ' ')} {value:.4g}" for key, value in row.limit.items())
+        limit = " ".join(f"{signs[key]} {value:.4g}" for key, value in row.limit.items())
         word = "passed" if row.passed else "FAILED"
         table.add_row(row.between, escape(row.metric), f"{row.value:.4g}", limit, str(row.samples), word)
     _out.print(table)

@@ -121,3 +121,10 @@ def test_doctor_finds_what_is_installed():
     found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
     assert found["torch"]["ok"]
     assert done.returncode == 0
+
+
+def test_rows_fit_80_columns(bundle):
+    done = edgedyn("check", bundle)
+    assert done.returncode == 0
+    assert "max_abs[vectors/first.input.npy]" in done.stdout  # neither folded nor taken for markup
+    assert done.stdout.count("passed") == 2
