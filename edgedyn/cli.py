@@ -6,7 +6,6 @@ Exit codes: 0 ok, 1 a check failed, 2 wrong recipe or usage, 3 target or depende
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import warnings
@@ -22,6 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from edgedyn.errors import EdgedynError, TargetMissingError, UsageError
+from edgedyn.files import to_json
 
 if TYPE_CHECKING:
     from edgedyn.validate import Row
@@ -73,7 +73,7 @@ def build(
     from edgedyn.recipe import load_recipe
 
     parsed = load_recipe(recipe, overrides or [])
-    with _quiet_libraries(), _progress() as advance:
+    with quiet_libraries(), _progress() as advance:
         import torch
 
         from edgedyn import pipeline
@@ -102,7 +102,7 @@ def inspect(recipe: RecipePath, overrides: Set = None, as_json: AsJson = False, 
     from edgedyn.recipe import load_recipe
 
     parsed = load_recipe(recipe, overrides or [])
-    with _quiet_libraries():
+    with quiet_libraries():
         from edgedyn import inspection
 
         found = inspection.inspect(parsed, trust=trust)
@@ -342,7 +342,7 @@ def _print_rows(rows: list[Row]) -> None:
 
 
 def _print_json(value: object) -> None:
-    sys.stdout.write(json.dumps(value, indent=1, default=str) + "\n")
+    sys.stdout.write(to_json(value))
 
 
 def _exit_unless(ok: bool) -> None:
@@ -375,7 +375,7 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 @contextmanager
-def _quiet_libraries() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Keep the chatter of torch, torchao, NNCF and ExecuTorch off the terminal; errors still show."""
     logging.basicConfig(level=logging.ERROR)
     for name in ("torchao", "nncf", "executorch", "torch", "torch.utils._pytree"):

@@ -9,7 +9,6 @@ Everything is read from what the build measured; nothing is run here.
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgedyn.files import to_json
 from edgedyn.report import Picture
 from edgedyn.validate import Outputs, ValidationReport
 
@@ -136,18 +136,7 @@ def write_texts(
 
 
 def _write_json(path: Path, values: object) -> None:
-    path.write_text(json.dumps(_plain(values), indent=1) + "\n", encoding="utf-8")
-
-
-def _plain(values: Any) -> Any:
-    """Replace numbers that JSON does not have by text."""
-    if isinstance(values, dict):
-        return {key: _plain(value) for key, value in values.items()}
-    if isinstance(values, list | tuple):
-        return [_plain(value) for value in values]
-    if isinstance(values, float) and not np.isfinite(values):
-        return str(values)
-    return values
+    path.write_text(to_json(values), encoding="utf-8")
 
 
 def choose_pictures(outputs: Outputs, most: int = 3) -> list[Picture]:

@@ -1,13 +1,17 @@
-"""Files that are whole or not there: part files beside their place, synced to the disk, then renamed.
+"""Files that are whole or not there, and JSON that every parser reads. Device side: standard library only.
 
-Beside it, because a rename is atomic only inside one file system. Device side: standard library only.
+A file is written as a part beside its place, synced to the disk, then renamed: beside it, because a rename is
+atomic only inside one file system.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import secrets
 from pathlib import Path
+from typing import Any
 
 from edgedyn.errors import UsageError
 
@@ -51,3 +55,18 @@ def sync(*paths: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+def to_json(values: object) -> str:
+    """Return indented JSON text; infinity and NaN, which JSON does not have, become the strings of Python."""
+    return json.dumps(_finite(values), indent=1, default=str, allow_nan=False) + "\n"
+
+
+def _finite(values: Any) -> Any:
+    if isinstance(values, dict):
+        return {key: _finite(value) for key, value in values.items()}
+    if isinstance(values, list | tuple):
+        return [_finite(value) for value in values]
+    if isinstance(values, float) and not math.isfinite(values):
+        return str(values)
+    return values

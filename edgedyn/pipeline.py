@@ -30,11 +30,27 @@ from edgedyn.validate import Outputs, Row, ValidationReport
 
 if TYPE_CHECKING:
     from edgedyn.calibration import Sample
+    from edgedyn.ops import Form, Op
     from edgedyn.recipe import Recipe
     from edgedyn.targets import Run, Target
 
 Progress = Callable[[str, int, int], None]
 _EXACT_SAMPLES = 2  # float64 comparison of whole networks; the rewrite does not depend on the image
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A recipe's network on its way to a target, after every step before lowering.
+
+    ``reference`` is the user's network, ``expanded`` its exact rewrite in the chosen forms, ``quantized``
+    that at the recipe's precision, and ``program`` what the target lowers.
+    """
+
+    reference: nn.Module
+    forms: dict[Op, Form]
+    expanded: ExportedProgram
+    quantized: quantize.Quantized
+    program: ExportedProgram
 
 
 @dataclass(frozen=True)
@@ -87,30 +103,22 @@ def build(
     refuse_existing(out, force=force)
     target = load_target(recipe)
     calibration, samples = load_sets(recipe)
-    reference = recipe.load_model(trust=trust)
-    progress("rewrite layers", 0, 1)
-    canonical = canonicalize(reference)
-    inputs = (torch.from_numpy(samples[0].noisy),)
-    captured = capture(canonical, inputs)
-    forms = ops.choose_forms(captured, target, recipe.forms)
-    expanded = ops.expand(captured, forms, "before_quantize")
-    progress("rewrite layers", 1, 1)
-    quantized = apply_precision(expanded, inputs, recipe, target, calibration, progress)
-    program = ops.expand(quantized.program, forms, "after_quantize")
+    converted = convert(recipe, target, calibration, samples[0], trust=trust, progress=progress)
     with staging_folder(out) as staging:
         progress("lower", 0, 1)
-        artifact = target.lower(program, staging, recipe.precision)
+        artifact = target.lower(converted.program, staging, recipe.precision)
         run = target.load(staging / artifact.files[0])
         progress("lower", 1, 1)
-        outputs = run_samples(expanded, program, run, samples, recipe.precision, progress)
-        rows = exactness_rows(reference, expanded, samples, recipe.limits.exact)
+        outputs = run_samples(converted, run, samples, recipe.precision, progress)
+        rows = exactness_rows(converted, samples, recipe.limits.exact)
         rows += validate.arithmetic_rows(outputs, recipe.precision, recipe.limits)
         rows += validate.truth_rows(outputs, recipe.limits)
-        rows += [validate.decision_row(expanded), *artifact.rows]
+        rows += [validate.decision_row(converted.expanded), *artifact.rows]
         report = ValidationReport(tuple(rows))
         latency_ms = time_runs(run, samples[0].noisy.astype(recipe.input_spec().dtype))
         write_vectors(staging, outputs, recipe)
-        manifest = describe(recipe, artifact, forms, quantized, calibration, outputs, latency_ms)
+        quantized = converted.quantized
+        manifest = describe(recipe, artifact, converted.forms, quantized, calibration, outputs, latency_ms)
         write_texts(staging, recipe, report, quantized, calibration, latency_ms)
         write_report(
             staging,
@@ -126,6 +134,37 @@ def build(
         )
         bundle = write_bundle(out, staging, manifest, force=force)
     return Build(bundle, report, latency_ms)
+
+
+def convert(
+    recipe: Recipe,
+    target: Target,
+    calibration: CalibrationSet | None,
+    example: Sample,
+    *,
+    trust: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Converted:
+    """Bring the recipe's network to the program that the target lowers; nothing is written.
+
+    Args:
+        recipe: what to convert.
+        target: where to, from ``load_target``.
+        calibration: the set that INT8 observes; None for a float precision.
+        example: an input of the recipe's shape, to export with.
+        trust: allow weights that are a pickle of tensors.
+        progress: called with (what is done, steps done, steps in all).
+    """
+    reference = recipe.load_model(trust=trust)
+    progress("rewrite layers", 0, 1)
+    inputs = (torch.from_numpy(example.noisy),)
+    captured = capture(canonicalize(reference), inputs)
+    forms = ops.choose_forms(captured, target, recipe.forms)
+    expanded = ops.expand(captured, forms, "before_quantize")
+    progress("rewrite layers", 1, 1)
+    quantized = apply_precision(expanded, inputs, recipe, target, calibration, progress)
+    program = ops.expand(quantized.program, forms, "after_quantize")
+    return Converted(reference, forms, expanded, quantized, program)
 
 
 def load_target(recipe: Recipe) -> Target:
@@ -205,17 +244,15 @@ def apply_precision(
     )
 
 
-def exactness_rows(
-    reference: nn.Module, expanded: ExportedProgram, samples: list[Sample], limit: float
-) -> list[Row]:
+def exactness_rows(converted: Converted, samples: list[Sample], limit: float) -> list[Row]:
     """Prove the rewrite in float64: reference, canonical and expanded network on real images."""
-    wide = copy.deepcopy(reference).double()
+    wide = copy.deepcopy(converted.reference).double()
+    expanded = converted.expanded
     return validate.rewrite_rows(wide, canonicalize(wide), expanded, samples[:_EXACT_SAMPLES], limit)
 
 
 def run_samples(
-    expanded: ExportedProgram,
-    program: ExportedProgram,
+    converted: Converted,
     run: Run,
     samples: list[Sample],
     precision: str,
@@ -223,7 +260,7 @@ def run_samples(
 ) -> Outputs:
     """Run expanded, quantized and lowered program on every validation sample."""
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    modules = [(expanded.module(), torch.float32), (program.module(), dtype)]
+    modules = [(converted.expanded.module(), torch.float32), (converted.program.module(), dtype)]
     results: list[list[np.ndarray]] = []
     for module, kind in modules:
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 import os
+from pathlib import Path
 
 import pytest
 
 from edgedyn.errors import UsageError
-from edgedyn.files import replace_file
+from edgedyn.files import replace_file, to_json
 
 
 def test_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -26,3 +29,10 @@ def test_replacing_a_file_that_cannot_be_written_is_refused_and_leaves_no_part(t
     with pytest.raises(UsageError, match="cannot write"):
         replace_file(tmp_path / "folder", b"data")
     assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_json_holds_nothing_that_a_strict_parser_refuses():
+    values = {"rows": [{"value": math.inf}, (math.nan, -math.inf)], "path": Path("out"), "median": 1.5}
+    text = to_json(values)
+    read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert read == {"rows": [{"value": "inf"}, ["nan", "-inf"]], "path": "out", "median": 1.5}

@@ -11,24 +11,23 @@ running.
 from __future__ import annotations
 
 import json
-import os
-import platform
-import resource
-import shlex
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import measurement
 import numpy as np
 import typer
+import yaml
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
+
+from edgedyn.cli import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
 app = typer.Typer(add_completion=False)
@@ -50,7 +49,8 @@ def bench(
     with tempfile.TemporaryDirectory(prefix="edgedyn-bench-") as folder:
         for size in sizes.split(","):
             height, width = map(int, size.split("x"))
-            jobs = prepare(Path(folder) / size, [1, 3, height, width], ffdnet)
+            with quiet_libraries():
+                jobs = prepare(Path(folder) / size, [1, 3, height, width], ffdnet)
             measured: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
             order = [name for _ in range(rounds) for name in jobs]
             for name in track(order, f"run {size}", disable=not sys.stderr.isatty()):
@@ -58,15 +58,11 @@ def bench(
             rows += summarize(size, measured)
     record = {
         "rows": rows,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, 2 threads",
-        "versions": {n: version(n) for n in ("torch", "executorch", "torchao", "nncf", "onnxruntime")},
-        "samples": f"{rounds} rounds of {runs} runs after 2 warm-ups, each round a new process",
-        "command": shlex.join(["python", "tools/bench.py", *(a for a in sys.argv[1:] if os.sep not in a)]),
+        "samples": f"2 threads; {rounds} rounds of {runs} runs after 2 warm-ups, each round a new process",
     }
-    if out:
-        out.write_text(json.dumps(record, indent=1) + "\n")
+    measurement.write(out, record)
     if as_json:
-        sys.stdout.write(json.dumps(record, indent=1) + "\n")
+        sys.stdout.write(json.dumps({**record, **measurement.provenance()}, indent=1) + "\n")
     else:
         show(rows)
 
@@ -74,14 +70,13 @@ def bench(
 def prepare(folder: Path, shape: list[int], ffdnet: Path | None) -> dict[str, list[str]]:
     """Lower every variant into the folder; return the worker's arguments by name."""
     folder.mkdir(parents=True)
+    calibration = few_samples(folder)
     size = ",".join(map(str, shape))
     jobs = {"mallenet-s, PyTorch eager": ["eager", "mallenet-s", size]}
-    naive = lower_naive(folder, shape)
-    if naive is not None:
-        jobs["mallenet-s, naive export"] = ["executorch", str(naive), size]
+    jobs["mallenet-s, naive export"] = ["executorch", str(lower_naive(folder, shape)), size]
     variants = {
         "mallenet-s, ExecuTorch float32": ("mallenet-s.phone.fp32", []),
-        "mallenet-s, ExecuTorch INT8": ("mallenet-s.phone.int8", []),
+        "mallenet-s, ExecuTorch INT8": ("mallenet-s.phone.int8", [calibration]),
         "mallenet-s, ONNX Runtime float32": (
             "mallenet-s.jetson.fp16",
             ["precision=fp32", "target=onnxruntime"],
@@ -91,11 +86,22 @@ def prepare(folder: Path, shape: list[int], ffdnet: Path | None) -> dict[str, li
         weights = f"model.weights={ffdnet}"
         jobs["ffdnet, PyTorch eager"] = ["eager", str(ffdnet), size]
         variants["ffdnet, ExecuTorch float32"] = ("ffdnet-color.phone.fp32", [weights])
-        variants["ffdnet, ExecuTorch INT8"] = ("ffdnet-color.phone.fp32", [weights, "precision=int8"])
+        variants["ffdnet, ExecuTorch INT8"] = (
+            "ffdnet-color.phone.fp32",
+            [weights, "precision=int8", calibration],
+        )
     for index, (name, (recipe, overrides)) in enumerate(variants.items()):
         kind, path = lower_ours(folder / str(index), recipe, [*overrides, f"input.shape={shape}"])
         jobs[name] = [kind, str(path), size]
     return jobs
+
+
+def few_samples(folder: Path, samples: int = 2) -> str:
+    """Write the calibration set with fewer samples: ranges do not change the time of a run."""
+    manifest = yaml.safe_load((ROOT / "calib/skimage.yaml").read_text())
+    path = folder / "calibration.yaml"
+    path.write_text(yaml.safe_dump({**manifest, "samples": samples}))
+    return f"calibration={path}"
 
 
 def lower_ours(folder: Path, name: str, overrides: list[str]) -> tuple[str, Path]:
@@ -105,11 +111,10 @@ def lower_ours(folder: Path, name: str, overrides: list[str]) -> tuple[str, Path
     from edgedyn.recipe import load_recipe
 
     recipe = load_recipe(ROOT / f"recipes/{name}.yaml", overrides)
-    artifact = lower_recipe(recipe, folder, trust=True)[0]
-    return recipe.target, folder / artifact.files[0]
+    return recipe.target, lower_recipe(recipe, folder, trust=True)[0]
 
 
-def lower_naive(folder: Path, shape: list[int]) -> Path | None:
+def lower_naive(folder: Path, shape: list[int]) -> Path:
     """Export the reference network as it is, as a user without edgedyn would."""
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -148,7 +153,7 @@ def worker(kind: str, what: str, size: str, runs: int) -> None:
 
     torch.set_num_threads(2)
     x = np.random.default_rng(0).random(tuple(map(int, size.split(","))), dtype=np.float32)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = status_kib("VmRSS")
     run = load(kind, what)
     times = []
     for index in range(2 + runs):
@@ -156,8 +161,13 @@ def worker(kind: str, what: str, size: str, runs: int) -> None:
         run(x)
         if index >= 2:
             times.append((time.perf_counter() - start) * 1e3)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"times_ms": times, "memory_mb": (peak - before) / 1024}))
+    print(json.dumps({"times_ms": times, "memory_mb": (status_kib("VmHWM") - before) / 1024}))
+
+
+def status_kib(key: str) -> int:
+    """Return a figure of this process from Linux; getrusage's peak would be inherited from the parent."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key))
 
 
 def load(kind: str, what: str) -> Callable[[np.ndarray], object]:
@@ -211,10 +221,12 @@ def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
     table = Table(box=None)
     for column in rows[0]:
-        table.add_column(column, justify="left" if column == "what" else "right")
+        table.add_column(
+            column.replace("_", "\n"), justify="left" if column == "what" else "right", no_wrap=True
+        )
     for row in rows:
         table.add_row(*map(str, row.values()))
-    Console().print(table)
+    Console(width=100).print(table)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Measure a recipe on a folder of images: float and INT8 by engine, in the real runtime, by noise level.
 
-    python tools/evaluate.py RECIPE IMAGES [--engines nncf,torchao] [--out FILE.json]
+    python tools/evaluate.py RECIPE IMAGES [--engines nncf,torchao] [--keep-float heads.0,tail] [--out FILE]
 
 Images are cut to multiples of 32 and turned to landscape, so that one program serves all of a size; noise is
 white, Gaussian, unclipped and seeded by the image's number. Everything runs through the target's own runtime.
@@ -9,32 +9,31 @@ white, Gaussian, unclipped and seeded by the image's number. Everything runs thr
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shlex
 import sys
 import tempfile
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
+import measurement
 import numpy as np
-import torch
 import typer
 from rich.progress import track
 
-from edgedyn import metrics, ops, pipeline
+from edgedyn import metrics, pipeline
+from edgedyn.cli import quiet_libraries
 from edgedyn.imaging import read_image
-from edgedyn.layers import canonicalize
 from edgedyn.recipe import Recipe, load_recipe
-from edgedyn.targets import Artifact
 
 
 def main(
     recipe: Path,
     images: Path,
     engines: Annotated[str, typer.Option(help="comma-separated: nncf, torchao")] = "nncf,torchao",
+    keep_float: Annotated[
+        list[str] | None,
+        typer.Option(help="patterns left float, comma-separated, none for none; give it again to compare"),
+    ] = None,
     sigmas: Annotated[str, typer.Option(help="comma-separated, 0..255 scale")] = "15,25,50",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="recipe values, a.b=c")] = None,
     limit: Annotated[int, typer.Option(help="first N images only; 0 is all")] = 0,
@@ -46,10 +45,16 @@ def main(
     settings = [*(overrides or []), f"input.shape={shape}"]
     variants = {"float32": [*settings, "precision=fp32"]}
     for engine in engines.split(","):
-        variants[f"int8 {engine}"] = [*settings, "precision=int8", f"quantize.engine={engine}"]
+        int8 = [*settings, "precision=int8", f"quantize.engine={engine}"]
+        for patterns in keep_float or []:
+            kept = [] if patterns == "none" else patterns.split(",")
+            variants[f"int8 {engine}, float: {patterns}"] = [*int8, f"quantize.keep_float={kept}"]
+        if not keep_float:
+            variants[f"int8 {engine}"] = int8
     results: dict[str, Any] = {}
     for name, values in variants.items():
-        run, share = deploy(load_recipe(recipe, values), trust=trust)
+        with quiet_libraries():
+            run, share = deploy(load_recipe(recipe, values), trust=trust)
         results[name] = {"int8_mac_share": round(share, 4)}
         for sigma in map(float, sigmas.split(",")):
             label = f"{name} sigma {sigma:g}"
@@ -62,14 +67,8 @@ def main(
         "images": len(truths),
         "size": shape,
         "results": results,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": {
-            name: version(name) for name in ("torch", "executorch", "torchao", "nncf", "onnxruntime")
-        },
-        "command": shlex.join(["python", "tools/evaluate.py", recipe.name, images.name, *sys.argv[3:]]),
     }
-    if out:
-        out.write_text(json.dumps(record, indent=1) + "\n")
+    measurement.write(out, record)
 
 
 def load(path: Path) -> np.ndarray:
@@ -83,23 +82,19 @@ def load(path: Path) -> np.ndarray:
 def deploy(recipe: Recipe, *, trust: bool) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
     """Bring a recipe to a running program; returns it with the INT8 share of multiply-adds."""
     folder = Path(tempfile.mkdtemp(prefix="edgedyn-"))
-    artifact, share = lower_recipe(recipe, folder, trust=trust)
-    run = pipeline.load_target(recipe).load(folder / artifact.files[0])
+    program, share = lower_recipe(recipe, folder, trust=trust)
+    run = pipeline.load_target(recipe).load(program)
     return lambda x: run(x)[0], share
 
 
-def lower_recipe(recipe: Recipe, folder: Path, *, trust: bool) -> tuple[Artifact, float]:
-    """Lower a recipe into a folder, without validation and bundle; the straight line's first half."""
+def lower_recipe(recipe: Recipe, folder: Path, *, trust: bool) -> tuple[Path, float]:
+    """Lower a recipe into a folder, without validation and bundle; returns the program's file."""
     folder.mkdir(parents=True, exist_ok=True)
     target = pipeline.load_target(recipe)
     calibration, samples = pipeline.load_sets(recipe)
-    inputs = (torch.from_numpy(samples[0].noisy),)
-    captured = pipeline.capture(canonicalize(recipe.load_model(trust=trust)), inputs)
-    forms = ops.choose_forms(captured, target, recipe.forms)
-    expanded = ops.expand(captured, forms, "before_quantize")
-    quantized = pipeline.apply_precision(expanded, inputs, recipe, target, calibration, lambda *_: None)
-    program = ops.expand(quantized.program, forms, "after_quantize")
-    return target.lower(program, folder, recipe.precision), quantized.int8_mac_share
+    converted = pipeline.convert(recipe, target, calibration, samples[0], trust=trust)
+    artifact = target.lower(converted.program, folder, recipe.precision)
+    return folder / artifact.files[0], converted.quantized.int8_mac_share
 
 
 def score(run: Callable[[np.ndarray], np.ndarray], truth: np.ndarray, sigma: float, index: int) -> float:

@@ -11,11 +11,10 @@ installs.
 from __future__ import annotations
 
 import json
-import os
-import platform
 from pathlib import Path
 from typing import Annotated
 
+import measurement
 import numpy as np
 import torch
 import typer
@@ -55,12 +54,8 @@ def main(
     record = {
         "what": f"mallenet-s float32 in PyTorch, tile {tile}, sigma {sigma:g}, {len(photos)} photos",
         "rows": rows,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs",
-        "versions": {"torch": torch.__version__, "numpy": np.__version__},
-        "command": f"python tools/measure_seams.py --tile {tile} --overlaps {overlaps} --sigma {sigma:g}",
     }
-    if out:
-        out.write_text(json.dumps(record, indent=1) + "\n")
+    measurement.write(out, record)
 
 
 def compare(

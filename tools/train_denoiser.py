@@ -6,15 +6,13 @@ python tools/train_denoiser.py IMAGES --validation IMAGES --out recipes/weights/
 from __future__ import annotations
 
 import json
-import os
-import platform
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
+import measurement
 import torch
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -76,9 +74,7 @@ def main(
         "plan": plan_card(plan),
         "start_from": start_from and json.loads(start_from.with_suffix(".json").read_text()),
         "seconds": round(seconds),
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, {threads} threads",
-        "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        "command": shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]]),
+        **measurement.provenance(),
         "psnr_db": {
             "set": validation.name,
             "images": len(held_out),
