@@ -1,0 +1,41 @@
+"""What every number in docs/measurements/ carries: machine, versions and command."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+_PACKAGES = ("torch", "executorch", "torchao", "nncf", "onnxruntime", "numpy")
+
+
+def provenance() -> dict[str, Any]:
+    """Return machine, versions and command of this process; paths in the command by their last part."""
+    arguments = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    return {
+        "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} CPUs",
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in _PACKAGES},
+        },
+        "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *arguments]),
+    }
+
+
+def write(path: Path | None, record: dict[str, Any]) -> None:
+    """Write a measurement with its provenance as JSON; nothing where no path is given."""
+    if path is not None:
+        path.write_text(json.dumps({**record, **provenance()}, indent=1) + "\n", encoding="utf-8")
+
+
+def _processor() -> str:
+    """Return the processor's name where Linux tells it."""
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()
