@@ -176,7 +176,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Args:
         path: YAML file.
         overrides: ``dotted.key=value`` items; the value is YAML. A relative path given here starts at the
-            working directory, unlike one in the file.
+            working directory, unlike one in the file. Other weights drop the file's ``model.sha256``, which
+            is of the weights that it names.
 
     Raises:
         RecipeError: for a missing or unreadable file, an unknown key (the nearest is named) or a wrong type.
@@ -196,8 +197,8 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(
             f"recipe {path} holds {type(values).__name__}; expected keys and values, as in recipes/."
         )
-    for override in overrides:
-        _override(values, override)
+    for override in sorted(overrides, key=lambda text: text.startswith("model.sha256=")):
+        _override(values, override)  # the digest last: other weights drop the file's
     values.setdefault("name", path.stem)
     try:
         return Recipe(**values, folder=str(path.parent))
@@ -226,6 +227,8 @@ def _override(values: dict[str, Any], override: str) -> None:
         ) from error
     if key in _PATH_KEYS and isinstance(value, str):
         value = str(Path(value).absolute())
+    if key == "model.weights" and isinstance(values.get("model"), dict):
+        values["model"].pop("sha256", None)
     for part in parts[:-1]:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):

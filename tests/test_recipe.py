@@ -162,6 +162,14 @@ def test_set_paths_start_at_the_working_directory(tmp_path, monkeypatch):
     assert recipe.path(recipe.model.weights) == tmp_path / "here" / "w.safetensors"
 
 
+def test_other_weights_on_the_command_line_are_not_held_to_the_file_s_digest(tmp_path):
+    path = Path(__file__).parents[1] / "recipes/mallenet-s.phone.fp32.yaml"
+    assert load_recipe(path).model.sha256 is not None
+    assert load_recipe(path, ["model.weights=mine.safetensors"]).model.sha256 is None
+    both = ["model.sha256=abc", "model.weights=mine.safetensors"]
+    assert load_recipe(path, both).model.sha256 == load_recipe(path, both[::-1]).model.sha256 == "abc"
+
+
 @pytest.mark.parametrize("override", ["quantize.engine", "=3", "a..b=1", ".a=1", ""])
 def test_set_without_key_or_value_is_refused(tmp_path, override):
     text = refused(write(tmp_path), override)
