@@ -207,7 +207,9 @@ def compile_bundle(
     if as_json:
         _print_json({"ok": True, "engine": str(engine), **facts})
     else:
-        _out.print(f"{engine}: {facts}", soft_wrap=True)
+        _out.print(str(engine), soft_wrap=True)
+        for fact, value in facts.items():
+            _out.print(f"  {fact:<20} {value}")
 
 
 @app.command()

@@ -310,6 +310,8 @@ def test_engine_computes_what_the_oracle_computes(lowered):
         progress=lambda *step: phases.append(step),
     )
     assert facts["engine_bytes"] == path.with_suffix(".engine").stat().st_size
+    assert 0 < facts["latency_ms"]["median"] <= facts["latency_ms"]["p95"]
+    assert facts["device_memory_bytes"] > 0
     assert phases
     assert path.with_name("timings").stat().st_size > 0
     assert run.runtime_name(path).startswith("TensorRT")

@@ -15,7 +15,7 @@ from typing import Any
 
 from edgedyn.errors import BundleError, ModelError, UsageError
 from edgedyn.files import replace_file
-from edgedyn.targets.tensorrt.run import current_device, require_tensorrt
+from edgedyn.targets.tensorrt.run import current_device, measure_engine, require_tensorrt
 
 Progress = Callable[[str, int, int], None]
 
@@ -39,7 +39,8 @@ def compile_engine(
 
     Returns:
         ``tensorrt`` (its version), ``device``, ``compute_capability``, ``layers``, ``engine_bytes``,
-        ``scratch_bytes``, ``seconds``.
+        ``scratch_bytes``, ``seconds``; then ``latency_ms`` and ``device_memory_bytes`` of the engine at work,
+        as ``measure_engine`` gives them.
 
     Raises:
         TargetMissingError: where TensorRT 10.1 or newer, pycuda, or a GPU is missing.
@@ -66,7 +67,7 @@ def compile_engine(
         replace_file(engine_path, plan)
         if timing_cache and timings:
             replace_file(timing_cache, timings.serialize())
-        return {
+        facts = {
             "tensorrt": trt.__version__,
             "device": device.name(),
             "compute_capability": "{}.{}".format(*device.compute_capability()),
@@ -75,6 +76,8 @@ def compile_engine(
             "scratch_bytes": engine.device_memory_size_v2,
             "seconds": round(time.perf_counter() - start, 1),
         }
+        del engine  # its memory is not the measured one's
+        return {**facts, **measure_engine(engine_path)}
 
 
 def create_logger(trt: Any) -> Any:

@@ -81,14 +81,29 @@ class EngineRun:
                 self._cuda.memcpy_htod_async(
                     self._buffers[spec.name], np.ascontiguousarray(array), self._stream
                 )
-            if not self._context.execute_async_v3(self._stream.handle):
-                raise TargetMissingError(
-                    "TensorRT could not start the engine; the device may be out of memory."
-                )
+            self._start()
             for spec, array in zip(self._outputs, outputs, strict=True):
                 self._cuda.memcpy_dtoh_async(array, self._buffers[spec.name], self._stream)
             self._stream.synchronize()
         return outputs
+
+    def time(self, *, runs: int = 50, warm_up: int = 10) -> dict[str, float]:
+        """Time the engine alone by CUDA events, on what its buffers hold: no copies; milliseconds."""
+        times = []
+        with current_device(self._cuda):
+            begin, end = self._cuda.Event(), self._cuda.Event()
+            for _ in range(warm_up + runs):
+                begin.record(self._stream)
+                self._start()
+                end.record(self._stream)
+                end.synchronize()
+                times.append(begin.time_till(end))
+        timed = times[warm_up:]
+        return {"median": float(np.median(timed)), "p95": float(np.percentile(timed, 95)), "runs": runs}
+
+    def _start(self) -> None:
+        if not self._context.execute_async_v3(self._stream.handle):
+            raise TargetMissingError("TensorRT could not start the engine; the device may be out of memory.")
 
     def _describe(self, name: str) -> onnxruntime_run.Input:
         dtype = np.dtype(self._trt.nptype(self._engine.get_tensor_dtype(name)))
@@ -98,6 +113,22 @@ class EngineRun:
         buffer = self._cuda.mem_alloc(int(np.prod(spec.shape)) * spec.dtype.itemsize)
         self._context.set_tensor_address(spec.name, int(buffer))
         return buffer
+
+
+def measure_engine(path: Path) -> dict[str, object]:
+    """Load an engine and measure it on this GPU, alone.
+
+    Returns:
+        ``latency_ms``: median, p95 and runs; ``device_memory_bytes``: what weights, scratch memory, inputs
+        and outputs took of the GPU's free memory.
+    """
+    cuda = require_tensorrt()[1]
+    with current_device(cuda):
+        free = cuda.mem_get_info()[0]
+        engine = EngineRun(path)
+        latency = engine.time()
+        taken = free - cuda.mem_get_info()[0]
+    return {"latency_ms": latency, "device_memory_bytes": taken}
 
 
 def require_tensorrt() -> tuple[Any, Any]:
