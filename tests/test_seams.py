@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import skimage.data
 import torch
+from measure_seams import compare
 
 from edgedyn.bundle import Bundle
 from edgedyn.recipe import load_recipe
 from edgedyn.session import Session
-from tools.measure_seams import compare
 
 TILE = 128
 RECIPE = load_recipe(Path(__file__).parents[1] / "recipes/mallenet-s.phone.fp32.yaml")

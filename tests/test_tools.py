@@ -1,0 +1,82 @@
+"""The measuring tools measure what they say."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import bench
+import evaluate
+import measurement
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+
+def test_measurement_carries_machine_versions_and_command_but_no_folders(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["/somewhere/tools/evaluate.py", "recipes/a.yaml", "--limit", "2"])
+    measurement.write(tmp_path / "m.json", {"rows": [1]})
+    written = json.loads((tmp_path / "m.json").read_text())
+    assert written["rows"] == [1]
+    assert written["command"] == "python tools/evaluate.py a.yaml --limit 2"
+    assert written["versions"]["torch"] == torch.__version__
+    assert "CPUs" in written["machine"]
+    measurement.write(None, {"rows": [1]})
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_photos_are_evaluated_landscape_in_multiples_of_32(tmp_path):
+    pixels = np.zeros((130, 97, 3), np.uint8)
+    pixels[:, -1] = 255  # the right edge comes to lie on top
+    Image.fromarray(pixels).save(tmp_path / "portrait.png")
+    image = evaluate.load(tmp_path / "portrait.png")
+    assert image.shape == (1, 3, 96, 128)
+    assert (image[:, :, 0] == 1).all()
+    assert (image[:, :, 1:] == 0).all()
+
+
+def test_score_is_the_psnr_under_unclipped_noise_of_the_level():
+    truth = np.full((1, 3, 64, 64), 0.99, np.float32)
+    seen = []
+
+    def keep(x: np.ndarray) -> np.ndarray:
+        seen.append(x)
+        return x
+
+    score = evaluate.score(keep, truth, sigma=25, index=0)
+    assert score == pytest.approx(-20 * np.log10(25 / 255), abs=0.2)
+    assert seen[0].max() > 1
+    assert evaluate.score(keep, truth, sigma=25, index=1) != score
+
+
+def test_bench_ratios_are_against_eager_of_the_same_network():
+    def results(*medians: float) -> list[dict]:
+        return [{"times_ms": [m, m, 2 * m], "memory_mb": 7.0} for m in medians]
+
+    measured = {
+        "a, PyTorch eager": results(100, 110),
+        "a, INT8": results(25, 25),
+        "b, PyTorch eager": results(10, 10),
+        "b, INT8": results(5, 5),
+    }
+    rows = {row["what"]: row for row in bench.summarize("8x8", measured)}
+    assert rows["a, PyTorch eager"]["spread"] == pytest.approx(0.1)
+    assert rows["a, INT8"]["ratio_to_eager"] == pytest.approx(25 / 110, abs=1e-3)
+    assert rows["b, INT8"]["ratio_to_eager"] == 0.5
+    assert (rows["b, INT8"]["p95_ms"], rows["b, INT8"]["median_ms"]) == (10.0, 5.0)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_the_process_s_own():
+    ballast = bytearray(300 * 2**20)  # a child must not inherit it
+    code = (
+        "import bench; before = bench.status_kib('VmRSS'); x = bytearray(50 * 2**20); del x;"
+        "print((bench.status_kib('VmHWM') - before) / 1024)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=bench.ROOT / "tools", capture_output=True, text=True, check=True
+    )
+    assert 45 < float(done.stdout) < 100
+    assert len(ballast) > 0
