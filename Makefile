@@ -2,14 +2,17 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test test-long bench clean
+.PHONY: .venv demo test test-long bench clean
 
-.venv: pyproject.toml
+.venv: .venv/installed
+
+# a file that is written last: an interrupted installation is taken up again
+.venv/installed: pyproject.toml
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python {sys.version} is too old; edgedyn needs 3.10 or newer: make PYTHON=python3.11"'
 	$(PYTHON) -m venv .venv || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet --editable '.[dev,tensorrt-check]'
-	touch .venv
+	touch $@
 
 demo: .venv
 	rm -rf demo-out

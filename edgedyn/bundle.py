@@ -45,11 +45,13 @@ class Vector:
         input: name of a ``.npy`` in the bundle, of the first input's shape and dtype.
         output: name of a ``.npy`` in the bundle, of the first output's shape and dtype.
         max_abs: largest difference that is allowed at any element, in units of the output.
+        rms: largest root mean square of the differences that is allowed.
     """
 
     input: str
     output: str
     max_abs: float
+    rms: float
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,11 @@ class Bundle:
 
     path: Path
     manifest: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check of the build passed."""
+        return bool(self.manifest["ok"])
 
     @property
     def target(self) -> str:
@@ -98,8 +105,13 @@ class Bundle:
         return [Vector(**{key: vector[key] for key in VECTOR_KEYS}) for vector in self.manifest["vectors"]]
 
 
-def open_bundle(path: Path) -> Bundle:
+def open_bundle(path: Path, *, rebuilt: str = "") -> Bundle:
     """Verify the bundle in the directory ``path``, every byte of it, and open it.
+
+    Args:
+        path: the directory.
+        rebuilt: name of a file that is about to be made again with ``add_file``, so that its state, and
+            whether it is there or listed, do not matter.
 
     Raises:
         BundleError: if it is no bundle, or anything in it is not as its manifest says.
@@ -107,7 +119,7 @@ def open_bundle(path: Path) -> Bundle:
     if not path.is_dir():
         raise refusal(path, "the path", "no directory", "the directory of a bundle", "Check the path.")
     manifest = read_manifest(path)
-    check_files(path, manifest["files"])
+    check_files(path, manifest["files"], rebuilt=rebuilt)
     return Bundle(path, manifest)
 
 
@@ -177,18 +189,23 @@ def write_bundle(out: Path, staging: Path, manifest: dict[str, Any], *, force: b
     return replace(bundle, path=out)
 
 
-def add_file(bundle: Bundle, name: str) -> Bundle:
-    """List the file ``name``, which now stands in the bundle, in its manifest, or renew its entry.
+def add_file(bundle: Bundle, file: Path) -> Bundle:
+    """Move a file into the bundle, under its own name, and list it in the manifest or renew its entry.
+
+    A power cut between the two leaves a bundle that does not open, until the file is added again.
+
+    Args:
+        bundle: the bundle, opened with ``rebuilt=file.name`` where that stands in it already.
+        file: a file on the bundle's file system, made in a ``staging_folder``.
 
     Raises:
-        BundleError: if there is no plain file of that name, or the rest of the bundle is not as it was.
+        BundleError: if the name is not plain, or the rest of the bundle is not as it was.
     """
-    if name not in list_files(bundle.path) - {MANIFEST}:
-        raise refusal(bundle.path, "the file to add", repr(name), "a plain file in it", "Write it first.")
-    files = {**bundle.manifest["files"], name: describe_file(bundle.path / name)}
-    check_files(bundle.path, files)
+    files = {**bundle.manifest["files"], file.name: describe_file(file)}
+    check_files(bundle.path, files, rebuilt=file.name)
     manifest = seal({**bundle.manifest, "files": files})
-    sync(bundle.path / name)
+    sync(file)
+    file.replace(bundle.path / file.name)
     replace_file(bundle.path / MANIFEST, canonical(manifest))
     return replace(bundle, manifest=manifest)
 

@@ -25,6 +25,8 @@ from edgedyn.errors import CalibrationError, ImageError
 from edgedyn.imaging import IMAGE_SUFFIXES, read_image
 from edgedyn.recipe import explain
 
+_MOST_SAMPLES = 64  # of a folder, taken evenly; a manifest may ask for more
+
 
 class NoiseSection(BaseModel):
     """What is added to a clean image; ``sigma`` on the 0..255 scale, cycled over the samples."""
@@ -34,6 +36,10 @@ class NoiseSection(BaseModel):
     kind: Literal["gaussian", "none"] = "gaussian"
     sigma: list[float] = Field(default=[15.0, 25.0, 50.0], min_length=1)
     clip: bool = False
+
+    def level(self, index: int, files: int) -> float:
+        """Return the sigma of a sample; each file meets another one in each round over the files."""
+        return self.sigma[(index % files + index // files) % len(self.sigma)]
 
 
 class _File(BaseModel):
@@ -103,7 +109,7 @@ class CalibrationSet:
                     f"real images. "
                     "Remove the file from the set."
                 )
-            sigma = 0.0 if self.noise.kind == "none" else self.noise.sigma[index % len(self.noise.sigma)]
+            sigma = 0.0 if self.noise.kind == "none" else self.noise.level(index, len(self.files))
             noisy = truth + np.float32(sigma / 255) * rng.standard_normal(truth.shape, dtype=np.float32)
             yield Sample(noisy.clip(0, 1) if self.noise.clip else noisy, truth, sigma, path.name)
 
@@ -114,7 +120,7 @@ class CalibrationSet:
 
 
 def open_set(path: Path) -> CalibrationSet:
-    """Open a manifest, or any folder of images with the default noise model.
+    """Open a manifest, or a folder of images with the default noise model, at most 64 of them evenly taken.
 
     Raises:
         CalibrationError: when it does not exist, is empty, or a file is missing or differs from its sha256.
@@ -172,15 +178,16 @@ def _open_folder(path: Path) -> CalibrationSet:
             f"expected files with a "
             f"suffix of {', '.join(sorted(IMAGE_SUFFIXES))}. Put images there or name another folder."
         )
-    hashed = tuple((file, _sha256(file, path)) for file in files)
-    return CalibrationSet(path.name, "not stated", hashed, NoiseSection(), max(12, len(files)), 0)
+    taken = [files[i * len(files) // _MOST_SAMPLES] for i in range(_MOST_SAMPLES)]
+    hashed = tuple((file, _sha256(file, path)) for file in dict.fromkeys(taken))
+    return CalibrationSet(path.name, "not stated", hashed, NoiseSection(), max(12, len(hashed)), 0)
 
 
 def _root(root: str, manifest: Path) -> Path:
     if not root.startswith("package:"):
         return manifest.parent / root
     package, _, folder = root.removeprefix("package:").partition("/")
-    spec = find_spec(package)
+    spec = find_spec(package) if package.isidentifier() else None
     if spec is None or not spec.submodule_search_locations:
         raise CalibrationError(
             f"image set {manifest} needs the package {package!r}. Run: pip install {package}"

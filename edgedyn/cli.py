@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -33,7 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_out, _err = Console(highlight=False), Console(stderr=True, highlight=False)
+_out = Console(highlight=False, markup=False)  # file names hold brackets
+_err = Console(highlight=False, markup=False, stderr=True)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, see: edgedyn list recipes")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="directory made by edgedyn build")]
@@ -48,15 +48,13 @@ Seed = Annotated[int, typer.Option("--seed", help="seed of torch's random number
 
 def main() -> None:
     """Run the command line; every refusal becomes one message and its exit code."""
+    sys.path.append(str(Path.cwd()))  # model.network may name a module that lies here
     try:
         app()
     except EdgedynError as error:
-        _err.print(f"[bold red]error[/] [bold]{type(error).__name__}[/]: ", end="")
-        _err.print(str(error), markup=False, soft_wrap=True)
+        _err.print(f"error {type(error).__name__}: ", style="bold red", end="")
+        _err.print(str(error), soft_wrap=True)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        _err.print("interrupted; nothing was left half-written")
-        sys.exit(130)
 
 
 @app.command()
@@ -135,8 +133,9 @@ def check(bundle: BundlePath, as_json: AsJson = False) -> None:
     """Verify every hash, then run the validation vectors where it stands."""
     from edgedyn import session
 
-    opened = session.open_session(bundle)
-    report = session.check(opened)
+    with quiet_libraries():
+        opened = session.open_session(bundle)
+        report = session.check(opened)
     runtime = session.runtime_name(opened.bundle)
     if as_json:
         rows = [row.to_json() for row in report.rows]
@@ -161,8 +160,10 @@ def run(
     """Denoise images of any size, in tiles without seams."""
     from edgedyn import session
 
-    opened = session.open_session(bundle)
-    with _progress() as advance:
+    with quiet_libraries(), _progress() as advance:
+        opened = session.open_session(bundle)
+        if not opened.bundle.ok:
+            _err.print(f"warning: checks of {bundle} failed when it was built; see its report.html")
         written = session.denoise_files(
             opened,
             images,
@@ -190,20 +191,23 @@ def compile_bundle(
     from edgedyn import bundle as bundles
     from edgedyn.targets.tensorrt.compile import compile_engine
 
-    opened = bundles.open_bundle(bundle)
+    engine = bundle / "model.engine"
+    opened = bundles.open_bundle(bundle, rebuilt=engine.name)
     if opened.target != "tensorrt":
         raise UsageError(
             f"bundle {bundle} is for the target {opened.target!r}; only tensorrt bundles are compiled. "
             "Use it as it is: edgedyn run."
         )
-    engine = bundle / "model.engine"
     if engine.exists() and not force:
         raise UsageError(f"{engine} exists already; use --force to build it again on this machine.")
-    with _progress() as advance:
+    with bundles.staging_folder(bundle) as staging, _progress() as advance:
         facts = compile_engine(
-            bundle / opened.program, engine, workspace_bytes=workspace_mb * 2**20 or None, progress=advance
+            bundle / opened.program,
+            staging / engine.name,
+            workspace_bytes=workspace_mb * 2**20 or None,
+            progress=advance,
         )
-    bundles.add_file(opened, engine.name)
+        bundles.add_file(opened, staging / engine.name)
     if as_json:
         _print_json({"ok": True, "engine": str(engine), **facts})
     else:
@@ -228,8 +232,9 @@ def doctor(as_json: AsJson = False) -> None:
         for column in ("", "what", "found", "needed for", "mend"):
             table.add_column(column, overflow="fold")
         for f in findings:
-            mark = "ok" if f.ok else ("-" if f.optional else "MISSING")
-            table.add_row(mark, f.name, f.found or "", f.needed_for, "" if f.ok else f.mend)
+            here = f.ok and f.found is not None
+            mark = "ok" if here else ("-" if f.optional else "MISSING")
+            table.add_row(mark, f.name, f.found or "", f.needed_for, "" if here else f.mend)
         _out.print(table)
     if broken:
         raise TargetMissingError(
@@ -339,7 +344,7 @@ def _print_rows(rows: list[Row]) -> None:
     for row in rows:
         limit = " ".join(f"{signs[key]} {value:.4g}" for key, value in row.limit.items())
         word = "passed" if row.passed else "FAILED"
-        table.add_row(row.between, escape(row.metric), f"{row.value:.4g}", limit, str(row.samples), word)
+        table.add_row(row.between, row.metric, f"{row.value:.4g}", limit, str(row.samples), word)
     _out.print(table)
 
 
@@ -356,7 +361,7 @@ def _exit_unless(ok: bool) -> None:
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
     """Show a bar a task on stderr, and nothing where stderr is no terminal."""
     bars = Progress(
-        TextColumn("{task.description:<16}"),
+        TextColumn("{task.description:<16}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

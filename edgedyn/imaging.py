@@ -1,10 +1,11 @@
-"""Photographs in and out: pixels as float32 for the network, and everything else of the file kept.
+"""Photographs in and out: pixels as float32 for the network; depth, mode, alpha, profile and EXIF kept.
 
     pixels: (H, W, C) float32 in [0, 1], C = 1 (gray) or 3 (R, G, B)        alpha: (H, W) or None
 
 PNG of 8 and 16 bits, JPEG, TIFF of 8 and 16 bits and float32. A palette becomes RGB. Colour profile and EXIF
 are written back; the EXIF orientation is applied to the pixels and its tag dropped, and so is the embedded
-thumbnail, which would show the old picture. TIFF keeps the profile but no EXIF.
+thumbnail, which would show the old picture. TIFF keeps the profile but no EXIF. Print resolution, PNG gamma
+and comments are not kept, nor is EXIF text that is not ASCII.
 
 Device side: numpy, Pillow and tifffile only. Pillow reduces 16-bit colour to 8 bits in silence, so 16-bit PNG
 is decoded in ``_png16_samples`` and written in ``_png16``, and 16-bit TIFF goes through tifffile.
@@ -281,6 +282,17 @@ def _encode_tiff(photo: Photo, samples: np.ndarray) -> bytes:
     return stream.getvalue()
 
 
+def _straight(samples: np.ndarray) -> np.ndarray:
+    """Divide colours that were multiplied by their alpha (associated alpha); black where it is 0."""
+    alpha = samples[:, :, -1:].astype(np.float64)
+    full = 1.0 if samples.dtype == np.float32 else float(np.iinfo(samples.dtype).max)
+    colours = samples[:, :, :-1] * np.divide(full, alpha, out=np.zeros_like(alpha), where=alpha > 0)
+    if samples.dtype != np.float32:
+        colours = np.rint(colours)
+    straight: np.ndarray = np.dstack([colours.clip(0, full), alpha]).astype(samples.dtype)
+    return straight
+
+
 def _read_tiff(path: Path, data: bytes) -> Photo:
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         every: list[Any] = list(file.pages)
@@ -307,6 +319,11 @@ def _read_deep_tiff(path: Path, page: Any) -> Photo:
         raise _refusal(path, f"{samples.shape[2]} bands of {colour}", "gray or RGB, and at most one alpha")
     if samples.dtype == np.float32 and not ((samples >= 0) & (samples <= 1)).all():
         raise _refusal(path, "float samples that are not in [0, 1] or not a number", "samples in [0, 1]")
+    extra = [int(kind) for kind in page.extrasamples]
+    if 0 in extra:
+        raise _refusal(path, "an extra band of unspecified meaning", "gray or RGB, and at most one alpha")
+    if tifffile.EXTRASAMPLE.ASSOCALPHA in extra:
+        samples = _straight(samples)
     orientation = page.tags[274].value if 274 in page.tags else 1
     mode = _MODES[samples.shape[2]]
     return _photo(samples, int(orientation), mode=mode, format="TIFF", icc=page.iccprofile, exif=None)

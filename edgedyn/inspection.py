@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from edgedyn import ops, pipeline, targets
+from edgedyn import ops, pipeline
 from edgedyn.layers import canonicalize, find_dynamic
-from edgedyn.quantize import MULTIPLY_ADD_OPS, module_path, multiply_adds
+from edgedyn.quantize import COUNTED_OPS, module_path, multiply_adds
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -20,6 +21,9 @@ if TYPE_CHECKING:
 def inspect(recipe: Recipe, *, trust: bool = False) -> dict[str, Any]:
     """Return what a build would do; nothing is written.
 
+    A layer's generator is what its grids are computed from and its input is not; what several calls share
+    is counted at the first.
+
     Returns:
         ``layers``: a dictionary for each call of an op of ours, with ``path``, ``class``, ``paper``,
         ``primitive``, ``form``, ``grid`` (gh, gw), ``generator_macs``, ``apply_macs``, ``grid_bytes``; then
@@ -27,32 +31,36 @@ def inspect(recipe: Recipe, *, trust: bool = False) -> dict[str, Any]:
         one tile.
 
     Raises:
-        EdgedynError: as ``pipeline.build`` would.
+        EdgedynError: as ``pipeline.build`` would for the recipe, the target and the network.
     """
-    target = targets.load(recipe.target)
+    target = pipeline.load_target(recipe)
     model = recipe.load_model(trust=trust)
-    dynamic = {path: (module, layer) for path, module, layer in find_dynamic(model)}
+    modules = dict(model.named_modules(remove_duplicate=False))
+    papers = {module: layer.paper for _, module, layer in find_dynamic(model)}
     program = pipeline.capture(canonicalize(model), (torch.zeros(recipe.input.shape),))
     forms = {op.overload: form for op, form in ops.choose_forms(program, target, recipe.forms).items()}
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-    costs = {node: multiply_adds(node) for node in nodes if node.target in MULTIPLY_ADD_OPS}
+    costs = {node: multiply_adds(node) for node in nodes if node.target in COUNTED_OPS}
+    claimed: set[Node] = set()
     layers: list[dict[str, Any]] = []
     for node in nodes:
         if node.target not in forms:
             continue
-        path = module_path(node)
-        module, layer = dynamic[path]
+        x, grids = node.args[0], [grid for grid in node.args[1:3] if grid is not None]
+        generator = (_sources(grids) - _sources([x])) & costs.keys() - claimed
+        claimed |= generator
+        module = modules[module_path(node)]
         layers.append(
             {
-                "path": path,
+                "path": module_path(node),
                 "class": type(module).__name__,
-                "paper": layer.paper,
-                "primitive": layer.primitive,
+                "paper": papers.get(module, "calls the op itself"),
+                "primitive": node.target._opname,
                 "form": forms[node.target].name,
-                "grid": list(_value(node.args[1]).shape[2:]),
-                "generator_macs": sum(c for n, c in costs.items() if module_path(n).startswith(f"{path}.")),
+                "grid": list(_value(grids[0]).shape[2:]),
+                "generator_macs": sum(costs[n] for n in generator),
                 "apply_macs": _apply_macs(node),
-                "grid_bytes": sum(4 * _value(grid).numel() for grid in node.args[1:3] if grid is not None),
+                "grid_bytes": sum(4 * _value(grid).numel() for grid in grids),
             }
         )
     applied, generated = (sum(layer[key] for layer in layers) for key in ("apply_macs", "generator_macs"))
@@ -67,6 +75,18 @@ def inspect(recipe: Recipe, *, trust: bool = False) -> dict[str, Any]:
         "macs": total,
         "generator_share": generated / total if total else 0.0,
     }
+
+
+def _sources(values: Iterable[Any]) -> set[Node]:
+    """Return the graph nodes that values are computed from, themselves included."""
+    found: set[Node] = set()
+    waiting = list(values)
+    while waiting:
+        node = waiting.pop()
+        if node not in found:
+            found.add(node)
+            waiting += node.all_input_nodes
+    return found
 
 
 def _value(node: object) -> torch.Tensor:

@@ -30,6 +30,7 @@ _NUMBER = (int, float)
 _DTYPES = ("float16", "float32")
 _MANIFEST_KEYS: dict[str, tuple[type, ...]] = {
     "format": (int,),
+    "ok": (bool,),
     **dict.fromkeys(("name", "edgedyn", "target", "precision", "program"), (str,)),
     **dict.fromkeys(("inputs", "outputs", "vectors"), (list,)),
     **dict.fromkeys(("forms", "tile", "versions", "digests", "facts"), (dict,)),
@@ -39,7 +40,10 @@ _TENSOR_KEYS: dict[str, tuple[type, ...]] = {
     "shape": (list,),
     **dict.fromkeys(("low", "high"), _NUMBER),
 }
-VECTOR_KEYS: dict[str, tuple[type, ...]] = {"input": (str,), "output": (str,), "max_abs": _NUMBER}
+VECTOR_KEYS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("input", "output"), (str,)),
+    **dict.fromkeys(("max_abs", "rms"), _NUMBER),
+}
 
 
 def canonical(manifest: dict[str, Any]) -> bytes:
@@ -89,8 +93,8 @@ def listed_names(path: Path) -> set[str]:
     return set(_parse(path, _manifest_bytes(path))["files"])
 
 
-def check_files(path: Path, files: dict[str, Any]) -> None:
-    """Compare every byte in the directory ``path`` with the entries ``files`` of its manifest.
+def check_files(path: Path, files: dict[str, Any], *, rebuilt: str = "") -> None:
+    """Compare every byte in the directory ``path`` with the entries ``files``, but not the file ``rebuilt``.
 
     Raises:
         BundleError: for a name that is not plain, a file that is missing, changed or not listed.
@@ -101,12 +105,14 @@ def check_files(path: Path, files: dict[str, Any]) -> None:
     taken = [name.lower() for name in (MANIFEST, VECTORS, *files)]
     if len(set(taken)) != len(taken):
         raise refusal(path, "listed names", str(sorted(files)), f"distinct ones in any case, no {MANIFEST}")
-    here = list_files(path) - {MANIFEST}
-    if missing := sorted(set(files) - here):
+    here = list_files(path) - {MANIFEST, rebuilt}
+    if missing := sorted(set(files) - here - {rebuilt}):
         raise refusal(path, "listed files", f"no {', '.join(missing)}", "every listed file")
     if extra := sorted(here - set(files)):
         raise refusal(path, "other files", ", ".join(extra), f"only those in {MANIFEST}", "Remove them.")
     for name, entry in files.items():
+        if name == rebuilt:
+            continue
         found = describe_file(path / name)
         if found != entry:
             raise refusal(path, f"file {name}", str(found), str(entry))
@@ -199,7 +205,8 @@ def _check_values(path: Path, manifest: dict[str, Any]) -> None:
     for vector in manifest["vectors"]:
         _check_types(path, "a vector", vector, VECTOR_KEYS)
         listed = {vector["input"], vector["output"]} <= set(manifest["files"])
-        rules.append(("a vector", vector, "listed files, max_abs from 0", listed and vector["max_abs"] >= 0))
+        fits = listed and min(vector["max_abs"], vector["rms"]) >= 0
+        rules.append(("a vector", vector, "listed files, max_abs and rms from 0", fits))
     for what, found, expected, holds in rules:
         if not holds:
             raise refusal(path, what, repr(found), expected)

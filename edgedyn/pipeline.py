@@ -112,13 +112,16 @@ def build(
         outputs = run_samples(converted, run, samples, recipe.precision, progress)
         rows = exactness_rows(converted, samples, recipe.limits.exact)
         rows += validate.arithmetic_rows(outputs, recipe.precision, recipe.limits)
+        rows += validate.share_rows(converted.quantized, recipe.precision, recipe.limits)
         rows += validate.truth_rows(outputs, recipe.limits)
         rows += [validate.decision_row(converted.expanded), *artifact.rows]
         report = ValidationReport(tuple(rows))
         latency_ms = time_runs(run, samples[0].noisy.astype(recipe.input_spec().dtype))
         write_vectors(staging, outputs, recipe)
         quantized = converted.quantized
-        manifest = describe(recipe, artifact, converted.forms, quantized, calibration, outputs, latency_ms)
+        manifest = describe(
+            recipe, artifact, converted.forms, quantized, calibration, outputs, latency_ms, report.ok
+        )
         write_texts(staging, recipe, report, quantized, calibration, latency_ms)
         write_report(
             staging,
@@ -260,18 +263,21 @@ def run_samples(
 ) -> Outputs:
     """Run expanded, quantized and lowered program on every validation sample."""
     dtype = torch.float16 if precision == "fp16" else torch.float32
-    modules = [(converted.expanded.module(), torch.float32), (converted.program.module(), dtype)]
+    modules = [
+        ("expanded", converted.expanded.module(), torch.float32),
+        ("quantized", converted.program.module(), dtype),
+    ]
     results: list[list[np.ndarray]] = []
-    for module, kind in modules:
+    for name, module, kind in modules:
 
         def in_torch(x: np.ndarray, module: nn.Module = module, kind: torch.dtype = kind) -> np.ndarray:
             with torch.no_grad():
                 return np.asarray(module(torch.from_numpy(x).to(kind)).float().numpy())
 
-        results.append(validate.run_all(in_torch, samples))
+        results.append(validate.run_all(in_torch, samples, name))
         progress("validate", len(results), 3)
     numpy_dtype = np.float16 if precision == "fp16" else np.float32
-    results.append(validate.run_all(lambda x: run(x.astype(numpy_dtype))[0], samples))
+    results.append(validate.run_all(lambda x: run(x.astype(numpy_dtype))[0], samples, "device"))
     progress("validate", 3, 3)
     return Outputs(samples, *results)
 

@@ -27,7 +27,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from edgedyn.errors import CalibrationError, RecipeError
-from edgedyn.quantized_graph import center, separate_readers, unshare_constants
+from edgedyn.quantized_graph import center, explicit_padding, separate_readers, unshare_constants
 from edgedyn.recipe import QuantizeSection
 from edgedyn.targets import Int8Scheme
 
@@ -36,6 +36,8 @@ MULTIPLY_ADD_OPS = {
     torch.ops.aten.linear.default,
     torch.ops.aten.convolution.default,
 }
+# those, and the convolutions that no target has in INT8
+COUNTED_OPS = MULTIPLY_ADD_OPS | {torch.ops.aten.conv2d.padding, torch.ops.aten.conv_transpose2d.input}
 _KEPT_FLOAT = {
     "add": "sum of a residual stream: one 8-bit step a block would add up",
     "sub": "sum of a residual stream: one 8-bit step a block would add up",
@@ -79,22 +81,29 @@ class Quantized:
     Attributes:
         program: BatchNorm folded; INT8 as ``quantized_decomposed`` Q/DQ pairs, half, or float32.
         int8_mac_share: multiply-adds of convolutions and linear layers that run in INT8, as a share of all.
+        multiply_add_nodes: how many there are.
         float_nodes: ``{"node", "count", "reason"}`` of what stays float.
         table: a row a quantized tensor: name, scale, zero point.
     """
 
     program: ExportedProgram
     int8_mac_share: float = 0.0
+    multiply_add_nodes: int = 0
     float_nodes: tuple[dict[str, object], ...] = ()
     table: tuple[dict[str, object], ...] = field(default=(), repr=False)
 
 
 def fold(program: ExportedProgram) -> fx.GraphModule:
-    """Fold every BatchNorm that follows a convolution into it; exact up to rounding of the weights."""
+    """Fold every BatchNorm that follows a convolution into it; exact up to rounding of the weights.
+
+    Convolutions called several times get a weight a call, because each may meet another BatchNorm.
+    """
     from torchao.quantization.pt2e.utils import _fuse_conv_bn_
 
     module = program.module()
     assert isinstance(module, fx.GraphModule)
+    explicit_padding(module)
+    unshare_constants(module, MULTIPLY_ADD_OPS)
     _fuse_conv_bn_(module)
     return module
 
@@ -136,17 +145,17 @@ def to_int8(
             "there are no calibration samples; INT8 needs at least one image. Mend the set."
         )
     module = fold(program)
-    unshare_constants(module, MULTIPLY_ADD_OPS)
-    macs = {node.name: multiply_adds(node) for node in module.graph.nodes if node.target in MULTIPLY_ADD_OPS}
-    quantizer = make_quantizer(scheme, _matching(module, section.keep_float))
+    macs = {node.name: multiply_adds(node) for node in module.graph.nodes if node.target in COUNTED_OPS}
+    kept = _matching(module, section.keep_float)
+    quantizer = make_quantizer(scheme, kept)
     convert = {"torchao": _convert_torchao, "nncf": _convert_nncf}[section.engine]
     with torch.no_grad():
         converted = convert(module, quantizer, section, samples, progress)
     if scheme.symmetric:
         center(converted)
     separate_readers(converted)
-    share, float_nodes, table = _account(converted, macs)
-    return Quantized(torch.export.export(converted, inputs), share, float_nodes, table)
+    share, float_nodes, table = _account(converted, macs, {node.name for node in kept})
+    return Quantized(torch.export.export(converted, inputs), share, len(macs), float_nodes, table)
 
 
 def module_path(node: fx.Node) -> str:
@@ -256,18 +265,19 @@ def _convert_nncf(
 
 
 def _account(
-    module: fx.GraphModule, macs: dict[str, int]
+    module: fx.GraphModule, macs: dict[str, int], kept_by_recipe: set[str]
 ) -> tuple[float, tuple[dict[str, object], ...], tuple[dict[str, object], ...]]:
     """Measure the INT8 share of multiply-adds, list what stays float, and read the scales."""
     total = quantized = 0
     kept: Counter[tuple[str, str]] = Counter()
     table = []
     for node in module.graph.nodes:
-        if node.target in MULTIPLY_ADD_OPS:
+        if node.target in COUNTED_OPS:
             is_int8 = all("dequantize" in str(a.target) for a in node.args[:2])
             total, quantized = total + macs[node.name], quantized + macs[node.name] * is_int8
             if not is_int8:
-                kept[module_path(node) or node.name, _KEPT_BY_RECIPE] += 1
+                reason = _KEPT_BY_RECIPE if node.name in kept_by_recipe else _NO_RULE
+                kept[module_path(node) or node.name, reason] += 1
         elif name := _float_operator(node):
             kept[name, _KEPT_FLOAT.get(name, _NO_RULE)] += 1
         elif str(node.target).startswith("quantized_decomposed.quantize_per_tensor"):
@@ -295,6 +305,8 @@ def _float_operator(node: fx.Node) -> str | None:
 def multiply_adds(node: fx.Node) -> int:
     """Count the multiply-adds of a convolution or linear node from its shapes."""
     weight, out = node.args[1].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    if node.target is torch.ops.aten.conv_transpose2d.input:
+        out = node.args[0].meta["val"]  # type: ignore[union-attr]  # each input value meets a whole kernel
     if node.target is torch.ops.aten.linear.default:
         return int(weight.numel() * math.prod(out.shape[:-1]))
     return int(weight[0].numel() * out.numel())

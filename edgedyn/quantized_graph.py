@@ -1,6 +1,7 @@
 """Graph rewrites around INT8 operators that the runtimes and NNCF need; each names who fails without it.
 
-    unshare_constants    before quantizing: every convolution has its own weight and bias
+    explicit_padding     before quantizing: "same" and "valid" become numbers
+    unshare_constants    before folding and quantizing: every convolution has its own weight and bias
     center               after: zero point 0 everywhere, for targets of symmetric INT8
     separate_readers     after: every reader of a quantized map has its own dequantize
 
@@ -14,14 +15,34 @@ from collections.abc import Container
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
+
+
+def explicit_padding(module: fx.GraphModule) -> None:
+    """Write the padding of convolutions as numbers: quantizers and XNNPACK know ``conv2d.default`` only.
+
+    One that pads unevenly, "same" with an even kernel, stays as it is.
+    """
+    for node in module.graph.nodes:
+        if node.target is not torch.ops.aten.conv2d.padding:
+            continue
+        x, weight, *rest = node.args
+        given: list[Any] = [*rest, *(None, (1, 1), "valid", (1, 1), 1)[len(rest) :]]
+        bias, stride, padding, dilation, groups = given
+        sides = weight.meta["val"].shape[2:]
+        both = [d * (k - 1) * (padding == "same") for d, k in zip(dilation, sides, strict=True)]
+        if not any(size % 2 for size in both):
+            node.target = torch.ops.aten.conv2d.default
+            node.args = (x, weight, bias, stride, [size // 2 for size in both], dilation, groups)
+    module.recompile()
 
 
 def unshare_constants(module: fx.GraphModule, readers: Container[Any]) -> None:
     """Give every convolution and linear layer its own weight and bias, also where a layer is called twice.
 
     XNNPACK keeps a shared bias in the steps of its first reader, silently wrong at the second (executorch
-    1.5.1), and NNCF quantizes a shared weight at one place only (3.4).
+    1.5.1), NNCF quantizes a shared weight at one place only (3.4), and torchao folds the BatchNorm of every
+    call into the one weight (0.18).
 
     Args:
         module: a float program, changed in place.
@@ -32,9 +53,8 @@ def unshare_constants(module: fx.GraphModule, readers: Container[Any]) -> None:
         for index, constant in enumerate(node.args[1:3], start=1):
             if isinstance(constant, fx.Node) and constant.op == "get_attr" and constant.target in seen:
                 name = f"{str(constant.target).replace('.', '_')}_of_{node.name}"
-                module.register_buffer(
-                    name, operator.attrgetter(str(constant.target))(module).detach().clone()
-                )
+                value = operator.attrgetter(str(constant.target))(module).detach().clone()
+                module.register_parameter(name, nn.Parameter(value, requires_grad=False))
                 with module.graph.inserting_before(node):
                     copied = module.graph.get_attr(name)
                 copied.meta = dict(constant.meta)

@@ -71,6 +71,7 @@ class LimitSection(_Section):
 
     exact: float = Field(default=1e-12, description="float64 rewrite error, relative to the largest output")
     drop_db: float = Field(default=0.25, description="PSNR that the deployed precision may cost")
+    int8_share: float = Field(default=0.8, description="multiply-adds of convolutions that INT8 must reach")
     device_levels: float = Field(
         default=0.25, description="fp32, fp16: mean |device - program|, 8-bit grey levels"
     )

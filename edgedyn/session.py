@@ -191,12 +191,14 @@ def denoise_files(
         The files written, in the order of ``images``.
 
     Raises:
-        UsageError: for no images, two of one name, or results that exist.
+        UsageError: for no images, two of one name, results that exist, or a folder inside the bundle.
         ImageError: for a file that is no readable image or has a suffix that cannot be written.
     """
     # Here, so that checking a bundle on a device needs neither Pillow nor tifffile.
     from edgedyn.imaging import SUFFIXES, read_image, write_image
 
+    if out.resolve().is_relative_to(session.bundle.path.resolve()):
+        raise UsageError(f"results in {out} would make the bundle invalid. Choose a folder outside of it.")
     results = _result_paths(images, out, force=force)
     if odd := sorted({image.suffix for image in images if image.suffix.lower() not in SUFFIXES}):
         raise ImageError(f"found suffixes {odd}, expected {list(SUFFIXES)}. Convert these files.")
@@ -215,15 +217,17 @@ def check(session: Session) -> ValidationReport:
     """Run the bundle's validation vectors where it stands.
 
     Returns:
-        A row a vector, ``device:vectors``, with the largest difference from the expected output.
-        A bundle without vectors gives an empty report, which is not ok.
+        Two rows a vector, ``device:vectors``, with the largest and the root mean square difference from the
+        expected output, and one that repeats the verdict of the build. A bundle without vectors is not ok.
 
     Raises:
         BundleError: if a vector is no array of the shape and dtype that the manifest gives.
         CheckFailedError: if the program returns another shape.
     """
-    rows = []
-    for vector in session.bundle.vectors:
+    vectors = session.bundle.vectors
+    failures = 0.0 if session.bundle.ok else 1.0
+    rows = [Row("build:report", "failed_builds", failures, {"at_most": 0}, len(vectors))]
+    for vector in vectors:
         x = _read_array(session.bundle, vector.input, session.bundle.inputs[0])
         expected = _read_array(session.bundle, vector.output, session.bundle.outputs[0])
         found = np.asarray(session.run(x)[0])
@@ -232,10 +236,12 @@ def check(session: Session) -> ValidationReport:
             raise CheckFailedError(
                 f"{where}: found {found.shape}, expected {expected.shape}. Build it again."
             )
-        max_abs = float(np.abs(found.astype(np.float64) - expected.astype(np.float64)).max())
-        rows.append(
-            Row("device:vectors", f"max_abs[{vector.input}]", max_abs, {"at_most": vector.max_abs}, 1)
-        )
+        error = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+        worst, rms = float(error.max()), float(np.sqrt(np.mean(error**2)))
+        rows += [
+            Row("device:vectors", f"max_abs[{vector.input}]", worst, {"at_most": vector.max_abs}, 1),
+            Row("device:vectors", f"rms[{vector.input}]", rms, {"at_most": vector.rms}, 1),
+        ]
     return ValidationReport(tuple(rows))
 
 
@@ -243,7 +249,7 @@ def _read_array(bundle: Bundle, name: str, spec: TensorSpec) -> np.ndarray:
     try:
         array = np.load(bundle.path / name, allow_pickle=False)
         found = f"{array.dtype} {array.shape}"
-    except (OSError, ValueError, EOFError, AttributeError) as error:
+    except (OSError, ValueError, EOFError, AttributeError, MemoryError) as error:
         found, array = str(error), np.empty(0)
     expected = f"{spec.dtype} {spec.shape}"
     if found != expected:

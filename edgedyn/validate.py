@@ -12,17 +12,20 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from edgedyn import metrics
+from edgedyn.errors import CheckFailedError
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
+    from torch.fx import Node
 
     from edgedyn.calibration import Sample
+    from edgedyn.quantize import Quantized
     from edgedyn.recipe import LimitSection
 
 
@@ -151,6 +154,7 @@ def _device_rows(outputs: Outputs, precision: str, limits: LimitSection) -> list
 
     Two runtimes that round ties otherwise take different paths through a deep INT8 network. Independent
     roundings of one network differ by sqrt(2) times what either costs: more than that is another computation.
+    A runtime that computes in float, or coarser, is as near; but its own noise is not that of INT8.
     """
     count, pairs = len(outputs.samples), list(zip(outputs.device, outputs.quantized, strict=True))
     levels = float(np.mean([metrics.mean_abs_levels(d, q) for d, q in pairs]))
@@ -160,8 +164,11 @@ def _device_rows(outputs: Outputs, precision: str, limits: LimitSection) -> list
         return [Row("device:quantized", "mean_abs_levels", levels, limit, count), worst]
     cost = _rms(outputs.quantized, outputs.expanded)
     ratio = _rms(outputs.device, outputs.quantized) / cost if cost else math.inf
+    noise = _rms(outputs.device, outputs.expanded) / cost if cost else math.inf
+    alike = {"at_least": 0.5, "at_most": 2.0}
     return [
         Row("device:quantized", "rms_to_quantization_noise", ratio, {"at_most": math.sqrt(2)}, count),
+        Row("device:quantized", "noise_to_quantization_noise", noise, alike, count),
         Row("device:quantized", "mean_abs_levels", levels, {}, count),
         worst,
     ]
@@ -170,6 +177,14 @@ def _device_rows(outputs: Outputs, precision: str, limits: LimitSection) -> list
 def _rms(a: list[np.ndarray], b: list[np.ndarray]) -> float:
     squares = [np.mean((x.astype(np.float64) - y) ** 2) for x, y in zip(a, b, strict=True)]
     return float(np.sqrt(np.mean(squares)))
+
+
+def share_rows(quantized: Quantized, precision: str, limits: LimitSection) -> list[Row]:
+    """Give the share of multiply-adds in INT8; none for a float precision."""
+    if precision != "int8":
+        return []
+    limit, count = {"at_least": limits.int8_share}, quantized.multiply_add_nodes
+    return [Row("quantized:expanded", "int8_mac_share", quantized.int8_mac_share, limit, count)]
 
 
 def truth_rows(outputs: Outputs, limits: LimitSection) -> list[Row]:
@@ -181,12 +196,9 @@ def truth_rows(outputs: Outputs, limits: LimitSection) -> list[Row]:
             quality = [metrics.psnr_db(results[i], _hwc(outputs.samples[i].truth)) for i in indices]
             likeness = [metrics.ssim(results[i], _hwc(outputs.samples[i].truth)) for i in indices]
             condition = f"[sigma={sigma:g}]"
-            # a denoiser has to be better than its input
-            rows.append(
-                Row(
-                    between, f"psnr_db{condition}", float(np.mean(quality)), {"at_least": noisy}, len(indices)
-                )
-            )
+            # a denoiser has to be better than its input, where that is not the truth itself
+            limit = {"at_least": noisy} if math.isfinite(noisy) else {}
+            rows.append(Row(between, f"psnr_db{condition}", float(np.mean(quality)), limit, len(indices)))
             rows.append(Row(between, f"ssim{condition}", float(np.mean(likeness)), {}, len(indices)))
     rows += _drop_rows("device:truth", outputs.expanded, outputs.device, outputs.samples, limits.drop_db)
     drops = [
@@ -202,33 +214,55 @@ def truth_rows(outputs: Outputs, limits: LimitSection) -> list[Row]:
     return rows
 
 
-_DECISIONS = (
-    "argmax",
-    "argmin",
-    "topk",
-    "sort",
-    "nonzero",
-    "where",
-    "ge",
-    "gt",
-    "le",
-    "lt",
-    "eq",
-    "ne",
-    "sign",
-)
+_ROUNDING = {"bucketize", "ceil", "floor", "floor_divide", "heaviside", "round", "sign", "sgn", "trunc"}
 
 
 def decision_row(program: ExportedProgram) -> Row:
-    """Count the data-dependent decisions of a program; each would need rows of agreement and margins."""
-    names = [str(node.target).split(".") for node in program.graph.nodes if node.op == "call_function"]
-    decisions = [name for name in names if len(name) > 1 and name[1] in _DECISIONS]
-    return Row("decisions", "decision_nodes", len(decisions), {"at_most": 0}, len(names))
+    """Count the data-dependent decisions of a program; each would need rows of agreement and margins.
+
+    A decision is a boolean or integer computed from the input (a comparison, an index, a mask), or a step
+    function of it.
+    """
+    given = set(program.graph_signature.user_inputs)
+    from_input = {node for node in program.graph.nodes if node.op == "placeholder" and node.name in given}
+    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
+    count = 0
+    for node in nodes:
+        if not from_input.intersection(node.all_input_nodes):
+            continue
+        from_input.add(node)
+        name = getattr(node.target, "_opname", "")
+        was_float = all(_is_float(x) for x in node.all_input_nodes if x in from_input)
+        count += was_float and (name in _ROUNDING or not _is_float(node))
+    return Row("decisions", "decision_nodes", count, {"at_most": 0}, len(nodes))
 
 
-def run_all(run: Callable[[np.ndarray], np.ndarray], samples: Sequence[Sample]) -> list[np.ndarray]:
-    """Run a program on every sample; (1, C, H, W) in, (H, W, C) float32 out."""
-    return [_hwc(np.asarray(run(s.noisy), dtype=np.float32)) for s in samples]
+def _is_float(node: Node) -> bool:
+    """Whether all tensors that a graph node gives are floating-point."""
+    value: Any = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(v.is_floating_point() for v in values if hasattr(v, "is_floating_point"))
+
+
+def run_all(
+    run: Callable[[np.ndarray], np.ndarray], samples: Sequence[Sample], program: str
+) -> list[np.ndarray]:
+    """Run a program on every sample; (1, C, H, W) in, (H, W, C) float32 out.
+
+    Raises:
+        CheckFailedError: for an output that is not finite, with program, image and noise level.
+    """
+    images = []
+    for sample in samples:
+        image = _hwc(np.asarray(run(sample.noisy), dtype=np.float32))
+        if broken := int((~np.isfinite(image)).sum()):
+            raise CheckFailedError(
+                f"the {program} program: found {broken} of {image.size} values that are NaN or infinite for "
+                f"{sample.source} with noise of sigma {sample.sigma:g}; expected finite ones. A float16 "
+                "overflow? Try precision fp32."
+            )
+        images.append(image)
+    return images
 
 
 def _drop_rows(

@@ -23,6 +23,7 @@ IMAGE = {"name": "x", "dtype": "float32", "shape": (1, 3, 8, 16), "low": 0.0, "h
 def manifest(**changes):
     return {
         "format": 1,
+        "ok": True,
         "name": "small.onnxruntime.fp32",
         "edgedyn": "0.1.0",
         "target": "onnxruntime",
@@ -35,7 +36,9 @@ def manifest(**changes):
         "versions": {"torch": "2.13"},
         "digests": {"recipe": "00"},
         "facts": {"psnr_db": 31.5, "tiny": 1e-09, "nested": [None, True, -3]},
-        "vectors": [{"input": "vectors/0.input.npy", "output": "vectors/0.output.npy", "max_abs": 1e-5}],
+        "vectors": [
+            {"input": "vectors/0.input.npy", "output": "vectors/0.output.npy", "max_abs": 1e-5, "rms": 1e-6}
+        ],
         **changes,
     }
 
@@ -71,7 +74,7 @@ def test_a_written_bundle_opens_with_everything_in_it(tmp_path):
     assert (opened.target, opened.precision, opened.program) == ("onnxruntime", "fp32", "model.onnx")
     assert opened.inputs == [TensorSpec("x", "float32", (1, 3, 8, 16), 0.0, 1, "RGB")]
     assert [spec.name for spec in opened.outputs] == ["y"]
-    assert opened.vectors == [bundles.Vector("vectors/0.input.npy", "vectors/0.output.npy", 1e-5)]
+    assert opened.vectors == [bundles.Vector("vectors/0.input.npy", "vectors/0.output.npy", 1e-5, 1e-6)]
     assert opened.overlap == 4
     assert sorted(os.listdir(tmp_path / "deep")) == ["out"]
 
@@ -204,8 +207,12 @@ def test_a_huge_manifest_is_refused_before_it_is_read(path):
         (lambda m: m["vectors"][0].update(max_abs=True), "'max_abs'.*found True"),
         (lambda m: m.update(inputs=["x"]), "a tensor"),
         (lambda m: m["vectors"][0].update(input="vectors/9.npy"), "listed files"),
-        (lambda m: m["vectors"][0].update(max_abs=-1), "max_abs from 0"),
+        (lambda m: m["vectors"][0].update(max_abs=-1), "max_abs and rms from 0"),
         (lambda m: m["vectors"][0].pop("max_abs"), "'max_abs'"),
+        (lambda m: m["vectors"][0].pop("rms"), "'rms'"),
+        (lambda m: m["vectors"][0].update(rms=-1), "rms from 0"),
+        (lambda m: m.pop("ok"), "key 'ok'.*found 'nothing'"),
+        (lambda m: m.update(ok=1), "key 'ok'.*found 1"),
         (lambda m: m["files"].update({"../model.onnx": {}}), r"\.\./model"),
         (lambda m: m["files"].update({"/etc/passwd": {}}), "/etc/passwd"),
         (lambda m: m["files"].update({"a\\b": {}}), "a listed name"),
@@ -312,36 +319,51 @@ def test_a_staged_manifest_or_link_is_refused(tmp_path):
     assert os.listdir(tmp_path) == []
 
 
-def test_an_added_file_is_listed_and_verified(path):
-    (path / "model.engine").write_bytes(b"engine")
-    bundle = add_file(open_without_engine(path), "model.engine")
+def engine(folder, data=b"engine"):
+    folder.mkdir(exist_ok=True)
+    (folder / "model.engine").write_bytes(data)
+    return folder / "model.engine"
+
+
+def test_an_added_file_is_moved_in_listed_and_verified(path, tmp_path):
+    file = engine(tmp_path / "made")
+    bundle = add_file(open_bundle(path), file)
+    assert not file.exists()
     assert bundle == open_bundle(path)
     assert bundle.manifest["files"]["model.engine"]["size"] == 6
     (path / "model.engine").write_bytes(b"ENGINE")
-    with pytest.raises(BundleError, match=r"model\.engine"):
+    with pytest.raises(BundleError, match=r"file model\.engine"):
         open_bundle(path)
-    assert add_file(bundle, "model.engine") == open_bundle(path)
 
 
-def open_without_engine(path):
-    engine = (path / "model.engine").read_bytes()
-    (path / "model.engine").unlink()
-    bundle = open_bundle(path)
-    (path / "model.engine").write_bytes(engine)
-    return bundle
+@pytest.mark.parametrize("state", ["listed", "changed", "unlisted", "missing"])
+def test_a_file_is_added_again_whatever_became_of_it(path, tmp_path, state):
+    if state != "unlisted":
+        add_file(open_bundle(path), engine(tmp_path / "made"))
+    if state in ("changed", "unlisted"):
+        (path / "model.engine").write_bytes(b"half")
+    if state == "missing":
+        (path / "model.engine").unlink()
+    bundle = add_file(open_bundle(path, rebuilt="model.engine"), engine(tmp_path / "made", b"newer"))
+    assert bundle == open_bundle(path)
+    assert (path / "model.engine").read_bytes() == b"newer"
 
 
-def test_adding_refuses_absent_files_odd_names_and_changes_elsewhere(path):
+def test_adding_refuses_odd_names_and_changes_elsewhere(path, tmp_path):
     bundle = open_bundle(path)
     before = (path / "manifest.json").read_bytes()
-    for name in ("model.engine", "../out/model.onnx", "manifest.json"):
-        with pytest.raises(BundleError, match="the file to add"):
-            add_file(bundle, name)
-    (path / "model.engine").touch()
+    odd = engine(tmp_path / "made").rename(tmp_path / "made" / ".hidden")
+    listed = engine(tmp_path / "made").rename(tmp_path / "made" / "manifest.json")
+    for file in (odd, listed):
+        with pytest.raises(BundleError, match="listed name"):
+            add_file(bundle, file)
     (path / "model.onnx").write_bytes(b"changed")
     with pytest.raises(BundleError, match=r"file model\.onnx"):
-        add_file(bundle, "model.engine")
+        add_file(bundle, engine(tmp_path / "made"))
+    with pytest.raises(BundleError, match=r"file model\.onnx"):
+        open_bundle(path, rebuilt="model.engine")
     assert (path / "manifest.json").read_bytes() == before
+    assert not (path / "model.engine").exists()
 
 
 def test_the_staging_folder_is_hidden_beside_the_output_and_goes(tmp_path):

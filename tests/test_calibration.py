@@ -74,7 +74,25 @@ def test_samples_have_the_program_shape_and_take_files_and_levels_in_turn(tmp_pa
         assert sample.noisy.dtype == sample.truth.dtype == np.float32
         assert sample.noisy.flags.c_contiguous
     assert [s.source for s in samples] == ["a.png", "b.png", "a.png", "b.png", "a.png"]
-    assert [s.sigma for s in samples] == [5, 20, 40, 5, 20]
+    assert [s.sigma for s in samples] == [5, 20, 20, 40, 40]
+
+
+@pytest.mark.parametrize("files", [1, 2, 3, 4])
+def test_each_file_meets_each_noise_level(tmp_path, files):
+    names = tuple("abcd"[:files])
+    path = write_set(tmp_path, names=tuple(f"{n}.png" for n in names), samples=3 * files)
+    pairs = {(s.source, s.sigma) for s in draw(path)}
+    assert len(pairs) == 3 * files
+
+
+def test_a_large_folder_is_sampled_evenly(tmp_path):
+    for index in range(130):
+        Image.fromarray(np.full((4, 4), index, np.uint8)).save(tmp_path / f"{index:03}.png")
+    found = open_set(tmp_path)
+    assert found.samples == len(found.files) == 64
+    numbers = [int(path.stem) for path, _ in found.files]
+    assert numbers[0] == 0
+    assert set(np.diff(numbers)) == {2, 3}
 
 
 def test_truth_is_a_crop_of_the_file(tmp_path):

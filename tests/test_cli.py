@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +118,36 @@ def test_inspect_names_each_dynamic_layer():
     assert 0.2 < found["generator_share"] < 0.6
 
 
+def test_doctor_says_how_to_get_what_is_missing():
+    done = edgedyn("doctor")
+    words = " ".join(done.stdout.split())
+    if find_spec("pycuda") is None:
+        assert "edgedyn[jetson]" in words.replace(" ", "")
+    assert not re.search(r"^ *ok +pycuda +running", done.stdout, re.MULTILINE)
+
+
+def test_network_of_a_module_in_the_working_directory_is_found(tmp_path):
+    (tmp_path / "mynet.py").write_text("from edgedyn.models.mallenet import MalleNet as make\n")
+    script = Path(sys.executable).with_name("edgedyn")  # it has no working directory on its path by itself
+    overrides = [
+        "model.network=mynet:make",
+        "model.arguments={width: s}",
+        "model.weights=null",
+        "input.shape=[1,3,64,64]",
+    ]
+    options = [word for value in overrides for word in ("--set", value)]
+    command = [script, "inspect", ROOT / RECIPE, *options, "--json"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout)["layers"]) == 4
+
+
+def test_file_names_with_brackets_are_printed_whole(bundle, tmp_path):
+    Image.new("RGB", (70, 66), "gray").save(tmp_path / "IMG[final].png")
+    done = edgedyn("run", bundle, tmp_path / "IMG[final].png", "-o", tmp_path / "out")
+    assert done.stdout.strip() == str(tmp_path / "out/IMG[final].png")
+
+
 def test_doctor_finds_what_is_installed():
     done = edgedyn("doctor", "--json")
     found = {finding["name"]: finding for finding in json.loads(done.stdout)["findings"]}
@@ -127,4 +159,5 @@ def test_rows_fit_80_columns(bundle):
     done = edgedyn("check", bundle)
     assert done.returncode == 0
     assert "max_abs[vectors/first.input.npy]" in done.stdout  # neither folded nor taken for markup
-    assert done.stdout.count("passed") == 2
+    assert done.stdout.count("passed") == 5
+    assert max(map(len, done.stdout.splitlines())) <= 80

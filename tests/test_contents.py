@@ -32,11 +32,11 @@ def make_outputs(*samples: tuple[float, str], device_error: float = 0.0) -> Outp
     return Outputs(made, images, images, device)
 
 
-def describe(outputs: Outputs, *overrides: str) -> dict:
+def describe(outputs: Outputs, *overrides: str, ok: bool = True) -> dict:
     recipe = load_recipe(RECIPE, [*overrides])
     calibration = open_set(recipe.path(recipe.calibration))
     return contents.describe(
-        recipe, Artifact(("model.pte",), {"delegates": 1}), {}, Quantized(None), calibration, outputs, {}
+        recipe, Artifact(("model.pte",), {"delegates": 1}), {}, Quantized(None), calibration, outputs, {}, ok
     )
 
 
@@ -62,6 +62,15 @@ def test_vectors_allow_twice_what_this_runtime_was_off_and_a_quarter_level_at_le
     assert [vector["max_abs"] * 255 for vector in vectors] == pytest.approx(
         [levels] * 2, abs=255 * 2 * 2**-24
     )
+    # 1 of 72 values is off
+    assert [vector["rms"] * 255 for vector in vectors] == pytest.approx(
+        [max(levels / 72**0.5, 1 / 16) if device_error else 1 / 16] * 2, rel=1e-5
+    )
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_manifest_carries_the_verdict(ok):
+    assert describe(make_outputs((15, "a")), ok=ok)["ok"] is ok
 
 
 @pytest.mark.parametrize(("engine", "correction"), [("nncf", "full"), ("torchao", "none")])

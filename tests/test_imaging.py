@@ -141,6 +141,31 @@ def test_a_tiff_of_separate_planes_is_read_exactly(tmp_path, dtype):
     assert np.array_equal(np.rint(photo.pixels * np.iinfo(dtype).max), array)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_colours_of_associated_alpha_are_divided_by_it(tmp_path, dtype):
+    full = 1.0 if dtype == np.float32 else 65535.0
+    alpha = np.array([[0.0, 0.25, 0.5, 1.0]])
+    colour = np.array([0.25, 0.5, 1.0])
+    premultiplied = np.dstack([colour * alpha[..., None], alpha]) * full
+    tifffile.imwrite(
+        tmp_path / "in.tif", premultiplied.astype(dtype), photometric="rgb", extrasamples=["assocalpha"]
+    )
+    photo = read_image(tmp_path / "in.tif")
+    expected = np.where(alpha[..., None] > 0, colour, 0.0)
+    np.testing.assert_allclose(photo.pixels, expected, rtol=0, atol=4 / 65535)
+    np.testing.assert_allclose(photo.alpha, alpha, rtol=0, atol=1 / 65535)
+    write_image(photo, photo.pixels, tmp_path / "out.tif")
+    again = read_image(tmp_path / "out.tif")
+    np.testing.assert_allclose(again.pixels, photo.pixels, rtol=0, atol=1 / 65535)
+
+
+def test_an_extra_band_of_unknown_meaning_is_refused(tmp_path):
+    array = samples(4, np.uint16)
+    tifffile.imwrite(tmp_path / "in.tif", array, photometric="rgb", extrasamples=["unspecified"])
+    with pytest.raises(ImageError, match="extra band of unspecified meaning"):
+        read_image(tmp_path / "in.tif")
+
+
 @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
 @pytest.mark.parametrize("orientation", [1, 6, 3])
 def test_orientation_of_a_tiff_is_applied_once(tmp_path, dtype, orientation):

@@ -117,6 +117,13 @@ def test_layer_at_two_places_stays_one_module():
     assert canonical.first is canonical.last[1][0]
 
 
+def test_layer_twice_under_one_parent_is_replaced_twice():
+    layer = AffineMalleConv(4, 4, 2)
+    canonical = canonicalize(nn.Sequential(layer, nn.Identity(), layer).eval())
+    assert type(canonical[0]) is CanonicalAffineMalleConv
+    assert canonical[2] is canonical[0]
+
+
 def test_original_is_unchanged():
     model = make_nested()
     before = copy.deepcopy(model.state_dict())

@@ -84,7 +84,7 @@ def test_bundle_opens_and_its_vectors_pass_where_it_stands(built):
     opened = session.open_session(built.bundle.path)
     report = session.check(opened)
     assert report.ok
-    assert len(report.rows) == 2
+    assert len(report.rows) == 5  # the verdict of the build, two numbers a vector
 
 
 def test_one_flipped_byte_of_any_file_is_refused(built):

@@ -331,6 +331,64 @@ def test_folding_is_exact_in_float64():
         torch.testing.assert_close(module(x), expected, rtol=1e-12, atol=1e-12)
 
 
+class SharedNet(nn.Module):
+    """One convolution at two places, each with a BatchNorm of its own, or the second without."""
+
+    def __init__(self, second: nn.Module) -> None:
+        super().__init__()
+        self.conv, self.first, self.second = nn.Conv2d(3, 3, 3, padding=1), make_norm(), second
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.conv(self.first(self.conv(x))))
+
+
+def make_norm() -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(3)
+    for tensor in (norm.weight.data, norm.bias.data, norm.running_mean, norm.running_var):
+        tensor.uniform_(0.5, 2)
+    return norm
+
+
+@pytest.mark.parametrize("second", [make_norm, nn.Identity], ids=["other_norm", "no_norm"])
+def test_each_call_of_a_shared_convolution_folds_its_own_norm(second):
+    torch.manual_seed(17)
+    net, x = SharedNet(second()).eval(), make_samples()[0]
+    result = quantize.to_float(capture(net, x[0]), x, "fp32")
+    assert not calls(result.program, "batch_norm")
+    with torch.no_grad():
+        torch.testing.assert_close(result.program.module()(x[0]), net(x[0]), rtol=1e-5, atol=1e-5)
+
+
+class PaddedNet(nn.Module):
+    """Padding by name, one of it uneven, and a transposed convolution, which no target has in INT8."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.same = nn.Conv2d(3, 4, 3, padding="same", dilation=2)
+        self.valid = nn.Conv2d(4, 4, 3, padding="valid", stride=2)
+        self.even = nn.Conv2d(4, 4, 2, padding="same")
+        self.up = nn.ConvTranspose2d(4, 3, 2, stride=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.up(self.even(self.valid(self.same(x))))
+
+
+def test_padding_by_name_is_quantized_and_what_cannot_be_is_counted():
+    torch.manual_seed(18)
+    net, x = PaddedNet().eval(), make_samples()[0][0]
+    result = to_int8(net, EXECUTORCH.int8)
+    same, valid = x[0, 0].numel() * 4 * 27, net.valid(net.same(x)).numel() * 36
+    pixels = net.valid(net.same(x))[0, 0].numel()
+    even, up = pixels * 4 * 16, pixels * 4 * 12
+    assert result.int8_mac_share == pytest.approx((same + valid) / (same + valid + even + up))
+    assert result.multiply_add_nodes == 4
+    reasons = {row["node"]: row["reason"] for row in result.float_nodes}
+    assert reasons["even"] == reasons["up"] == "no INT8 rule for this operator"
+    with torch.no_grad():
+        folded = quantize.fold(torch.export.export(net, (x,)))
+        torch.testing.assert_close(folded(x), net(x), rtol=1e-6, atol=1e-6)
+
+
 @pytest.mark.parametrize(("precision", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16)])
 def test_float_program_is_folded_and_of_its_precision(precision, dtype):
     net, x = make_net("affine"), make_samples()[0]
@@ -351,12 +409,13 @@ def test_float_program_is_folded_and_of_its_precision(precision, dtype):
         (nn.Conv2d(3, 8, 3, padding=1), (2, 3, 5, 7), 2 * 8 * 5 * 7 * 3 * 9),
         (nn.Conv2d(8, 12, 3, stride=2, groups=4), (1, 8, 9, 11), 12 * 4 * 5 * 2 * 9),
         (nn.Linear(6, 5), (4, 3, 6), 4 * 3 * 6 * 5),
+        (nn.ConvTranspose2d(4, 6, 3, stride=2, groups=2), (2, 4, 5, 7), 2 * 4 * 5 * 7 * 3 * 9),
     ],
-    ids=["dense", "grouped", "linear"],
+    ids=["dense", "grouped", "linear", "transposed"],
 )
 def test_multiply_adds_are_counted_from_the_shapes(layer, shape, count):
     program = torch.export.export(layer, (torch.zeros(shape),))
-    (node,) = [n for n in program.graph.nodes if n.target in quantize.MULTIPLY_ADD_OPS]
+    (node,) = [n for n in program.graph.nodes if n.target in quantize.COUNTED_OPS]
     assert quantize.multiply_adds(node) == count
 
 

@@ -70,12 +70,21 @@ def write(out, *, channels=3, overlap=OVERLAP, dtype="float32", bias=0.0, **chan
     model = blur(*shape[1:], dtype)
     x = np.random.default_rng(4).random(shape).astype(dtype)
     manifest = {
-        **{"format": 1, "name": "blur", "edgedyn": "0.1.0", "target": "onnxruntime", "precision": "fp32"},
+        **{
+            "format": 1,
+            "ok": True,
+            "name": "blur",
+            "edgedyn": "0.1.0",
+            "target": "onnxruntime",
+            "precision": "fp32",
+        },
         **{"program": "model.onnx", "forms": {}, "versions": {}, "digests": {}, "facts": {}},
         "inputs": [tensor("x", shape, dtype)],
         "outputs": [tensor("y", shape, dtype)],
         "tile": {"overlap": overlap},
-        "vectors": [{"input": "vectors/0.input.npy", "output": "vectors/0.output.npy", "max_abs": 1e-6}],
+        "vectors": [
+            {"input": "vectors/0.input.npy", "output": "vectors/0.output.npy", "max_abs": 1e-6, "rms": 1e-7}
+        ],
     }
     with staging_folder(out) as staging:
         (staging / "vectors").mkdir()
@@ -273,16 +282,29 @@ def test_a_program_that_is_not_image_to_image_takes_no_picture(tmp_path, inputs,
 def test_vectors_pass_where_the_program_computes_what_was_built(session):
     report = check(session)
     assert report.ok
-    (row,) = report.rows
-    assert (row.between, row.metric) == ("device:vectors", "max_abs[vectors/0.input.npy]")
-    assert (row.limit, row.samples, row.value) == ({"at_most": 1e-6}, 1, 0.0)
+    verdict, worst, rms = report.rows
+    assert (verdict.between, verdict.metric) == ("build:report", "failed_builds")
+    assert (worst.between, worst.metric) == ("device:vectors", "max_abs[vectors/0.input.npy]")
+    assert (worst.limit, worst.samples, worst.value) == ({"at_most": 1e-6}, 1, 0.0)
+    assert (rms.between, rms.metric) == ("device:vectors", "rms[vectors/0.input.npy]")
+    assert (rms.limit, rms.samples, rms.value) == ({"at_most": 1e-7}, 1, 0.0)
+
+
+def test_a_small_error_at_every_pixel_is_noticed(tmp_path):
+    report = check(session_of(write(tmp_path / "off", bias=5e-7)))
+    assert [row.passed for row in report.rows] == [True, True, False]
+
+
+def test_a_bundle_whose_build_failed_does_not_pass(tmp_path):
+    report = check(session_of(write(tmp_path / "failed", ok=False)))
+    assert [row.passed for row in report.rows] == [False, True, True]
 
 
 def test_vectors_fail_where_it_does_not(tmp_path, session):
     report = check(session_of(write(tmp_path / "off", bias=1e-3)))
     assert not report.ok
     # One rounding of the sum to float32.
-    assert report.rows[0].value == pytest.approx(1e-3, rel=0, abs=2 * float(np.finfo(np.float32).eps))
+    assert report.rows[1].value == pytest.approx(1e-3, rel=0, abs=2 * float(np.finfo(np.float32).eps))
     assert not check(Session(session.bundle, lambda x: [x * np.float32("nan")])).ok
     assert not check(session_of(write(tmp_path / "none", vectors=[]))).ok
     with pytest.raises(CheckFailedError, match=r"found \(1, 1, 16, 24\), expected"):
@@ -371,6 +393,8 @@ def test_files_are_refused_before_any_work(tmp_path, session):
         ([good, tmp_path / "sub"], out, "found no file"),
         ([good, webp], out, r"suffixes \['\.webp'\]"),
         ([good], good, "cannot make the folder"),
+        ([good], session.bundle.path, "would make the bundle invalid"),
+        ([good], session.bundle.path / "vectors", "would make the bundle invalid"),
     ]
     for images, folder, message in cases:
         for force in (False, True):

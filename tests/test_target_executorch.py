@@ -218,6 +218,15 @@ def test_input_that_is_not_contiguous_is_copied(tmp_path):
     np.testing.assert_array_equal(run(view)[0], run(x.numpy())[0])
 
 
+def test_run_that_fails_is_told_with_the_runtimes_words(tmp_path):
+    net, x = make_net(PlainNet), make_input()
+    TARGET.lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")
+    with pytest.raises(
+        BundleError, match=r"cannot run model\.pte on inputs \[\(1, 3, 5, 5\)\]: .+keep_float"
+    ):
+        TARGET.load(tmp_path / "model.pte")(np.zeros((1, 3, 5, 5), np.float32))
+
+
 def test_damaged_program_is_refused_with_the_runtimes_words(tmp_path):
     path = tmp_path / "model.pte"
     path.write_bytes(b"not a program" * 20)

@@ -114,6 +114,14 @@ def test_finished_run_is_returned_and_not_trained_again(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(states(averaged), states(again), strict=True))
 
 
+def test_checkpoint_of_another_plan_is_refused_but_may_go_on_longer(tmp_path):
+    run(tmp_path)
+    *_, more = run(tmp_path, replace(PLAN, steps=PLAN.steps + 2))
+    assert len(more) == 2
+    with pytest.raises(TrainingError, match=r"another plan: found \['seed=.*expected \['seed=77'\]"):
+        run(tmp_path, replace(PLAN, seed=77))
+
+
 def test_checkpoint_is_written_atomically(tmp_path):
     run(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint.pt"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import numpy as np
@@ -13,7 +14,9 @@ from torch import nn
 
 from edgedyn import ops, validate
 from edgedyn.calibration import Sample
+from edgedyn.errors import CheckFailedError
 from edgedyn.layers import canonicalize
+from edgedyn.quantize import Quantized
 from edgedyn.recipe import LimitSection
 from edgedyn.targets import load
 from edgedyn.validate import Outputs, Row, ValidationReport
@@ -218,7 +221,11 @@ def test_comparison_in_float64_leaves_the_program_as_it_was(rewritten):
     [
         (lambda y: y, 0),
         (lambda y: y + y.argmax(1, keepdim=True), 1),
-        (lambda y: torch.where(y > 0.5, y, 0.0), 2),
+        (lambda y: torch.where(y > 0.5, y, 0.0), 1),
+        (lambda y: y.max(1, keepdim=True).values, 1),
+        (lambda y: torch.round(torch.sigmoid(y)) * y, 1),
+        (lambda y: y * torch.logical_not(y > 0).float() + (y < 1).float(), 2),
+        (lambda y: y.clamp(0, 1) * torch.arange(14).float(), 0),
     ],
 )
 def test_decisions_that_depend_on_data_are_counted_and_fail(decide, count):
@@ -243,7 +250,37 @@ def test_run_all_gives_channels_last_float32():
         return (x * 2).astype(np.float16)
 
     samples = make_outputs().samples
-    images = validate.run_all(run, samples)
+    images = validate.run_all(run, samples, "device")
     assert seen == [(1, 3, 24, 16)] * 4
     assert all(image.dtype == np.float32 and image.shape == SHAPE for image in images)
     assert np.abs(images[0] - 2 * samples[0].noisy[0].transpose(1, 2, 0)).max() < 1e-3
+
+
+def test_output_that_is_not_finite_names_program_image_and_noise():
+    samples = make_outputs().samples
+    with pytest.raises(
+        CheckFailedError, match=r"the device program: found 1152 of 1152 .* a\.png .* sigma 25"
+    ):
+        validate.run_all(lambda x: x * np.float32("inf"), samples, "device")
+
+
+def test_runtime_that_computes_float_is_not_taken_for_int8():
+    outputs = make_outputs(quantized=0.051, device=0.05)
+    assert failed(validate.arithmetic_rows(outputs, "int8", LIMITS)) == [
+        "device:quantized noise_to_quantization_noise"
+    ]
+
+
+def test_truth_as_input_sets_no_limit():
+    outputs = make_outputs()
+    samples = [dataclasses.replace(s, noisy=s.truth, sigma=0.0) for s in outputs.samples]
+    rows = validate.truth_rows(dataclasses.replace(outputs, samples=samples), LIMITS)
+    assert by_name(rows)["device:truth psnr_db[sigma=0]"].limit == {}
+
+
+@pytest.mark.parametrize(("share", "passed"), [(0.8, True), (0.79, False)])
+def test_int8_share_has_a_limit(share, passed):
+    quantized = Quantized(None, int8_mac_share=share, multiply_add_nodes=7)
+    (row,) = validate.share_rows(quantized, "int8", LIMITS)
+    assert (row.passed, row.samples) == (passed, 7)
+    assert validate.share_rows(quantized, "fp32", LIMITS) == []

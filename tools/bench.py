@@ -30,6 +30,7 @@ from rich.table import Table
 from edgedyn.cli import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
+THREADS = 2
 app = typer.Typer(add_completion=False)
 
 
@@ -58,7 +59,7 @@ def bench(
             rows += summarize(size, measured)
     record = {
         "rows": rows,
-        "samples": f"2 threads; {rounds} rounds of {runs} runs after 2 warm-ups, each round a new process",
+        "samples": f"{rounds} rounds of {runs} runs after 2 warm-ups, a process each; {THREADS} threads",
     }
     measurement.write(out, record)
     if as_json:
@@ -151,7 +152,11 @@ def worker(kind: str, what: str, size: str, runs: int) -> None:
     """Load one variant, run it, print times and memory."""
     import torch
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(THREADS)
+    if kind == "executorch":  # its own pool, as large as the machine
+        from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+        _unsafe_reset_threadpool(THREADS)
     x = np.random.default_rng(0).random(tuple(map(int, size.split(","))), dtype=np.float32)
     before = status_kib("VmRSS")
     run = load(kind, what)
@@ -186,7 +191,7 @@ def load(kind: str, what: str) -> Callable[[np.ndarray], object]:
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 2
+        options.intra_op_num_threads = THREADS
         session = onnxruntime.InferenceSession(what, options, providers=["CPUExecutionProvider"])
         return lambda x: session.run(None, {session.get_inputs()[0].name: x})
     from edgedyn import targets

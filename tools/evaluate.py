@@ -22,7 +22,7 @@ from rich.progress import track
 
 from edgedyn import metrics, pipeline
 from edgedyn.cli import quiet_libraries
-from edgedyn.imaging import read_image
+from edgedyn.imaging import SUFFIXES, read_image
 from edgedyn.recipe import Recipe, load_recipe
 
 
@@ -40,7 +40,8 @@ def main(
     trust: bool = False,
     out: Annotated[Path | None, typer.Option(help="JSON file, for docs/measurements/")] = None,
 ) -> None:
-    truths = [load(path) for path in sorted(images.iterdir())[: limit or None]]
+    files = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES)
+    truths = [load(path) for path in files[: limit or None]]
     shape = [1, 3, *truths[0].shape[2:]]
     settings = [*(overrides or []), f"input.shape={shape}"]
     variants = {"float32": [*settings, "precision=fp32"]}
@@ -81,9 +82,9 @@ def load(path: Path) -> np.ndarray:
 
 def deploy(recipe: Recipe, *, trust: bool) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
     """Bring a recipe to a running program; returns it with the INT8 share of multiply-adds."""
-    folder = Path(tempfile.mkdtemp(prefix="edgedyn-"))
-    program, share = lower_recipe(recipe, folder, trust=trust)
-    run = pipeline.load_target(recipe).load(program)
+    with tempfile.TemporaryDirectory(prefix="edgedyn-") as folder:
+        program, share = lower_recipe(recipe, Path(folder), trust=trust)
+        run = pipeline.load_target(recipe).load(program)
     return lambda x: run(x)[0], share
 
 

@@ -59,6 +59,7 @@ def main(
     )
     training = load_images(images, gray=colors == 1)
     held_out = load_images(validation, gray=colors == 1)
+    started = json.loads(start_from.with_suffix(".json").read_text()) if start_from else None
     torch.manual_seed(seed)
     network = MalleNet(width, colors=colors)
     if start_from:
@@ -67,12 +68,13 @@ def main(
         model, seconds = train(
             network, training, plan, checkpoint or out.with_suffix(".resume.pt"), report=report
         )
+    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out)
     card = {
         "network": f"MalleNet({width!r}, colors={colors})",
         "data": {"folder": images.name, "images": len(training)},
         "noise": "white Gaussian, unclipped, sigma uniform in plan.sigma (0..255 scale), blind",
         "plan": plan_card(plan),
-        "start_from": start_from and json.loads(start_from.with_suffix(".json").read_text()),
+        "start_from": started,
         "seconds": round(seconds),
         **measurement.provenance(),
         "psnr_db": {
@@ -81,7 +83,6 @@ def main(
             **{f"sigma={sigma}": measure(model, held_out, sigma) for sigma in SIGMAS},
         },
     }
-    save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out)
     out.with_suffix(".json").write_text(json.dumps(card, indent=1) + "\n")
     print(json.dumps(card["psnr_db"]))
 

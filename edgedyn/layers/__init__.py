@@ -81,7 +81,7 @@ def canonicalize(model: nn.Module) -> nn.Module:
     if model in twins:
         return twins[model]
     for parent in list(model.modules()):
-        for name, child in parent.named_children():
+        for name, child in parent._modules.items():  # named_children passes over a repeated layer
             if child in twins:
-                setattr(parent, name, twins[child])
+                parent._modules[name] = twins[child]
     return model

@@ -56,8 +56,7 @@ def write_report(
         ok: the verdict.
         rows: ``Row.to_json()`` of every row.
         manifest: ``target`` and ``precision``; where given, ``inputs``, ``outputs`` (TensorSpecs as dicts),
-            ``forms`` {op: form}, ``versions`` {tool: version}, ``digests`` {what: sha256} and
-            ``files`` {name: {bytes, sha256}}.
+            ``forms`` {op: form}, ``versions`` {tool: version} and ``digests`` {what: sha256}.
         pictures: shown in this order.
         facts: what was measured besides the rows. Each may be absent: ``programs`` {file: bytes},
             ``latency_ms`` {median, p95, runs}, ``int8_mac_share`` (a fraction), ``float_nodes``
@@ -208,17 +207,12 @@ def _sections(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterable
         for kind in ("input", "output")
         for spec in manifest.get(f"{kind}s", [])
     }
-    files = {
-        name: f"{megabytes(file['bytes'])}, sha256 {file['sha256']}"
-        for name, file in manifest.get("files", {}).items()
-    }
     yield "Inputs and outputs", tensors
     yield "Forms", _texts(manifest.get("forms", {}))
     yield "Calibration", _texts(facts.get("calibration", {}))
     yield "Check build with TensorRT", _texts(facts.get("check_build", {}))
     yield "Tool versions", _texts(manifest.get("versions", {}))
     yield "Digests", _texts(manifest.get("digests", {}))
-    yield "Files", files
     yield "Further facts", _texts({key: facts[key] for key in sorted(set(facts) - _FACTS_SHOWN)})
 
 

@@ -121,7 +121,8 @@ def train(
         The averaged model in evaluation mode and the seconds spent in all.
 
     Raises:
-        TrainingError: when an image is smaller than a patch, or the loss stops being finite.
+        TrainingError: when an image is smaller than a patch, the checkpoint is of another plan, or the loss
+            stops being finite.
     """
     small = [tuple(i.shape) for i in images if min(i.shape[1:]) < plan.patch]
     if small:
@@ -133,7 +134,7 @@ def train(
     average = get_ema_multi_avg_fn(plan.ema)  # type: ignore[no-untyped-call]
     averaged = AveragedModel(model, multi_avg_fn=average)
     optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=1e-4, fused=True)
-    start, seconds = _resume(checkpoint, model, averaged, optimizer)
+    start, seconds = _resume(checkpoint, plan, model, averaged, optimizer)
     forward = torch.compile(model) if plan.compile else model
     begin = time.monotonic() - seconds
     for step in range(start, plan.steps):
@@ -159,7 +160,7 @@ def train(
         averaged.update_parameters(model)
         report(step, loss.item(), averaged)
         if (step + 1) % save_every == 0 or step + 1 == plan.steps:
-            _save(checkpoint, step + 1, time.monotonic() - begin, model, averaged, optimizer)
+            _save(checkpoint, plan, step + 1, time.monotonic() - begin, model, averaged, optimizer)
     return averaged.module.eval(), time.monotonic() - begin
 
 
@@ -180,19 +181,35 @@ def _freeze_norms(
 
 
 def _resume(
-    path: Path, model: nn.Module, averaged: nn.Module, optimizer: torch.optim.Optimizer
+    path: Path,
+    plan: TrainingPlan,
+    model: nn.Module,
+    averaged: nn.Module,
+    optimizer: torch.optim.Optimizer,
 ) -> tuple[int, float]:
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=True)
+    asked, found = _fixed(plan), state["plan"]
+    if changed := sorted(key for key in asked if asked[key] != found.get(key)):
+        raise TrainingError(
+            f"checkpoint {path} is of another plan: found {[f'{k}={found.get(k)}' for k in changed]}, "
+            f"expected {[f'{k}={asked[k]}' for k in changed]}. Use those settings, or another checkpoint."
+        )
     model.load_state_dict(state["model"])
     averaged.load_state_dict(state["averaged"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["seconds"]
 
 
+def _fixed(plan: TrainingPlan) -> dict[str, object]:
+    """Return what a run cannot change on its way, as a checkpoint gives it back; ``steps`` it can."""
+    return {key: value for key, value in asdict(plan).items() if key != "steps"}
+
+
 def _save(
     path: Path,
+    plan: TrainingPlan,
     step: int,
     seconds: float,
     model: nn.Module,
@@ -200,6 +217,7 @@ def _save(
     optimizer: torch.optim.Optimizer,
 ) -> None:
     state = {
+        "plan": _fixed(plan),
         "step": step,
         "seconds": seconds,
         "model": model.state_dict(),

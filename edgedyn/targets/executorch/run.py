@@ -40,7 +40,14 @@ def load(path: Path) -> Run:
 
     def run(*arrays: np.ndarray) -> list[np.ndarray]:
         tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-        return [y.numpy().copy() for y in kept[2].execute(tensors)]
+        try:
+            return [y.numpy().copy() for y in kept[2].execute(tensors)]
+        except RuntimeError as error:
+            shapes = [array.shape for array in arrays]
+            raise BundleError(
+                f"ExecuTorch cannot run {path.name} on inputs {shapes}: {error}. Expected the shapes that it "
+                "was built for; if these are, build it again with other layers in quantize.keep_float."
+            ) from error
 
     return run
 

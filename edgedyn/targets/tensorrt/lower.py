@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,9 +38,9 @@ def lower(program: ExportedProgram, out: Path, precision: str) -> Artifact:
 
 
 def check_rows(checked: dict[str, object]) -> tuple[Row, ...]:
-    """Turn the facts of a check build into rows; none where TensorRT-RTX is not installed."""
+    """Turn the facts of a check build into rows; where TensorRT-RTX is not installed, one that fails."""
     if "passed" not in checked:
-        return ()
+        return (Row("tensorrt-rtx:onnx", "check_build_failures", math.nan, {"at_most": 0}, 0),)
     between = f"tensorrt-rtx {checked['version']}:onnx"
     layers = _count(checked["layers"])
     rows = [
