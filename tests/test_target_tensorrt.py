@@ -28,6 +28,7 @@ from edgedyn import targets
 from edgedyn.errors import BundleError, EdgedynError, ModelError, TargetMissingError, UsageError
 from edgedyn.targets.onnx_export import export_onnx
 from edgedyn.targets.tensorrt import check, compile, run
+from edgedyn.targets.tensorrt.lower import check_rows
 
 TARGET = targets.load("tensorrt")
 
@@ -151,6 +152,8 @@ def test_check_build_without_tensorrt_rtx_says_what_to_install(tmp_path, monkeyp
     facts = check.check_build(tmp_path / "m.onnx")
     assert set(facts) == {"missing"}
     assert "pip install 'edgedyn[tensorrt-check]'" in facts["missing"]
+    (row,) = check_rows(facts)
+    assert (row.metric, row.samples, row.passed) == ("check_build_failures", 0, False)
 
 
 def build_with_rtx(path: Path, *, capability: str = "SM86", monitor: object = None) -> tuple[object, object]:
