@@ -46,6 +46,11 @@ def test_pictures_show_each_noise_level_and_different_images():
     assert shown == [(15, "b"), (25, "c"), (50, "a")]
 
 
+def test_first_image_of_a_noise_level_is_shown():
+    outputs = make_outputs((15, "a"), (15, "b"))
+    assert [picture.caption for picture in contents.choose_pictures(outputs)] == ["a"]
+
+
 def test_noise_level_of_an_image_that_is_shown_already_is_shown_too():
     outputs = make_outputs((50, "a"), (15, "a"))
     assert [picture.sigma for picture in contents.choose_pictures(outputs)] == [15, 50]
@@ -93,7 +98,8 @@ def test_numbers_that_json_lacks_are_written_as_text(tmp_path):
 
 
 def test_vectors_are_written_in_the_program_s_layout(tmp_path):
-    contents.write_vectors(tmp_path, make_outputs((15, "a"), (50, "b")), load_recipe(RECIPE))
+    outputs = make_outputs((15, "a"), (50, "b"), device_error=0.01)  # the device's output is not expected
+    contents.write_vectors(tmp_path, outputs, load_recipe(RECIPE))
     for name, value in (("first", 0.0), ("noisiest", 1 / 8)):
         for kind in ("input", "output"):
             array = np.load(tmp_path / f"vectors/{name}.{kind}.npy")
