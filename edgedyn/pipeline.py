@@ -111,8 +111,8 @@ def build(
         progress("lower", 1, 1)
         outputs = run_samples(converted, run, samples, recipe.precision, progress)
         rows = exactness_rows(converted, samples, recipe.limits.exact)
-        rows += validate.arithmetic_rows(outputs, recipe.precision, recipe.limits)
         rows += validate.share_rows(converted.quantized, recipe.precision, recipe.limits)
+        rows += validate.arithmetic_rows(outputs, recipe.precision, recipe.limits)
         rows += validate.truth_rows(outputs, recipe.limits)
         rows += [validate.decision_row(converted.expanded), *artifact.rows]
         report = ValidationReport(tuple(rows))

@@ -179,8 +179,12 @@ def _matching(module: fx.GraphModule, patterns: Sequence[str]) -> frozenset[fx.N
 
 
 def make_quantizer(scheme: Int8Scheme, keep_float: frozenset[fx.Node] = frozenset()) -> Any:
-    """Make the PT2E quantizer of a scheme: int8 activations by tensor, symmetric int8 weights by channel."""
-    from torchao.quantization.pt2e import MinMaxObserver, PerChannelMinMaxObserver
+    """Make the PT2E quantizer of a scheme: int8 activations by tensor, symmetric int8 weights by channel.
+
+    torchao takes the range of an activation that has the least squared error over its histogram; NNCF has its
+    own statistics and takes only types and schemes from here.
+    """
+    from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserver
     from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
     activation = QuantizationSpec(
@@ -188,7 +192,7 @@ def make_quantizer(scheme: Int8Scheme, keep_float: frozenset[fx.Node] = frozense
         quant_min=-128,
         quant_max=127,
         qscheme=torch.per_tensor_symmetric if scheme.symmetric else torch.per_tensor_affine,
-        observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-16),
+        observer_or_fake_quant_ctr=HistogramObserver.with_args(eps=2**-16),
     )
     weight = QuantizationSpec(
         dtype=torch.int8,

@@ -53,7 +53,7 @@ class InputSection(_Section):
 class QuantizeSection(_Section):
     """How INT8 is made."""
 
-    engine: Literal["nncf", "torchao"] = "nncf"
+    engine: Literal["nncf", "torchao"] = "torchao"
     bias_correction: Literal["none", "fast", "full"] = Field(default="fast", description="NNCF only")
     keep_float: list[str] = Field(
         default=[], description="dotted layer paths that stay float; * matches any part"

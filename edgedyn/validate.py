@@ -152,9 +152,10 @@ def arithmetic_rows(outputs: Outputs, precision: str, limits: LimitSection) -> l
 def _device_rows(outputs: Outputs, precision: str, limits: LimitSection) -> list[Row]:
     """Compare the runtime with the program that was exported.
 
-    Two runtimes that round ties otherwise take different paths through a deep INT8 network. Independent
-    roundings of one network differ by sqrt(2) times what either costs: more than that is another computation.
-    A runtime that computes in float, or coarser, is as near; but its own noise is not that of INT8.
+    Two runtimes that round ties otherwise take different paths through a deep INT8 network. So for INT8 two
+    distances are taken as ratios to what quantization costs, rms(quantized - expanded): ``rms_ratio`` of
+    device - quantized, which is sqrt(2) for independent roundings, and more for another computation; and
+    ``noise_ratio`` of device - expanded, which is 0 for a runtime that computes in float.
     """
     count, pairs = len(outputs.samples), list(zip(outputs.device, outputs.quantized, strict=True))
     levels = float(np.mean([metrics.mean_abs_levels(d, q) for d, q in pairs]))
@@ -167,8 +168,8 @@ def _device_rows(outputs: Outputs, precision: str, limits: LimitSection) -> list
     noise = _rms(outputs.device, outputs.expanded) / cost if cost else math.inf
     alike = {"at_least": 0.5, "at_most": 2.0}
     return [
-        Row("device:quantized", "rms_to_quantization_noise", ratio, {"at_most": math.sqrt(2)}, count),
-        Row("device:quantized", "noise_to_quantization_noise", noise, alike, count),
+        Row("device:quantized", "rms_ratio", ratio, {"at_most": math.sqrt(2)}, count),
+        Row("device:quantized", "noise_ratio", noise, alike, count),
         Row("device:quantized", "mean_abs_levels", levels, {}, count),
         worst,
     ]

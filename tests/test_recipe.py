@@ -41,7 +41,7 @@ def test_name_folder_and_defaults_come_from_the_file(tmp_path):
     assert recipe.name == "net.executorch.int8"
     assert recipe.path("photos") == tmp_path / "photos"
     assert (recipe.quantize.engine, recipe.quantize.bias_correction, recipe.tile.overlap) == (
-        "nncf",
+        "torchao",
         "fast",
         32,
     )

@@ -133,7 +133,7 @@ def test_drop_past_the_limit_fails_on_either_side(precision):
 def test_int8_device_may_differ_by_root_two_of_the_quantization_noise(off, passed):
     outputs = make_outputs(quantized=0.051, device=0.051 + 0.001 * off)
     rows = by_name(validate.arithmetic_rows(outputs, "int8", LIMITS))
-    row = rows["device:quantized rms_to_quantization_noise"]
+    row = rows["device:quantized rms_ratio"]
     assert row.value == pytest.approx(off, rel=1e-3)
     assert row.passed is passed
     assert rows["device:quantized mean_abs_levels"].value == pytest.approx(0.255 * off, rel=1e-3)
@@ -267,7 +267,7 @@ def test_output_that_is_not_finite_names_program_image_and_noise():
 def test_runtime_that_computes_float_is_not_taken_for_int8():
     outputs = make_outputs(quantized=0.051, device=0.05)
     assert failed(validate.arithmetic_rows(outputs, "int8", LIMITS)) == [
-        "device:quantized noise_to_quantization_noise"
+        "device:quantized noise_ratio"
     ]
 
 
