@@ -97,7 +97,7 @@ def prepare(folder: Path, shape: list[int], ffdnet: Path | None) -> dict[str, li
     return jobs
 
 
-def few_samples(folder: Path, samples: int = 2) -> str:
+def few_samples(folder: Path, samples: int = 1) -> str:
     """Write the calibration set with fewer samples: ranges do not change the time of a run."""
     manifest = yaml.safe_load((ROOT / "calib/skimage.yaml").read_text())
     path = folder / "calibration.yaml"
