@@ -266,9 +266,7 @@ def test_output_that_is_not_finite_names_program_image_and_noise():
 
 def test_runtime_that_computes_float_is_not_taken_for_int8():
     outputs = make_outputs(quantized=0.051, device=0.05)
-    assert failed(validate.arithmetic_rows(outputs, "int8", LIMITS)) == [
-        "device:quantized noise_ratio"
-    ]
+    assert failed(validate.arithmetic_rows(outputs, "int8", LIMITS)) == ["device:quantized noise_ratio"]
 
 
 def test_truth_as_input_sets_no_limit():
