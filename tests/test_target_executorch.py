@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -216,6 +218,20 @@ def test_input_that_is_not_contiguous_is_copied(tmp_path):
     view = np.ascontiguousarray(x.numpy().transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     assert not view.flags.c_contiguous
     np.testing.assert_array_equal(run(view)[0], run(x.numpy())[0])
+
+
+def test_loading_and_running_print_nothing(tmp_path):
+    """In a process of its own: the runtime looks for the kind of CPU once."""
+    net, x = make_net(PlainNet), make_input()
+    TARGET.lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")
+    code = (
+        "import sys, numpy as np, logging; from pathlib import Path; from edgedyn import targets;"
+        "from edgedyn.cli import quiet_libraries\n"
+        f"with quiet_libraries(): targets.load('executorch').load(Path({str(tmp_path / 'model.pte')!r}))"
+        f"(np.zeros({tuple(x.shape)}, np.float32))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "cpuinfo" not in done.stderr + done.stdout
 
 
 def test_run_that_fails_is_told_with_the_runtimes_words(tmp_path):

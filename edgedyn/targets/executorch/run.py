@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,8 +31,10 @@ def load(path: Path) -> Run:
 
     data = path.read_bytes()
     try:
-        program = Runtime.get().load_program(data, verification=Verification.InternalConsistency)
-        method = program.load_method("forward")
+        # the runtime tells standard error how it looks for the kind of CPU
+        with contextlib.redirect_stderr(io.StringIO()):
+            program = Runtime.get().load_program(data, verification=Verification.InternalConsistency)
+            method = program.load_method("forward")
     except RuntimeError as error:
         raise BundleError(
             f"ExecuTorch refuses {path.name} ({len(data)} bytes): {error}. Expected a program built for this "
