@@ -14,8 +14,8 @@ from edgedyn.bundle import Bundle
 from edgedyn.recipe import load_recipe
 from edgedyn.session import Session
 
-TILE = 128
 RECIPE = load_recipe(Path(__file__).parents[1] / "recipes/mallenet-s.phone.fp32.yaml")
+TILE = RECIPE.input.shape[2]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def run():
 
 
 def figures(run, overlap: int) -> dict[str, float]:
-    photo = skimage.data.coffee()[60:300, 100:460].astype(np.float32) / 255
+    photo = skimage.data.coffee().astype(np.float32) / 255
     spec = {
         "name": "image",
         "dtype": "float32",
