@@ -105,9 +105,8 @@ class CalibrationSet:
             truth = _crop(_pixels(path, shape[1]), shape[2], shape[3], rng)
             if truth.min() == truth.max():
                 raise CalibrationError(
-                    f"{path} is constant ({truth.min():.3f}) in the crop drawn from it; a set needs "
-                    f"real images. "
-                    "Remove the file from the set."
+                    f"{path} is constant ({truth.min():.3f}) in the crop drawn from it; a set needs real "
+                    "images. Remove the file from the set."
                 )
             sigma = 0.0 if self.noise.kind == "none" else self.noise.level(index, len(self.files))
             noisy = truth + np.float32(sigma / 255) * rng.standard_normal(truth.shape, dtype=np.float32)
@@ -146,8 +145,7 @@ def open_set(path: Path) -> CalibrationSet:
         if found != expected:
             raise CalibrationError(
                 f"image set {path}: {file.name} has sha256 {found}, the manifest says {expected}. "
-                f"Fetch the file "
-                "again, or write the new digest if you mean to use this one."
+                "Fetch the file again, or write the new digest if you mean to use this one."
             )
     return CalibrationSet(
         manifest.name, manifest.licence, files, manifest.noise, manifest.samples, manifest.seed
@@ -165,8 +163,7 @@ def refuse_overlap(calibration: CalibrationSet, validation: CalibrationSet) -> N
     if shared:
         raise CalibrationError(
             f"calibration set {calibration.name!r} and validation set {validation.name!r} share "
-            f"{len(shared)} files "
-            f"(by content): {', '.join(shared[:5])}. Take them out of one set."
+            f"{len(shared)} files (by content): {', '.join(shared[:5])}. Take them out of one set."
         )
 
 
@@ -175,8 +172,8 @@ def _open_folder(path: Path) -> CalibrationSet:
     if not files:
         raise CalibrationError(
             f"image folder {path} holds no image ({len(list(path.iterdir()))} other entries); "
-            f"expected files with a "
-            f"suffix of {', '.join(sorted(IMAGE_SUFFIXES))}. Put images there or name another folder."
+            f"expected files with a suffix of {', '.join(sorted(IMAGE_SUFFIXES))}. "
+            "Put images there or name another folder."
         )
     taken = [files[i * len(files) // _MOST_SAMPLES] for i in range(_MOST_SAMPLES)]
     hashed = tuple((file, _sha256(file, path)) for file in dict.fromkeys(taken))

@@ -154,7 +154,7 @@ def to_int8(
     if scheme.symmetric:
         center(converted)
     separate_readers(converted)
-    share, float_nodes, table = _account(converted, macs, {node.name for node in kept})
+    share, float_nodes, table = _account(converted, macs, kept)
     return Quantized(torch.export.export(converted, inputs), share, len(macs), float_nodes, table)
 
 
@@ -165,9 +165,9 @@ def module_path(node: fx.Node) -> str:
     return str(paths[-1]) if paths else ""
 
 
-def _matching(module: fx.GraphModule, patterns: Sequence[str]) -> frozenset[fx.Node]:
-    """Return the multiply-add nodes whose layer path matches a pattern (``*`` as in file names)."""
-    layers = {node: module_path(node) for node in module.graph.nodes if node.target in MULTIPLY_ADD_OPS}
+def _matching(module: fx.GraphModule, patterns: Sequence[str]) -> frozenset[str]:
+    """Name the multiply-add nodes whose layer path matches a pattern (``*`` as in file names)."""
+    layers = {n.name: module_path(n) for n in module.graph.nodes if n.target in MULTIPLY_ADD_OPS}
     for pattern in patterns:
         if not fnmatch.filter(layers.values(), pattern):
             near = ", ".join(list(layers.values())[:8])
@@ -175,10 +175,10 @@ def _matching(module: fx.GraphModule, patterns: Sequence[str]) -> frozenset[fx.N
                 f"quantize.keep_float: {pattern!r} matches no layer; found {len(layers)} convolutions and "
                 f"linear layers, the first are {near}. Use a dotted path; * matches any part."
             )
-    return frozenset(n for n, path in layers.items() if any(fnmatch.fnmatch(path, p) for p in patterns))
+    return frozenset(name for name, path in layers.items() if any(fnmatch.fnmatch(path, p) for p in patterns))
 
 
-def make_quantizer(scheme: Int8Scheme, keep_float: frozenset[fx.Node] = frozenset()) -> Any:
+def make_quantizer(scheme: Int8Scheme, keep_float: frozenset[str] = frozenset()) -> Any:
     """Make the PT2E quantizer of a scheme: int8 activations by tensor, symmetric int8 weights by channel.
 
     torchao takes the range of an activation that has the least squared error over its histogram; NNCF has its
@@ -205,9 +205,8 @@ def make_quantizer(scheme: Int8Scheme, keep_float: frozenset[fx.Node] = frozense
 
     class Int8Quantizer(Quantizer):  # type: ignore[misc]
         def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
-            kept = {node.name for node in keep_float}
             for node in model.graph.nodes:
-                if node.target not in MULTIPLY_ADD_OPS or node.name in kept:
+                if node.target not in MULTIPLY_ADD_OPS or node.name in keep_float:
                     continue
                 node.meta["quantization_annotation"] = QuantizationAnnotation(
                     input_qspec_map={node.args[0]: activation, node.args[1]: weight},
@@ -269,7 +268,7 @@ def _convert_nncf(
 
 
 def _account(
-    module: fx.GraphModule, macs: dict[str, int], kept_by_recipe: set[str]
+    module: fx.GraphModule, macs: dict[str, int], kept_by_recipe: frozenset[str]
 ) -> tuple[float, tuple[dict[str, object], ...], tuple[dict[str, object], ...]]:
     """Measure the INT8 share of multiply-adds, list what stays float, and read the scales."""
     total = quantized = 0

@@ -37,8 +37,7 @@ def load_weights(model: nn.Module, path: Path, *, sha256: str | None = None, tru
     if sha256 is not None and found != sha256:
         raise WeightsError(
             f"weights {path} have sha256 {found}; the recipe expects {sha256}. Fetch the file again, "
-            f"or change "
-            "model.sha256 if you mean to deploy these."
+            "or change model.sha256 if you mean to deploy these."
         )
     state = _read(path, trust=trust)
     broken = [
@@ -47,8 +46,7 @@ def load_weights(model: nn.Module, path: Path, *, sha256: str | None = None, tru
     if broken:
         raise WeightsError(
             f"weights {path} hold NaN or infinity in {len(broken)} tensors, the first is "
-            f"{broken[0]!r}; expected "
-            "finite numbers. Take an earlier checkpoint."
+            f"{broken[0]!r}; expected finite numbers. Take an earlier checkpoint."
         )
     _fit(model, state, path)
 
@@ -58,8 +56,8 @@ def _read(path: Path, *, trust: bool) -> dict[str, Tensor]:
         if not trust:
             raise WeightsError(
                 f"weights {path} are a pickle, which can run code when it is loaded; expected "
-                f"safetensors. Convert it "
-                "with safetensors.torch.save_file, or pass --trust if you know where it is from."
+                "safetensors. Convert it with safetensors.torch.save_file, or "
+                "pass --trust if you know where it is from."
             )
         try:
             state = torch.load(path, weights_only=True, map_location="cpu")
@@ -98,7 +96,7 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         shapes = f", {tuple(state[first].shape)} against {tuple(own[first].shape)}" if wrong else ""
         raise WeightsError(
             f"weights {path} do not fit {type(model).__name__}: {len(missing)} keys missing, "
-            f"{len(extra)} unknown, "
-            f"{len(wrong)} of another shape, the first is {first!r}{shapes}. Check model.arguments."
+            f"{len(extra)} unknown, {len(wrong)} of another shape, the first is {first!r}{shapes}. "
+            "Check model.arguments."
         )
     model.load_state_dict(state)

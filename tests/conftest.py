@@ -4,6 +4,6 @@ from __future__ import annotations
 
 import os
 
-# Read when torch is first imported, and by the processes that tests start. Two threads wait for each other on
-# a busy machine: tests/test_layers.py took 35 s with two, 6 s with one, on 2 x86 cores beside a training run.
+# Read when torch is first imported, and by the processes that tests start. On a busy machine two threads wait
+# for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

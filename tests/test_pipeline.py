@@ -36,7 +36,15 @@ STAGES = {
 }
 
 
-@pytest.fixture(scope="module", params=["phone.fp32", "phone.int8", "jetson.fp16", "jetson.int8"])
+# a Jetson build is not ok without its check build
+needs_rtx = [
+    pytest.mark.tensorrt_rtx,
+    pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the extra tensorrt-check"),
+]
+JETSON = [pytest.param(name, marks=needs_rtx) for name in ("jetson.fp16", "jetson.int8")]
+
+
+@pytest.fixture(scope="module", params=["phone.fp32", "phone.int8", *JETSON])
 def built(request, tmp_path_factory):
     recipe = load_recipe(RECIPES / f"mallenet-s.{request.param}.yaml", SMALL)
     return pipeline.build(recipe, tmp_path_factory.mktemp("build") / "bundle")
@@ -69,8 +77,6 @@ def test_int8_takes_most_multiply_adds_and_says_what_stays_float(built):
     assert all(row["reason"] for row in facts["float_nodes"])
 
 
-@pytest.mark.tensorrt_rtx
-@pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the extra tensorrt-check")
 def test_tensorrt_rows_tell_the_check_build_and_its_memory(built):
     rows = {row.metric: row for row in built.report.rows if row.between.startswith("tensorrt-rtx")}
     if built.bundle.target != "tensorrt":

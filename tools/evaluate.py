@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import measurement
 import numpy as np
 import typer
+from make_noisy import add_noise
 from rich.progress import track
 
 from edgedyn import metrics, pipeline
@@ -100,8 +101,7 @@ def lower_recipe(recipe: Recipe, folder: Path, *, trust: bool) -> tuple[Path, fl
 
 def score(run: Callable[[np.ndarray], np.ndarray], truth: np.ndarray, sigma: float, index: int) -> float:
     """Return the PSNR of one image, dB."""
-    noise = np.random.default_rng(index).standard_normal(truth.shape, dtype=np.float32)
-    return metrics.psnr_db(run(truth + np.float32(sigma / 255) * noise), truth)
+    return metrics.psnr_db(run(add_noise(truth, sigma, seed=index)), truth)
 
 
 def quiet() -> bool:

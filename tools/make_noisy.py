@@ -15,9 +15,14 @@ from PIL import Image
 
 
 def main(out: Path, sigma: Annotated[float, typer.Option(help="0..255 scale")] = 25.0, seed: int = 0) -> None:
-    photo = skimage.data.coffee().astype(np.float32)
-    noisy = photo + sigma * np.random.default_rng(seed).standard_normal(photo.shape, dtype=np.float32)
-    Image.fromarray(noisy.clip(0, 255).round().astype(np.uint8)).save(out)
+    noisy = add_noise(skimage.data.coffee().astype(np.float32) / 255, sigma, seed)
+    Image.fromarray((noisy * 255).clip(0, 255).round().astype(np.uint8)).save(out)
+
+
+def add_noise(truth: np.ndarray, sigma: float, seed: int) -> np.ndarray:
+    """Add white Gaussian noise, unclipped, to float32 values in [0, 1]; ``sigma`` on the 0..255 scale."""
+    noise = np.random.default_rng(seed).standard_normal(truth.shape, dtype=np.float32)
+    return truth + np.float32(sigma / 255) * noise
 
 
 if __name__ == "__main__":

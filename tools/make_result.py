@@ -11,6 +11,7 @@ import numpy as np
 import skimage.data
 import torch
 import typer
+from make_noisy import add_noise
 from PIL import Image, ImageDraw
 
 from edgedyn import metrics
@@ -23,9 +24,7 @@ CUT = np.s_[20:340, 150:470]
 
 def main(bundle: Path, out: Path, sigma: float = 25.0, seed: int = 0) -> None:
     truth = skimage.data.coffee().astype(np.float32) / 255
-    noisy = truth + np.float32(sigma / 255) * np.random.default_rng(seed).standard_normal(
-        truth.shape, dtype=np.float32
-    )
+    noisy = add_noise(truth, sigma, seed)
     model = load_recipe(ROOT / "recipes/mallenet-s.phone.int8.yaml").load_model()
     with torch.no_grad():
         float_ = model(torch.from_numpy(noisy.transpose(2, 0, 1)[None]))[0].numpy().transpose(1, 2, 0)

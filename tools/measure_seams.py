@@ -18,6 +18,7 @@ import measurement
 import numpy as np
 import torch
 import typer
+from make_noisy import add_noise
 
 from edgedyn import metrics
 from edgedyn.bundle import Bundle
@@ -64,8 +65,7 @@ def compare(
     """Return the figures of one overlap, averaged over the photos."""
     figures = []
     for index, truth in enumerate(photos):
-        noise = np.random.default_rng(index).standard_normal(truth.shape, dtype=np.float32)
-        noisy = truth + np.float32(sigma / 255) * noise
+        noisy = add_noise(truth, sigma, seed=index)
         whole = session.run(np.ascontiguousarray(noisy.transpose(2, 0, 1)[None]))[0][0].transpose(1, 2, 0)
         tiled = session.denoise(noisy)
         difference = tiled - whole
