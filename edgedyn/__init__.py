@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edgedyn.authors import from_authors
     from edgedyn.bundle import open_bundle
     from edgedyn.layers import canonicalize
     from edgedyn.pipeline import build
@@ -16,10 +17,11 @@ if TYPE_CHECKING:
     from edgedyn.session import open_session
 
 __version__ = "0.1.0"
-__all__ = ["build", "canonicalize", "load_recipe", "open_bundle", "open_session"]
+__all__ = ["build", "canonicalize", "from_authors", "load_recipe", "open_bundle", "open_session"]
 _HOMES = {
     "build": "edgedyn.pipeline",
     "canonicalize": "edgedyn.layers",
+    "from_authors": "edgedyn.authors",
     "load_recipe": "edgedyn.recipe",
     "open_bundle": "edgedyn.bundle",
     "open_session": "edgedyn.session",

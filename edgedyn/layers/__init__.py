@@ -10,7 +10,7 @@ import copy
 import importlib
 import pkgutil
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -25,10 +25,17 @@ class Layer:
     Attributes:
         name: the file's name.
         paper: title and arXiv number.
-        primitive: the op that the canonical modules call.
+        primitive: the op that the canonical modules call, or ``routed program``.
         canonical: reference class -> function of an instance of that class, which makes the canonical module
             with the same weights.
         examples: reference modules in evaluation mode with inputs that discriminate.
+        authors: name of an authors' class -> function of its constructor arguments and its state_dict, which
+            makes our reference, its weights not yet loaded. What the authors' class refuses, or ignores
+            without a word, is refused with a ModelError.
+        recognise: name of an authors' class -> function of an instance of a class of that name, which makes
+            our reference with the same weights and the same call, gives None for an ordinary module that
+            shares the name, and raises ModelError, with the reason, for a dynamic one of another structure.
+        float32: classes of modules that stay in float32 in every precision, and are never quantized.
     """
 
     name: str
@@ -36,6 +43,11 @@ class Layer:
     primitive: str
     canonical: Mapping[type[nn.Module], Callable[[Any], nn.Module]]
     examples: Callable[[], Iterable[tuple[nn.Module, tuple[Tensor, ...]]]]
+    authors: Mapping[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], nn.Module]] = field(
+        default_factory=dict
+    )
+    recognise: Mapping[str, Callable[[Any], nn.Module | None]] = field(default_factory=dict)
+    float32: tuple[type[nn.Module], ...] = ()
 
 
 def load_all() -> dict[str, Layer]:

@@ -40,12 +40,24 @@ class Form:
 
 @dataclass(frozen=True)
 class Op:
-    """A primitive: its ``torch.library`` overload, its forms (best first) and inputs that discriminate."""
+    """A primitive.
+
+    Attributes:
+        name: the folder's name, and the op's in ``torch.ops.edgedyn``.
+        overload: the ``torch.library`` overload; its first argument is x (B, C, H, W).
+        forms: how targets can compute it, best first.
+        examples: the op's arguments in order, inputs that discriminate.
+        generated: names of the arguments that a generator computes from the input: kernels, coefficients,
+            masks.
+        apply_macs: multiply-adds of one call, from its arguments; tensors need only their shapes.
+    """
 
     name: str
     overload: torch._ops.OpOverload
     forms: tuple[Form, ...]
     examples: Callable[[], Iterable[tuple[Any, ...]]]
+    generated: tuple[str, ...]
+    apply_macs: Callable[..., int]
 
 
 def register(

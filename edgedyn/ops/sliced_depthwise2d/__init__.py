@@ -155,4 +155,20 @@ def _examples() -> Iterator[tuple[Tensor, Tensor, Tensor | None, int, int, bool]
     yield rand(2, 2, 3, 4), rand(2, 9 * 2, 5, 7), None, 3, 1, False
 
 
-OP = Op(name="sliced_depthwise2d", overload=_OVERLOAD, forms=FORMS, examples=_examples)
+def _apply_macs(
+    x: Tensor, grid: Tensor, offset: Tensor | None, kernel_size: int, *rest: int, **options: object
+) -> int:
+    """Count slicing, 4 a kernel or offset value and pixel, and applying, 1 a tap and element."""
+    b, c, h, w = x.shape
+    slices = grid.shape[1] + (0 if offset is None else offset.shape[1])
+    return b * h * w * (4 * slices + kernel_size**2 * c)
+
+
+OP = Op(
+    name="sliced_depthwise2d",
+    overload=_OVERLOAD,
+    forms=FORMS,
+    examples=_examples,
+    generated=("grid", "offset"),
+    apply_macs=_apply_macs,
+)

@@ -1,0 +1,96 @@
+"""From a checkpoint of the authors' implementation to our reference of the same class, weights loaded.
+
+Class names and constructor arguments are the authors' own. Every file of ``edgedyn/layers/`` lists its
+classes in ``LAYER.authors``, every file of ``edgedyn/models/`` its networks in a constant ``AUTHORS``.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from edgedyn import layers, models
+from edgedyn.errors import ModelError, WeightsError
+
+Author = Callable[[Mapping[str, Any], Mapping[str, Tensor]], nn.Module]
+# keys of a constructor record that name the class or function where several share a description
+_NAMING_KEYS = ("name", "cls", "block")
+
+
+def from_authors(
+    class_name: str, arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]
+) -> nn.Module:
+    """Build our reference of an authors' class and load their weights into it.
+
+    Args:
+        class_name: the authors' name, ``DDFPack``; a module path before it and words behind it are allowed,
+            ``models.resnet32(sparse=True)``. ``arguments["name"]``, ``["cls"]`` or ``["block"]`` go first.
+        arguments: the authors' constructor arguments, by keyword.
+        state_dict: the authors' state_dict; its dtype becomes the module's.
+
+    Returns:
+        The reference, in evaluation mode.
+
+    Raises:
+        ModelError: for an unknown class, or arguments that the authors' class refuses or ignores.
+        WeightsError: when the state_dict does not fit.
+    """
+    known = load_all()
+    name = next((str(arguments[key]) for key in _NAMING_KEYS if key in arguments), bare_name(class_name))
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=3) or sorted(known)
+        raise ModelError(
+            f"authors' class {name!r} (from {class_name!r}) is unknown; did you mean {', '.join(near)}? "
+            "edgedyn list authors names all."
+        )
+    try:
+        module = known[name](arguments, state_dict)
+    except TypeError as error:
+        raise ModelError(
+            f"{name} got arguments {dict(arguments)}: {error}. Pass the authors' constructor arguments."
+        ) from error
+    dtypes = {tensor.dtype for tensor in state_dict.values() if tensor.is_floating_point()}
+    if len(dtypes) > 1:
+        raise WeightsError(
+            f"the state_dict of {name} mixes {sorted(map(str, dtypes))}; expected one floating-point type. "
+            "Convert it first."
+        )
+    return _load(module.to(dtypes.pop()) if dtypes else module, state_dict, name).eval()
+
+
+def load_all() -> dict[str, Author]:
+    """Return every authors' class by name."""
+    found: dict[str, Author] = {}
+    for layer in layers.load_all().values():
+        found |= layer.authors
+    for network in models.names():
+        found |= getattr(importlib.import_module(f"edgedyn.models.{network}"), "AUTHORS", {})
+    return found
+
+
+def bare_name(class_name: str) -> str:
+    """Return ``DDFPack`` of ``ddf.ddf.DDFPack (with gen_kernel_size)``."""
+    dotted = re.match(r"[\w.]*", class_name)
+    assert dotted is not None  # the pattern matches the empty string
+    return dotted.group().rpartition(".")[2]
+
+
+def _load(module: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> nn.Module:
+    """Load a state_dict, every key and shape of it."""
+    own = module.state_dict()
+    missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
+    wrong = [key for key in own.keys() & state_dict.keys() if own[key].shape != state_dict[key].shape]
+    if missing or unknown or wrong:
+        first = [*wrong, *missing, *unknown][0]
+        shapes = f", {tuple(state_dict[first].shape)} against {tuple(own[first].shape)}" if wrong else ""
+        raise WeightsError(
+            f"the state_dict does not fit {name}: {len(missing)} keys missing, {len(unknown)} unknown, "
+            f"{len(wrong)} of another shape, the first is {first!r}{shapes}. Check the constructor arguments."
+        )
+    module.load_state_dict(state_dict)
+    return module

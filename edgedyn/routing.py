@@ -1,0 +1,76 @@
+"""A router and K static variants: how a network is deployed whose structure depends on its input.
+
+    argmax     logits, *carried = router(x)      y = variants[argmax(logits)](*carried, or x where none)
+    fallback   y, overflow = variants[0](x)      y = variants[1](x) where overflow > 0; no router
+
+Every variant is an ordinary network of fixed structure, lowered like any other. The host picks one an image,
+by the rule that the manifest names; no Python code of the network is needed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from edgedyn.errors import ModelError
+
+
+class RoutedModel(nn.Module):
+    """A routed program; called like the network that it stands for, each sample of a batch by itself.
+
+    Args:
+        router: x -> logits (B, K), or (logits, *carried) where the variants take ``carried`` instead of x;
+            None for the rule ``fallback``.
+        variants: name -> network, K of them. Without a router the first is right while its second output,
+            ``overflow`` (B,), is 0 (it counts what did not fit), and the second is always right.
+
+    Raises:
+        ModelError: for fewer than 2 variants, or, without a router, more.
+    """
+
+    def __init__(self, router: nn.Module | None, variants: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        if len(variants) < 2 or (router is None and len(variants) != 2):
+            raise ModelError(
+                f"a routed program got {len(variants)} variants {list(variants)}; expected at least 2, and "
+                "without a router exactly 2: the quick one and the one that is always right."
+            )
+        self.router = router
+        self.variants = nn.ModuleDict(variants)
+
+    @property
+    def rule(self) -> str:
+        """``argmax`` or ``fallback``."""
+        return "fallback" if self.router is None else "argmax"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the variant that each sample of x (B, ...) is routed to."""
+        return torch.cat([self._run(sample) for sample in x.split(1)])
+
+    def route(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the router's logits (B, K) and what the variants take.
+
+        Raises:
+            ModelError: when there is no router, or it does not give one logit a variant.
+        """
+        if self.router is None:
+            raise ModelError("this routed program has no router; its rule is fallback. Run its variants.")
+        given = self.router(x)
+        logits, *carried = given if isinstance(given, tuple) else (given,)
+        if logits.shape != (x.shape[0], len(self.variants)):
+            raise ModelError(
+                f"the router gives logits {tuple(logits.shape)} for {len(self.variants)} variants "
+                f"({', '.join(self.variants)}) and a batch of {x.shape[0]}; expected "
+                f"{(x.shape[0], len(self.variants))}. Give the gate one output a variant."
+            )
+        return logits, tuple(carried) or (x,)
+
+    def _run(self, x: Tensor) -> Tensor:
+        variants = list(self.variants.values())
+        if self.router is None:
+            y, overflow = variants[0](x)
+            return y if not overflow.any() else variants[1](x)  # type: ignore[no-any-return]
+        logits, carried = self.route(x)
+        return variants[int(logits.argmax(1))](*carried)  # type: ignore[no-any-return]
