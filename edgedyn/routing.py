@@ -47,7 +47,7 @@ class RoutedModel(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the variant that each sample of x (B, ...) is routed to."""
-        return torch.cat([self._run(sample) for sample in x.split(1)])
+        return torch.cat([self._run(sample) for sample in torch.split(x, 1)])
 
     def route(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
         """Return the router's logits (B, K) and what the variants take.
