@@ -2,145 +2,85 @@
 
 from __future__ import annotations
 
-import json
 import math
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import golden_check
 import pytest
 import torch
+from golden_malleconv import smoothing
 from safetensors import safe_open
-from torch import Tensor
+from safetensors.torch import load_file, save_file
 
-from edgedyn.layers import canonicalize
-from edgedyn.layers.malleconv import (
-    MalleConv,
-    affine_slice,
-    bilateral_slice,
-    bilateral_slice_apply,
-    slice_and_convolve,
-)
-from edgedyn.ops.sliced_depthwise2d import sliced_depthwise2d
-
-FILES = sorted((Path(__file__).parent / "golden").glob("*.safetensors"))
-# Both sides are float64 and differ by the order of summation only: at most 8 * 9 + 12 products of a chain of
-# six layers, each rounded at 1.1e-16, relative to a largest output that cancels at most a hundredfold.
-EXACT = 1e-12
-
-
-class Golden:
-    """One file: inputs in float64, parameters, the authors' float64 output, how they called their code."""
-
-    def __init__(self, path: Path) -> None:
-        with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-            tensors = {key: file.get_tensor(key).double() for key in file.keys()}  # noqa: SIM118 a file, no dict
-        self.official = metadata["official"]
-        self.constructor, self.call = json.loads(metadata["constructor"]), json.loads(metadata["call"])
-        self.inputs = part(tensors, "input.")
-        self.parameters = part(tensors, "param.")
-        (self.output,) = part(tensors, "output64.").values()
-
-
-def part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-
-
-def nchw(x: Tensor) -> Tensor:
-    return x.permute(0, 3, 1, 2).contiguous()
-
-
-def nhwc(y: Tensor) -> Tensor:
-    return y.permute(0, 2, 3, 1)
-
-
-def depth_first(grid: Tensor) -> Tensor:
-    """Turn the authors' (B, gh, gw, D, n) into our (B, D, n, gh, gw)."""
-    return grid.permute(0, 3, 4, 1, 2).contiguous()
-
-
-def smoothing(*, depth: int) -> float:
-    """Bound what HDRNet's sqrt(d^2 + 1e-8) for |d| does to a sliced value, relative to the largest cell.
-
-    The root exceeds |d| by at most 1e-4, at d = 0, and by 1e-8 / (2 |d|) farther away. A weight max(1 - root,
-    0) thus falls by at most 1e-4, and a pixel reads at most two cells of the depth axis; when d = 0 at the
-    one, d = 1 at the other, which then adds 5e-9. In between both lose less together.
-    """
-    return 1e-4 + (5e-9 if depth > 1 else 0.0)
-
-
-def assert_within(y: Tensor, golden: Golden, bound: float) -> None:
-    assert y.shape == golden.output.shape
-    assert (y - golden.output).abs().max().item() <= bound
-
-
-def assert_exact(y: Tensor, golden: Golden) -> None:
-    assert_within(y, golden, EXACT * golden.output.abs().max().item())
-
-
-def check_operator(golden: Golden) -> None:
-    x, weight, bias = golden.inputs["input"], golden.inputs["weight"], golden.inputs.get("bias")
-    side, dilation = golden.call["kernel_size"][0], golden.call["dilation"][0]
-    assert golden.call["stride"] == [1, 1]
-    assert golden.call["padding"] == [dilation * (side // 2)] * 2
-    assert weight.shape[1] == x.shape[1] // golden.call["groups"]
-    assert_exact(slice_and_convolve(x, weight, bias, kernel_size=side, dilation=dilation), golden)
-    tap_major = weight.transpose(1, 2).flatten(1, 2)
-    assert_exact(sliced_depthwise2d(x, tap_major, bias, side, dilation), golden)
-
-
-def check_layer(golden: Golden) -> None:
-    layer = MalleConv(**golden.constructor).double()
-    layer.load_state_dict(golden.parameters, strict=True)
-    with torch.no_grad():
-        for module in (layer, canonicalize(layer.eval())):
-            assert_exact(module(golden.inputs["x"]), golden)
-
-
-def check_slice(golden: Golden) -> None:
-    grid, guide = depth_first(golden.inputs["grid"]), golden.inputs["guide"].unsqueeze(1)
-    bound = smoothing(depth=grid.shape[1]) * grid.abs().max().item()
-    assert_within(nhwc(bilateral_slice(grid, guide)), golden, bound)
-
-
-def check_apply(golden: Golden) -> None:
-    grid, guide = depth_first(golden.inputs["grid"]), golden.inputs["guide"].unsqueeze(1)
-    image, has_offset = nchw(golden.inputs["image"]), golden.call["has_offset"]
-    y = bilateral_slice_apply(grid, guide, image, has_offset=has_offset)
-    # a pixel sums one coefficient an input channel, times that channel, and the offset
-    terms = (image.abs().sum(1).max() + has_offset).item()
-    assert_within(nhwc(y), golden, smoothing(depth=grid.shape[1]) * grid.abs().max().item() * terms)
-
-
-def check_affine(golden: Golden) -> None:
-    coefficients, x = nchw(golden.inputs["coefficients"]), nchw(golden.inputs["feature"])
-    y = affine_slice(coefficients, x, golden.call["gz"])
-    terms = x.abs().max().item() + 1
-    assert_within(
-        nhwc(y), golden, smoothing(depth=golden.call["gz"]) * coefficients.abs().max().item() * terms
-    )
-
-
-RULES = {
-    "flying_conv._flying_conv2d_torch": check_operator,
-    "model.common.FlyingConv": check_layer,
-    "jax/bilateral_slice.py bilateral_slice": check_slice,
-    "hdrnet/ops/bilateral_slice_apply.cc": check_apply,
-    "MalleNet.py ModelTwo.call": check_affine,
-}
+HERE = Path(__file__).parent
+FILES = sorted((HERE / "golden").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_output_of_the_authors_code_is_reproduced(path):
-    golden = Golden(path)
-    rules = [check for prefix, check in RULES.items() if golden.official.startswith(prefix)]
-    assert len(rules) == 1, f"{path.name}: {golden.official!r} is covered by {len(rules)} rules, expected 1"
-    assert golden.output.abs().max() > 0.1
-    rules[0](golden)
+    results = golden_check.check_file(path)
+    assert [r for r in results if not r[1] <= r[2]] == []
+    dtypes = {name.rpartition(" ")[2] for name, _, _ in results}
+    assert dtypes == {"torch.float64", "torch.float32"}
 
 
 def test_every_rule_has_a_file():
-    official = [Golden(path).official for path in FILES]
-    assert all(any(name.startswith(prefix) for name in official) for prefix in RULES)
+    officials = [golden_check.read(path, torch.float32).official for path in FILES]
+    rules, bounds = golden_check.rules()
+    assert all(any(name.startswith(prefix) for name in officials) for prefix in rules)
+    assert bounds.keys() <= rules.keys()
+
+
+def run_check(folder):
+    command = [sys.executable, str(HERE / "golden_check.py"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def copy_changed(path, folder, change, official=None):
+    """Copy a golden file with a changed tensor, or metadata, under a name that says nothing."""
+    tensors = load_file(path)
+    change(tensors)
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+    metadata["official"] = official or metadata["official"]
+    save_file(tensors, folder / "some.safetensors", metadata)
+
+
+def test_command_goes_by_metadata_not_by_file_name(tmp_path):
+    shutil.copy(HERE / "golden/malle_op_k3_s4.safetensors", tmp_path / "x.safetensors")
+    code, text = run_check(tmp_path)
+    assert code == 0, text
+    assert "ok      x.safetensors: 4 outputs" in text
+    assert "1 of 1 files agree" in text
+
+
+def test_command_fails_for_one_wrong_value(tmp_path):
+    def disturb(tensors):
+        y = tensors["output64.y"]
+        y[0, 0, 0, 0] += 1e-9 * y.abs().max()
+
+    copy_changed(HERE / "golden/malle_op_k3_s4.safetensors", tmp_path, disturb)
+    code, text = run_check(tmp_path)
+    assert code == 1
+    assert "FAILED  some.safetensors" in text
+    assert "0 of 1 files agree" in text
+
+
+def test_command_fails_for_an_unknown_class(tmp_path):
+    copy_changed(HERE / "golden/malle_op_k3_s4.safetensors", tmp_path, lambda t: None, official="who.knows")
+    code, text = run_check(tmp_path)
+    assert code == 1
+    assert "no rule for 'who.knows'" in text
+
+
+def test_command_fails_for_an_empty_folder(tmp_path):
+    code, text = run_check(tmp_path)
+    assert code == 1
+    assert "holds no .safetensors file" in text
 
 
 def test_smoothing_bound_holds_and_is_reached():

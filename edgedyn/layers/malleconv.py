@@ -16,7 +16,8 @@ rows of the last 1x1 convolution are permuted once, so nothing is transposed at 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -331,10 +332,49 @@ def _examples() -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
         yield module.eval(), (torch.rand(shape, generator=generator) * 1.5 - 0.25,)
 
 
+def _flying_conv(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MalleConv:
+    """Build the reference of the community's ``FlyingConv``."""
+    known = dict(arguments)
+    if known.pop("bias", False):
+        raise ModelError(
+            "FlyingConv got bias=True, which its own code cannot run (it slices the wrong axis); expected "
+            "bias=False. Retrain without."
+        )
+    return MalleConv(**known)
+
+
+def _recognise_flying_conv(module: nn.Module) -> MalleConv:
+    """Take over an instance of a class called ``FlyingConv``; its structure is read from its weights."""
+    state, predictor = module.state_dict(), getattr(module, "predictor", None)
+    pool, scale = getattr(module, "pool", None), getattr(module, "scale", None)
+    size = getattr(pool, "kernel_size", scale)
+    size = size[0] if isinstance(size, tuple) else size
+    try:
+        if not isinstance(predictor, nn.Sequential) or not isinstance(size, int):
+            raise ModelError("no Sequential 'predictor', or neither 'pool' nor 'scale' tells the scale")
+        reference = MalleConv(
+            state["predictor.0.weight"].shape[1],
+            state["pwconv.weight"].shape[0],
+            pooling=any(isinstance(part, nn.AvgPool2d) for part in predictor),
+            num_blocks=sum(key.endswith("pconv.weight") for key in state),
+            groups=state["predictor.0.weight"].shape[1] * 9 // state["expander.weight"].shape[0],
+            scale=size,
+        ).to(state["pwconv.weight"].dtype)
+        reference.load_state_dict(state)
+    except (KeyError, RuntimeError, ModelError, ZeroDivisionError) as error:
+        raise ModelError(
+            f"a FlyingConv is not the community's MalleConv: {str(error).splitlines()[0]}. Build it with "
+            "edgedyn.from_authors from its constructor arguments and state_dict."
+        ) from error
+    return reference
+
+
 LAYER = Layer(
     name="malleconv",
     paper="MalleConv (arXiv 2201.00392)",
     primitive="sliced_depthwise2d",
     canonical={MalleConv: CanonicalMalleConv, AffineMalleConv: CanonicalAffineMalleConv},
     examples=_examples,
+    authors={"FlyingConv": _flying_conv},
+    recognise={"FlyingConv": _recognise_flying_conv},
 )
