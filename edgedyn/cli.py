@@ -187,32 +187,37 @@ def compile_bundle(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """On the Jetson: build the TensorRT engine beside the bundle's ONNX."""
+    """On the Jetson: build a TensorRT engine beside each ONNX file of the bundle."""
     from edgedyn import bundle as bundles
     from edgedyn.targets.tensorrt.compile import compile_engine
 
-    engine = bundle / "model.engine"
-    opened = bundles.open_bundle(bundle, rebuilt=engine.name)
+    opened = bundles.open_bundle(bundle, rebuilt=bundles.engine_names(bundle))
     if opened.target != "tensorrt":
         raise UsageError(
             f"bundle {bundle} is for the target {opened.target!r}; only tensorrt bundles are compiled. "
             "Use it as it is: edgedyn run."
         )
-    if engine.exists() and not force:
-        raise UsageError(f"{engine} exists already; use --force to build it again on this machine.")
+    sources = sorted(set(opened.programs.values()))
+    engines = [Path(name).with_suffix(".engine").name for name in sources]
+    if (here := [name for name in engines if (bundle / name).exists()]) and not force:
+        raise UsageError(f"{bundle / here[0]} exists already; use --force to build it again on this machine.")
     with bundles.staging_folder(bundle) as staging, _progress() as advance:
-        facts = compile_engine(
-            bundle / opened.program,
-            staging / engine.name,
-            workspace_bytes=workspace_mb * 2**20 or None,
-            progress=advance,
-        )
-        bundles.add_file(opened, staging / engine.name)
+        facts = {
+            engine: compile_engine(
+                bundle / source,
+                staging / engine,
+                workspace_bytes=workspace_mb * 2**20 or None,
+                progress=advance,
+            )
+            for source, engine in zip(sources, engines, strict=True)
+        }
+        bundles.add_files(opened, [staging / name for name in engines])
     if as_json:
-        _print_json({"ok": True, "engine": str(engine), **facts})
-    else:
-        _out.print(str(engine), soft_wrap=True)
-        for fact, value in facts.items():
+        _print_json({"ok": True, "engines": {str(bundle / name): values for name, values in facts.items()}})
+        return
+    for name, values in facts.items():
+        _out.print(str(bundle / name), soft_wrap=True)
+        for fact, value in values.items():
             _out.print(f"  {fact:<20} {value}")
 
 

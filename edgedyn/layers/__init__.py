@@ -57,6 +57,13 @@ def load_all() -> dict[str, Layer]:
     return {layer.name: layer for layer in found}
 
 
+def float32_classes() -> frozenset[str]:
+    """Return ``package.module.Class`` of every module class that stays in float32 in every precision."""
+    return frozenset(
+        f"{cls.__module__}.{cls.__qualname__}" for layer in load_all().values() for cls in layer.float32
+    )
+
+
 def find_dynamic(model: nn.Module) -> list[tuple[str, nn.Module, Layer]]:
     """List (dotted path, module, paper) of every reference layer in the model, in order of definition."""
     papers = {cls: layer for layer in load_all().values() for cls in layer.canonical}

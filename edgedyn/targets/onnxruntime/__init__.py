@@ -9,21 +9,23 @@ from typing import TYPE_CHECKING
 from edgedyn.targets import Artifact, Int8Scheme, Target
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch.export import ExportedProgram
 
     from edgedyn.targets import Run
 
 
-def _lower(program: ExportedProgram, out: Path, precision: str) -> Artifact:
+def _lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) -> Artifact:
     from edgedyn.targets.onnxruntime.lower import lower
 
-    return lower(program, out, precision)
+    return lower(programs, out, precision)
 
 
-def _load(path: Path) -> Run:
+def _load(path: Path, program: str) -> Run:
     from edgedyn.targets.onnxruntime.run import load
 
-    return load(path)
+    return load(path, program)
 
 
 def _missing() -> str | None:
