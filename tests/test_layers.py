@@ -150,16 +150,15 @@ def test_model_without_dynamic_layers_is_copied():
     assert torch.equal(canonical[0].weight, model[0].weight)
 
 
-def test_subclass_of_a_layer_is_left_alone():
+def test_subclass_of_a_layer_is_refused():
     """Its forward may differ from the paper's: only the exact class has a proved twin."""
 
     class Mine(MalleConv):
         def forward(self, x):
             return -super().forward(x)
 
-    model = nn.Sequential(Mine(4, 4)).eval()
-    assert type(canonicalize(model)[0]) is Mine
-    assert find_dynamic(model) == []
+    with pytest.raises(ModelError, match=r"0 is Mine, derived from MalleConv.*Use the class itself"):
+        canonicalize(nn.Sequential(Mine(4, 4)).eval())
 
 
 def test_find_dynamic_gives_dotted_paths_and_papers():

@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgedyn.errors import RecipeError
 
@@ -66,6 +66,9 @@ class Target:
         int8: how INT8 is annotated, or None where the target has none.
         lower: ``lower(programs, out, precision) -> Artifact``; ``programs`` is name -> program, one called
             ``forward`` or the parts of a routed one. Writes into the existing folder ``out``.
+        preview: ``preview(programs)``: what ``lower`` would make of float programs, nothing is written.
+            Returns ``delegated``, the share of operators that an accelerated backend takes, ``portable``
+            {operator: count} of the others, and ``unsupported`` {operator: count} that it has no way to run.
         load: ``load(path, program) -> run``; the device side, keeps alive what the runtime needs.
         missing: a sentence that says what is not installed and what to do, or None where the target can be
             lowered to and run here.
@@ -77,6 +80,7 @@ class Target:
     precisions: frozenset[str]
     int8: Int8Scheme | None
     lower: Callable[[Mapping[str, ExportedProgram], Path, str], Artifact]
+    preview: Callable[[Mapping[str, ExportedProgram]], dict[str, Any]]
     load: Callable[[Path, str], Run]
     missing: Callable[[], str | None]
 

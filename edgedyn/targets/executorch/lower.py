@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from executorch.backends.xnnpack.partition.config.generic_node_configs import (
     DeQuantizedPerTensorConfig,
@@ -60,6 +61,28 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
     return Artifact(dict.fromkeys(programs, MODEL_NAME), facts)
 
 
+def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
+    """Lower float programs in memory and count their operators: in delegates, portable, not there at all."""
+    edge = _to_edge(programs)
+    delegated, portable = 0, Counter[str]()
+    for name in programs:
+        portable += _count(edge, name)[1]
+        for _, lowered in edge.exported_program(name).graph_module.named_children():
+            inner = getattr(lowered, "original_module", None)
+            nodes = inner.graph.nodes if inner is not None else []
+            delegated += sum(node.op == "call_function" for node in nodes)
+    lowered = edge.to_executorch()
+    unsupported = Counter[str]()
+    for name in programs:
+        missing = missing_operators(lowered.exported_program(name))
+        unsupported += Counter({operator: len(nodes) for operator, nodes in missing.items()})
+    return {
+        "delegated": delegated / max(delegated + portable.total(), 1),
+        "portable": dict(sorted(portable.items())),
+        "unsupported": dict(unsupported),
+    }
+
+
 def _to_edge(programs: Mapping[str, ExportedProgram]) -> EdgeProgramManager:
     return to_edge_transform_and_lower(
         dict(programs),
@@ -76,6 +99,18 @@ def check_operators(program: ExportedProgram, name: str) -> None:
     Raises:
         ModelError: naming the operators, their nodes and the layers that these come from.
     """
+    missing = missing_operators(program)
+    if missing:
+        shown = "; ".join(f"{op} ({', '.join(nodes[:3])})" for op, nodes in sorted(missing.items()))
+        raise ModelError(
+            f"program {name!r} calls operators that ExecuTorch {version('executorch')}'s stock runtime does "
+            f"not have: {shown}. Write these layers with other operators, or pick "
+            "another form in the recipe (forms)."
+        )
+
+
+def missing_operators(program: ExportedProgram) -> dict[str, list[str]]:
+    """Return the operators that the stock runtime does not have, each with "node of layer" that calls it."""
     with quiet_runtime():
         known = set(Runtime.get().operator_registry.operator_names)
     missing: dict[str, list[str]] = {}
@@ -83,13 +118,7 @@ def check_operators(program: ExportedProgram, name: str) -> None:
         operator = operator_name(node.target) if node.op == "call_function" else None
         if operator is not None and operator not in known:
             missing.setdefault(operator, []).append(f"{node.name} of {_layer(node) or 'the network itself'}")
-    if missing:
-        shown = "; ".join(f"{op} ({', '.join(nodes[:3])})" for op, nodes in sorted(missing.items()))
-        raise ModelError(
-            f"program {name!r} calls operators that ExecuTorch {version('executorch')}'s stock runtime does "
-            f"not have ({len(known)} are there): {shown}. Write these layers with other operators, or pick "
-            "another form in the recipe (forms)."
-        )
+    return missing
 
 
 def operator_name(target: object) -> str | None:

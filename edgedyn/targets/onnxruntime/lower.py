@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from edgedyn.errors import ModelError
 from edgedyn.manifest import FORWARD
 from edgedyn.targets import Artifact
 from edgedyn.targets.onnx_export import check_precision, describe, export_onnx
+from edgedyn.targets.onnxruntime.run import load
 
 if TYPE_CHECKING:
     import onnx
@@ -25,6 +29,29 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
     models = write_models(programs, out, precision)
     facts = {"onnx": {name: describe(model) for name, model in models.items()}, "versions": versions()}
     return Artifact({name: file_name(name) for name in programs}, facts)
+
+
+def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
+    """Write float programs to a temporary folder and load them: ONNX Runtime says what it cannot run."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = write_models(programs, Path(folder), "fp32")
+        unsupported = Counter[str]()
+        for name in programs:
+            try:
+                load(Path(folder) / file_name(name))
+            except ModelError as error:
+                unsupported[str(error)] += 1
+    return {
+        "delegated": 1.0,
+        "portable": {},
+        "operators": count_operators(models.values()),
+        "unsupported": dict(unsupported),
+    }
+
+
+def count_operators(models: Iterable[onnx.ModelProto]) -> dict[str, int]:
+    """Count the ONNX operators of several models by type."""
+    return dict(sorted(Counter(node.op_type for model in models for node in model.graph.node).items()))
 
 
 def file_name(program: str) -> str:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+import tempfile
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgedyn.errors import ModelError
 from edgedyn.manifest import FORWARD
 from edgedyn.targets import Artifact
 from edgedyn.targets.onnx_export import describe, lint_for_tensorrt
-from edgedyn.targets.onnxruntime.lower import file_name, versions, write_models
+from edgedyn.targets.onnxruntime.lower import count_operators, file_name, versions, write_models
 from edgedyn.targets.tensorrt.check import check_build
 from edgedyn.validate import Row
 
@@ -47,6 +49,19 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
         for row in check_rows(facts_of, "" if name == FORWARD else f"[{name}]")
     ]
     return Artifact({name: file_name(name) for name in programs}, facts, tuple(rows))
+
+
+def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
+    """Write float programs to a temporary folder and lint them; an engine takes a program whole or not."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = write_models(programs, Path(folder), "fp32")
+    findings = [finding for model in models.values() for finding in lint_for_tensorrt(model)]
+    return {
+        "delegated": 0.0 if findings else 1.0,
+        "portable": {},
+        "operators": count_operators(models.values()),
+        "unsupported": dict(Counter(findings)),
+    }
 
 
 def check_rows(checked: dict[str, object], condition: str = "") -> tuple[Row, ...]:
