@@ -103,7 +103,8 @@ def convert(
         progress: called with (what is done, steps done, steps in all).
     """
     progress("rewrite layers", 0, 1)
-    drawn = draw_tensors(recipe, calibration) if calibration else []
+    observed = recipe.precision == "int8" or recipe.route.capacity is not None or not recipe.is_trained
+    drawn = draw_tensors(recipe, calibration) if calibration and observed else []
     reference = load_reference(recipe, drawn, trust=trust)
     capacities = count_capacities(reference, drawn, recipe.route.capacity)
     canonical = rewrite(reference, capacities)

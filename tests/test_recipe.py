@@ -83,7 +83,10 @@ def test_recipe_cannot_be_changed(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"taget": "x"}, ["unknown key 'taget'", "did you mean 'target'?", "Known here: name, model, task, input"]),
+        (
+            {"taget": "x"},
+            ["unknown key 'taget'", "did you mean 'target'?", "Known here: name, model, task, input"],
+        ),
         (
             {"quantize": {"engin": "nncf"}},
             ["'quantize.engin'", "did you mean 'engine'?", "bias_correction, keep_float"],
