@@ -72,8 +72,8 @@ def write_report(
         facts: what was measured besides the rows. Each may be absent: ``programs`` {file: bytes},
             ``latency_ms`` {median, p95, runs}, ``int8_mac_share`` (a fraction), ``float_nodes``
             [{node, reason}], ``check_build`` and ``calibration`` {name: value}, ``weights`` (where they are
-            from), ``decisions`` and ``routes`` (histograms of margins, ``edges``, ``all``, ``changed``). Others
-            are listed at the end.
+            from), ``decisions`` and ``routes`` (histograms of margins: ``edges``, ``all``, ``changed``).
+            Others are listed at the end.
 
     Raises:
         UsageError: for a verdict that the rows contradict, a row or a manifest without a required key, a
