@@ -30,6 +30,7 @@ def from_authors(
     Args:
         class_name: the authors' name, ``DDFPack``; a module path before it and words behind it are allowed,
             ``models.resnet32(sparse=True)``. ``arguments["name"]``, ``["cls"]`` or ``["block"]`` go first.
+            The words ``up to layer2`` mean the network up to that layer, with the state_dict of that part.
         arguments: the authors' constructor arguments, by keyword.
         state_dict: the authors' state_dict; its dtype becomes the module's.
 
@@ -48,6 +49,8 @@ def from_authors(
             f"authors' class {name!r} (from {class_name!r}) is unknown; did you mean {', '.join(near)}? "
             "edgedyn list authors names all."
         )
+    if part := re.search(r"\bup to (\w+)", class_name):
+        arguments = {**arguments, "up_to": part[1]}
     try:
         module = known[name](arguments, state_dict)
     except TypeError as error:

@@ -73,7 +73,7 @@ def test_example_discriminates(layer, module, inputs):
 def test_gradients_reach_every_parameter_of_the_reference(layer, module, inputs):
     module = copy.deepcopy(module)
     x = inputs[0].clone().requires_grad_()
-    module(x).square().sum().backward()
+    module(x, *inputs[1:]).square().sum().backward()
     without = [n for n, p in module.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
     assert not without
     assert x.grad.isfinite().all()
