@@ -1,4 +1,4 @@
-"""Slimmable layers: one set of weights, of which every width uses a prefix (DS-Net, arXiv 2103.13258).
+"""Layers with one set of weights, of which every width uses a prefix (DS-Net, arXiv 2103.13258).
 
     conv    y = W[:o, :i] * x + b[:o]            depthwise: groups = o = i
     linear  y = W[:, :i] x + b
