@@ -84,16 +84,13 @@ def network(golden: Golden) -> dict[str, Tensor]:
     return {name: y for name, y in found.items() if name.split("@")[0] in golden.outputs}
 
 
-OPS, BLOCKS = "dyn_slim.models.dyn_slim_ops.", "dyn_slim.models.dyn_slim_blocks."
+DYN_SLIM = "dyn_slim.models.dyn_slim_"
+# the longest beginning decides: convolutions of three names, blocks and stages are the rest of their files
 RULES = {
-    f"{OPS}DSConv2d": conv,
-    f"{OPS}DSpwConv2d": conv,
-    f"{OPS}DSdwConv2d": conv,
-    f"{OPS}DSBatchNorm2d": width,
-    f"{OPS}DSLinear": width,
-    f"{BLOCKS}MultiHeadGate": gate,
-    f"{BLOCKS}DSDepthwiseSeparable": block,
-    f"{BLOCKS}DSInvertedResidual": block,
-    "dyn_slim.models.dyn_slim_stages.DSStage": block,
-    "dyn_slim.models.dyn_slim_net.DSNet": network,
+    f"{DYN_SLIM}ops.": conv,
+    f"{DYN_SLIM}ops.DSBatchNorm2d": width,
+    f"{DYN_SLIM}ops.DSLinear": width,
+    DYN_SLIM: block,
+    f"{DYN_SLIM}blocks.MultiHeadGate": gate,
+    f"{DYN_SLIM}net.DSNet": network,
 }

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
+from edgedyn.routing import RoutedModel
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,8 @@ def canonicalize(model: nn.Module) -> nn.Module:
     A layer that stands at several places stays one module. The model itself is not changed.
 
     Raises:
-        ModelError: when the model is in training mode, or a dynamic layer carries hooks that would be lost.
+        ModelError: when the model is in training mode, a dynamic layer carries hooks that would be lost, or
+            what becomes a routed program is only a part of the model.
     """
     training = [path or "(the model)" for path, module in model.named_modules() if module.training]
     if training:
@@ -90,8 +92,14 @@ def canonicalize(model: nn.Module) -> nn.Module:
                 "form cannot call. Remove them before building."
             )
         twins[module] = layer.canonical[type(module)](module).eval()
-    if model in twins:
-        return twins[model]
+        if isinstance(twins[module], RoutedModel) and module is not model:
+            raise ModelError(
+                f"{path} ({type(module).__name__}) becomes a routed program, which the host runs: expected "
+                f"it to be the whole network, found it inside {type(model).__name__}. Move the layers around "
+                "it into its gate and its variants."
+            )
+    if model in twins:  # a routed program may hold other dynamic layers
+        return canonicalize(twins[model]) if isinstance(twins[model], RoutedModel) else twins[model]
     for parent in list(model.modules()):
         for name, child in parent._modules.items():  # named_children passes over a repeated layer
             if child in twins:

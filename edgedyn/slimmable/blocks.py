@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
@@ -119,7 +121,7 @@ class SlimmableBlock(nn.Module):
         if self.options.noskip:
             return Closing(body, None)
         layers = [
-            layer.static(in_channels, out_channels) if isinstance(layer, SlimmableConv2d) else layer
+            layer.static(in_channels, out_channels) if isinstance(layer, SlimmableConv2d) else HalvingPool()
             for layer in self.downsample or ()
         ]
         return Closing(body, nn.Sequential(*layers))
@@ -219,6 +221,21 @@ def _start_as_shortcut(norm: SlimmableBatchNorm2d, options: BlockOptions) -> Non
     """Start training with the branch switched off where there is a shortcut."""
     if not options.noskip and norm.last.affine:
         nn.init.zeros_(norm.last.weight)
+
+
+class HalvingPool(nn.Module):
+    """AvgPool2d(2, ceil_mode=True, count_include_pad=False), which XNNPACK has not (executorch 1.5.1).
+
+    The window that hangs over an odd border averages what is inside; so does one over that row, twice.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Halve (B, C, H, W) to (B, C, ceil(H / 2), ceil(W / 2))."""
+        if x.shape[2] % 2:
+            x = torch.cat([x, x[:, :, -1:]], dim=2)
+        if x.shape[3] % 2:
+            x = torch.cat([x, x[:, :, :, -1:]], dim=3)
+        return F.avg_pool2d(x, 2)
 
 
 class Closing(nn.Module):
