@@ -129,8 +129,8 @@ def canonicalize(model: nn.Module) -> nn.Module:
     inner = [path for path, module in found.named_modules() if path and isinstance(module, RoutedModel)]
     if inner:
         raise ModelError(
-            f"{inner[0]} picks its own structure, which only the host can do, for a whole network; found it "
-            f"inside {_name(model)}. Deploy it alone, or make the gate route the outer network."
+            f"{inner[0]} becomes a routed program, which the host runs: expected it to be the whole network, "
+            f"found it inside {_name(model)}. Move the layers around it into its gate and its variants."
         )
     return found
 
