@@ -65,12 +65,12 @@ def test_every_op_has_forms_and_examples():
 def test_example_discriminates(op, args):
     tensors = [a for a in args if isinstance(a, Tensor)]
     assert tensors[0].shape[0] >= 2
-    for tensor in tensors:
+    for tensor in [t for t in tensors if t.dim() == 4]:
         assert tensor.shape[2] != tensor.shape[3], "a square tensor hides a transposition"
         assert tensor.unique().numel() > 0.99 * tensor.numel(), "equal values hide a wrong index"
 
 
-@every_case
+@pytest.mark.parametrize(("op", "args"), [case for case in CASES.values() if case[0] is OP])
 def test_oracle_equals_the_formula_at_single_pixels(op, args):
     """The docstring's formula, one scalar loop a pixel, at the corners and in the middle."""
     x, grid, offset, side, dilation, align = to_double(args)
@@ -150,13 +150,18 @@ def test_onnx_node_carries_inputs_and_attributes(op, args, tmp_path):
     model = export_onnx(expanded, tmp_path / "op.onnx", input_names=names, output_names=["y"])
     onnx.checker.check_model(model, full_check=True)
     (node,) = model.graph.node
-    assert (node.domain, node.op_type) == ("edgedyn", "SlicedDepthwise2d")
+    assert (node.domain, node.op_type) == (
+        "edgedyn",
+        "".join(word.capitalize() for word in op.name.split("_")),
+    )
     assert list(node.input) == names
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    assert (attributes["kernel_size"], attributes["dilation"], attributes["align_corners"]) == args[3:]
+    given = dict(zip([a.name for a in op.overload._schema.arguments], args, strict=False))
+    numbers = {name: value for name, value in given.items() if isinstance(value, int)}
+    assert {name: attributes[name] for name in numbers} == numbers
     assert (attributes["plugin_version"], attributes["plugin_namespace"]) == (b"1", b"edgedyn")
     shape = [d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim]
-    assert shape == list(args[0].shape)
+    assert shape == list(op.overload(*args).shape)
 
 
 @pytest.mark.parametrize(("op", "form", "args"), ORDINARY)
