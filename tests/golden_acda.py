@@ -18,8 +18,8 @@ def compute_layer(golden: Any) -> dict[str, Tensor]:
     with torch.no_grad():
         alpha = layer.coefficients(x)
         return {
-            "output.y": layer(x),
-            "output.y@canonical": canonicalize(layer)(x),
+            "y": layer(x),
+            "y@canonical": canonicalize(layer)(x),
             "mid.alpha": alpha,
             "mid.bases_out": layer.features(x, alpha),
             "mid.atoms_sample0": torch.einsum("bmkhw, kt -> bmthw", alpha[:1], layer.bases),
