@@ -233,12 +233,13 @@ def _examples() -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
     tail: list[list[Any]] = [[[12, 20, 24], 2, 3, 1, "ds", False], [[20]]]
     cases: list[tuple[nn.Module, tuple[int, ...]]] = [
         (GatedNetwork(ImageGate(3, features=8), _Chain(((4, 6), (4, 8), (10, 8)))), (4, 3, 11, 14)),
-        (DSNet(5, 3, [*stages, *tail], act_layer="swish", gate_outputs=3), (4, 3, 18, 21)),
+        (DSNet(5, 3, [*stages, *tail], act_layer="swish", se_ratio=1.0, gate_outputs=3), (4, 3, 18, 21)),
     ]
     for module, shape in cases:
         for p in module.parameters():
-            p.data = p.data + 0.1 * torch.randn(p.shape, generator=generator)
-        yield module.eval(), (torch.randn(shape, generator=generator),)
+            p.data = p.data + 0.3 * torch.randn(p.shape, generator=generator)
+        colors = 4 * torch.randn((4, 3, 1, 1), generator=generator)
+        yield module.eval(), (colors + torch.randn(shape, generator=generator),)
 
 
 class _Chain(nn.Module):
