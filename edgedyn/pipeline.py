@@ -27,6 +27,7 @@ from edgedyn.conversion import Converted, Progress, capture, convert, rewrite
 from edgedyn.dispatch import Decision, Dispatcher
 from edgedyn.errors import CalibrationError, RecipeError, TargetMissingError
 from edgedyn.manifest import Routing
+from edgedyn.provenance import shared_provenance
 from edgedyn.report import write_report
 from edgedyn.routing import parts
 from edgedyn.tasks import TASKS
@@ -68,6 +69,7 @@ class Build:
         }
 
 
+@shared_provenance()
 def build(
     recipe: Recipe,
     out: Path,
