@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,6 +24,7 @@ from edgedyn.manifest import (
     MANIFEST,
     VECTOR_KEYS,
     VECTORS,
+    Routing,
     canonical,
     check_files,
     describe_file,
@@ -42,13 +43,13 @@ class Vector:
     """One validation vector: the file of the input, of the expected output, and how far a device may be off.
 
     Attributes:
-        input: name of a ``.npy`` in the bundle, of the first input's shape and dtype.
+        inputs: names of a ``.npy`` in the bundle for each input, of its shape and dtype.
         output: name of a ``.npy`` in the bundle, of the first output's shape and dtype.
         max_abs: largest difference that is allowed at any element, in units of the output.
         rms: largest root mean square of the differences that is allowed.
     """
 
-    input: str
+    inputs: tuple[str, ...]
     output: str
     max_abs: float
     rms: float
@@ -58,7 +59,7 @@ class Vector:
 class Bundle:
     """A verified bundle: its directory and the parsed manifest, to be treated as read-only.
 
-    Only ``open_bundle``, ``write_bundle`` and ``add_file`` make one.
+    Only ``open_bundle``, ``write_bundle`` and ``add_files`` make one.
     """
 
     path: Path
@@ -80,9 +81,15 @@ class Bundle:
         return str(self.manifest["precision"])
 
     @property
-    def program(self) -> str:
-        """Name of the file that the runtime loads."""
-        return str(self.manifest["program"])
+    def programs(self) -> dict[str, str]:
+        """The file of each program: ``forward`` alone, or a router and its variants."""
+        return dict(self.manifest["programs"])
+
+    @property
+    def routing(self) -> Routing | None:
+        """How the variants are chosen between, or None where there is one program."""
+        values = self.manifest["routing"]
+        return Routing(values["rule"], values["router"], tuple(values["variants"])) if values else None
 
     @property
     def inputs(self) -> list[TensorSpec]:
@@ -102,16 +109,17 @@ class Bundle:
     @property
     def vectors(self) -> list[Vector]:
         """The validation vectors."""
-        return [Vector(**{key: vector[key] for key in VECTOR_KEYS}) for vector in self.manifest["vectors"]]
+        known = [{key: vector[key] for key in VECTOR_KEYS} for vector in self.manifest["vectors"]]
+        return [Vector(**{**vector, "inputs": tuple(vector["inputs"])}) for vector in known]
 
 
-def open_bundle(path: Path, *, rebuilt: str = "") -> Bundle:
+def open_bundle(path: Path, *, rebuilt: Collection[str] = ()) -> Bundle:
     """Verify the bundle in the directory ``path``, every byte of it, and open it.
 
     Args:
         path: the directory.
-        rebuilt: name of a file that is about to be made again with ``add_file``, so that its state, and
-            whether it is there or listed, do not matter.
+        rebuilt: names of files that are about to be made again with ``add_files``, so that their state, and
+            whether they are there or listed, do not matter.
 
     Raises:
         BundleError: if it is no bundle, or anything in it is not as its manifest says.
@@ -121,6 +129,13 @@ def open_bundle(path: Path, *, rebuilt: str = "") -> Bundle:
     manifest = read_manifest(path)
     check_files(path, manifest["files"], rebuilt=rebuilt)
     return Bundle(path, manifest)
+
+
+def engine_names(path: Path) -> set[str]:
+    """Return the engines that stand in a bundle or are listed in it: what a compilation makes again."""
+    names = {file.name for file in path.glob("*")} if path.is_dir() else set()
+    listed = listed_names(path) if MANIFEST in names else set()
+    return {name for name in names | listed if name.endswith(".engine")}
 
 
 @contextmanager
@@ -189,23 +204,25 @@ def write_bundle(out: Path, staging: Path, manifest: dict[str, Any], *, force: b
     return replace(bundle, path=out)
 
 
-def add_file(bundle: Bundle, file: Path) -> Bundle:
-    """Move a file into the bundle, under its own name, and list it in the manifest or renew its entry.
+def add_files(bundle: Bundle, files: Sequence[Path]) -> Bundle:
+    """Move files into the bundle, under their own names, and list them in the manifest.
 
-    A power cut between the two leaves a bundle that does not open, until the file is added again.
+    A power cut in between leaves a bundle that does not open, until the files are added again.
 
     Args:
-        bundle: the bundle, opened with ``rebuilt=file.name`` where that stands in it already.
-        file: a file on the bundle's file system, made in a ``staging_folder``.
+        bundle: the bundle, opened with ``rebuilt`` names where these stand in it already.
+        files: on the bundle's file system, made in a ``staging_folder``.
 
     Raises:
-        BundleError: if the name is not plain, or the rest of the bundle is not as it was.
+        BundleError: if a name is not plain, or the rest of the bundle is not as it was.
     """
-    files = {**bundle.manifest["files"], file.name: describe_file(file)}
-    check_files(bundle.path, files, rebuilt=file.name)
-    manifest = seal({**bundle.manifest, "files": files})
-    sync(file)
-    file.replace(bundle.path / file.name)
+    added = {file.name: describe_file(file) for file in files}
+    listed = {**bundle.manifest["files"], **added}
+    check_files(bundle.path, listed, rebuilt=added)
+    manifest = seal({**bundle.manifest, "files": listed})
+    sync(*files)
+    for file in files:
+        file.replace(bundle.path / file.name)
     replace_file(bundle.path / MANIFEST, canonical(manifest))
     return replace(bundle, manifest=manifest)
 

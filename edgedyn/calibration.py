@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from edgedyn.errors import CalibrationError, ImageError
 from edgedyn.imaging import IMAGE_SUFFIXES, read_image
 from edgedyn.recipe import explain
+from edgedyn.tasks import TASKS, Task, make_guide, shrink
 
 _MOST_SAMPLES = 64  # of a folder, taken evenly; a manifest may ask for more
 
@@ -65,19 +66,24 @@ class SetManifest(BaseModel):
 
 @dataclass(frozen=True)
 class Sample:
-    """One noisy crop with its truth.
+    """What a network is given, made of one crop of a photo.
 
     Attributes:
-        noisy: (1, C, H, W) float32.
-        truth: the same shape, in [0, 1].
+        inputs: the noisy image (1, C, H, W) float32, and the guide of a joint network.
+        truth: the crop in [0, 1]; what the output should be where the task has a truth.
         sigma: noise level, 0..255 scale.
         source: file name.
     """
 
-    noisy: np.ndarray
+    inputs: tuple[np.ndarray, ...]
     truth: np.ndarray
     sigma: float
     source: str
+
+    @property
+    def noisy(self) -> np.ndarray:
+        """The noisy image, (1, C, H, W)."""
+        return self.inputs[0]
 
 
 @dataclass(frozen=True)
@@ -91,10 +97,14 @@ class CalibrationSet:
     samples: int
     seed: int
 
-    def draw(self, shape: tuple[int, ...]) -> Iterator[Sample]:
-        """Yield ``samples`` noisy crops of a program's input shape (1, C, H, W), the same ones every time.
+    def draw(self, shapes: Sequence[tuple[int, ...]], task: Task = TASKS["denoise"]) -> Iterator[Sample]:
+        """Yield ``samples`` inputs of a program, made of crops of the photos, the same ones every time.
 
         Files are taken in turn; an image smaller than the crop is reflected at its border.
+
+        Args:
+            shapes: of the program's inputs, (1, C, H, W); a second one is the guide.
+            task: what the program is for.
 
         Raises:
             CalibrationError: for a constant image: it carries no statistics.
@@ -102,15 +112,18 @@ class CalibrationSet:
         for index in range(self.samples):
             path = self.files[index % len(self.files)][0]
             rng = np.random.default_rng([self.seed, index])
-            truth = _crop(_pixels(path, shape[1]), shape[2], shape[3], rng)
+            _, channels, height, width = shapes[0]
+            truth = _crop(_pixels(path, channels), height * task.scale, width * task.scale, rng)
             if truth.min() == truth.max():
                 raise CalibrationError(
                     f"{path} is constant ({truth.min():.3f}) in the crop drawn from it; a set needs real "
                     "images. Remove the file from the set."
                 )
             sigma = 0.0 if self.noise.kind == "none" else self.noise.level(index, len(self.files))
-            noisy = truth + np.float32(sigma / 255) * rng.standard_normal(truth.shape, dtype=np.float32)
-            yield Sample(noisy.clip(0, 1) if self.noise.clip else noisy, truth, sigma, path.name)
+            clean = shrink(truth, task.scale)
+            noisy = clean + np.float32(sigma / 255) * rng.standard_normal(clean.shape, dtype=np.float32)
+            guides = [make_guide(truth, shape[1]) for shape in shapes[1:]]
+            yield Sample((noisy.clip(0, 1) if self.noise.clip else noisy, *guides), truth, sigma, path.name)
 
     def digest(self) -> str:
         """Return the sha256 over file digests, noise model, number of samples and seed."""

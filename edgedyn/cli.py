@@ -95,36 +95,77 @@ def build(
 
 
 @app.command()
-def inspect(recipe: RecipePath, overrides: Set = None, as_json: AsJson = False, trust: Trust = False) -> None:
-    """Dry run: each dynamic layer, its form, its multiply-adds and bytes; nothing is written."""
-    from edgedyn.recipe import load_recipe
-
-    parsed = load_recipe(recipe, overrides or [])
+def inspect(
+    what: Annotated[
+        str, typer.Argument(metavar="RECIPE|MODULE:FUNCTION", help="a recipe, or a function giving a network")
+    ],
+    overrides: Set = None,
+    shape: Annotated[str, typer.Option(help="B,C,H,W of the network's input; a recipe has its own")] = "",
+    as_json: AsJson = False,
+    trust: Trust = False,
+) -> None:
+    """Dry run: each dynamic layer, its form on each target, what it costs; nothing is written."""
     with quiet_libraries():
         from edgedyn import inspection
 
-        found = inspection.inspect(parsed, trust=trust)
+        if Path(what).suffix in (".yaml", ".yml") or ":" not in what:
+            from edgedyn.recipe import load_recipe
+
+            found = inspection.inspect(load_recipe(Path(what), overrides or []), trust=trust)
+        else:
+            found = inspection.inspect_model(inspection.load_network(what), _zeros(shape or "1,3,256,256"))
     if as_json:
         _print_json(found)
-        return
-    table = Table(title=f"{parsed.name}: dynamic layers on {parsed.target}", title_justify="left")
-    for column in ("layer", "class", "primitive", "form", "grid", "generator MMAC", "apply MMAC", "grid KB"):
-        table.add_column(column, overflow="fold")
+    else:
+        _print_inspection(what, found)
+
+
+def _zeros(shape: str) -> tuple[Any, ...]:
+    """Return the one input of a shape ``B,C,H,W``."""
+    import torch
+
+    sizes = shape.split(",")
+    if len(sizes) != 4 or not all(size.strip().isdigit() and int(size) for size in sizes):
+        raise UsageError(f"--shape {shape!r}: expected four sizes from 1, for instance 1,3,256,256.")
+    return (torch.zeros([int(size) for size in sizes]),)
+
+
+def _print_inspection(what: str, found: dict[str, Any]) -> None:
+    table = Table(title=f"{what}: {len(found['layers'])} dynamic layers", title_justify="left", box=None)
+    columns = ("layer", "class", "primitive", "generator MMAC", "apply MMAC", "K values", "kernels KB")
+    for column in columns:
+        table.add_column(column, overflow="fold", justify="left" if column in columns[:3] else "right")
     for layer in found["layers"]:
+        values = layer["generator_parameters"] + layer["apply_parameters"]
         table.add_row(
-            layer["path"],
+            layer["path"] or "(the network)",
             layer["class"],
             layer["primitive"],
-            layer["form"],
-            "x".join(map(str, layer["grid"])),
             f"{layer['generator_macs'] / 1e6:.1f}",
             f"{layer['apply_macs'] / 1e6:.2f}",
-            f"{layer['grid_bytes'] / 1024:.1f}",
+            f"{values / 1e3:.1f}",
+            f"{layer['kernel_bytes'] / 1024:.1f}",
         )
     _out.print(table)
+    for target, preview in found["targets"].items():
+        _out.print(f"\n{target}", style="bold")
+        forms = {(x["primitive"], *x["forms"][target].values()) for x in found["layers"]}
+        for primitive, form, why in sorted(forms):
+            _out.print(f"  {primitive}: {form or 'no form'} ({why})", soft_wrap=True)
+        for problem in ("missing", "refused"):
+            if problem in preview:
+                _out.print(f"  {problem}: {preview[problem]}", soft_wrap=True)
+        if "delegated" in preview:
+            _out.print(f"  {preview['delegated']:.1%} of the operators delegated")
+        for kind in ("portable", "unsupported"):
+            if preview.get(kind):
+                listed = ", ".join(f"{name} x {count}" for name, count in preview[kind].items())
+                _out.print(f"  {kind}: {listed}", soft_wrap=True)
+    none = "no dynamic layer: it deploys like any static network. " if not found["layers"] else ""
     _out.print(
-        f"{found['parameters'] / 1e6:.2f} M parameters; {found['macs'] / 1e6:.0f} MMAC a tile of "
-        f"{found['shape']}, {found['generator_share']:.0%} of them generate kernels"
+        f"\n{none}{found['parameters'] / 1e6:.2f} M parameters, {found['static_parameters'] / 1e6:.2f} M "
+        f"static; {found['macs'] / 1e6:.0f} MMAC a tile of {found['shape'][0]}, "
+        f"{found['generator_share']:.0%} of them generate kernels"
     )
 
 
@@ -187,32 +228,37 @@ def compile_bundle(
     force: Force = False,
     as_json: AsJson = False,
 ) -> None:
-    """On the Jetson: build the TensorRT engine beside the bundle's ONNX."""
+    """On the Jetson: build a TensorRT engine beside each ONNX file of the bundle."""
     from edgedyn import bundle as bundles
     from edgedyn.targets.tensorrt.compile import compile_engine
 
-    engine = bundle / "model.engine"
-    opened = bundles.open_bundle(bundle, rebuilt=engine.name)
+    opened = bundles.open_bundle(bundle, rebuilt=bundles.engine_names(bundle))
     if opened.target != "tensorrt":
         raise UsageError(
             f"bundle {bundle} is for the target {opened.target!r}; only tensorrt bundles are compiled. "
             "Use it as it is: edgedyn run."
         )
-    if engine.exists() and not force:
-        raise UsageError(f"{engine} exists already; use --force to build it again on this machine.")
+    sources = sorted(set(opened.programs.values()))
+    engines = [Path(name).with_suffix(".engine").name for name in sources]
+    if (here := [name for name in engines if (bundle / name).exists()]) and not force:
+        raise UsageError(f"{bundle / here[0]} exists already; use --force to build it again on this machine.")
     with bundles.staging_folder(bundle) as staging, _progress() as advance:
-        facts = compile_engine(
-            bundle / opened.program,
-            staging / engine.name,
-            workspace_bytes=workspace_mb * 2**20 or None,
-            progress=advance,
-        )
-        bundles.add_file(opened, staging / engine.name)
+        facts = {
+            engine: compile_engine(
+                bundle / source,
+                staging / engine,
+                workspace_bytes=workspace_mb * 2**20 or None,
+                progress=advance,
+            )
+            for source, engine in zip(sources, engines, strict=True)
+        }
+        bundles.add_files(opened, [staging / name for name in engines])
     if as_json:
-        _print_json({"ok": True, "engine": str(engine), **facts})
-    else:
-        _out.print(str(engine), soft_wrap=True)
-        for fact, value in facts.items():
+        _print_json({"ok": True, "engines": {str(bundle / name): values for name, values in facts.items()}})
+        return
+    for name, values in facts.items():
+        _out.print(str(bundle / name), soft_wrap=True)
+        for fact, value in values.items():
             _out.print(f"  {fact:<20} {value}")
 
 
@@ -244,13 +290,15 @@ def doctor(as_json: AsJson = False) -> None:
 
 @app.command(name="list")
 def list_things(
-    what: Annotated[str, typer.Argument(metavar="layers|ops|targets|metrics|recipes")],
+    what: Annotated[str, typer.Argument(metavar="layers|authors|ops|targets|networks|metrics|recipes")],
     as_json: AsJson = False,
 ) -> None:
-    """List layers, ops, targets, metrics or recipes."""
-    if what not in _LISTS:
-        raise UsageError(f"cannot list {what!r}; expected one of {', '.join(_LISTS)}.")
-    rows = _LISTS[what]()
+    """List layers, authors' classes, ops, targets, networks, metrics or recipes."""
+    from edgedyn.catalogue import LISTS
+
+    if what not in LISTS:
+        raise UsageError(f"cannot list {what!r}; expected one of {', '.join(LISTS)}.")
+    rows = LISTS[what]()
     if as_json:
         _print_json(rows)
         return
@@ -260,79 +308,6 @@ def list_things(
     for row in rows:
         table.add_row(*map(str, row.values()))
     _out.print(table)
-
-
-def _list_layers() -> list[dict[str, Any]]:
-    from edgedyn import layers
-
-    return [
-        {
-            "layer": name,
-            "paper": x.paper,
-            "primitive": x.primitive,
-            "classes": ", ".join(c.__name__ for c in x.canonical),
-        }
-        for name, x in layers.load_all().items()
-    ]
-
-
-def _list_ops() -> list[dict[str, Any]]:
-    from edgedyn import ops
-
-    return [
-        {
-            "op": op.name,
-            "form": f.name,
-            "requires": ", ".join(sorted(f.requires)) or "nothing",
-            "expand": f.expand,
-        }
-        for op in ops.load_all().values()
-        for f in op.forms
-    ]
-
-
-def _list_targets() -> list[dict[str, Any]]:
-    from edgedyn import targets
-
-    found = [targets.load(name) for name in targets.names()]
-    return [
-        {
-            "target": t.name,
-            "precisions": ", ".join(sorted(t.precisions)),
-            "summary": t.summary,
-            "missing": t.missing() or "",
-        }
-        for t in found
-    ]
-
-
-def _list_metrics() -> list[dict[str, Any]]:
-    from edgedyn.metrics import METRICS
-
-    return [{"metric": n, "meaning": (f.__doc__ or "").strip().splitlines()[0]} for n, f in METRICS.items()]
-
-
-def _list_recipes() -> list[dict[str, Any]]:
-    from edgedyn.recipe import load_recipe
-
-    found = [(path, load_recipe(path)) for path in sorted(Path("recipes").glob("*.yaml"))]
-    if not found:
-        raise UsageError(
-            "there is no folder recipes/ with YAML files here; run this in a checkout of edgedyn."
-        )
-    return [
-        {"recipe": str(p), "network": r.model.network, "target": r.target, "precision": r.precision}
-        for p, r in found
-    ]
-
-
-_LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
-    "layers": _list_layers,
-    "ops": _list_ops,
-    "targets": _list_targets,
-    "metrics": _list_metrics,
-    "recipes": _list_recipes,
-}
 
 
 def _print_rows(rows: list[Row]) -> None:

@@ -17,13 +17,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgedyn.files import to_json
+from edgedyn.manifest import FORMAT, FORWARD, ROUTER
 from edgedyn.report import Picture
-from edgedyn.validate import Outputs, ValidationReport
+from edgedyn.tasks import TASKS
+from edgedyn.validate import Outputs, ValidationReport, enlarge, to_hwc
 
 if TYPE_CHECKING:
     from edgedyn.calibration import CalibrationSet
-    from edgedyn.ops import Form, Op
-    from edgedyn.quantize import Quantized
+    from edgedyn.conversion import Converted, Part
     from edgedyn.recipe import Recipe
     from edgedyn.targets import Artifact
 
@@ -31,11 +32,16 @@ if TYPE_CHECKING:
 def write_vectors(staging: Path, outputs: Outputs, recipe: Recipe) -> None:
     """Write the first and the noisiest sample, with what the quantized program makes of them."""
     (staging / "vectors").mkdir()
-    dtype = recipe.input_spec().dtype
+    dtype = recipe.input_specs()[0].dtype
     for name, index in _vector_indices(outputs).items():
-        np.save(staging / f"vectors/{name}.input.npy", outputs.samples[index].noisy.astype(dtype))
-        expected = outputs.quantized[index].transpose(2, 0, 1)[None]
-        np.save(staging / f"vectors/{name}.output.npy", np.ascontiguousarray(expected, dtype=dtype))
+        for file, x in zip(_input_names(name, outputs), outputs.samples[index].inputs, strict=True):
+            np.save(staging / file, x.astype(dtype))
+        np.save(staging / f"vectors/{name}.output.npy", outputs.quantized[index].astype(dtype))
+
+
+def _input_names(vector: str, outputs: Outputs) -> list[str]:
+    count = len(outputs.samples[0].inputs)
+    return [f"vectors/{vector}.input{'' if count == 1 else i}.npy" for i in range(count)]
 
 
 def _vector_indices(outputs: Outputs) -> dict[str, int]:
@@ -46,31 +52,34 @@ def _vector_indices(outputs: Outputs) -> dict[str, int]:
 def describe(
     recipe: Recipe,
     artifact: Artifact,
-    forms: dict[Op, Form],
-    quantized: Quantized,
+    converted: Converted,
     calibration: CalibrationSet | None,
     outputs: Outputs,
     latency_ms: dict[str, float],
     ok: bool,
 ) -> dict[str, Any]:
     """Assemble the manifest; files and digests of files are added when the bundle is written."""
-    spec = recipe.input_spec()
-    facts: dict[str, Any] = {**artifact.facts, "latency_ms": latency_ms}
-    if calibration is not None:
-        facts["int8_mac_share"] = quantized.int8_mac_share
-        facts["float_nodes"] = list(quantized.float_nodes)
+    specs, routing = recipe.input_specs(), converted.routing
+    facts: dict[str, Any] = {**artifact.facts, "latency_ms": latency_ms, "weights": _origin(recipe)}
+    if recipe.precision == "int8" and calibration is not None:
+        facts["int8_mac_share"] = min(part.quantized.int8_mac_share for part in _variants(converted))
+        facts["float_nodes"] = _float_nodes(converted)
         facts["calibration"] = _describe_calibration(recipe, calibration)
+    if converted.capacities is not None:
+        facts["capacities"] = converted.capacities
+    output = replace(specs[0], name="output", shape=outputs.device[0].shape, meaning=_MEANINGS[recipe.task])
     return {
-        "format": 1,
+        "format": FORMAT,
         "ok": ok,
         "name": recipe.name,
         "edgedyn": version("edgedyn"),
         "target": recipe.target,
         "precision": recipe.precision,
-        "program": artifact.files[0],
-        "inputs": [{**asdict(spec), "shape": list(spec.shape)}],
-        "outputs": [{**asdict(replace(spec, name="output")), "shape": list(spec.shape)}],
-        "forms": {op.name: form.name for op, form in forms.items()},
+        "programs": dict(artifact.programs),
+        "routing": {**asdict(routing), "variants": list(routing.variants)} if routing else {},
+        "inputs": [{**asdict(spec), "shape": list(spec.shape)} for spec in specs],
+        "outputs": [{**asdict(output), "shape": list(output.shape)}],
+        "forms": {op.name: form.name for op, form in converted.forms.items()},
         "tile": {"overlap": recipe.tile.overlap},
         "versions": {
             name: version(name) for name in ("torch", "executorch", "torchao", "nncf", "onnx", "numpy")
@@ -83,6 +92,33 @@ def describe(
         "facts": facts,
         "vectors": _describe_vectors(outputs),
     }
+
+
+_MEANINGS = {
+    "denoise": "sRGB image, RGB order, 0 black, 1 white",
+    "upscale": "sRGB image, RGB order, 0 black, 1 white",
+    "classify": "logits, one a class",
+    "keypoints": "heatmaps, one a keypoint",
+}
+
+
+def _origin(recipe: Recipe) -> str:
+    if recipe.is_trained:
+        return f"trained: {Path(str(recipe.model.weights)).name}"
+    return f"not trained: initial values of seed {recipe.model.seed}, BatchNorm statistics of real images"
+
+
+def _variants(converted: Converted) -> list[Part]:
+    return [part for name, part in converted.parts.items() if name != ROUTER]
+
+
+def _float_nodes(converted: Converted) -> list[dict[str, Any]]:
+    """List what stays float in every program; of several the program is named."""
+    return [
+        {**row, "node": row["node"] if name == FORWARD else f"{name}: {row['node']}"}
+        for name, part in converted.parts.items()
+        for row in part.quantized.float_nodes
+    ]
 
 
 def _describe_calibration(recipe: Recipe, calibration: CalibrationSet) -> dict[str, Any]:
@@ -105,7 +141,7 @@ def _describe_vectors(outputs: Outputs) -> list[dict[str, Any]]:
         error = np.abs(outputs.device[index].astype(np.float64) - outputs.quantized[index])
         vectors.append(
             {
-                "input": f"vectors/{name}.input.npy",
+                "inputs": _input_names(name, outputs),
                 "output": f"vectors/{name}.output.npy",
                 "max_abs": max(2 * float(error.max()), 1 / 255 / 4),
                 "rms": max(2 * float(np.sqrt(np.mean(error**2))), 1 / 255 / 16),
@@ -118,7 +154,7 @@ def write_texts(
     staging: Path,
     recipe: Recipe,
     report: ValidationReport,
-    quantized: Quantized,
+    converted: Converted,
     calibration: CalibrationSet | None,
     latency_ms: dict[str, float],
 ) -> None:
@@ -127,12 +163,16 @@ def write_texts(
     rows = {"ok": report.ok, "rows": [row.to_json() for row in report.rows], "latency_ms": latency_ms}
     _write_json(staging / "report.json", rows)
     table: dict[str, Any] = {"set": None, "tensors": []}
-    if calibration is not None:
+    if recipe.precision == "int8" and calibration is not None:
         table = {
             "set": calibration.name,
             "digest": calibration.digest(),
             "files": [{"name": path.name, "sha256": digest} for path, digest in calibration.files],
-            "tensors": list(quantized.table),
+            "tensors": [
+                row if name == FORWARD else {"program": name, **row}
+                for name, part in converted.parts.items()
+                for row in part.quantized.table
+            ],
         }
     _write_json(staging / "calibration.json", table)
 
@@ -141,8 +181,13 @@ def _write_json(path: Path, values: object) -> None:
     path.write_text(to_json(values), encoding="utf-8")
 
 
-def choose_pictures(outputs: Outputs, most: int = 3) -> list[Picture]:
-    """Choose a sample of each noise level, from different images where the set has them."""
+def choose_pictures(outputs: Outputs, recipe: Recipe, most: int = 3) -> list[Picture]:
+    """Choose a sample of each noise level, from different images where the set has them.
+
+    A task whose output is no picture has none.
+    """
+    if not TASKS[recipe.task].has_truth:
+        return []
     chosen: dict[float, int] = {}
     sources: set[str] = set()
     for index, sample in enumerate(outputs.samples):
@@ -155,10 +200,10 @@ def choose_pictures(outputs: Outputs, most: int = 3) -> list[Picture]:
         Picture(
             caption=outputs.samples[i].source,
             sigma=sigma,
-            noisy=outputs.samples[i].noisy[0].transpose(1, 2, 0),
-            float_=outputs.expanded[i],
-            device=outputs.device[i],
-            truth=outputs.samples[i].truth[0].transpose(1, 2, 0),
+            noisy=to_hwc(enlarge(outputs.samples[i])),
+            float_=to_hwc(outputs.expanded[i]),
+            device=to_hwc(outputs.device[i]),
+            truth=to_hwc(outputs.samples[i].truth),
         )
         for sigma, i in sorted(chosen.items())[:most]
     ]

@@ -3,8 +3,8 @@
     manifest.json   canonical JSON (sorted keys, indent 1, newline at the end) with its own sha256 inside
     files           {name: {size, sha256}} of every other file; plain names, one folder ``vectors/``
 
-A manifest that passes is complete: reading it later needs no further check. Device side: standard library
-only.
+A manifest that passes is complete: reading it later needs no further check. Device side: standard
+library only.
 """
 
 from __future__ import annotations
@@ -13,15 +13,20 @@ import hashlib
 import json
 import re
 import stat
+from collections.abc import Collection
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgedyn.errors import BundleError
 from edgedyn.tensors import TensorSpec
 
-FORMAT = 1
+FORMAT = 2
 MANIFEST = "manifest.json"
 VECTORS = "vectors"
+RULES = ("argmax", "fallback")
+ROUTER = "router"
+FORWARD = "forward"  # the one program of a bundle that routes nothing
 _PLAIN_NAME = re.compile(rf"({VECTORS}/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 _MAX_MANIFEST_BYTES = 16 * 2**20
 # The integers that every JSON reader agrees on (RFC 8259, section 6).
@@ -31,19 +36,41 @@ _DTYPES = ("float16", "float32")
 _MANIFEST_KEYS: dict[str, tuple[type, ...]] = {
     "format": (int,),
     "ok": (bool,),
-    **dict.fromkeys(("name", "edgedyn", "target", "precision", "program"), (str,)),
+    **dict.fromkeys(("name", "edgedyn", "target", "precision"), (str,)),
     **dict.fromkeys(("inputs", "outputs", "vectors"), (list,)),
-    **dict.fromkeys(("forms", "tile", "versions", "digests", "facts"), (dict,)),
+    **dict.fromkeys(("programs", "routing", "forms", "tile", "versions", "digests", "facts"), (dict,)),
 }
 _TENSOR_KEYS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("name", "dtype", "meaning"), (str,)),
     "shape": (list,),
     **dict.fromkeys(("low", "high"), _NUMBER),
 }
+_ROUTING_KEYS: dict[str, tuple[type, ...]] = {"rule": (str,), "router": (str,), "variants": (list,)}
 VECTOR_KEYS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("input", "output"), (str,)),
+    **dict.fromkeys(("inputs",), (list,)),
+    **dict.fromkeys(("output",), (str,)),
     **dict.fromkeys(("max_abs", "rms"), _NUMBER),
 }
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How the manifest tells it.
+
+    Attributes:
+        rule: ``argmax`` or ``fallback``.
+        router: name of the program that gives the logits; empty for ``fallback``.
+        variants: names of the variants' programs, in the order of the logits.
+    """
+
+    rule: str
+    router: str
+    variants: tuple[str, ...]
+
+    @property
+    def programs(self) -> tuple[str, ...]:
+        """Names of all programs, the router first."""
+        return (*((self.router,) if self.router else ()), *self.variants)
 
 
 def canonical(manifest: dict[str, Any]) -> bytes:
@@ -93,8 +120,8 @@ def listed_names(path: Path) -> set[str]:
     return set(_parse(path, _manifest_bytes(path))["files"])
 
 
-def check_files(path: Path, files: dict[str, Any], *, rebuilt: str = "") -> None:
-    """Compare every byte in the directory ``path`` with the entries ``files``, but not the file ``rebuilt``.
+def check_files(path: Path, files: dict[str, Any], *, rebuilt: Collection[str] = ()) -> None:
+    """Compare every byte in the directory ``path`` with the entries ``files``, but not the files ``rebuilt``.
 
     Raises:
         BundleError: for a name that is not plain, a file that is missing, changed or not listed.
@@ -105,13 +132,13 @@ def check_files(path: Path, files: dict[str, Any], *, rebuilt: str = "") -> None
     taken = [name.lower() for name in (MANIFEST, VECTORS, *files)]
     if len(set(taken)) != len(taken):
         raise refusal(path, "listed names", str(sorted(files)), f"distinct ones in any case, no {MANIFEST}")
-    here = list_files(path) - {MANIFEST, rebuilt}
-    if missing := sorted(set(files) - here - {rebuilt}):
+    here = list_files(path) - {MANIFEST, *rebuilt}
+    if missing := sorted(set(files) - here - set(rebuilt)):
         raise refusal(path, "listed files", f"no {', '.join(missing)}", "every listed file")
     if extra := sorted(here - set(files)):
         raise refusal(path, "other files", ", ".join(extra), f"only those in {MANIFEST}", "Remove them.")
     for name, entry in files.items():
-        if name == rebuilt:
+        if name in rebuilt:
             continue
         found = describe_file(path / name)
         if found != entry:
@@ -193,7 +220,8 @@ def _check_values(path: Path, manifest: dict[str, Any]) -> None:
     _check_types(path, "tile", manifest["tile"], {"overlap": (int,)})
     rules = [
         ("tile.overlap", manifest["tile"]["overlap"], "from 0", manifest["tile"]["overlap"] >= 0),
-        ("program", manifest["program"], "a plain name", bool(_PLAIN_NAME.fullmatch(manifest["program"]))),
+        ("programs", manifest["programs"], "plain file names", _are_programs(manifest["programs"])),
+        ("routing", manifest["routing"], f"programs of the bundle, by {RULES}", _is_routing(manifest)),
         ("inputs", manifest["inputs"], "at least one", bool(manifest["inputs"])),
         ("outputs", manifest["outputs"], "at least one", bool(manifest["outputs"])),
     ]
@@ -204,12 +232,33 @@ def _check_values(path: Path, manifest: dict[str, Any]) -> None:
         rules.append(("dtype", tensor["dtype"], f"one of {_DTYPES}", tensor["dtype"] in _DTYPES))
     for vector in manifest["vectors"]:
         _check_types(path, "a vector", vector, VECTOR_KEYS)
-        listed = {vector["input"], vector["output"]} <= set(manifest["files"])
-        fits = listed and min(vector["max_abs"], vector["rms"]) >= 0
-        rules.append(("a vector", vector, "listed files, max_abs and rms from 0", fits))
+        names = [*vector["inputs"], vector["output"]]
+        listed = all(isinstance(name, str) and name in manifest["files"] for name in names)
+        fits = listed and len(vector["inputs"]) == len(manifest["inputs"])
+        fits = fits and min(vector["max_abs"], vector["rms"]) >= 0
+        rules.append(("a vector", vector, "listed files, one an input, max_abs and rms from 0", fits))
     for what, found, expected, holds in rules:
         if not holds:
             raise refusal(path, what, repr(found), expected)
+
+
+def _are_programs(programs: dict[str, Any]) -> bool:
+    names = [*programs, *programs.values()]
+    return bool(programs) and all(isinstance(name, str) and _PLAIN_NAME.fullmatch(name) for name in names)
+
+
+def _is_routing(manifest: dict[str, Any]) -> bool:
+    """Whether every program has its place: one called forward, or a router and its variants."""
+    routing, programs = manifest["routing"], manifest["programs"]
+    if not routing:
+        return set(programs) == {FORWARD}
+    if any(type(routing.get(key)) not in kinds for key, kinds in _ROUTING_KEYS.items()):
+        return False
+    variants, router = routing["variants"], routing["router"]
+    named = [*variants, *([router] if router else [])]
+    counted = len(variants) >= 2 and bool(router) == (routing["rule"] == "argmax")
+    plain = all(isinstance(name, str) for name in named) and len(set(named)) == len(named)
+    return routing["rule"] in RULES and counted and plain and set(named) == set(programs)
 
 
 def _check_types(path: Path, what: str, values: Any, kinds: dict[str, tuple[type, ...]]) -> None:

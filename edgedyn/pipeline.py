@@ -2,55 +2,43 @@
 
     recipe -> model -> canonical -> captured -> expanded -> quantized -> lowered -> validated -> bundle
 
-Each line of ``build`` is a function of typed values and can be called alone.
+Each line of ``build`` is a function of typed values and can be called alone. A routed network is the same
+line once a part, its router and its variants, up to one bundle.
 """
 
 from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
-from torch.export import ExportedProgram
+from torch import nn
 
-from edgedyn import ops, quantize, targets, validate
+from edgedyn import decisions, targets, validate
 from edgedyn.bundle import Bundle, refuse_existing, staging_folder, write_bundle
 from edgedyn.calibration import CalibrationSet, open_set, refuse_overlap
 from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
-from edgedyn.errors import CalibrationError, ModelError, RecipeError, TargetMissingError
-from edgedyn.layers import canonicalize
+from edgedyn.conversion import Converted, Progress, capture, convert, rewrite
+from edgedyn.dispatch import Decision, Dispatcher
+from edgedyn.errors import CalibrationError, RecipeError, TargetMissingError
+from edgedyn.manifest import Routing
 from edgedyn.report import write_report
+from edgedyn.routing import parts
+from edgedyn.tasks import TASKS
 from edgedyn.validate import Outputs, Row, ValidationReport
 
 if TYPE_CHECKING:
     from edgedyn.calibration import Sample
-    from edgedyn.ops import Form, Op
     from edgedyn.recipe import Recipe
-    from edgedyn.targets import Run, Target
+    from edgedyn.targets import Artifact, Run, Target
 
-Progress = Callable[[str, int, int], None]
+__all__ = ["Build", "build", "capture", "convert", "load_sets", "load_target"]
 _EXACT_SAMPLES = 1  # float64 comparison of whole networks; the rewrite does not depend on the image
-
-
-@dataclass(frozen=True)
-class Converted:
-    """A recipe's network on its way to a target, after every step before lowering.
-
-    ``reference`` is the user's network, ``expanded`` its exact rewrite in the chosen forms, ``quantized``
-    that at the recipe's precision, and ``program`` what the target lowers.
-    """
-
-    reference: nn.Module
-    forms: dict[Op, Form]
-    expanded: ExportedProgram
-    quantized: quantize.Quantized
-    program: ExportedProgram
 
 
 @dataclass(frozen=True)
@@ -106,68 +94,32 @@ def build(
     converted = convert(recipe, target, calibration, samples[0], trust=trust, progress=progress)
     with staging_folder(out) as staging:
         progress("lower", 0, 1)
-        artifact = target.lower(converted.program, staging, recipe.precision)
-        run = target.load(staging / artifact.files[0])
+        artifact = target.lower(converted.programs, staging, recipe.precision)
+        device = load_runs(target, artifact, staging, converted.routing)
         progress("lower", 1, 1)
-        outputs = run_samples(converted, run, samples, recipe.precision, progress)
+        outputs = run_samples(converted, device, samples, recipe, progress)
+        decided = decisions.measure(converted, target, outputs, recipe)
         rows = exactness_rows(converted, samples, recipe.limits.exact)
-        rows += validate.share_rows(converted.quantized, recipe.precision, recipe.limits)
-        rows += validate.arithmetic_rows(outputs, recipe.precision, recipe.limits)
-        rows += validate.truth_rows(outputs, recipe.limits)
-        rows += [validate.decision_row(converted.expanded), *artifact.rows]
+        rows += validate.rows(outputs, recipe, {n: p.quantized for n, p in converted.parts.items()})
+        rows += [*decided.rows, *artifact.rows]
         report = ValidationReport(tuple(rows))
-        latency_ms = time_runs(run, samples[0].noisy.astype(recipe.input_spec().dtype))
+        latency_ms = time_runs(device, [x.astype(recipe.input_specs()[0].dtype) for x in samples[0].inputs])
         write_vectors(staging, outputs, recipe)
-        quantized = converted.quantized
-        manifest = describe(
-            recipe, artifact, converted.forms, quantized, calibration, outputs, latency_ms, report.ok
-        )
-        write_texts(staging, recipe, report, quantized, calibration, latency_ms)
+        manifest = describe(recipe, artifact, converted, calibration, outputs, latency_ms, report.ok)
+        manifest["facts"] |= decided.facts
+        write_texts(staging, recipe, report, converted, calibration, latency_ms)
+        files = sorted(set(artifact.programs.values()))
         write_report(
             staging,
             title=recipe.name,
             ok=report.ok,
             rows=[row.to_json() for row in rows],
             manifest=manifest,
-            pictures=choose_pictures(outputs),
-            facts={
-                **manifest["facts"],
-                "programs": {n: (staging / n).stat().st_size for n in artifact.files},
-            },
+            pictures=choose_pictures(outputs, recipe),
+            facts={**manifest["facts"], "programs": {n: (staging / n).stat().st_size for n in files}},
         )
         bundle = write_bundle(out, staging, manifest, force=force)
     return Build(bundle, report, latency_ms)
-
-
-def convert(
-    recipe: Recipe,
-    target: Target,
-    calibration: CalibrationSet | None,
-    example: Sample,
-    *,
-    trust: bool = False,
-    progress: Progress = lambda what, done, total: None,
-) -> Converted:
-    """Bring the recipe's network to the program that the target lowers; nothing is written.
-
-    Args:
-        recipe: what to convert.
-        target: where to, from ``load_target``.
-        calibration: the set that INT8 observes; None for a float precision.
-        example: an input of the recipe's shape, to export with.
-        trust: allow weights that are a pickle of tensors.
-        progress: called with (what is done, steps done, steps in all).
-    """
-    reference = recipe.load_model(trust=trust)
-    progress("rewrite layers", 0, 1)
-    inputs = (torch.from_numpy(example.noisy),)
-    captured = capture(canonicalize(reference), inputs)
-    forms = ops.choose_forms(captured, target, recipe.forms)
-    expanded = ops.expand(captured, forms, "before_quantize")
-    progress("rewrite layers", 1, 1)
-    quantized = apply_precision(expanded, inputs, recipe, target, calibration, progress)
-    program = ops.expand(quantized.program, forms, "after_quantize")
-    return Converted(reference, forms, expanded, quantized, program)
 
 
 def load_target(recipe: Recipe) -> Target:
@@ -189,105 +141,91 @@ def load_target(recipe: Recipe) -> Target:
 
 
 def load_sets(recipe: Recipe) -> tuple[CalibrationSet | None, list[Sample]]:
-    """Open the calibration set (INT8 only) and draw the validation samples of a disjoint set.
+    """Open the calibration set, and draw the validation samples of a disjoint set.
 
     Raises:
         CalibrationError: when INT8 has no calibration set, a set is refused, or the two share a file.
     """
     validation = open_set(recipe.path(recipe.validation))
     calibration = None
-    if recipe.precision == "int8":
-        if recipe.calibration is None:
-            raise CalibrationError(
-                f"recipe {recipe.name!r} is INT8 and names no calibration set. Set calibration: to a "
-                "manifest in calib/ or a folder of images; random data is never used."
-            )
+    if recipe.calibration is not None:
         calibration = open_set(recipe.path(recipe.calibration))
         refuse_overlap(calibration, validation)
-    return calibration, list(validation.draw(tuple(recipe.input.shape)))
+    elif recipe.precision == "int8":
+        raise CalibrationError(
+            f"recipe {recipe.name!r} is INT8 and names no calibration set. Set calibration: to a "
+            "manifest in calib/ or a folder of images; random data is never used."
+        )
+    return calibration, list(validation.draw(recipe.input_shapes(), TASKS[recipe.task]))
 
 
-def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """Export the network with fixed shapes; our ops stay single nodes.
-
-    Raises:
-        ModelError: when ``torch.export`` cannot follow it, with the exporter's first line.
-    """
-    try:
-        return torch.export.export(model, inputs, strict=False)
-    except Exception as error:  # torch.export raises its own, dynamo's and the model's exceptions alike
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ModelError(
-            f"torch.export cannot capture {type(model).__name__} for inputs "
-            f"{[tuple(x.shape) for x in inputs]}: {first}. A layer that branches on data needs a canonical "
-            "form (edgedyn list layers), or the input shape does not fit (input.shape)."
-        ) from error
-
-
-def apply_precision(
-    program: ExportedProgram,
-    inputs: tuple[Tensor, ...],
-    recipe: Recipe,
-    target: Target,
-    calibration: CalibrationSet | None,
-    progress: Progress,
-) -> quantize.Quantized:
-    """Bring the expanded program to the recipe's precision."""
-    if calibration is None:
-        return quantize.to_float(program, inputs, recipe.precision)
-    assert target.int8 is not None  # a target that lists int8 says how
-    drawn = [(torch.from_numpy(sample.noisy),) for sample in calibration.draw(tuple(recipe.input.shape))]
-    return quantize.to_int8(
-        program,
-        inputs,
-        scheme=target.int8,
-        section=recipe.quantize,
-        samples=drawn,
-        progress=lambda done, total: progress("calibrate", done, total),
-    )
+def load_runs(target: Target, artifact: Artifact, folder: Path, routing: Routing | None = None) -> Dispatcher:
+    """Load every program of an artifact with the target's runtime."""
+    runs = {name: target.load(folder / file, name) for name, file in artifact.programs.items()}
+    return Dispatcher(runs, routing)
 
 
 def exactness_rows(converted: Converted, samples: list[Sample], limit: float) -> list[Row]:
     """Prove the rewrite in float64: reference, canonical and expanded network on real images."""
     wide = copy.deepcopy(converted.reference).double()
-    expanded = converted.expanded
-    return validate.rewrite_rows(wide, canonicalize(wide), expanded, samples[:_EXACT_SAMPLES], limit)
+    canonical = rewrite(wide, converted.capacities)
+    expanded = {
+        name: in_torch(validate.widen(converted.parts[name].expanded, part.module), torch.float64)
+        for name, part in parts(canonical).items()
+    }
+    return validate.rewrite_rows(
+        in_torch(wide, torch.float64),
+        in_torch(canonical, torch.float64),
+        Dispatcher(expanded, converted.routing),
+        samples[:_EXACT_SAMPLES],
+        limit,
+    )
+
+
+def in_torch(module: nn.Module, dtype: torch.dtype) -> Run:
+    """Return a module as a target's ``run``: numpy arrays in and out, computed in ``dtype``."""
+
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        with torch.no_grad():
+            y = module(*(torch.from_numpy(np.ascontiguousarray(x)).to(dtype) for x in arrays))
+        outputs = y if isinstance(y, tuple | list) else (y,)
+        return [np.asarray((t if dtype == torch.float64 else t.float()).numpy()) for t in outputs]
+
+    return run
 
 
 def run_samples(
-    converted: Converted,
-    run: Run,
-    samples: list[Sample],
-    precision: str,
-    progress: Progress,
+    converted: Converted, device: Dispatcher, samples: list[Sample], recipe: Recipe, progress: Progress
 ) -> Outputs:
-    """Run expanded, quantized and lowered program on every validation sample."""
-    dtype = torch.float16 if precision == "fp16" else torch.float32
-    modules = [
-        ("expanded", converted.expanded.module(), torch.float32),
-        ("quantized", converted.program.module(), dtype),
-    ]
-    results: list[list[np.ndarray]] = []
-    for name, module, kind in modules:
+    """Run expanded, quantized and lowered programs on every validation sample."""
+    half = recipe.precision == "fp16"
+    parts_of = converted.parts.items()
+    expanded = {name: in_torch(p.expanded.module(), torch.float32) for name, p in parts_of}
+    dtype = torch.float16 if half else torch.float32
+    quantized = {name: in_torch(p.program.module(), dtype) for name, p in parts_of}
+    dispatchers = {
+        "expanded": Dispatcher(expanded, converted.routing),
+        "quantized": Dispatcher(quantized, converted.routing),
+        "device": device,
+    }
+    outputs: dict[str, list[np.ndarray]] = {}
+    decided: dict[str, list[Decision | None]] = {}
+    for done, (name, dispatcher) in enumerate(dispatchers.items(), 1):
+        kind = np.float16 if half and name == "device" else np.float32
+        results = validate.run_all(dispatcher, samples, name, kind)
+        outputs[name], decided[name] = [y for y, _ in results], [d for _, d in results]
+        progress("validate", done, len(dispatchers))
+    return Outputs(samples, **outputs, decided=decided, dispatchers=dispatchers)
 
-        def in_torch(x: np.ndarray, module: nn.Module = module, kind: torch.dtype = kind) -> np.ndarray:
-            with torch.no_grad():
-                return np.asarray(module(torch.from_numpy(x).to(kind)).float().numpy())
 
-        results.append(validate.run_all(in_torch, samples, name))
-        progress("validate", len(results), 3)
-    numpy_dtype = np.float16 if precision == "fp16" else np.float32
-    results.append(validate.run_all(lambda x: run(x.astype(numpy_dtype))[0], samples, "device"))
-    progress("validate", 3, 3)
-    return Outputs(samples, *results)
-
-
-def time_runs(run: Run, x: np.ndarray, *, runs: int = 10, warm_up: int = 2) -> dict[str, float]:
+def time_runs(
+    run: Callable[..., object], inputs: Sequence[np.ndarray], *, runs: int = 10, warm_up: int = 2
+) -> dict[str, float]:
     """Time the program on one input on this machine; milliseconds."""
     times = []
     for index in range(warm_up + runs):
         start = time.perf_counter()
-        run(x)
+        run(*inputs)
         if index >= warm_up:
             times.append((time.perf_counter() - start) * 1e3)
     return {"median": float(np.median(times)), "p95": float(np.percentile(times, 95)), "runs": runs}

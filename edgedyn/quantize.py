@@ -18,16 +18,16 @@ import itertools
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from edgedyn.errors import CalibrationError, RecipeError
-from edgedyn.quantized_graph import center, explicit_padding, separate_readers, unshare_constants
+from edgedyn.quantized_graph import center, explicit_padding, halve, separate_readers, unshare_constants
 from edgedyn.recipe import QuantizeSection
 from edgedyn.targets import Int8Scheme
 
@@ -51,6 +51,7 @@ _KEPT_FLOAT = {
     "batch_norm": "could not be folded into a convolution",
 }
 _KEPT_BY_RECIPE = "kept in float by the recipe (quantize.keep_float)"
+_KEPT_ALWAYS = "decides or normalises: float32 in every precision"
 _NO_RULE = "no INT8 rule for this operator"
 # operators that are no view of their input and yet compute nothing
 _MOVES_ONLY = {
@@ -108,12 +109,18 @@ def fold(program: ExportedProgram) -> fx.GraphModule:
     return module
 
 
-def to_float(program: ExportedProgram, inputs: tuple[Tensor, ...], precision: str) -> Quantized:
-    """Return the folded program in float32 or float16."""
-    module: nn.Module = fold(program)
+def to_float(
+    program: ExportedProgram,
+    inputs: tuple[Tensor, ...],
+    precision: str,
+    float32: Collection[str] = frozenset(),
+) -> Quantized:
+    """Return the folded program in float32 or float16; modules of the classes ``float32`` stay float32."""
+    module = fold(program)
     if precision == "fp16":
-        # a copy: the program shares its tensors with the module, and .half() would change both
-        module, inputs = copy.deepcopy(module).half(), tuple(x.half() for x in inputs)
+        # a copy: the program shares its tensors with the module, and halving would change both
+        module, inputs = copy.deepcopy(module), tuple(x.half() for x in inputs)
+        halve(module, {node for node in module.graph.nodes if belongs_to(node, float32)})
     return Quantized(torch.export.export(module, inputs))
 
 
@@ -124,6 +131,7 @@ def to_int8(
     scheme: Int8Scheme,
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]],
+    float32: Collection[str] = frozenset(),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quantized:
     """Calibrate on the samples and convert to INT8.
@@ -134,6 +142,7 @@ def to_int8(
         scheme: how the target annotates INT8.
         section: the recipe's ``quantize`` section: engine, bias correction, layers kept in float.
         samples: calibration inputs, each a tuple of tensors of the program's shapes.
+        float32: names of module classes that are never quantized.
         progress: called with (samples seen, samples); the NNCF engine reads them several times.
 
     Raises:
@@ -146,7 +155,8 @@ def to_int8(
         )
     module = fold(program)
     macs = {node.name: multiply_adds(node) for node in module.graph.nodes if node.target in COUNTED_OPS}
-    kept = _matching(module, section.keep_float)
+    kept = dict.fromkeys(_matching(module, section.keep_float), _KEPT_BY_RECIPE)
+    kept |= {node.name: _KEPT_ALWAYS for node in module.graph.nodes if belongs_to(node, float32)}
     quantizer = make_quantizer(scheme, kept)
     convert = {"torchao": _convert_torchao, "nncf": _convert_nncf}[section.engine]
     with torch.no_grad():
@@ -165,6 +175,12 @@ def module_path(node: fx.Node) -> str:
     return str(paths[-1]) if paths else ""
 
 
+def belongs_to(node: fx.Node, classes: Collection[str]) -> bool:
+    """Whether a node was traced from inside a module of one of the classes, ``package.module.Class``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return any(kind in classes or getattr(kind, "__qualname__", "") in classes for _, kind in stack.values())
+
+
 def _matching(module: fx.GraphModule, patterns: Sequence[str]) -> frozenset[str]:
     """Name the multiply-add nodes whose layer path matches a pattern (``*`` as in file names)."""
     layers = {n.name: module_path(n) for n in module.graph.nodes if n.target in MULTIPLY_ADD_OPS}
@@ -178,7 +194,7 @@ def _matching(module: fx.GraphModule, patterns: Sequence[str]) -> frozenset[str]
     return frozenset(name for name, path in layers.items() if any(fnmatch.fnmatch(path, p) for p in patterns))
 
 
-def make_quantizer(scheme: Int8Scheme, keep_float: frozenset[str] = frozenset()) -> Any:
+def make_quantizer(scheme: Int8Scheme, keep_float: Collection[str] = frozenset()) -> Any:
     """Make the PT2E quantizer of a scheme: int8 activations by tensor, symmetric int8 weights by channel.
 
     torchao takes the range of an activation that has the least squared error over its histogram; NNCF has its
@@ -268,7 +284,7 @@ def _convert_nncf(
 
 
 def _account(
-    module: fx.GraphModule, macs: dict[str, int], kept_by_recipe: frozenset[str]
+    module: fx.GraphModule, macs: dict[str, int], reasons: Mapping[str, str]
 ) -> tuple[float, tuple[dict[str, object], ...], tuple[dict[str, object], ...]]:
     """Measure the INT8 share of multiply-adds, list what stays float, and read the scales."""
     total = quantized = 0
@@ -279,10 +295,9 @@ def _account(
             is_int8 = all("dequantize" in str(a.target) for a in node.args[:2])
             total, quantized = total + macs[node.name], quantized + macs[node.name] * is_int8
             if not is_int8:
-                reason = _KEPT_BY_RECIPE if node.name in kept_by_recipe else _NO_RULE
-                kept[module_path(node) or node.name, reason] += 1
+                kept[module_path(node) or node.name, reasons.get(node.name, _NO_RULE)] += 1
         elif name := _float_operator(node):
-            kept[name, _KEPT_FLOAT.get(name, _NO_RULE)] += 1
+            kept[name, reasons.get(node.name, _KEPT_FLOAT.get(name, _NO_RULE))] += 1
         elif str(node.target).startswith("quantized_decomposed.quantize_per_tensor"):
             table.append(
                 {"tensor": str(node.args[0]), "scale": float(node.args[1]), "zero_point": int(node.args[2])}

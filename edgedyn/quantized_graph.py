@@ -1,17 +1,19 @@
-"""Graph rewrites around INT8 operators that the runtimes and NNCF need; each names who fails without it.
+"""Graph rewrites around lower precisions that the runtimes and NNCF need; each names who fails without it.
 
+    halve                float16, with islands that stay float32
     explicit_padding     before quantizing: "same" and "valid" become numbers
     unshare_constants    before folding and quantizing: every convolution has its own weight and bias
     center               after: zero point 0 everywhere, for targets of symmetric INT8
     separate_readers     after: every reader of a quantized map has its own dequantize
 
-They are exact, but for ``center``, which widens the step of a tensor whose range was one-sided.
+They are exact, but for ``halve``, and for ``center``, which widens the step of a tensor whose range was
+one-sided.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Container
+from collections.abc import Collection, Container
 from typing import Any
 
 import torch
@@ -121,3 +123,59 @@ def _quantize_again(module: fx.GraphModule, pad: fx.Node) -> None:
 def _is_zero_pad(node: fx.Node) -> bool:
     rest = [arg for arg in node.args[2:] if arg not in ("constant", None, 0)]
     return node.target in (torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default) and not rest
+
+
+def halve(module: fx.GraphModule, islands: Collection[fx.Node]) -> None:
+    """Turn a float32 program to float16, but for the nodes of ``islands``, with casts at their shores.
+
+    What normalises or decides has constants and differences that float16 cannot hold. What decides on an
+    island's value belongs to it. A constant that both sides read is halved, and cast for the island.
+    """
+    constants = {node for node in module.graph.nodes if node.op == "get_attr" and _is_float(node)}
+    kept = {node for node in constants if node.users and all(user in islands for user in node.users)}
+    halved = {str(node.target) for node in constants - kept}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name in halved:
+            tensor.data = tensor.data.half()
+    inside = {*islands, *kept}
+    for node in module.graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "call_function" and sources and inside.issuperset(sources) and not _is_float(node):
+            inside.add(node)
+    casts: dict[fx.Node, fx.Node] = {}
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)  # it asserts the type that a cast had in float32
+        elif node.op in ("call_function", "output"):
+            _cast_arguments(module, node, inside, casts)
+            if node not in inside:
+                node.args = fx.node.map_aggregate(node.args, _half_type)
+                node.kwargs = fx.node.map_aggregate(node.kwargs, _half_type)
+    module.recompile()
+
+
+def _cast_arguments(
+    module: fx.GraphModule, node: fx.Node, inside: Container[fx.Node], casts: dict[fx.Node, fx.Node]
+) -> None:
+    """Cast what a node reads from the other shore, each value once."""
+    wanted = torch.float32 if node in inside else torch.float16
+    for source in node.all_input_nodes:
+        if (source in inside) == (node in inside) or not _is_float(source):
+            continue
+        if source not in casts:
+            with module.graph.inserting_after(source):
+                cast = module.graph.call_function(
+                    torch.ops.aten._to_copy.default, (source,), {"dtype": wanted}
+                )
+            cast.meta = dict(source.meta)
+            casts[source] = cast
+        node.replace_input_with(source, casts[source])
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
+
+
+def _half_type(argument: Any) -> Any:
+    return torch.float16 if argument is torch.float32 else argument

@@ -36,10 +36,11 @@ class ModelSection(_Section):
     arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the network")
     weights: str | None = Field(default=None, description="safetensors file; .pth only with --trust")
     sha256: str | None = Field(default=None, description="digest that the weights file must have")
+    seed: int = Field(default=0, description="of the initial values of a network without weights")
 
 
 class InputSection(_Section):
-    """The one input of the program: a batch of images of a fixed size."""
+    """One input of the program: an image of a fixed size."""
 
     name: str = "image"
     shape: list[int] = Field(
@@ -66,6 +67,17 @@ class TileSection(_Section):
     overlap: int = Field(default=32, ge=0, description="pixels that neighbouring tiles share")
 
 
+class RouteSection(_Section):
+    """How a network is split into variants that the host picks from."""
+
+    capacity: float | None = Field(
+        default=None,
+        gt=0,
+        le=1,
+        description="quantile of active positions on the calibration set that the quick variant holds",
+    )
+
+
 class LimitSection(_Section):
     """What the checks demand."""
 
@@ -75,6 +87,10 @@ class LimitSection(_Section):
     device_levels: float = Field(
         default=0.25, description="fp32, fp16: mean |device - program|, 8-bit grey levels"
     )
+    sqnr_db: float = Field(default=15.0, description="signal to error that a task without truth must keep")
+    answers: float = Field(default=0.9, description="share of answers that deployment may not change")
+    gate: float = Field(default=0.9, description="share of images that must keep their variant")
+    mask_flips: float = Field(default=0.05, description="share of mask positions that may change")
 
 
 class Recipe(_Section):
@@ -82,10 +98,13 @@ class Recipe(_Section):
 
     name: str
     model: ModelSection
+    task: Literal["denoise", "upscale", "classify", "keypoints"] = "denoise"
     input: InputSection
+    guide: InputSection | None = Field(default=None, description="second input, of a joint upsampler")
     target: str
     precision: Literal["fp32", "fp16", "int8"]
     forms: dict[str, str] = {}
+    route: RouteSection = RouteSection()
     quantize: QuantizeSection = QuantizeSection()
     calibration: str | None = Field(default=None, description="set manifest or folder; needed for int8")
     validation: str = Field(description="set manifest or folder, disjoint from the calibration set")
@@ -98,6 +117,10 @@ class Recipe(_Section):
         shape, overlap = self.input.shape, self.tile.overlap
         if shape[0] != 1 or shape[1] not in (1, 3) or min(shape) < 1:
             raise ValueError(f"input.shape is {shape}; expected [1, C, H, W] with C 1 or 3")
+        if self.guide is not None and self.guide.shape[0] != 1:
+            raise ValueError(f"guide.shape is {self.guide.shape}; expected [1, C, H, W]")
+        if (self.guide is not None) and self.task != "upscale":
+            raise ValueError(f"guide is for the task 'upscale'; the task is {self.task!r}")
         if overlap >= min(shape[2:]):
             raise ValueError(
                 f"tile.overlap {overlap} leaves nothing of a tile of {shape[2:]}; expected less than "
@@ -126,14 +149,26 @@ class Recipe(_Section):
             return ""
         return hashlib.sha256(self.path(self.model.weights).read_bytes()).hexdigest()
 
-    def input_spec(self) -> TensorSpec:
-        """Return the program's input."""
-        i = self.input
+    @property
+    def is_trained(self) -> bool:
+        """Whether the network has weights of its own; without, nothing is demanded of its quality."""
+        return self.model.weights is not None
+
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Return the program's inputs."""
         dtype = "float16" if self.precision == "fp16" else "float32"
-        return TensorSpec(i.name, dtype, tuple(i.shape), i.low, i.high, i.meaning)
+        given = [self.input] if self.guide is None else [self.input, self.guide]
+        return tuple(TensorSpec(i.name, dtype, tuple(i.shape), i.low, i.high, i.meaning) for i in given)
+
+    def input_shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of the program's inputs."""
+        return [spec.shape for spec in self.input_specs()]
 
     def load_model(self, *, trust: bool = False) -> nn.Module:
         """Build the network, load its weights and put it in evaluation mode.
+
+        A network without weights has the initial values of ``model.seed``; its BatchNorm statistics are still
+        to be set (``weights.settle_norms``).
 
         Raises:
             RecipeError: when the network is unknown or refuses its arguments.
@@ -149,7 +184,11 @@ class Recipe(_Section):
                 f"model.arguments {sorted(self.model.arguments)} do not fit {self.model.network!r}: {error}; "
                 f"expected {inspect.signature(network)}. Mend the recipe."
             ) from error
-        model = network(**self.model.arguments)
+        import torch
+
+        with torch.random.fork_rng():
+            torch.manual_seed(self.model.seed)
+            model = network(**self.model.arguments)
         if self.model.weights is not None:
             load_weights(model, self.path(self.model.weights), sha256=self.model.sha256, trust=trust)
         return model.eval()  # type: ignore[no-any-return]

@@ -9,12 +9,14 @@ by the rule that the manifest names; no Python code of the network is needed the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
+from edgedyn.manifest import FORWARD, ROUTER, Routing
 
 
 class RoutedModel(nn.Module):
@@ -27,11 +29,17 @@ class RoutedModel(nn.Module):
             ``overflow`` (B,), is 0 (it counts what did not fit), and the second is always right.
 
     Raises:
-        ModelError: for fewer than 2 variants, or, without a router, more.
+        ModelError: for fewer than 2 variants, or, without a router, more; for a name that no file can have.
     """
 
     def __init__(self, router: nn.Module | None, variants: Mapping[str, nn.Module]) -> None:
         super().__init__()
+        odd = [name for name in variants if name in (ROUTER, FORWARD) or not name.isalnum()]
+        if odd:
+            raise ModelError(
+                f"a variant is called {odd[0]!r}; expected letters and digits, and neither {ROUTER!r} nor "
+                f"{FORWARD!r}. Rename it."
+            )
         if len(variants) < 2 or (router is None and len(variants) != 2):
             raise ModelError(
                 f"a routed program got {len(variants)} variants {list(variants)}; expected at least 2, and "
@@ -74,3 +82,43 @@ class RoutedModel(nn.Module):
             return y if not overflow.any() else variants[1](x)  # type: ignore[no-any-return]
         logits, carried = self.route(x)
         return variants[int(logits.argmax(1))](*carried)  # type: ignore[no-any-return]
+
+
+@dataclass(frozen=True)
+class RoutedPart:
+    """A static network of a model.
+
+    Attributes:
+        module: the network.
+        inputs_for: the model's inputs -> this network's, as the model itself would make them.
+    """
+
+    module: nn.Module
+    inputs_for: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+
+
+def parts(model: nn.Module) -> dict[str, RoutedPart]:
+    """Return the static networks of a canonical model by program name: ``forward``, or router and variants.
+
+    Raises:
+        ModelError: from ``inputs_for`` of a variant, when the router does not give one logit a variant.
+    """
+    if not isinstance(model, RoutedModel):
+        return {FORWARD: RoutedPart(model, lambda inputs: inputs)}
+    if model.router is None:
+        return {name: RoutedPart(variant, lambda inputs: inputs) for name, variant in model.variants.items()}
+
+    def carried(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return model.route(*inputs)[1]
+
+    found = {ROUTER: RoutedPart(model.router, lambda inputs: inputs)}
+    return found | {name: RoutedPart(variant, carried) for name, variant in model.variants.items()}
+
+
+def routing_of(model: nn.Module) -> Routing | None:
+    """Return how the manifest tells a model's routing, or None where it has none."""
+    if not isinstance(model, RoutedModel):
+        return None
+    router = "" if model.router is None else ROUTER
+    return Routing(model.rule, router, tuple(model.variants))

@@ -24,6 +24,7 @@ import numpy as np
 
 from edgedyn import targets
 from edgedyn.bundle import Bundle, open_bundle
+from edgedyn.dispatch import Dispatcher, Run
 from edgedyn.errors import (
     BundleError,
     CheckFailedError,
@@ -36,7 +37,6 @@ from edgedyn.tensors import TensorSpec
 from edgedyn.validate import Row, ValidationReport
 
 Progress = Callable[[int, int], None]
-Run = Callable[..., list[np.ndarray]]
 
 
 def silent(done: int, total: int) -> None:
@@ -99,7 +99,7 @@ def _spans(size: int, tile: int, overlap: int) -> list[tuple[int, np.ndarray]]:
 
 @dataclass(frozen=True)
 class Session:
-    """An open bundle, and ``run(*arrays)``, which returns the list of its program's outputs."""
+    """An open bundle, and ``run(*arrays)``, which returns the list of its outputs; a router decides first."""
 
     bundle: Bundle
     run: Run
@@ -114,36 +114,39 @@ class Session:
             progress: called with (tiles done, tiles in all) after each tile.
 
         Returns:
-            (H, W, C) float32, not clipped.
+            (H, W, C) float32, not clipped; s times as high and wide for a program that enlarges s times.
 
         Raises:
             ImageError: for another array, values that are not finite, or a program that takes no image.
             CheckFailedError: if the program returns another shape, or values that are not finite.
         """
-        spec = _image_spec(self.bundle)
+        spec, scale = _image_spec(self.bundle)
         _check_pixels(pixels)
         channels, tile_h, tile_w = spec.shape[1:]
         height, width = pixels.shape[:2]
         planes = [_padded(plane, tile_h, tile_w) for plane in _planes(pixels, channels)]
-        blended = [np.zeros_like(plane) for plane in planes]
+        blended = [np.zeros((len(p), p.shape[1] * scale, p.shape[2] * scale), np.float32) for p in planes]
         grid = tiles(height, width, tile_h, tile_w, self.bundle.overlap)
         jobs = [(plane, result, tile) for plane, result in zip(planes, blended, strict=True) for tile in grid]
         for done, (plane, result, tile) in enumerate(jobs, 1):
-            here = np.s_[:, tile.top : tile.top + tile_h, tile.left : tile.left + tile_w]
-            result[here] += tile.rows[:, None] * tile.columns * self._run_tile(plane[here], spec)
+            rows, columns = (np.s_[at : at + size] for at, size in ((tile.top, tile_h), (tile.left, tile_w)))
+            weight = tile.rows.repeat(scale)[:, None] * tile.columns.repeat(scale)
+            there = (slice(None), *(slice(s.start * scale, s.stop * scale) for s in (rows, columns)))
+            result[there] += weight * self._run_tile(plane[:, rows, columns], spec, scale)
             progress(done, len(jobs))
-        joined = np.concatenate(blended)[:, :height, :width].transpose(1, 2, 0)
+        joined = np.concatenate(blended)[:, : height * scale, : width * scale].transpose(1, 2, 0)
         if pixels.shape[2] < channels:
             joined = joined.mean(axis=2, keepdims=True)
         return np.ascontiguousarray(joined)
 
-    def _run_tile(self, tile: np.ndarray, spec: TensorSpec) -> np.ndarray:
+    def _run_tile(self, tile: np.ndarray, spec: TensorSpec, scale: int) -> np.ndarray:
         outputs = self.run(np.ascontiguousarray(tile[None], dtype=spec.dtype))
-        y = np.asarray(outputs[0])
-        if y.shape != spec.shape or not np.isfinite(y).all():
+        y, (h, w) = np.asarray(outputs[0]), spec.shape[2:]
+        expected = (*spec.shape[:2], h * scale, w * scale)
+        if y.shape != expected or not np.isfinite(y).all():
             found = f"{y.shape}, {int((~np.isfinite(y)).sum())} values not finite"
             raise CheckFailedError(
-                f"bundle {self.bundle.path}: the program's output: found {found}, expected {spec.shape}. "
+                f"bundle {self.bundle.path}: the program's output: found {found}, expected {expected}. "
                 "Run edgedyn check on it."
             )
         result: np.ndarray = y[0].astype(np.float32, copy=False)
@@ -165,9 +168,10 @@ def open_session(path: Path) -> Session:
         raise BundleError(f"bundle {path}: {error} Or use the edgedyn that wrote the bundle.") from error
     if reason := target.missing():
         raise TargetMissingError(f"bundle {path} needs the target {bundle.target!r}: {reason}")
-    if bundle.program not in bundle.manifest["files"]:
-        raise UsageError(f"bundle {path} has no {bundle.program} yet. Make it here: edgedyn compile {path}")
-    return Session(bundle, target.load(path / bundle.program))
+    if lacks := sorted(set(bundle.programs.values()) - set(bundle.manifest["files"])):
+        raise UsageError(f"bundle {path} has no {lacks[0]} yet. Make it here: edgedyn compile {path}")
+    runs = {name: target.load(path / file, name) for name, file in bundle.programs.items()}
+    return Session(bundle, Dispatcher(runs, bundle.routing))
 
 
 def denoise_files(
@@ -228,19 +232,21 @@ def check(session: Session) -> ValidationReport:
     failures = 0.0 if session.bundle.ok else 1.0
     rows = [Row("build:report", "failed_builds", failures, {"at_most": 0}, len(vectors))]
     for vector in vectors:
-        x = _read_array(session.bundle, vector.input, session.bundle.inputs[0])
+        specs = zip(vector.inputs, session.bundle.inputs, strict=True)
+        arrays = [_read_array(session.bundle, name, spec) for name, spec in specs]
         expected = _read_array(session.bundle, vector.output, session.bundle.outputs[0])
-        found = np.asarray(session.run(x)[0])
+        found = np.asarray(session.run(*arrays)[0])
+        name = vector.inputs[0]
         if found.shape != expected.shape:
-            where = f"bundle {session.bundle.path}, {vector.input}"
+            where = f"bundle {session.bundle.path}, {name}"
             raise CheckFailedError(
                 f"{where}: found {found.shape}, expected {expected.shape}. Build it again."
             )
         error = np.abs(found.astype(np.float64) - expected.astype(np.float64))
         worst, rms = float(error.max()), float(np.sqrt(np.mean(error**2)))
         rows += [
-            Row("device:vectors", f"max_abs[{vector.input}]", worst, {"at_most": vector.max_abs}, 1),
-            Row("device:vectors", f"rms[{vector.input}]", rms, {"at_most": vector.rms}, 1),
+            Row("device:vectors", f"max_abs[{name}]", worst, {"at_most": vector.max_abs}, 1),
+            Row("device:vectors", f"rms[{name}]", rms, {"at_most": vector.rms}, 1),
         ]
     return ValidationReport(tuple(rows))
 
@@ -260,13 +266,16 @@ def _read_array(bundle: Bundle, name: str, spec: TensorSpec) -> np.ndarray:
     return np.asarray(array)
 
 
-def _image_spec(bundle: Bundle) -> TensorSpec:
+def _image_spec(bundle: Bundle) -> tuple[TensorSpec, int]:
+    """Return the input of an image-to-image bundle, and how many times larger its output is."""
     spec, shapes = bundle.inputs[0], [s.shape for s in bundle.inputs + bundle.outputs]
-    if len(spec.shape) == 4 and spec.shape[:2] in ((1, 1), (1, 3)) and shapes == [spec.shape] * 2:
-        return spec
+    if len(shapes) == 2 and len(spec.shape) == 4 and spec.shape[:2] in ((1, 1), (1, 3)):
+        scale = shapes[1][2] // spec.shape[2] if len(shapes[1]) == 4 else 0
+        if scale and shapes[1] == (*spec.shape[:2], spec.shape[2] * scale, spec.shape[3] * scale):
+            return spec, scale
     raise ImageError(
-        f"bundle {bundle.path} takes and returns {shapes}; expected one (1, C, H, W) image, C 1 or 3. "
-        "Call its program through Session.run."
+        f"bundle {bundle.path} takes and returns {shapes}; expected one (1, C, H, W) image, C 1 or 3, and an "
+        "image of a whole multiple of its size. Call its program through Session.run."
     )
 
 
@@ -318,5 +327,5 @@ def _result_paths(images: list[Path], out: Path, *, force: bool) -> list[Path]:
 def runtime_name(bundle: Bundle) -> str:
     """Return what runs the bundle's program here, so that a host's check is never taken for a device's."""
     module = importlib.import_module(f"edgedyn.targets.{bundle.target}.run")
-    name: str = module.runtime_name(bundle.path / bundle.program)
-    return name
+    names = {module.runtime_name(bundle.path / file) for file in bundle.programs.values()}
+    return ", ".join(sorted(names))

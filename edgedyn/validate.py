@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edgedyn import metrics
+from edgedyn.dispatch import Decision, Dispatcher, Run
 from edgedyn.errors import CheckFailedError
+from edgedyn.manifest import FORWARD, ROUTER
+from edgedyn.tasks import TASKS, Task
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.export import ExportedProgram
-    from torch.fx import Node
 
     from edgedyn.calibration import Sample
     from edgedyn.quantize import Quantized
-    from edgedyn.recipe import LimitSection
+    from edgedyn.recipe import LimitSection, Recipe
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,8 @@ class Row:
 
     Attributes:
         between: ``canonical:reference``, ``expanded:canonical``, ``quantized:expanded``,
-            ``device:quantized``, ``float:truth``, ``device:truth``, ``decisions``, or a check of a toolchain.
+            ``device:quantized``, ``float:truth``, ``device:truth``, ``device:float``, ``decisions``, or a
+            check of a toolchain.
         metric: name with its unit, ``psnr_db``; a condition follows in brackets, ``psnr_db[sigma=25]``.
         value: the measurement.
         limit: ``{"at_least": x}``, ``{"at_most": x}``, or empty where the number is only reported.
@@ -75,18 +78,39 @@ class ValidationReport:
 
 @dataclass(frozen=True)
 class Outputs:
-    """What each program made of the same noisy samples; lists of (H, W, C) float32."""
+    """What each program made of the same samples.
+
+    Attributes:
+        samples: what was given.
+        expanded: outputs (1, ...) float32 of the exact rewrite, in PyTorch.
+        quantized: of the program at the recipe's precision, in PyTorch.
+        device: of the lowered program, in its runtime.
+        decided: for each of the three by name, which variant was picked, and how; None where none is.
+        dispatchers: the three programs themselves.
+    """
 
     samples: Sequence[Sample]
     expanded: list[np.ndarray]
     quantized: list[np.ndarray]
     device: list[np.ndarray]
+    decided: Mapping[str, list[Decision | None]] = field(default_factory=dict)
+    dispatchers: Mapping[str, Dispatcher] = field(default_factory=dict)
+
+
+def rows(outputs: Outputs, recipe: Recipe, quantized: Mapping[str, Quantized]) -> list[Row]:
+    """Compare the steps after the rewrite with each other, and with the truth where the task has one."""
+    task = TASKS[recipe.task]
+    found = share_rows(quantized, recipe.precision, recipe.limits)
+    found += arithmetic_rows(outputs, recipe.precision, recipe.limits, task)
+    if task.has_truth:
+        return found + truth_rows(outputs, recipe.limits, is_trained=recipe.is_trained)
+    return found + answer_rows(outputs, recipe.limits, task)
 
 
 def rewrite_rows(
-    reference: nn.Module,
-    canonical: nn.Module,
-    expanded: ExportedProgram,
+    reference: Run,
+    canonical: Run,
+    expanded: Callable[..., list[np.ndarray]],
     samples: Sequence[Sample],
     limit: float,
 ) -> list[Row]:
@@ -94,75 +118,82 @@ def rewrite_rows(
 
     Args:
         reference: the network in float64.
-        canonical: made from ``reference`` in float64, since a rewrite that folds weights is only as exact as
+        canonical: made from the reference in float64, since a rewrite that folds weights is only as exact as
             its arithmetic, and this measures the rewrite.
-        expanded: the program; it gets the tensors of ``canonical``, by name.
+        expanded: the programs with the tensors of ``canonical``, see ``widen``.
         samples: noisy images.
         limit: largest max |difference| / max |output|.
     """
-    import torch
-
-    graph = copy.deepcopy(expanded.module()).double()
-    _copy_parameters(canonical, graph)
-    with torch.no_grad():
-        images = [torch.from_numpy(s.noisy).double() for s in samples]
-        outputs = [[program(x).numpy() for x in images] for program in (reference, canonical, graph)]
+    images = [[x.astype(np.float64) for x in s.inputs] for s in samples]
+    results = [[program(*x)[0] for x in images] for program in (reference, canonical, expanded)]
     rows = []
     for k, between in ((1, "canonical:reference"), (2, "expanded:canonical")):
         errors = [
             metrics.max_abs(y, x) / float(np.abs(x).max())
-            for x, y in zip(outputs[k - 1], outputs[k], strict=True)
+            for x, y in zip(results[k - 1], results[k], strict=True)
         ]
         rows.append(Row(between, "max_relative[float64]", max(errors), {"at_most": limit}, len(samples)))
     return rows
 
 
-def _copy_parameters(source: nn.Module, program: nn.Module) -> None:
-    """Give an exported program, whose tensors keep their dotted names, the float64 tensors of its source."""
+def widen(program: ExportedProgram, source: nn.Module) -> nn.Module:
+    """Return a program in float64 with the tensors of its source, whose dotted names it keeps."""
     import torch
 
+    module = copy.deepcopy(program.module()).double()
     wanted = dict(source.named_parameters()) | dict(source.named_buffers())
     with torch.no_grad():
-        for name, tensor in (*program.named_parameters(), *program.named_buffers()):
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
             if name in wanted and tensor.shape == wanted[name].shape:
                 tensor.copy_(wanted[name])
+    return module
 
 
-def arithmetic_rows(outputs: Outputs, precision: str, limits: LimitSection) -> list[Row]:
+def arithmetic_rows(
+    outputs: Outputs, precision: str, limits: LimitSection, task: Task = TASKS["denoise"]
+) -> list[Row]:
     """Compare the quantized with the expanded program, and the device with the quantized one."""
     count = len(outputs.samples)
-    rows = []
-    if precision != "fp32":
-        noise = [s.noisy[0].transpose(1, 2, 0) for s in outputs.samples]
-        residuals = [
-            metrics.sqnr_db(q - n, e - n)
-            for q, e, n in zip(outputs.quantized, outputs.expanded, noise, strict=True)
-        ]
-        rows.append(Row("quantized:expanded", "residual_sqnr_db", float(np.mean(residuals)), {}, count))
-        rows += _drop_rows(
+    pairs = list(zip(outputs.quantized, outputs.expanded, strict=True))
+    if precision == "fp32":
+        errors = [metrics.max_abs(q, e) / max(1.0, float(np.abs(e).max())) for q, e in pairs]
+        # BatchNorm folding moves one rounding a layer; 1/16 of an 8-bit level is far above it and below sight
+        found = [Row("quantized:expanded", "max_abs", max(errors), {"at_most": 1 / 255 / 16}, count)]
+        return [*found, *_device_rows(outputs, precision, limits, task)]
+    given = [s.noisy if task.is_residual else np.float32(0) for s in outputs.samples]
+    found_db = [metrics.sqnr_db(q - x, e - x) for (q, e), x in zip(pairs, given, strict=True)]
+    metric, limit = ("residual_sqnr_db", {}) if task.is_residual else ("sqnr_db", {})
+    if not task.has_truth:
+        limit = {"at_least": limits.sqnr_db}
+    found = [Row("quantized:expanded", metric, float(np.mean(found_db)), limit, count)]
+    if task.has_truth:
+        found += _drop_rows(
             "quantized:expanded", outputs.expanded, outputs.quantized, outputs.samples, limits.drop_db
         )
-    else:
-        errors = [metrics.max_abs(q, e) for q, e in zip(outputs.quantized, outputs.expanded, strict=True)]
-        # BatchNorm folding moves one rounding a layer; 1/16 of an 8-bit level is far above it and below sight
-        rows.append(Row("quantized:expanded", "max_abs", max(errors), {"at_most": 1 / 255 / 16}, count))
-    return [*rows, *_device_rows(outputs, precision, limits)]
+    return [*found, *_device_rows(outputs, precision, limits, task)]
 
 
-def _device_rows(outputs: Outputs, precision: str, limits: LimitSection) -> list[Row]:
+def _device_rows(outputs: Outputs, precision: str, limits: LimitSection, task: Task) -> list[Row]:
     """Compare the runtime with the program that was exported.
 
     Two runtimes that round ties otherwise take different paths through a deep INT8 network. So for INT8 two
     distances are taken as ratios to what quantization costs, rms(quantized - expanded): ``rms_ratio`` of
     device - quantized, which is sqrt(2) for independent roundings, and more for another computation; and
-    ``noise_ratio`` of device - expanded, which is 0 for a runtime that computes in float.
+    ``noise_ratio`` of device - expanded, which is 0 for a runtime that computes in float. For a float
+    precision the mean difference counts: in grey levels of a picture, else as a share of the output's rms.
     """
     count, pairs = len(outputs.samples), list(zip(outputs.device, outputs.quantized, strict=True))
-    levels = float(np.mean([metrics.mean_abs_levels(d, q) for d, q in pairs]))
+    if task.has_truth:
+        metric, most = "mean_abs_levels", limits.device_levels
+        mean = float(np.mean([metrics.mean_abs_levels(d, q) for d, q in pairs]))
+    else:
+        metric, most = "mean_relative", _RELATIVE.get(precision, math.inf)
+        mean = float(
+            np.mean([np.abs(d - q).mean() / max(float(np.sqrt(np.mean(q**2))), 1e-12) for d, q in pairs])
+        )
     worst = Row("device:quantized", "max_abs", max(metrics.max_abs(d, q) for d, q in pairs), {}, count)
     if precision != "int8":
-        limit = {"at_most": limits.device_levels}
-        return [Row("device:quantized", "mean_abs_levels", levels, limit, count), worst]
+        return [Row("device:quantized", metric, mean, {"at_most": most}, count), worst]
     cost = _rms(outputs.quantized, outputs.expanded)
     ratio = _rms(outputs.device, outputs.quantized) / cost if cost else math.inf
     noise = _rms(outputs.device, outputs.expanded) / cost if cost else math.inf
@@ -170,9 +201,13 @@ def _device_rows(outputs: Outputs, precision: str, limits: LimitSection) -> list
     return [
         Row("device:quantized", "rms_ratio", ratio, {"at_most": math.sqrt(2)}, count),
         Row("device:quantized", "noise_ratio", noise, alike, count),
-        Row("device:quantized", "mean_abs_levels", levels, {}, count),
+        Row("device:quantized", metric, mean, {}, count),
         worst,
     ]
+
+
+# mean |device - program| / rms(program): roundings of 6e-8, or of 5e-4, in chains of a hundred layers
+_RELATIVE = {"fp32": 1e-4, "fp16": 2e-2}
 
 
 def _rms(a: list[np.ndarray], b: list[np.ndarray]) -> float:
@@ -180,34 +215,61 @@ def _rms(a: list[np.ndarray], b: list[np.ndarray]) -> float:
     return float(np.sqrt(np.mean(squares)))
 
 
-def share_rows(quantized: Quantized, precision: str, limits: LimitSection) -> list[Row]:
-    """Give the share of multiply-adds in INT8; none for a float precision."""
+def share_rows(quantized: Mapping[str, Quantized], precision: str, limits: LimitSection) -> list[Row]:
+    """Give the share of multiply-adds in INT8 of each program; none for a float precision.
+
+    A router decides, and so stays float where it does: its share is only reported.
+    """
     if precision != "int8":
         return []
-    limit, count = {"at_least": limits.int8_share}, quantized.multiply_add_nodes
-    return [Row("quantized:expanded", "int8_mac_share", quantized.int8_mac_share, limit, count)]
+    found = []
+    for name, part in quantized.items():
+        metric = "int8_mac_share" if name == FORWARD else f"int8_mac_share[{name}]"
+        limit = {} if name == ROUTER else {"at_least": limits.int8_share}
+        found.append(
+            Row("quantized:expanded", metric, part.int8_mac_share, limit, max(part.multiply_add_nodes, 1))
+        )
+    return found
 
 
-def truth_rows(outputs: Outputs, limits: LimitSection) -> list[Row]:
+def answer_rows(outputs: Outputs, limits: LimitSection, task: Task) -> list[Row]:
+    """Compare what the outputs say, the class or the position of each keypoint, with the float program's."""
+    assert task.answers is not None  # a task without truth says something
+    said = [np.atleast_1d(task.answers(y)).ravel() for y in outputs.expanded]
+    count = sum(len(answers) for answers in said)
+    found = []
+    for between, results in (("quantized:expanded", outputs.quantized), ("device:float", outputs.device)):
+        same = sum(
+            int((np.atleast_1d(task.answers(y)).ravel() == s).sum())
+            for y, s in zip(results, said, strict=True)
+        )
+        limit = {"at_least": limits.answers}
+        found.append(Row(between, "answer_agreement", same / count, limit, count))
+    errors = [metrics.sqnr_db(d, e) for d, e in zip(outputs.device, outputs.expanded, strict=True)]
+    found.append(Row("device:float", "sqnr_db", float(np.mean(errors)), {}, len(errors)))
+    return found
+
+
+def truth_rows(outputs: Outputs, limits: LimitSection, *, is_trained: bool = True) -> list[Row]:
     """Measure float and device against the truth, by noise level, worst image and worst tile."""
     rows = []
     for between, results in (("float:truth", outputs.expanded), ("device:truth", outputs.device)):
         for sigma, indices in _by_sigma(outputs.samples).items():
-            noisy = float(np.mean([metrics.psnr_db(*_noisy_and_truth(outputs.samples[i])) for i in indices]))
-            quality = [metrics.psnr_db(results[i], _hwc(outputs.samples[i].truth)) for i in indices]
-            likeness = [metrics.ssim(results[i], _hwc(outputs.samples[i].truth)) for i in indices]
+            noisy = float(np.mean([_psnr_of_input(outputs.samples[i]) for i in indices]))
+            quality = [metrics.psnr_db(to_hwc(results[i]), to_hwc(outputs.samples[i].truth)) for i in indices]
+            likeness = [metrics.ssim(to_hwc(results[i]), to_hwc(outputs.samples[i].truth)) for i in indices]
             condition = f"[sigma={sigma:g}]"
-            # a denoiser has to be better than its input, where that is not the truth itself
-            limit = {"at_least": noisy} if math.isfinite(noisy) else {}
+            # a trained network has to be better than its input, where that is not the truth itself
+            limit = {"at_least": noisy} if is_trained and math.isfinite(noisy) else {}
             rows.append(Row(between, f"psnr_db{condition}", float(np.mean(quality)), limit, len(indices)))
             rows.append(Row(between, f"ssim{condition}", float(np.mean(likeness)), {}, len(indices)))
     rows += _drop_rows("device:truth", outputs.expanded, outputs.device, outputs.samples, limits.drop_db)
     drops = [
-        metrics.psnr_db(e, _hwc(s.truth)) - metrics.psnr_db(d, _hwc(s.truth))
+        metrics.psnr_db(to_hwc(e), to_hwc(s.truth)) - metrics.psnr_db(to_hwc(d), to_hwc(s.truth))
         for e, d, s in zip(outputs.expanded, outputs.device, outputs.samples, strict=True)
     ]
     tiles = [
-        metrics.worst_tile_psnr_db(d, _hwc(s.truth))
+        metrics.worst_tile_psnr_db(to_hwc(d), to_hwc(s.truth))
         for d, s in zip(outputs.device, outputs.samples, strict=True)
     ]
     rows.append(Row("device:truth", "worst_image_psnr_drop_db", max(drops), {}, len(drops)))
@@ -215,55 +277,36 @@ def truth_rows(outputs: Outputs, limits: LimitSection) -> list[Row]:
     return rows
 
 
-_ROUNDING = {"bucketize", "ceil", "floor", "floor_divide", "heaviside", "round", "sign", "sgn", "trunc"}
+def _psnr_of_input(sample: Sample) -> float:
+    return metrics.psnr_db(to_hwc(enlarge(sample)), to_hwc(sample.truth))
 
 
-def decision_row(program: ExportedProgram) -> Row:
-    """Count the data-dependent decisions of a program; each would need rows of agreement and margins.
-
-    A decision is a boolean or integer computed from the input (a comparison, an index, a mask), or a step
-    function of it.
-    """
-    given = set(program.graph_signature.user_inputs)
-    from_input = {node for node in program.graph.nodes if node.op == "placeholder" and node.name in given}
-    nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-    count = 0
-    for node in nodes:
-        if not from_input.intersection(node.all_input_nodes):
-            continue
-        from_input.add(node)
-        name = getattr(node.target, "_opname", "")
-        was_float = all(_is_float(x) for x in node.all_input_nodes if x in from_input)
-        count += was_float and (name in _ROUNDING or not _is_float(node))
-    return Row("decisions", "decision_nodes", count, {"at_most": 0}, len(nodes))
-
-
-def _is_float(node: Node) -> bool:
-    """Whether all tensors that a graph node gives are floating-point."""
-    value: Any = node.meta.get("val")
-    values = value if isinstance(value, list | tuple) else [value]
-    return all(v.is_floating_point() for v in values if hasattr(v, "is_floating_point"))
+def enlarge(sample: Sample) -> np.ndarray:
+    """Return the noisy input, its pixels repeated where the truth is larger, (1, C, H, W)."""
+    scale = sample.truth.shape[2] // sample.noisy.shape[2]
+    return sample.noisy.repeat(scale, axis=2).repeat(scale, axis=3)
 
 
 def run_all(
-    run: Callable[[np.ndarray], np.ndarray], samples: Sequence[Sample], program: str
-) -> list[np.ndarray]:
-    """Run a program on every sample; (1, C, H, W) in, (H, W, C) float32 out.
+    run: Dispatcher, samples: Sequence[Sample], program: str, dtype: type = np.float32
+) -> list[tuple[np.ndarray, Decision | None]]:
+    """Run a program on every sample; return its first output (1, ...) in float32, and what was decided.
 
     Raises:
         CheckFailedError: for an output that is not finite, with program, image and noise level.
     """
-    images = []
+    results = []
     for sample in samples:
-        image = _hwc(np.asarray(run(sample.noisy), dtype=np.float32))
-        if broken := int((~np.isfinite(image)).sum()):
+        found, decision = run.run(*(x.astype(dtype) for x in sample.inputs))
+        y = np.asarray(found[0], dtype=np.float32)
+        if broken := int((~np.isfinite(y)).sum()):
             raise CheckFailedError(
-                f"the {program} program: found {broken} of {image.size} values that are NaN or infinite for "
+                f"the {program} program: found {broken} of {y.size} values that are NaN or infinite for "
                 f"{sample.source} with noise of sigma {sample.sigma:g}; expected finite ones. A float16 "
                 "overflow? Try precision fp32."
             )
-        images.append(image)
-    return images
+        results.append((y, decision))
+    return results
 
 
 def _drop_rows(
@@ -271,14 +314,15 @@ def _drop_rows(
 ) -> list[Row]:
     rows = []
     for sigma, indices in _by_sigma(samples).items():
-        drops = [
-            metrics.psnr_db(before[i], _hwc(samples[i].truth))
-            - metrics.psnr_db(after[i], _hwc(samples[i].truth))
-            for i in indices
-        ]
+        drops = [psnr_of(before[i], samples[i]) - psnr_of(after[i], samples[i]) for i in indices]
         metric = f"psnr_drop_db[sigma={sigma:g}]"
         rows.append(Row(between, metric, float(np.mean(drops)), {"at_most": limit}, len(indices)))
     return rows
+
+
+def psnr_of(y: np.ndarray, sample: Sample) -> float:
+    """Return the PSNR of an output (1, C, H, W) against its sample's truth, dB."""
+    return metrics.psnr_db(to_hwc(y), to_hwc(sample.truth))
 
 
 def _by_sigma(samples: Sequence[Sample]) -> dict[float, list[int]]:
@@ -288,10 +332,6 @@ def _by_sigma(samples: Sequence[Sample]) -> dict[float, list[int]]:
     return dict(sorted(groups.items()))
 
 
-def _noisy_and_truth(sample: Sample) -> tuple[np.ndarray, np.ndarray]:
-    return _hwc(sample.noisy), _hwc(sample.truth)
-
-
-def _hwc(array: np.ndarray) -> np.ndarray:
+def to_hwc(array: np.ndarray) -> np.ndarray:
     """Turn (1, C, H, W) into (H, W, C)."""
     return np.ascontiguousarray(array[0].transpose(1, 2, 0))

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edgedyn.errors import WeightsError
+from edgedyn.errors import ModelError, WeightsError
 
 _PICKLES = {".pth", ".pt", ".ckpt", ".ckp", ".bin", ".pkl"}
 
@@ -100,3 +100,39 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
             "Check model.arguments."
         )
     model.load_state_dict(state)
+
+
+def settle_norms(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+    """Give every BatchNorm the statistics of what it sees; for a network that has no trained ones.
+
+    Args:
+        model: in evaluation mode, and left in it. A method ``every_path(*inputs)``, where it has one, is
+            called in place of the model: it runs each of several paths that an input could take.
+        inputs: a batch of real images, at least two: a map of one pixel has no spread of its own.
+
+    Returns:
+        The number of BatchNorm modules that were set.
+
+    Raises:
+        ModelError: when one of them saw nothing, or gives values that are not finite.
+    """
+    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    momenta = {name: norm.momentum for name, norm in norms.items()}
+    for norm in norms.values():
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean over all that is seen
+        norm.train()
+    with torch.no_grad():
+        getattr(model, "every_path", model)(*inputs)
+    for name, norm in norms.items():
+        norm.momentum = momenta[name]
+        norm.eval()
+        assert norm.num_batches_tracked is not None
+        assert norm.running_var is not None
+        if not norm.num_batches_tracked or not norm.running_var.isfinite().all():
+            raise ModelError(
+                f"BatchNorm {name!r} saw {int(norm.num_batches_tracked)} batches of real images and has "
+                "statistics that are missing or not finite; expected finite ones. Give the recipe trained "
+                "weights (model.weights)."
+            )
+    return len(norms)

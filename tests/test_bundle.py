@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from edgedyn import bundle as bundles
-from edgedyn.bundle import add_file, open_bundle, refuse_existing, staging_folder, write_bundle
+from edgedyn.bundle import add_files, open_bundle, refuse_existing, staging_folder, write_bundle
 from edgedyn.errors import BundleError, UsageError
 from edgedyn.manifest import canonical
 from edgedyn.tensors import TensorSpec
@@ -22,13 +22,14 @@ IMAGE = {"name": "x", "dtype": "float32", "shape": (1, 3, 8, 16), "low": 0.0, "h
 
 def manifest(**changes):
     return {
-        "format": 1,
+        "format": 2,
         "ok": True,
         "name": "small.onnxruntime.fp32",
         "edgedyn": "0.1.0",
         "target": "onnxruntime",
         "precision": "fp32",
-        "program": "model.onnx",
+        "programs": {"forward": "model.onnx"},
+        "routing": {},
         "inputs": [IMAGE],
         "outputs": [{**IMAGE, "name": "y"}],
         "forms": {"sliced_depthwise2d": "resize_mac"},
@@ -37,10 +38,21 @@ def manifest(**changes):
         "digests": {"recipe": "00"},
         "facts": {"psnr_db": 31.5, "tiny": 1e-09, "nested": [None, True, -3]},
         "vectors": [
-            {"input": "vectors/0.input.npy", "output": "vectors/0.output.npy", "max_abs": 1e-5, "rms": 1e-6}
+            {
+                "inputs": ["vectors/0.input.npy"],
+                "output": "vectors/0.output.npy",
+                "max_abs": 1e-5,
+                "rms": 1e-6,
+            }
         ],
         **changes,
     }
+
+
+def route(values, rule, router, *variants):
+    """Give a manifest the programs of a routed network."""
+    values["programs"] = dict.fromkeys(filter(None, [router, *variants]), "model.onnx")
+    values["routing"] = {"rule": rule, "router": router, "variants": list(variants)}
 
 
 def write(out, force=False, **changes):
@@ -71,10 +83,11 @@ def test_a_written_bundle_opens_with_everything_in_it(tmp_path):
     written = write(tmp_path / "deep" / "out")
     opened = open_bundle(tmp_path / "deep" / "out")
     assert opened == written
-    assert (opened.target, opened.precision, opened.program) == ("onnxruntime", "fp32", "model.onnx")
+    assert (opened.target, opened.precision) == ("onnxruntime", "fp32")
+    assert (opened.programs, opened.routing) == ({"forward": "model.onnx"}, None)
     assert opened.inputs == [TensorSpec("x", "float32", (1, 3, 8, 16), 0.0, 1, "RGB")]
     assert [spec.name for spec in opened.outputs] == ["y"]
-    assert opened.vectors == [bundles.Vector("vectors/0.input.npy", "vectors/0.output.npy", 1e-5, 1e-6)]
+    assert opened.vectors == [bundles.Vector(("vectors/0.input.npy",), "vectors/0.output.npy", 1e-5, 1e-6)]
     assert opened.overlap == 4
     assert sorted(os.listdir(tmp_path / "deep")) == ["out"]
 
@@ -189,15 +202,25 @@ def test_a_huge_manifest_is_refused_before_it_is_read(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=2, edgedyn="9.0"), r"found 2 \(written by edgedyn 9.0\), expected 1"),
-        (lambda m: m.update(format=True), "key 'format'.*found True"),
+        (lambda m: m.update(format=3, edgedyn="9.0"), r"found 3 \(written by edgedyn 9.0\), expected 2"),
+        (lambda m: m.update(format=True), "format: found True"),
         (lambda m: m.pop("target"), "key 'target'.*found 'nothing'"),
         (lambda m: m.update(inputs={}), "key 'inputs'"),
         (lambda m: m.update(outputs=[]), "outputs: found .*expected at least one"),
         (lambda m: m["tile"].update(overlap=True), "overlap"),
         (lambda m: m["tile"].update(overlap=-1), "overlap.*-1"),
         (lambda m: m.update(tile={}), "overlap"),
-        (lambda m: m.update(program="../model.onnx"), "program"),
+        (lambda m: m.update(programs={"forward": "../model.onnx"}), "programs"),
+        (lambda m: m.update(programs={}), "programs"),
+        (lambda m: m.update(programs={"main": "model.onnx"}), "routing"),
+        (lambda m: m.update(routing={"rule": "argmax"}), "routing"),
+        (lambda m: route(m, "fallback", "", "a"), "routing"),
+        (lambda m: route(m, "fallback", "router", "a", "b"), "routing"),
+        (lambda m: route(m, "argmax", "", "a", "b"), "routing"),
+        (lambda m: route(m, "argmax", "router", "a", "a"), "routing"),
+        (lambda m: route(m, "dice", "router", "a", "b"), "routing"),
+        (lambda m: (route(m, "argmax", "router", "a", "b"), m["programs"].pop("b")), "routing"),
+        (lambda m: m["vectors"][0].update(inputs=["vectors/0.input.npy"] * 2), "a vector"),
         (lambda m: m["inputs"][0].update(dtype="object"), "dtype"),
         (lambda m: m["inputs"][0].update(shape=[1, 0]), "shape"),
         (lambda m: m["inputs"][0].update(shape=[2**31]), "shape"),
@@ -206,7 +229,7 @@ def test_a_huge_manifest_is_refused_before_it_is_read(path):
         (lambda m: m["inputs"][0].update(low=True), "'low'.*found True"),
         (lambda m: m["vectors"][0].update(max_abs=True), "'max_abs'.*found True"),
         (lambda m: m.update(inputs=["x"]), "a tensor"),
-        (lambda m: m["vectors"][0].update(input="vectors/9.npy"), "listed files"),
+        (lambda m: m["vectors"][0].update(inputs=["vectors/9.npy"]), "listed files"),
         (lambda m: m["vectors"][0].update(max_abs=-1), "max_abs and rms from 0"),
         (lambda m: m["vectors"][0].pop("max_abs"), "'max_abs'"),
         (lambda m: m["vectors"][0].pop("rms"), "'rms'"),
@@ -327,7 +350,7 @@ def engine(folder, data=b"engine"):
 
 def test_an_added_file_is_moved_in_listed_and_verified(path, tmp_path):
     file = engine(tmp_path / "made")
-    bundle = add_file(open_bundle(path), file)
+    bundle = add_files(open_bundle(path), [file])
     assert not file.exists()
     assert bundle == open_bundle(path)
     assert bundle.manifest["files"]["model.engine"]["size"] == 6
@@ -339,12 +362,12 @@ def test_an_added_file_is_moved_in_listed_and_verified(path, tmp_path):
 @pytest.mark.parametrize("state", ["listed", "changed", "unlisted", "missing"])
 def test_a_file_is_added_again_whatever_became_of_it(path, tmp_path, state):
     if state != "unlisted":
-        add_file(open_bundle(path), engine(tmp_path / "made"))
+        add_files(open_bundle(path), [engine(tmp_path / "made")])
     if state in ("changed", "unlisted"):
         (path / "model.engine").write_bytes(b"half")
     if state == "missing":
         (path / "model.engine").unlink()
-    bundle = add_file(open_bundle(path, rebuilt="model.engine"), engine(tmp_path / "made", b"newer"))
+    bundle = add_files(open_bundle(path, rebuilt=["model.engine"]), [engine(tmp_path / "made", b"newer")])
     assert bundle == open_bundle(path)
     assert (path / "model.engine").read_bytes() == b"newer"
 
@@ -356,12 +379,12 @@ def test_adding_refuses_odd_names_and_changes_elsewhere(path, tmp_path):
     listed = engine(tmp_path / "made").rename(tmp_path / "made" / "manifest.json")
     for file in (odd, listed):
         with pytest.raises(BundleError, match="listed name"):
-            add_file(bundle, file)
+            add_files(bundle, [file])
     (path / "model.onnx").write_bytes(b"changed")
     with pytest.raises(BundleError, match=r"file model\.onnx"):
-        add_file(bundle, engine(tmp_path / "made"))
+        add_files(bundle, [engine(tmp_path / "made")])
     with pytest.raises(BundleError, match=r"file model\.onnx"):
-        open_bundle(path, rebuilt="model.engine")
+        open_bundle(path, rebuilt=["model.engine"])
     assert (path / "manifest.json").read_bytes() == before
     assert not (path / "model.engine").exists()
 

@@ -47,13 +47,13 @@ def write_set(folder: Path, names=("a.png", "b.png"), **changes) -> Path:
 
 def refused(call, *arguments) -> str:
     with pytest.raises(CalibrationError) as caught:
-        list(call(*arguments).draw(SHAPE))
+        list(call(*arguments).draw([SHAPE]))
     assert caught.value.exit_code == 5
     return str(caught.value)
 
 
 def draw(path: Path, shape: tuple[int, ...] = SHAPE):
-    return list(open_set(path).draw(shape))
+    return list(open_set(path).draw([shape]))
 
 
 def test_draw_is_the_same_every_time_and_follows_the_seed(tmp_path):
@@ -134,7 +134,7 @@ def test_set_without_noise_gives_the_truth(tmp_path):
 
 def test_gray_image_is_repeated_for_a_colour_network(tmp_path):
     save_image(tmp_path / "gray.png", gray=True)
-    truth = next(open_set(tmp_path).draw(SHAPE)).truth
+    truth = next(open_set(tmp_path).draw([SHAPE])).truth
     np.testing.assert_array_equal(truth[:, 0], truth[:, 1])
     np.testing.assert_array_equal(truth[:, 0], truth[:, 2])
     assert truth.std() > 0.05
@@ -153,7 +153,7 @@ def test_image_smaller_than_the_crop_is_reflected(tmp_path):
     save_image(tmp_path / "small.png", size=(20, 30))
     pixels = np.asarray(Image.open(tmp_path / "small.png"), dtype=np.float32) / 255
     expected = np.pad(pixels, ((0, 12), (0, 18), (0, 0)), mode="symmetric").transpose(2, 0, 1)[None]
-    truth = next(open_set(tmp_path).draw(SHAPE)).truth
+    truth = next(open_set(tmp_path).draw([SHAPE])).truth
     np.testing.assert_allclose(truth, expected, rtol=0, atol=2**-24)
 
 

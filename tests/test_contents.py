@@ -11,6 +11,7 @@ import pytest
 
 from edgedyn import contents
 from edgedyn.calibration import Sample, open_set
+from edgedyn.conversion import Converted, Part
 from edgedyn.quantize import Quantized
 from edgedyn.recipe import load_recipe
 from edgedyn.targets import Artifact
@@ -19,49 +20,53 @@ from edgedyn.validate import Outputs, Row, ValidationReport
 RECIPE = Path(__file__).parents[1] / "recipes/mallenet-s.phone.int8.yaml"
 
 
+CONVERTED = Converted(None, None, {"forward": Part((), {}, None, Quantized(None), None)}, None, None)
+
+
 def make_outputs(*samples: tuple[float, str], device_error: float = 0.0) -> Outputs:
     """Give each (sigma, source) an image of its own value; at one pixel the device is off by an error."""
     made, images = [], []
     for index, (sigma, source) in enumerate(samples):
-        image = np.full((4, 6, 3), index / 8, np.float32)
-        made.append(Sample(image.transpose(2, 0, 1)[None], image.transpose(2, 0, 1)[None], sigma, source))
+        image = np.full((1, 3, 4, 6), index / 8, np.float32)
+        made.append(Sample((image,), image, sigma, source))
         images.append(image)
     device = [image.copy() for image in images]
     for image in device:
-        image[1, 2, 0] += device_error
+        image[0, 0, 1, 2] += device_error
     return Outputs(made, images, images, device)
 
 
 def describe(outputs: Outputs, *overrides: str, ok: bool = True) -> dict:
     recipe = load_recipe(RECIPE, [*overrides])
     calibration = open_set(recipe.path(recipe.calibration))
-    return contents.describe(
-        recipe, Artifact(("model.pte",), {"delegates": 1}), {}, Quantized(None), calibration, outputs, {}, ok
-    )
+    artifact = Artifact({"forward": "model.pte"}, {"delegates": 1})
+    return contents.describe(recipe, artifact, CONVERTED, calibration, outputs, {}, ok)
 
 
 def test_pictures_show_each_noise_level_and_different_images():
     outputs = make_outputs((50, "a"), (15, "a"), (15, "b"), (25, "b"), (25, "c"))
-    shown = [(picture.sigma, picture.caption) for picture in contents.choose_pictures(outputs)]
+    shown = [
+        (picture.sigma, picture.caption) for picture in contents.choose_pictures(outputs, load_recipe(RECIPE))
+    ]
     assert shown == [(15, "b"), (25, "c"), (50, "a")]
 
 
 def test_first_image_of_a_noise_level_is_shown():
     outputs = make_outputs((15, "a"), (15, "b"))
-    assert [picture.caption for picture in contents.choose_pictures(outputs)] == ["a"]
+    assert [picture.caption for picture in contents.choose_pictures(outputs, load_recipe(RECIPE))] == ["a"]
 
 
 def test_noise_level_of_an_image_that_is_shown_already_is_shown_too():
     outputs = make_outputs((50, "a"), (15, "a"))
-    assert [picture.sigma for picture in contents.choose_pictures(outputs)] == [15, 50]
+    assert [picture.sigma for picture in contents.choose_pictures(outputs, load_recipe(RECIPE))] == [15, 50]
 
 
 @pytest.mark.parametrize(("device_error", "levels"), [(0.0, 0.25), (1 / 255, 2.0)])
 def test_vectors_allow_twice_what_this_runtime_was_off_and_a_quarter_level_at_least(device_error, levels):
     vectors = describe(make_outputs((15, "a"), (50, "b"), device_error=device_error))["vectors"]
-    assert [vector["input"] for vector in vectors] == [
-        "vectors/first.input.npy",
-        "vectors/noisiest.input.npy",
+    assert [vector["inputs"] for vector in vectors] == [
+        ["vectors/first.input.npy"],
+        ["vectors/noisiest.input.npy"],
     ]
     # the error is added to a float32 value below 1: one rounding of 2**-24
     assert [vector["max_abs"] * 255 for vector in vectors] == pytest.approx(
@@ -89,7 +94,7 @@ def test_bias_correction_is_named_only_where_the_engine_has_it(engine, correctio
 
 def test_numbers_that_json_lacks_are_written_as_text(tmp_path):
     report = ValidationReport((Row("expanded:canonical", "sqnr_db", math.inf, {"at_least": 200.0}, 2),))
-    contents.write_texts(tmp_path, load_recipe(RECIPE), report, Quantized(None), None, {"median": 1.5})
+    contents.write_texts(tmp_path, load_recipe(RECIPE), report, CONVERTED, None, {"median": 1.5})
     text = (tmp_path / "report.json").read_text()
     written = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert written["rows"][0]["value"] == "inf"

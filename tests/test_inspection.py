@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -108,9 +106,10 @@ def test_call_of_the_op_itself_is_listed():
     (entry,) = look("OwnCall")["layers"]
     assert (entry["class"], entry["paper"]) == ("OwnCall", "calls the op itself")
     assert entry["generator_macs"] == 27 * 3 * 16 * (SIZE // 4) ** 2
-    assert entry["grid"] == [4, 4]
+    assert entry["generated"] == {"grid": [1, 27, 4, 4]}
     assert entry["apply_macs"] == SIZE**2 * (4 * 27 + 9 * 3)
-    assert entry["grid_bytes"] == 4 * 27 * math.prod(entry["grid"])
+    assert entry["kernel_bytes"] == 4 * 27 * 4 * 4
+    assert entry["generator_parameters"] == 27 * (3 * 16 + 1)
 
 
 def test_convolution_behind_the_kernels_generates_nothing():

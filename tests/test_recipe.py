@@ -64,7 +64,7 @@ def test_digest_follows_the_values_and_not_the_folder(tmp_path):
 
 
 def test_input_spec_is_half_only_for_half_precision(tmp_path):
-    spec = load_recipe(write(tmp_path)).input_spec()
+    spec = load_recipe(write(tmp_path)).input_specs()[0]
     assert (spec.name, spec.dtype, spec.shape, spec.low, spec.high) == (
         "image",
         "float32",
@@ -72,7 +72,7 @@ def test_input_spec_is_half_only_for_half_precision(tmp_path):
         0,
         1,
     )
-    assert load_recipe(write(tmp_path), ["precision=fp16"]).input_spec().dtype == "float16"
+    assert load_recipe(write(tmp_path), ["precision=fp16"]).input_specs()[0].dtype == "float16"
 
 
 def test_recipe_cannot_be_changed(tmp_path):
@@ -83,7 +83,10 @@ def test_recipe_cannot_be_changed(tmp_path):
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"taget": "x"}, ["unknown key 'taget'", "did you mean 'target'?", "Known here: name, model, input"]),
+        (
+            {"taget": "x"},
+            ["unknown key 'taget'", "did you mean 'target'?", "Known here: name, model, task, input"],
+        ),
         (
             {"quantize": {"engin": "nncf"}},
             ["'quantize.engin'", "did you mean 'engine'?", "bias_correction, keep_float"],

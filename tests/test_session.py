@@ -71,19 +71,31 @@ def write(out, *, channels=3, overlap=OVERLAP, dtype="float32", bias=0.0, **chan
     x = np.random.default_rng(4).random(shape).astype(dtype)
     manifest = {
         **{
-            "format": 1,
+            "format": 2,
             "ok": True,
             "name": "blur",
             "edgedyn": "0.1.0",
             "target": "onnxruntime",
             "precision": "fp32",
         },
-        **{"program": "model.onnx", "forms": {}, "versions": {}, "digests": {}, "facts": {}},
+        **{
+            "programs": {"forward": "model.onnx"},
+            "routing": {},
+            "forms": {},
+            "versions": {},
+            "digests": {},
+            "facts": {},
+        },
         "inputs": [tensor("x", shape, dtype)],
         "outputs": [tensor("y", shape, dtype)],
         "tile": {"overlap": overlap},
         "vectors": [
-            {"input": "vectors/0.input.npy", "output": "vectors/0.output.npy", "max_abs": 1e-6, "rms": 1e-7}
+            {
+                "inputs": ["vectors/0.input.npy"],
+                "output": "vectors/0.output.npy",
+                "max_abs": 1e-6,
+                "rms": 1e-7,
+            }
         ],
     }
     with staging_folder(out) as staging:
@@ -274,7 +286,9 @@ def test_a_program_that_returns_another_shape_or_nan_is_noticed(session):
     ],
 )
 def test_a_program_that_is_not_image_to_image_takes_no_picture(tmp_path, inputs, outputs):
-    session = session_of(write(tmp_path / "bundle", inputs=inputs, outputs=outputs))
+    vectors = [] if len(inputs) > 1 else None
+    changes = {"inputs": inputs, "outputs": outputs} | ({} if vectors is None else {"vectors": vectors})
+    session = session_of(write(tmp_path / "bundle", **changes))
     with pytest.raises(ImageError, match="takes and returns"):
         session.denoise(picture(9, 9))
 
@@ -335,7 +349,7 @@ def test_opening_says_what_is_missing(tmp_path, monkeypatch):
     write(tmp_path / "unknown", target="abacus")
     with pytest.raises(BundleError, match="target 'abacus' is unknown"):
         open_session(tmp_path / "unknown")
-    write(tmp_path / "uncompiled", program="model.engine")
+    write(tmp_path / "uncompiled", programs={"forward": "model.engine"})
     with pytest.raises(UsageError, match=r"has no model\.engine yet.*edgedyn compile"):
         open_session(tmp_path / "uncompiled")
     write(tmp_path / "bundle")

@@ -24,6 +24,10 @@ TARGET = targets.load("executorch")
 SHAPE = (1, 3, 16, 24)
 
 
+def lower(program, folder, precision):
+    return TARGET.lower({"forward": program}, folder, precision)
+
+
 def make_input(seed: int = 21, shape: tuple[int, ...] = SHAPE) -> Tensor:
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -54,8 +58,8 @@ def to_int8(net: nn.Module, x: Tensor, engine: str = "torchao") -> quantize.Quan
 
 def lower_and_run(program: torch.export.ExportedProgram, folder: Path, precision: str, x: Tensor):
     """Return (delegates, portable operators, output of the real runtime, output of the program)."""
-    artifact = TARGET.lower(program, folder, precision)
-    assert artifact.files == ("model.pte",)
+    artifact = lower(program, folder, precision)
+    assert artifact.programs == {"forward": "model.pte"}
     (y,) = TARGET.load(folder / "model.pte")(x.numpy())
     with torch.no_grad():
         expected = program.module()(x).numpy()
@@ -200,7 +204,7 @@ def test_int8_pattern_runs_and_computes_what_the_program_says(tmp_path, name, en
 def test_program_runs_again_after_its_file_and_maker_are_gone(tmp_path):
     """The runtime keeps neither the bytes nor the program alive."""
     net, x = make_net(PlainNet), make_input()
-    TARGET.lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")
+    lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")
     run = TARGET.load(tmp_path / "model.pte")
     (tmp_path / "model.pte").unlink()
     (first,) = run(x.numpy())
@@ -213,7 +217,7 @@ def test_program_runs_again_after_its_file_and_maker_are_gone(tmp_path):
 
 def test_input_that_is_not_contiguous_is_copied(tmp_path):
     net, x = make_net(PlainNet), make_input()
-    TARGET.lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")
+    lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")
     run = TARGET.load(tmp_path / "model.pte")
     view = np.ascontiguousarray(x.numpy().transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
     assert not view.flags.c_contiguous
@@ -223,7 +227,7 @@ def test_input_that_is_not_contiguous_is_copied(tmp_path):
 def test_loading_and_running_print_nothing(tmp_path):
     """In a process of its own: the runtime looks for the kind of CPU once."""
     net, x = make_net(PlainNet), make_input()
-    TARGET.lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")
+    lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")
     code = (
         "import sys, numpy as np, logging; from pathlib import Path; from edgedyn import targets;"
         "from edgedyn.cli import quiet_libraries\n"
@@ -236,7 +240,7 @@ def test_loading_and_running_print_nothing(tmp_path):
 
 def test_run_that_fails_is_told_with_the_runtimes_words(tmp_path):
     net, x = make_net(PlainNet), make_input()
-    TARGET.lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")
+    lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")
     with pytest.raises(
         BundleError, match=r"cannot run model\.pte on inputs \[\(1, 3, 5, 5\)\]: .+keep_float"
     ):
@@ -255,7 +259,9 @@ def test_damaged_program_is_refused_with_the_runtimes_words(tmp_path):
 
 def test_facts_name_the_version_and_the_target_states_what_it_has(tmp_path):
     net, x = make_net(PlainNet), make_input()
-    facts = TARGET.lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32").facts
+    facts = TARGET.lower(
+        {"forward": quantize.to_float(capture(net, x), (x,), "fp32").program}, tmp_path, "fp32"
+    ).facts
     assert facts["executorch"] == version("executorch")
     assert TARGET.precisions == {"fp32", "int8"}
     assert TARGET.missing() is None

@@ -21,6 +21,12 @@ from edgedyn.targets import onnx_export
 from edgedyn.targets.onnxruntime import run as onnxruntime_run
 
 TARGET = targets.load("onnxruntime")
+
+
+def lower(program, folder, precision):
+    return TARGET.lower({"forward": program}, folder, precision)
+
+
 FLOAT16_UNIT = 2.0**-11  # largest relative error of one rounding to float16
 FLOAT32_UNIT = 2.0**-24
 
@@ -33,8 +39,8 @@ FLOAT32_UNIT = 2.0**-24
 )
 def test_onnx_equals_the_network_in_float64(tmp_path, precision, unit, roundings):
     program, x = make_program(precision)
-    artifact = TARGET.lower(program, tmp_path, precision)
-    (y,) = TARGET.load(tmp_path / artifact.files[0])(x.numpy())
+    artifact = lower(program, tmp_path, precision)
+    (y,) = TARGET.load(tmp_path / artifact.programs["forward"])(x.numpy())
     net = make_net().half().double() if precision == "fp16" else make_net().double()
     with torch.no_grad():
         error = (torch.from_numpy(y).double() - net(x.double())).abs()
@@ -44,7 +50,7 @@ def test_onnx_equals_the_network_in_float64(tmp_path, precision, unit, roundings
 
 def test_int8_onnx_equals_the_converted_program_within_one_step(tmp_path):
     program, x = make_program("int8")
-    TARGET.lower(program, tmp_path, "int8")
+    lower(program, tmp_path, "int8")
     (y,) = TARGET.load(tmp_path / "model.onnx")(x.numpy())
     with torch.no_grad():
         expected = program.module()(x)
@@ -59,7 +65,7 @@ def test_int8_onnx_equals_the_converted_program_within_one_step(tmp_path):
 @pytest.mark.parametrize("fold_quantize", [True, False])
 def test_int8_weights_are_stored_as_int8(tmp_path, fold_quantize):
     program = quantize(make_net(64), make_input(), fold_quantize=fold_quantize)
-    TARGET.lower(program, tmp_path, "int8")
+    lower(program, tmp_path, "int8")
     model = onnx.load(tmp_path / "model.onnx")
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
@@ -78,7 +84,7 @@ def test_file_is_deterministic_complete_and_does_not_name_python_files(tmp_path)
     for name in ("first", "second"):
         folder = tmp_path / name
         folder.mkdir()
-        TARGET.lower(capture(make_net(), make_input()), folder, "fp32")
+        lower(capture(make_net(), make_input()), folder, "fp32")
         assert [path.name for path in folder.iterdir()] == ["model.onnx"]
         contents.append((folder / "model.onnx").read_bytes())
     assert contents[0] == contents[1]
@@ -86,7 +92,7 @@ def test_file_is_deterministic_complete_and_does_not_name_python_files(tmp_path)
 
 
 def test_facts_describe_the_file(tmp_path):
-    artifact = TARGET.lower(make_program("int8")[0], tmp_path, "int8")
+    artifact = lower(make_program("int8")[0], tmp_path, "int8")
     facts = artifact.facts["onnx"]
     assert facts["opset"] == onnx_export.OPSET
     assert facts["inputs"] == ["x"]
@@ -103,7 +109,7 @@ def test_several_inputs_and_outputs_keep_their_order(tmp_path):
             return left - right, left * right.sum(1, keepdim=True)
 
     x, y = make_input(), make_input() + 2
-    artifact = TARGET.lower(torch.export.export(Two(), (x, y)), tmp_path, "fp32")
+    artifact = lower(torch.export.export(Two(), (x, y)), tmp_path, "fp32")
     assert artifact.facts["onnx"]["inputs"] == ["left", "right"]
     assert artifact.facts["onnx"]["outputs"] == ["output_0", "output_1"]
     difference, product = TARGET.load(tmp_path / "model.onnx")(x.numpy(), y.numpy())
@@ -138,7 +144,7 @@ def test_plugin_node_of_a_form_passes_the_export(tmp_path):
 )
 def test_program_of_another_precision_is_refused(tmp_path, made, asked, message):
     with pytest.raises(ModelError, match=message):
-        TARGET.lower(make_program(made)[0], tmp_path, asked)
+        lower(make_program(made)[0], tmp_path, asked)
 
 
 @pytest.mark.parametrize(
@@ -160,14 +166,14 @@ def test_operator_without_onnx_is_named(tmp_path):
 
     program = capture(Spectrum(), torch.rand(2, 4, 4))
     with pytest.raises(ModelError, match=r"(?s)cannot be expressed in ONNX opset 20.*linalg_eig"):
-        TARGET.lower(program, tmp_path, "fp32")
+        lower(program, tmp_path, "fp32")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_weights_beyond_one_file_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_export, "MAX_BYTES", 1000)
     with pytest.raises(ModelError, match="one ONNX file holds at most 1000"):
-        TARGET.lower(capture(make_net(), make_input()), tmp_path, "fp32")
+        lower(capture(make_net(), make_input()), tmp_path, "fp32")
 
 
 def test_session_does_not_optimize(tmp_path):
@@ -215,7 +221,7 @@ def test_export_without_its_packages_says_what_to_install(tmp_path, monkeypatch,
     program = capture(make_net(), make_input())
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(TargetMissingError, match=f"pip install {package}$"):
-        TARGET.lower(program, tmp_path, "fp32")
+        lower(program, tmp_path, "fp32")
 
 
 def test_target_imports_with_everything_heavy_blocked():
@@ -249,7 +255,7 @@ def test_dynamic_layers_keep_their_accuracy(tmp_path, make):
     for parameter in net.parameters():  # every gate starts at 0, which would hide the dynamic layers
         parameter.data += 0.05 * torch.randn(parameter.shape)
     x = make_input((1, 3, 32, 64))
-    TARGET.lower(capture(net, x), tmp_path, "fp32")
+    lower(capture(net, x), tmp_path, "fp32")
     (y,) = TARGET.load(tmp_path / "model.onnx")(x.numpy())
     with torch.no_grad():
         in_float32, expected = net(x), net.double()(x.double())

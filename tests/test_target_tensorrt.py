@@ -33,6 +33,10 @@ from edgedyn.targets.tensorrt.lower import check_rows
 TARGET = targets.load("tensorrt")
 
 
+def lower(program, folder, precision):
+    return TARGET.lower({"forward": program}, folder, precision)
+
+
 def why_no_engine() -> str | None:
     try:
         run.require_tensorrt()
@@ -60,18 +64,18 @@ without_engine = pytest.mark.skipif(why_no_engine() is None, reason="TensorRT an
 @pytest.fixture(params=["fp32", "fp16", "int8"])
 def lowered(request, tmp_path):
     program, x = make_program(request.param)
-    return TARGET.lower(program, tmp_path, request.param), tmp_path / "model.onnx", x
+    return lower(program, tmp_path, request.param), tmp_path / "model.onnx", x
 
 
 def test_asymmetric_program_is_refused_with_its_nodes(tmp_path):
     program = quantize(make_net(), make_input(), ConvInputs(torch.per_tensor_affine))
     with pytest.raises(ModelError, match=r"6 findings:\n  QuantizeLinear .* expected INT8 zeros"):
-        TARGET.lower(program, tmp_path, "int8")
+        lower(program, tmp_path, "int8")
 
 
 def test_host_oracle_equals_the_onnxruntime_target(lowered):
     artifact, path, x = lowered
-    assert artifact.files == ("model.onnx",)
+    assert artifact.programs == {"forward": "model.onnx"}
     (y,) = TARGET.load(path)(x.numpy())
     np.testing.assert_array_equal(y, targets.load("onnxruntime").load(path)(x.numpy())[0])
     assert run.runtime_name(path).endswith("unoptimized (no TensorRT engine here)")
@@ -103,10 +107,8 @@ def test_check_build_passes_with_its_figures(lowered):
 @needs_rtx
 def test_half_weights_take_half_the_memory(tmp_path):
     net, x = make_net(64), make_input()
-    in_float32 = TARGET.lower(capture(net, x), tmp_path, "fp32").facts["check_build"]["weights_bytes"]
-    in_float16 = TARGET.lower(capture(net.half(), x.half()), tmp_path, "fp16").facts["check_build"][
-        "weights_bytes"
-    ]
+    in_float32 = lower(capture(net, x), tmp_path, "fp32").facts["check_build"]["weights_bytes"]
+    in_float16 = lower(capture(net.half(), x.half()), tmp_path, "fp16").facts["check_build"]["weights_bytes"]
     stored = sum(parameter.numel() for parameter in net.parameters()) * 4
     assert stored <= in_float32 <= 1.05 * stored  # the builder pads channels
     assert in_float16 == pytest.approx(in_float32 / 2, rel=0.05)
@@ -118,7 +120,9 @@ def test_scratch_grows_with_the_image(tmp_path):
     for height in (256, 512):
         folder = tmp_path / str(height)
         folder.mkdir()
-        artifact = TARGET.lower(capture(make_net(32), make_input((1, 3, height, 256))), folder, "fp32")
+        artifact = TARGET.lower(
+            {"forward": capture(make_net(32), make_input((1, 3, height, 256)))}, folder, "fp32"
+        )
         scratch.append(artifact.facts["check_build"]["scratch_bytes"])
     feature_map = 32 * 256 * 256 * 4
     assert scratch[1] - scratch[0] >= feature_map
@@ -143,7 +147,7 @@ def test_failed_check_build_is_a_fact_and_not_an_exception(tmp_path):
         def forward(self, x):
             return torch.onnx.ops.symbolic("edgedyn::Twice", (x,), dtype=x.dtype, shape=x.shape, version=1)
 
-    artifact = TARGET.lower(capture(Plugin(), make_input()), tmp_path, "fp32")
+    artifact = lower(capture(Plugin(), make_input()), tmp_path, "fp32")
     assert artifact.facts["check_build"]["passed"] is False
 
 

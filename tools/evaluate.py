@@ -95,8 +95,8 @@ def lower_recipe(recipe: Recipe, folder: Path, *, trust: bool) -> tuple[Path, fl
     target = pipeline.load_target(recipe)
     calibration, samples = pipeline.load_sets(recipe)
     converted = pipeline.convert(recipe, target, calibration, samples[0], trust=trust)
-    artifact = target.lower(converted.program, folder, recipe.precision)
-    return folder / artifact.files[0], converted.quantized.int8_mac_share
+    artifact = target.lower({"forward": converted.program}, folder, recipe.precision)
+    return folder / artifact.programs["forward"], converted.quantized.int8_mac_share
 
 
 def score(run: Callable[[np.ndarray], np.ndarray], truth: np.ndarray, sigma: float, index: int) -> float:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
+from edgedyn.routing import RoutedModel
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,13 @@ def load_all() -> dict[str, Layer]:
     return {layer.name: layer for layer in found}
 
 
+def float32_classes() -> frozenset[str]:
+    """Return ``package.module.Class`` of every module class that stays in float32 in every precision."""
+    return frozenset(
+        f"{cls.__module__}.{cls.__qualname__}" for layer in load_all().values() for cls in layer.float32
+    )
+
+
 def find_dynamic(model: nn.Module) -> list[tuple[str, nn.Module, Layer]]:
     """List (dotted path, module, paper) of every reference layer in the model, in order of definition."""
     papers = {cls: layer for layer in load_all().values() for cls in layer.canonical}
@@ -67,13 +75,14 @@ def find_dynamic(model: nn.Module) -> list[tuple[str, nn.Module, Layer]]:
     ]
 
 
-def canonicalize(model: nn.Module) -> nn.Module:
-    """Return a copy of the model in which every reference layer is its canonical twin.
+def recognise(model: nn.Module) -> nn.Module:
+    """Return a copy of the model in which the authors' dynamic layers are our references, weights and all.
 
-    A layer that stands at several places stays one module. The model itself is not changed.
+    They are found by class name and structure. A layer that stands at several places stays one module.
 
     Raises:
-        ModelError: when the model is in training mode, or a dynamic layer carries hooks that would be lost.
+        ModelError: when the model is in training mode; for a layer with hooks; for what bears the name of an
+            authors' dynamic layer, or derives from one of our references, and does not fit.
     """
     training = [path or "(the model)" for path, module in model.named_modules() if module.training]
     if training:
@@ -81,19 +90,74 @@ def canonicalize(model: nn.Module) -> nn.Module:
             f"the model is in training mode ({training[0]} and {len(training) - 1} more modules); a deployed "
             "program has fixed BatchNorm statistics. Call model.eval() first."
         )
-    model = copy.deepcopy(model)
-    twins: dict[nn.Module, nn.Module] = {}
-    for path, module, layer in find_dynamic(model):
-        if module._forward_hooks or module._forward_pre_hooks:
+    papers = load_all().values()
+    ours = tuple(cls for layer in papers for cls in layer.canonical)
+    by_name = {name: make for layer in papers for name, make in layer.recognise.items()}
+
+    def take_over(module: nn.Module, path: str) -> nn.Module | None:
+        if type(module) in ours or type(module).__module__.startswith("edgedyn."):
+            return None
+        if isinstance(module, ours):
             raise ModelError(
-                f"{path or 'the model'} ({type(module).__name__}) carries forward hooks, which its canonical "
-                "form cannot call. Remove them before building."
+                f"{path or 'the model'} is {_name(module)}, derived from {_name(module, 1)}: its forward may "
+                "differ from the paper's, so nothing proves a rewrite. Use the class itself, or add a layer "
+                "to edgedyn/layers/."
             )
-        twins[module] = layer.canonical[type(module)](module).eval()
-    if model in twins:
-        return twins[model]
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():  # named_children passes over a repeated layer
-            if child in twins:
-                parent._modules[name] = twins[child]
-    return model
+        make = by_name.get(type(module).__name__)
+        return make(module) if make else None
+
+    return _replace(copy.deepcopy(model), take_over)
+
+
+def canonicalize(model: nn.Module) -> nn.Module:
+    """Return a copy of the model in which every dynamic layer is its canonical twin.
+
+    A layer that stands at several places stays one module. The model itself is not changed. A network that
+    picks its own structure becomes a ``RoutedModel``.
+
+    Raises:
+        ModelError: as ``recognise``; when a dynamic layer carries hooks that would be lost; when a routed
+            network is only a part of the model.
+    """
+    canonical = {cls: make for layer in load_all().values() for cls, make in layer.canonical.items()}
+
+    def rewrite(module: nn.Module, path: str) -> nn.Module | None:
+        make = canonical.get(type(module))
+        return make(module) if make else None
+
+    found = _replace(recognise(model), rewrite)
+    inner = [path for path, module in found.named_modules() if path and isinstance(module, RoutedModel)]
+    if inner:
+        raise ModelError(
+            f"{inner[0]} becomes a routed program, which the host runs: expected it to be the whole network, "
+            f"found it inside {_name(model)}. Move the layers around it into its gate and its variants."
+        )
+    return found
+
+
+def _replace(model: nn.Module, make: Callable[[nn.Module, str], nn.Module | None]) -> nn.Module:
+    """Replace modules from the outside in, each once, wherever it stands; what is put in is searched too."""
+    twins: dict[nn.Module, nn.Module] = {}
+
+    def visit(module: nn.Module, path: str) -> nn.Module:
+        if module in twins:
+            return twins[module]
+        twin = make(module, path)
+        if twin is not None and (module._forward_hooks or module._forward_pre_hooks):
+            raise ModelError(
+                f"{path or 'the model'} ({_name(module)}) carries forward hooks, which its canonical form "
+                "cannot call. Remove them before building."
+            )
+        result = module if twin is None else twin.eval()
+        twins[module] = twins[result] = result
+        for name, child in result._modules.items():  # named_children passes over a repeated layer
+            if child is not None:
+                result._modules[name] = visit(child, f"{path}.{name}" if path else name)
+        return result
+
+    return visit(model, "")
+
+
+def _name(module: nn.Module, base: int = 0) -> str:
+    """Return the name of a module's class, or of an ancestor."""
+    return type(module).__mro__[base].__name__

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from edgedyn.errors import NoFormError, RecipeError
+from edgedyn.ops.constants import fold_constants
 
 if TYPE_CHECKING:
     from edgedyn.targets import Target
@@ -137,6 +138,9 @@ def choose_forms(
 def expand(
     program: torch.export.ExportedProgram, forms: Mapping[Op, Form], when: str
 ) -> torch.export.ExportedProgram:
-    """Replace the ops whose forms are expanded at this point (``before_quantize`` or ``after_quantize``)."""
+    """Replace the ops whose forms are expanded at this point (``before_quantize`` or ``after_quantize``).
+
+    What the forms compute from constants alone is computed here, once.
+    """
     table = {op.overload: form.fn for op, form in forms.items() if form.expand == when}
-    return program.run_decompositions(table) if table else program
+    return fold_constants(program.run_decompositions(table)) if table else program

@@ -27,6 +27,7 @@ QUESTIONS = {
     "quantized:expanded": "What did quantization cost?",
     "device:quantized": "Does the runtime compute what was exported?",
     "float:truth": "How good is the network before deployment?",
+    "device:float": "Does the device say what the float network says?",
     "device:truth": "Is what runs on the device still a good network?",
     "decisions": "Do gates and masks still decide the same?",
 }
@@ -34,7 +35,17 @@ QUESTIONS = {
 _UNITS = {"_db": "dB", "_ms": "ms", "_levels": "levels", "_bytes": "bytes", "_percent": "%"}
 _ROW_KEYS = frozenset({"between", "metric", "value", "limit", "samples", "passed"})
 _FACTS_SHOWN = frozenset(
-    {"programs", "latency_ms", "int8_mac_share", "float_nodes", "check_build", "calibration"}
+    {
+        "programs",
+        "latency_ms",
+        "int8_mac_share",
+        "float_nodes",
+        "check_build",
+        "calibration",
+        "weights",
+        "decisions",
+        "routes",
+    }
 )
 
 
@@ -60,7 +71,9 @@ def write_report(
         pictures: shown in this order.
         facts: what was measured besides the rows. Each may be absent: ``programs`` {file: bytes},
             ``latency_ms`` {median, p95, runs}, ``int8_mac_share`` (a fraction), ``float_nodes``
-            [{node, reason}], ``check_build`` and ``calibration`` {name: value}. Others are listed at the end.
+            [{node, reason}], ``check_build`` and ``calibration`` {name: value}, ``weights`` (where they are
+            from), ``decisions`` and ``routes`` (histograms of margins: ``edges``, ``all``, ``changed``).
+            Others are listed at the end.
 
     Raises:
         UsageError: for a verdict that the rows contradict, a row or a manifest without a required key, a
@@ -71,6 +84,8 @@ def write_report(
     page = _template().render(
         title=title,
         ok=ok,
+        notice=_notice(str(facts.get("weights", ""))),
+        histograms=list(_histograms(facts)),
         target=manifest["target"],
         precision=precision,
         verdict=_verdict(ok, rows),
@@ -143,6 +158,29 @@ def _figures(rows: list[dict[str, Any]], facts: Mapping[str, Any]) -> Iterable[t
         yield "Latency", f"{number(latency['median'])} ms", note
 
 
+def _notice(weights: str) -> str:
+    """Return what a reader has to know before the numbers."""
+    if not weights.startswith("not trained"):
+        return ""
+    return f"The network is {weights}. Its pictures and answers mean nothing; what deployment changes does."
+
+
+def _histograms(facts: Mapping[str, Any]) -> Iterable[tuple[str, str, list[tuple[float, float]]]]:
+    """Yield (title, note, columns) of each histogram of margins; a column is two heights in percent."""
+    found = {**facts.get("decisions", {}), **facts.get("routes", {})}
+    for name, table in found.items():
+        if not isinstance(table, dict) or "changed" not in table:
+            continue
+        tallest = math.sqrt(max(table["all"])) or 1.0
+        columns = []
+        for count, changed in zip(table["all"], table["changed"], strict=True):
+            height = 100 * math.sqrt(count) / tallest
+            red = height * changed / count if count else 0.0
+            columns.append((height - red, red))
+        note = f"{sum(table['changed'])} of {sum(table['all'])} decisions changed"
+        yield name.replace("_", " "), note, columns
+
+
 def _psnr_cost(rows: list[dict[str, Any]]) -> Iterable[tuple[str, str, str]]:
     """Yield the largest PSNR drop from float to device among the conditions that both were measured under."""
     found = {
@@ -209,9 +247,12 @@ def _sections(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterable
     }
     yield "Inputs and outputs", tensors
     yield "Forms", _texts(manifest.get("forms", {}))
+    counted = {k: v for k, v in facts.get("routes", {}).items() if not isinstance(v, dict)}
+    yield "Routing", _texts({**manifest.get("routing", {}), **counted})
     yield "Calibration", _texts(facts.get("calibration", {}))
     yield "Check build with TensorRT", _texts(facts.get("check_build", {}))
     yield "Tool versions", _texts(manifest.get("versions", {}))
+    yield "Weights", _texts({"from": facts["weights"]} if "weights" in facts else {})
     yield "Digests", _texts(manifest.get("digests", {}))
     yield "Further facts", _texts({key: facts[key] for key in sorted(set(facts) - _FACTS_SHOWN)})
 

@@ -1,17 +1,18 @@
 """Targets, one folder each. A folder adds a target by a constant ``TARGET`` in its ``__init__.py``.
 
 ``lower.py`` is the host side (torch, onnx). ``run.py`` is the device side (numpy and the runtime) and defines
-``load(path) -> run`` where ``run(*arrays)`` returns a list of arrays. Importing a target imports neither.
+``load(path, program) -> run`` where ``run(*arrays)`` returns a list of arrays. Importing a target imports
+neither.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgedyn.errors import RecipeError
 
@@ -42,13 +43,13 @@ class Artifact:
     """What lowering leaves behind.
 
     Attributes:
-        files: plain names of the files written into the output folder; the first is the program that ``load``
-            takes.
+        programs: program -> plain name of the file written into the output folder that ``load`` takes;
+            several programs may share a file.
         facts: measured facts for the report and the manifest: delegated nodes, check-build memory, versions.
         rows: what lowering itself measured with limits, for instance a check build.
     """
 
-    files: tuple[str, ...]
+    programs: dict[str, str]
     facts: dict[str, object]
     rows: tuple[Row, ...] = ()
 
@@ -63,8 +64,12 @@ class Target:
         capabilities: what forms may require, for instance ``edgedyn_kernels``.
         precisions: what the recipe may ask for, of ``fp32``, ``fp16``, ``int8``.
         int8: how INT8 is annotated, or None where the target has none.
-        lower: ``lower(program, out, precision) -> Artifact``; writes into the existing folder ``out``.
-        load: ``load(path) -> run``; the device side, keeps alive what the runtime needs.
+        lower: ``lower(programs, out, precision) -> Artifact``; ``programs`` is name -> program, one called
+            ``forward`` or the parts of a routed one. Writes into the existing folder ``out``.
+        preview: ``preview(programs)``: what ``lower`` would make of float programs, nothing is written.
+            Returns ``delegated``, the share of operators that an accelerated backend takes, ``portable``
+            {operator: count} of the others, and ``unsupported`` {operator: count} that it has no way to run.
+        load: ``load(path, program) -> run``; the device side, keeps alive what the runtime needs.
         missing: a sentence that says what is not installed and what to do, or None where the target can be
             lowered to and run here.
     """
@@ -74,8 +79,9 @@ class Target:
     capabilities: frozenset[str]
     precisions: frozenset[str]
     int8: Int8Scheme | None
-    lower: Callable[[ExportedProgram, Path, str], Artifact]
-    load: Callable[[Path], Run]
+    lower: Callable[[Mapping[str, ExportedProgram], Path, str], Artifact]
+    preview: Callable[[Mapping[str, ExportedProgram]], dict[str, Any]]
+    load: Callable[[Path, str], Run]
     missing: Callable[[], str | None]
 
 

@@ -74,18 +74,19 @@ def export_onnx(
     return model
 
 
-def check_precision(model: onnx.ModelProto, precision: str) -> None:
-    """Refuse a model whose types are not the precision that was asked for.
+def check_precision(models: Sequence[onnx.ModelProto], precision: str) -> None:
+    """Refuse models whose types are not the precision that was asked for.
 
     Raises:
-        ModelError: with what was found; ``int8`` needs at least one QuantizeLinear, ``fp16`` half inputs.
+        ModelError: with what was found; ``int8`` needs at least one QuantizeLinear in one model, ``fp16``
+            half inputs of all.
     """
     import onnx
 
     names = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}
-    inputs = {value.type.tensor_type.elem_type for value in model.graph.input}
+    inputs = {value.type.tensor_type.elem_type for model in models for value in model.graph.input}
     found = ", ".join(sorted(names.get(kind, onnx.TensorProto.DataType.Name(kind)) for kind in inputs))
-    if any(node.op_type == "QuantizeLinear" for node in model.graph.node):
+    if any(node.op_type == "QuantizeLinear" for model in models for node in model.graph.node):
         found = "int8"
     if found != precision:
         raise ModelError(

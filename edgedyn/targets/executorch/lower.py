@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from executorch.backends.xnnpack.partition.config.generic_node_configs import (
     DeQuantizedPerTensorConfig,
@@ -14,32 +16,122 @@ from executorch.backends.xnnpack.partition.config.generic_node_configs import (
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge_transform_and_lower
+from executorch.runtime import Runtime
 from torch.export import ExportedProgram
+from torch.fx import Node
 
+from edgedyn.errors import ModelError
 from edgedyn.targets import Artifact
+from edgedyn.targets.executorch.run import quiet_runtime
+
+MODEL_NAME = "model.pte"
 
 
-def lower(program: ExportedProgram, out: Path, precision: str) -> Artifact:
-    """Write ``model.pte``; what XNNPACK leaves stays on the portable kernels and is counted in the facts.
+def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) -> Artifact:
+    """Write ``model.pte``, a method a program; what XNNPACK leaves to the portable kernels is in the facts.
 
     Args:
-        program: float32, or INT8 as Q/DQ pairs.
+        programs: by name; float32, or INT8 as Q/DQ pairs.
         out: existing folder.
-        precision: ``fp32`` or ``int8``; the program already is of it.
+        precision: ``fp32`` or ``int8``; the programs already are of it.
 
     Returns:
-        The artifact; facts: ``delegates``, ``portable`` (op name -> count), ``executorch`` version.
+        The artifact; facts: ``delegates``, ``portable`` (op name -> count), ``executorch`` version; of
+        several programs also ``methods``, the same for each, and ``shared_bytes``, saved by shared weights.
+
+    Raises:
+        ModelError: for an operator that the stock runtime lacks, with its node and the mend.
     """
-    edge = to_edge_transform_and_lower(
-        program,
+    edge = _to_edge(programs)
+    counts = {name: _count(edge, name) for name in programs}
+    lowered = edge.to_executorch()
+    for name in programs:
+        check_operators(lowered.exported_program(name), name)
+    with (out / MODEL_NAME).open("wb") as file:
+        lowered.write_to_file(file)
+    facts: dict[str, object] = {
+        "delegates": sum(delegates for delegates, _ in counts.values()),
+        "portable": dict(sorted(sum((portable for _, portable in counts.values()), Counter()).items())),
+        "executorch": version("executorch"),
+    }
+    if len(programs) > 1:
+        apart = sum(len(_to_edge({n: p}).to_executorch().buffer) for n, p in programs.items())
+        facts["shared_bytes"] = apart - (out / MODEL_NAME).stat().st_size
+        facts["methods"] = {n: {"delegates": d, "portable": dict(p)} for n, (d, p) in counts.items()}
+    return Artifact(dict.fromkeys(programs, MODEL_NAME), facts)
+
+
+def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
+    """Lower float programs in memory and count their operators: in delegates, portable, not there at all."""
+    edge = _to_edge(programs)
+    delegated, portable = 0, Counter[str]()
+    for name in programs:
+        portable += _count(edge, name)[1]
+        for _, lowered in edge.exported_program(name).graph_module.named_children():
+            inner = getattr(lowered, "original_module", None)
+            nodes = inner.graph.nodes if inner is not None else []
+            delegated += sum(node.op == "call_function" for node in nodes)
+    lowered = edge.to_executorch()
+    unsupported = Counter[str]()
+    for name in programs:
+        missing = missing_operators(lowered.exported_program(name))
+        unsupported += Counter({operator: len(nodes) for operator, nodes in missing.items()})
+    return {
+        "delegated": delegated / max(delegated + portable.total(), 1),
+        "portable": dict(sorted(portable.items())),
+        "unsupported": dict(unsupported),
+    }
+
+
+def _to_edge(programs: Mapping[str, ExportedProgram]) -> EdgeProgramManager:
+    return to_edge_transform_and_lower(
+        dict(programs),
         partitioner=[_partitioner()],
         compile_config=EdgeCompileConfig(_check_ir_validity=True),
     )
-    delegates, portable = _count(edge)
-    with (out / "model.pte").open("wb") as file:
-        edge.to_executorch().write_to_file(file)
-    facts = {"delegates": delegates, "portable": portable, "executorch": version("executorch")}
-    return Artifact(files=("model.pte",), facts=facts)
+
+
+def check_operators(program: ExportedProgram, name: str) -> None:
+    """Refuse a lowered program that calls an operator which the stock runtime does not have.
+
+    The runtime itself says ``Failed to load method, error: 0x14``, and the operator on standard error only.
+
+    Raises:
+        ModelError: naming the operators, their nodes and the layers that these come from.
+    """
+    missing = missing_operators(program)
+    if missing:
+        shown = "; ".join(f"{op} ({', '.join(nodes[:3])})" for op, nodes in sorted(missing.items()))
+        raise ModelError(
+            f"program {name!r} calls operators that ExecuTorch {version('executorch')}'s stock runtime does "
+            f"not have: {shown}. Write these layers with other operators, or pick "
+            "another form in the recipe (forms)."
+        )
+
+
+def missing_operators(program: ExportedProgram) -> dict[str, list[str]]:
+    """Return the operators that the stock runtime does not have, each with "node of layer" that calls it."""
+    with quiet_runtime():
+        known = set(Runtime.get().operator_registry.operator_names)
+    missing: dict[str, list[str]] = {}
+    for node in program.graph.nodes:
+        operator = operator_name(node.target) if node.op == "call_function" else None
+        if operator is not None and operator not in known:
+            missing.setdefault(operator, []).append(f"{node.name} of {_layer(node) or 'the network itself'}")
+    return missing
+
+
+def operator_name(target: object) -> str | None:
+    """Return ``aten::add.out`` of an operator as the runtime registers it; None for what is no operator."""
+    schema = getattr(target, "_schema", None)
+    if schema is None or "call_delegate" in str(schema.name):
+        return None
+    return str(schema.name) + (f".{schema.overload_name}" if schema.overload_name else "")
+
+
+def _layer(node: Node) -> str:
+    stack = node.meta.get("nn_module_stack") or {}
+    return next((str(path) for path, _ in reversed(stack.values()) if path), "")
 
 
 def _partitioner() -> XnnpackPartitioner:
@@ -58,15 +150,15 @@ def _partitioner() -> XnnpackPartitioner:
     return partitioner
 
 
-def _count(edge: EdgeProgramManager) -> tuple[int, dict[str, int]]:
+def _count(edge: EdgeProgramManager, name: str) -> tuple[int, Counter[str]]:
     """Count delegate calls, and the nodes left to portable kernels by op name."""
     delegates, portable = 0, Counter[str]()
-    for node in edge.exported_program().graph.nodes:
+    for node in edge.exported_program(name).graph.nodes:
         if node.op != "call_function" or getattr(node.target, "__name__", "") == "getitem":
             continue
-        name = str(getattr(node.target, "__name__", node.target))
-        if "call_delegate" in name:
+        called = str(getattr(node.target, "__name__", node.target))
+        if "call_delegate" in called:
             delegates += 1
         else:
-            portable[name] += 1
-    return delegates, dict(sorted(portable.items()))
+            portable[called] += 1
+    return delegates, portable

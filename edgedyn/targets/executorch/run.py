@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,13 +12,21 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgedyn.errors import BundleError
+from edgedyn.manifest import FORWARD
 
 if TYPE_CHECKING:
     from edgedyn.targets import Run
 
 
-def load(path: Path) -> Run:
-    """Load the method ``forward`` of a ``.pte``.
+@contextlib.contextmanager
+def quiet_runtime() -> Iterator[None]:
+    """Keep to itself what the runtime tells standard error about the kind of CPU that it looks for."""
+    with contextlib.redirect_stderr(io.StringIO()):
+        yield
+
+
+def load(path: Path, program: str = FORWARD) -> Run:
+    """Load the method of a ``.pte`` that has the program's name.
 
     Returns:
         ``run(*arrays) -> [arrays]``. It holds the buffer, the program and the method: the runtime keeps none
@@ -31,16 +40,15 @@ def load(path: Path) -> Run:
 
     data = path.read_bytes()
     try:
-        # the runtime tells standard error how it looks for the kind of CPU
-        with contextlib.redirect_stderr(io.StringIO()):
-            program = Runtime.get().load_program(data, verification=Verification.InternalConsistency)
-            method = program.load_method("forward")
+        with quiet_runtime():
+            loaded = Runtime.get().load_program(data, verification=Verification.InternalConsistency)
+            method = loaded.load_method(program)
     except RuntimeError as error:
         raise BundleError(
-            f"ExecuTorch refuses {path.name} ({len(data)} bytes): {error}. Expected a program built for this "
-            "runtime version; build the bundle again, `edgedyn doctor` prints the versions."
+            f"ExecuTorch refuses {program!r} of {path.name} ({len(data)} bytes): {error}. Expected a program "
+            "built for this runtime version; build the bundle again, `edgedyn doctor` prints the versions."
         ) from error
-    kept = (data, program, method)
+    kept = (data, loaded, method)
 
     def run(*arrays: np.ndarray) -> list[np.ndarray]:
         tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgedyn.errors import BundleError, ModelError, TargetMissingError, UsageError
+from edgedyn.manifest import FORWARD
 
 if TYPE_CHECKING:
     from edgedyn.targets import Run
@@ -30,7 +31,7 @@ class Input:
     shape: tuple[int, ...]
 
 
-def load(path: Path) -> Run:
+def load(path: Path, program: str = FORWARD) -> Run:
     """Return ``run(*arrays) -> [array, ...]`` for an ONNX file; arrays in its order, of its types and shapes.
 
     ONNX Runtime computes float16 operators that have no kernel of their own in float32, between casts that it

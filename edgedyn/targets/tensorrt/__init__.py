@@ -4,26 +4,34 @@ from __future__ import annotations
 
 import importlib.util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgedyn.targets import Artifact, Int8Scheme, Target
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from torch.export import ExportedProgram
 
     from edgedyn.targets import Run
 
 
-def _lower(program: ExportedProgram, out: Path, precision: str) -> Artifact:
+def _lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) -> Artifact:
     from edgedyn.targets.tensorrt.lower import lower
 
-    return lower(program, out, precision)
+    return lower(programs, out, precision)
 
 
-def _load(path: Path) -> Run:
+def _preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
+    from edgedyn.targets.tensorrt.lower import preview
+
+    return preview(programs)
+
+
+def _load(path: Path, program: str = "forward") -> Run:
     from edgedyn.targets.tensorrt.run import load
 
-    return load(path)
+    return load(path, program)
 
 
 def _missing() -> str | None:
@@ -46,6 +54,7 @@ TARGET = Target(
     precisions=frozenset({"fp32", "fp16", "int8"}),
     int8=Int8Scheme(symmetric=True, outputs=False),
     lower=_lower,
+    preview=_preview,
     load=_load,
     missing=_missing,
 )

@@ -1,15 +1,19 @@
-"""Lower a program to ``model.onnx`` for TensorRT: write, lint, let NVIDIA's own parser and builder try it."""
+"""Lower programs to ONNX for TensorRT: write, lint, let NVIDIA's own parser and builder try it."""
 
 from __future__ import annotations
 
 import math
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from edgedyn.errors import ModelError
+from edgedyn.manifest import FORWARD
 from edgedyn.targets import Artifact
 from edgedyn.targets.onnx_export import describe, lint_for_tensorrt
-from edgedyn.targets.onnxruntime.lower import MODEL_NAME, versions, write_model
+from edgedyn.targets.onnxruntime.lower import count_operators, file_name, versions, write_models
 from edgedyn.targets.tensorrt.check import check_build
 from edgedyn.validate import Row
 
@@ -17,40 +21,62 @@ if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
-def lower(program: ExportedProgram, out: Path, precision: str) -> Artifact:
-    """Write ``model.onnx`` into the folder ``out``.
+def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) -> Artifact:
+    """Write ``model.onnx``, or ``<program>.onnx`` for each of several, into the folder ``out``.
 
     A failed check build does not raise: ``facts["check_build"]`` says it, and the report fails by its row.
 
     Raises:
         ModelError: for what ONNX cannot express, a program that is not of the precision, or lint findings.
     """
-    model = write_model(program, out, precision)
-    findings = lint_for_tensorrt(model)
-    if findings:
-        shown = "\n  ".join(findings[:10])
-        raise ModelError(
-            f"TensorRT would refuse this ONNX or change its result, {len(findings)} findings:\n  {shown}"
-        )
-    checked = check_build(out / MODEL_NAME)
-    facts = {"onnx": describe(model), "versions": versions(), "check_build": checked}
-    return Artifact((MODEL_NAME,), facts, check_rows(checked))
+    models = write_models(programs, out, precision)
+    for name, model in models.items():
+        if findings := lint_for_tensorrt(model):
+            shown = "\n  ".join(findings[:10])
+            raise ModelError(
+                f"TensorRT would refuse {file_name(name)} or change its result, {len(findings)} findings:\n  "
+                f"{shown}"
+            )
+    checked = {name: check_build(out / file_name(name)) for name in programs}
+    facts: dict[str, object] = {
+        "onnx": {name: describe(model) for name, model in models.items()},
+        "versions": versions(),
+        "check_build": checked if len(programs) > 1 else checked[FORWARD],
+    }
+    rows = [
+        row
+        for name, facts_of in checked.items()
+        for row in check_rows(facts_of, "" if name == FORWARD else f"[{name}]")
+    ]
+    return Artifact({name: file_name(name) for name in programs}, facts, tuple(rows))
 
 
-def check_rows(checked: dict[str, object]) -> tuple[Row, ...]:
+def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
+    """Write float programs to a temporary folder and lint them; an engine takes a program whole or not."""
+    with tempfile.TemporaryDirectory() as folder:
+        models = write_models(programs, Path(folder), "fp32")
+    findings = [finding for model in models.values() for finding in lint_for_tensorrt(model)]
+    return {
+        "delegated": 0.0 if findings else 1.0,
+        "portable": {},
+        "operators": count_operators(models.values()),
+        "unsupported": dict(Counter(findings)),
+    }
+
+
+def check_rows(checked: dict[str, object], condition: str = "") -> tuple[Row, ...]:
     """Turn the facts of a check build into rows; where TensorRT-RTX is not installed, one that fails."""
+    failures = f"check_build_failures{condition}"
     if "passed" not in checked:
-        return (Row("tensorrt-rtx:onnx", "check_build_failures", math.nan, {"at_most": 0}, 0),)
+        return (Row("tensorrt-rtx:onnx", failures, math.nan, {"at_most": 0}, 0),)
     between = f"tensorrt-rtx {checked['version']}:onnx"
     layers = _count(checked["layers"])
-    rows = [
-        Row(
-            between, "check_build_failures", 0.0 if checked["passed"] else 1.0, {"at_most": 0}, max(layers, 1)
-        )
-    ]
+    failed = 0.0 if checked["passed"] else 1.0
+    rows = [Row(between, failures, failed, {"at_most": 0}, max(layers, 1))]
     for name in ("scratch_bytes", "weights_bytes", "engine_bytes"):
         if checked[name] is not None:
-            rows.append(Row(between, f"check_build_{name}", float(_count(checked[name])), {}, layers))
+            metric = f"check_build_{name}{condition}"
+            rows.append(Row(between, metric, float(_count(checked[name])), {}, layers))
     return tuple(rows)
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgedyn.errors import BundleError, TargetMissingError
+from edgedyn.manifest import FORWARD
 from edgedyn.targets.onnxruntime import run as onnxruntime_run
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ MINIMUM_VERSION = (10, 1)  # the first with ICudaEngine.device_memory_size_v2; J
 _ENGINE_SUFFIX = ".engine"
 
 
-def load(path: Path) -> Run:
+def load(path: Path, program: str = FORWARD) -> Run:
     """Return ``run(*arrays) -> [array, ...]`` for ``model.onnx`` or ``model.engine``.
 
     Raises:

@@ -1,0 +1,244 @@
+"""From a recipe's network to the programs that a target lowers: the first half of the straight line.
+
+    reference -> canonical -> captured -> expanded -> quantized -> expanded
+
+A routed network goes the way once a part: its router, and each of its variants.
+"""
+
+from __future__ import annotations
+
+import os
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from edgedyn import ops, quantize
+from edgedyn.errors import CalibrationError, ModelError
+from edgedyn.layers import canonicalize, float32_classes
+from edgedyn.manifest import FORWARD, Routing
+from edgedyn.routing import RoutedModel, parts, routing_of
+from edgedyn.tasks import TASKS
+from edgedyn.weights import settle_norms
+
+if TYPE_CHECKING:
+    from edgedyn.calibration import CalibrationSet, Sample
+    from edgedyn.ops import Form, Op
+    from edgedyn.recipe import Recipe
+    from edgedyn.targets import Target
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One static program on its way to a target: the whole network, or a router, or a variant.
+
+    Attributes:
+        inputs: what it was captured with.
+        forms: how each op of ours in it is computed.
+        expanded: its exact rewrite in these forms.
+        quantized: that at the recipe's precision.
+        program: what the target lowers.
+    """
+
+    inputs: tuple[Tensor, ...]
+    forms: dict[Op, Form]
+    expanded: ExportedProgram
+    quantized: quantize.Quantized
+    program: ExportedProgram
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A recipe's network after every step before lowering.
+
+    Attributes:
+        reference: the user's network.
+        canonical: its rewrite on our ops; a ``RoutedModel`` where the host picks a variant.
+        parts: by program name: ``forward`` alone, or the parts of a routed network.
+        routing: how the variants are chosen between; None where there is one program.
+        capacities: positions that the quick variant evaluates by layer; None where nothing is split so.
+    """
+
+    reference: nn.Module
+    canonical: nn.Module
+    parts: dict[str, Part]
+    routing: Routing | None
+    capacities: dict[str, int] | None
+
+    @property
+    def programs(self) -> dict[str, ExportedProgram]:
+        """What the target lowers, by name."""
+        return {name: part.program for name, part in self.parts.items()}
+
+    @property
+    def forms(self) -> dict[Op, Form]:
+        """The form of every op of ours."""
+        return {op: form for part in self.parts.values() for op, form in part.forms.items()}
+
+
+def convert(
+    recipe: Recipe,
+    target: Target,
+    calibration: CalibrationSet | None,
+    example: Sample,
+    *,
+    trust: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Converted:
+    """Bring the recipe's network to the programs that the target lowers; nothing is written.
+
+    Args:
+        recipe: what to convert.
+        target: where to, from ``load_target``.
+        calibration: the set that INT8 observes, a network without weights takes its BatchNorm statistics
+            from, and capacities are measured on; None where none of them is needed.
+        example: an input of the recipe's shape, to export with.
+        trust: allow weights that are a pickle of tensors.
+        progress: called with (what is done, steps done, steps in all).
+    """
+    progress("rewrite layers", 0, 1)
+    observed = recipe.precision == "int8" or recipe.route.capacity is not None or not recipe.is_trained
+    drawn = draw_tensors(recipe, calibration) if calibration and observed else []
+    reference = load_reference(recipe, drawn, trust=trust)
+    capacities = count_capacities(reference, drawn, recipe.route.capacity)
+    canonical = rewrite(reference, capacities)
+    inputs = tuple(torch.from_numpy(x) for x in example.inputs)
+    made = {}
+    for name, part in parts(canonical).items():
+        made[name] = _expand_part(part.module, part.inputs_for(inputs), target, recipe)
+    progress("rewrite layers", 1, 1)
+    done = {}
+    for name, part in parts(canonical).items():
+        samples = [part.inputs_for(x) for x in drawn] if recipe.precision == "int8" else None
+        label = "calibrate" if name == FORWARD else f"calibrate {name}"
+        done[name] = _finish_part(
+            *made[name], part.inputs_for(inputs), recipe, target, samples, label, progress
+        )
+    return Converted(reference, canonical, done, routing_of(canonical), capacities)
+
+
+def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Module:
+    """Rewrite a network on our ops; with capacities, as a quick and a dense variant."""
+    canonical = canonicalize(reference)
+    if capacities is None:
+        return canonical
+    from edgedyn.capacity import with_capacity
+
+    return RoutedModel(None, {"capacity": with_capacity(canonical, capacities), "dense": canonical})
+
+
+def _expand_part(
+    module: nn.Module, inputs: tuple[Tensor, ...], target: Target, recipe: Recipe
+) -> tuple[dict[Op, Form], ExportedProgram]:
+    """Capture one static network and expand our ops."""
+    captured = capture(module, inputs)
+    forms = ops.choose_forms(captured, target, recipe.forms)
+    return forms, ops.expand(captured, forms, "before_quantize")
+
+
+def _finish_part(
+    forms: dict[Op, Form],
+    expanded: ExportedProgram,
+    inputs: tuple[Tensor, ...],
+    recipe: Recipe,
+    target: Target,
+    samples: list[tuple[Tensor, ...]] | None,
+    label: str,
+    progress: Progress,
+) -> Part:
+    """Bring one expanded program to the recipe's precision."""
+    float32 = float32_classes()
+    if samples is None:
+        quantized = quantize.to_float(expanded, inputs, recipe.precision, float32)
+    else:
+        assert target.int8 is not None  # a target that lists int8 says how
+        quantized = quantize.to_int8(
+            expanded,
+            inputs,
+            scheme=target.int8,
+            section=recipe.quantize,
+            samples=samples,
+            float32=float32,
+            progress=lambda done, total: progress(label, done, total),
+        )
+    program = ops.expand(quantized.program, forms, "after_quantize")
+    return Part(inputs, forms, expanded, quantized, program)
+
+
+def load_reference(recipe: Recipe, drawn: Sequence[tuple[Tensor, ...]], *, trust: bool = False) -> nn.Module:
+    """Return the recipe's network; one without weights gets BatchNorm statistics from real images.
+
+    Raises:
+        CalibrationError: when it needs images for that and the recipe names no set.
+    """
+    reference = recipe.load_model(trust=trust)
+    has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in reference.modules())
+    if recipe.is_trained or not has_norms:
+        return reference
+    if not drawn:
+        raise CalibrationError(
+            f"recipe {recipe.name!r} has no weights, so its BatchNorm takes its statistics from images, and "
+            "it names no calibration set. Set calibration: to a manifest in calib/, or give it model.weights."
+        )
+    settle_norms(reference, tuple(torch.cat(batch) for batch in zip(*drawn, strict=True)))
+    return reference
+
+
+def count_capacities(
+    reference: nn.Module, drawn: Sequence[tuple[Tensor, ...]], quantile: float | None
+) -> dict[str, int] | None:
+    """Return the quantile of active positions by layer, or None where the recipe splits nothing.
+
+    Raises:
+        CalibrationError: when there are no images to count on.
+    """
+    if quantile is None:
+        return None
+    from edgedyn.capacity import capacities_of
+
+    if not drawn:
+        raise CalibrationError(
+            "route.capacity is a quantile of active positions on the calibration set, and the recipe names "
+            "none. Set calibration: to a manifest in calib/."
+        )
+    return capacities_of(canonicalize(reference), drawn, quantile)
+
+
+def draw_tensors(recipe: Recipe, drawn: CalibrationSet) -> list[tuple[Tensor, ...]]:
+    """Draw a set's samples as tensors of the recipe's inputs."""
+    samples = drawn.draw(recipe.input_shapes(), TASKS[recipe.task])
+    return [tuple(torch.from_numpy(x) for x in sample.inputs) for sample in samples]
+
+
+def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    """Export the network with fixed shapes; our ops stay single nodes.
+
+    Raises:
+        ModelError: when ``torch.export`` cannot follow it, with the exporter's first line and the line of the
+            network's code where it stopped.
+    """
+    try:
+        return torch.export.export(model, inputs, strict=False)
+    except Exception as error:  # torch.export raises its own, dynamo's and the model's exceptions alike
+        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise ModelError(
+            f"torch.export cannot capture {type(model).__name__} for inputs "
+            f"{[tuple(x.shape) for x in inputs]}: {first}{_culprit(error)}. A layer that branches on data "
+            "needs a canonical form (edgedyn list layers), or the input shape does not fit (input.shape)."
+        ) from error
+
+
+def _culprit(error: BaseException) -> str:
+    """Name the last line of code outside torch that an error passed through."""
+    outside = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if f"{os.sep}torch{os.sep}" not in frame.filename and frame.filename != __file__
+    ]
+    return f" (at {outside[-1].filename}:{outside[-1].lineno}: {outside[-1].line})" if outside else ""

@@ -1,0 +1,314 @@
+"""What a network decides about its input, and whether deployment decides the same: masks, gates, overflows.
+
+    mask     logits -> 0 or 1 at every position     flip rate, per precision and runtime
+    gate     logits -> a variant                    agreement, with the margin best - second logit
+
+Decisions are discontinuous: a small error of arithmetic can change them, and then the output changes much. So
+what is lost to changed decisions is told apart from what is lost to arithmetic, by running the network at its
+precision with the decisions of the float network forced on it.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from edgedyn import metrics
+from edgedyn.manifest import FORWARD
+from edgedyn.quantize import module_path
+from edgedyn.tasks import TASKS
+from edgedyn.validate import Outputs, Row, psnr_of
+
+if TYPE_CHECKING:
+    from edgedyn.calibration import Sample
+    from edgedyn.conversion import Converted
+    from edgedyn.recipe import Recipe
+    from edgedyn.targets import Target
+
+_COMPARISONS: Mapping[Any, Callable[[np.ndarray, float], np.ndarray]] = {
+    torch.ops.aten.ge.Scalar: operator.ge,
+    torch.ops.aten.gt.Scalar: operator.gt,
+    torch.ops.aten.le.Scalar: operator.le,
+    torch.ops.aten.lt.Scalar: operator.lt,
+}
+_STEPS = {"bucketize", "ceil", "floor", "floor_divide", "heaviside", "round", "sign", "sgn", "trunc"}
+_BINS = 20  # of the margin histograms, up to 2 rms of the logits
+
+
+@dataclass(frozen=True)
+class Mask:
+    """A comparison of a float map with a number, in a program.
+
+    Attributes:
+        node: name of the comparison; the logits are its first argument.
+        path: dotted path of the module that compares.
+        threshold: the number.
+        compare: ge, gt, le or lt.
+    """
+
+    node: str
+    path: str
+    threshold: float
+    compare: Callable[[np.ndarray, float], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows of the report, and histograms for its facts."""
+
+    rows: list[Row]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(converted: Converted, target: Target, outputs: Outputs, recipe: Recipe) -> Measured:
+    """Compare the decisions of the quantized and the lowered programs with those of the float ones.
+
+    Masks inside a lowered program are not seen from outside: it is lowered once more, into a temporary
+    folder, with its mask logits as further outputs.
+    """
+    counts = {name: find_decisions(part.expanded) for name, part in converted.parts.items()}
+    # a quick variant also sorts positions; whether it fits is what its routing decides
+    unknown = sum(other for name, (_, other) in counts.items() if name != "capacity")
+    nodes = sum(len(part.expanded.graph.nodes) for part in converted.parts.values())
+    rows = [Row("decisions", "unmeasured_decision_nodes", unknown, {"at_most": 0}, nodes)]
+    facts: dict[str, Any] = {}
+    dense = "dense" if "dense" in converted.parts else FORWARD
+    if counts.get(dense, ([], 0))[0]:
+        found = measure_masks(converted, dense, target, outputs, recipe)
+        rows, facts = rows + found.rows, found.facts
+    if converted.routing is not None:
+        found = measure_routes(converted, outputs, recipe)
+        rows, facts = rows + found.rows, facts | found.facts
+    return Measured(rows, facts)
+
+
+def find_decisions(program: ExportedProgram) -> tuple[list[Mask], int]:
+    """List the masks of a program, and count its other data-dependent decisions.
+
+    A decision is a boolean or integer computed from the input (a comparison, an index), or a step function of
+    it. What is computed from decisions alone decides nothing more.
+    """
+    given = set(program.graph_signature.user_inputs)
+    from_input = {node for node in program.graph.nodes if node.op == "placeholder" and node.name in given}
+    decided: set[fx.Node] = set()
+    masks, others = [], 0
+    for node in program.graph.nodes:
+        sources = from_input.intersection(node.all_input_nodes)
+        if node.op != "call_function" or not sources:
+            continue
+        from_input.add(node)
+        if sources <= decided:
+            decided.add(node)
+            continue
+        name = getattr(node.target, "_opname", "")
+        if name not in _STEPS and (_is_float(node) or not all(_is_float(x) for x in sources - decided)):
+            continue
+        decided.add(node)
+        if node.target in _COMPARISONS:
+            masks.append(Mask(node.name, module_path(node), float(node.args[1]), _COMPARISONS[node.target]))
+        else:
+            others += 1
+    return masks, others
+
+
+def _is_float(node: fx.Node) -> bool:
+    """Whether all tensors that a graph node gives are floating-point."""
+    value: Any = node.meta.get("val")
+    values = value if isinstance(value, list | tuple) else [value]
+    return all(v.is_floating_point() for v in values if hasattr(v, "is_floating_point"))
+
+
+class _Interpreter(fx.Interpreter):
+    """Run a program, note the arguments of its comparisons, and force their results where given."""
+
+    def __init__(self, module: fx.GraphModule, names: Sequence[str], forced: Sequence[Tensor] = ()) -> None:
+        super().__init__(module)
+        self.logits: dict[str, Tensor] = dict.fromkeys(names, torch.empty(0))
+        self.forced = dict(zip(names, forced, strict=True)) if forced else {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.name in self.logits:
+            self.logits[n.name] = self.fetch_args_kwargs_from_env(n)[0][0]
+        return self.forced[n.name] if n.name in self.forced else super().run_node(n)
+
+
+def run_noting(
+    program: ExportedProgram, sample: Sample, dtype: torch.dtype, forced: Sequence[Tensor] = ()
+) -> tuple[np.ndarray, list[np.ndarray]]:
+    """Run a program on a sample; return its first output and the logits of its masks, float32.
+
+    Args:
+        program: any step of a conversion; its masks stand in the same order in each.
+        sample: what to run it on.
+        dtype: of its inputs.
+        forced: booleans that take the place of its masks' results.
+    """
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    interpreter = _Interpreter(module, [mask.node for mask in find_decisions(program)[0]], forced)
+    with torch.no_grad():
+        y = interpreter.run(*(torch.from_numpy(x).to(dtype) for x in sample.inputs))
+    first = y[0] if isinstance(y, tuple | list) else y
+    return first.float().numpy(), [t.float().numpy() for t in interpreter.logits.values()]
+
+
+def expose(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    """Return the program with the logits of its masks as further outputs."""
+    names = {mask.node for mask in find_decisions(program)[0]}
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    logits = [node.args[0] for node in module.graph.nodes if node.name in names]
+    end = next(node for node in module.graph.nodes if node.op == "output")
+    first = end.args[0][0] if isinstance(end.args[0], tuple | list) else end.args[0]
+    end.args = ((first, *logits),)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    module.recompile()
+    return torch.export.export(module, inputs)
+
+
+def measure_masks(
+    converted: Converted, name: str, target: Target, outputs: Outputs, recipe: Recipe
+) -> Measured:
+    """Measure how many mask positions change, and what that costs."""
+    part, samples = converted.parts[name], outputs.samples
+    masks, _ = find_decisions(part.expanded)
+    half = recipe.precision == "fp16"
+    dtype = torch.float16 if half else torch.float32
+    float_ = [run_noting(part.expanded, s, torch.float32) for s in samples]
+    quantized = [run_noting(part.program, s, dtype) for s in samples]
+    inputs = tuple(x.half() for x in part.inputs) if half else part.inputs
+    device = [logits for _, logits in _run_exposed(expose(part.program, inputs), target, samples, recipe)]
+    wanted = [[m.compare(x, m.threshold) for m, x in zip(masks, logits, strict=True)] for _, logits in float_]
+    rows: list[Row] = []
+    facts: dict[str, Any] = {"masks": [mask.path for mask in masks]}
+    for where, logits_of in (("quantized", [x for _, x in quantized]), ("device", device)):
+        flips, margins = _flips(masks, [x for _, x in float_], logits_of, wanted)
+        rate = float(flips.mean()) if flips.size else math.nan
+        limit = {"at_most": recipe.limits.mask_flips}
+        rows.append(Row("decisions", f"mask_flip_rate[{where}]", rate, limit, flips.size))
+        rows.append(
+            Row(
+                "decisions",
+                f"largest_flipped_margin[{where}]",
+                float(margins[flips].max(initial=0)),
+                {},
+                flips.size,
+            )
+        )
+        facts[f"margins_{where}"] = _histogram(margins, flips)
+    active = np.concatenate([m.ravel() for per_sample in wanted for m in per_sample])
+    rows.append(Row("decisions", "active_fraction", float(active.mean()), {}, active.size))
+    forced = [
+        run_noting(part.program, s, dtype, [torch.from_numpy(m) for m in m_of])[0]
+        for s, m_of in zip(samples, wanted, strict=True)
+    ]
+    rows += _cost_rows([y for y, _ in float_], [y for y, _ in quantized], forced, samples, recipe)
+    return Measured(rows, {"decisions": facts})
+
+
+def _run_exposed(
+    program: ExportedProgram, target: Target, samples: Sequence[Sample], recipe: Recipe
+) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
+    """Lower a program with exposed logits into a temporary folder and run it in the target's runtime."""
+    dtype = recipe.input_specs()[0].dtype
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = target.lower({FORWARD: program}, Path(folder), recipe.precision)
+        run = target.load(Path(folder) / artifact.programs[FORWARD], FORWARD)
+        for sample in samples:
+            y, *logits = run(*(x.astype(dtype) for x in sample.inputs))
+            yield y, [np.asarray(x, np.float32) for x in logits]
+
+
+def _flips(
+    masks: Sequence[Mask],
+    float_: Sequence[Sequence[np.ndarray]],
+    found: Sequence[Sequence[np.ndarray]],
+    wanted: Sequence[Sequence[np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which positions changed, and every position's float margin in units of its mask's rms logit."""
+    flips, margins = [], []
+    for k, mask in enumerate(masks):
+        reference = np.concatenate([logits[k].ravel() for logits in float_]) - mask.threshold
+        here = np.concatenate([mask.compare(logits[k], mask.threshold).ravel() for logits in found])
+        flips.append(here != np.concatenate([m[k].ravel() for m in wanted]))
+        margins.append(np.abs(reference) / max(float(np.sqrt(np.mean(reference**2))), 1e-30))
+    return np.concatenate(flips), np.concatenate(margins)
+
+
+def _histogram(margins: np.ndarray, changed: np.ndarray) -> dict[str, list[float]]:
+    """Count margins, and those of changed decisions; the last bin holds all beyond."""
+    edges = np.linspace(0, 2, _BINS + 1)
+    clipped = np.minimum(margins, edges[-1])
+    return {
+        "edges": edges.tolist(),
+        "all": np.histogram(clipped, edges)[0].tolist(),
+        "changed": np.histogram(clipped[changed], edges)[0].tolist(),
+    }
+
+
+def measure_routes(converted: Converted, outputs: Outputs, recipe: Recipe) -> Measured:
+    """Measure how many images keep their variant, and what it costs where they do not."""
+    routing, samples = converted.routing, outputs.samples
+    assert routing is not None  # the caller has asked
+    float_ = [d for d in outputs.decided["expanded"] if d is not None]
+    picked = np.array([d.index for d in float_])
+    rows, facts = [], {"variants": list(routing.variants), "picked": np.bincount(picked).tolist()}
+    margins = np.array([d.margin for d in float_])
+    for where in ("quantized", "device"):
+        found = [d for d in outputs.decided[where] if d is not None]
+        same = np.array([d.index for d in found]) == picked
+        limit = {"at_least": recipe.limits.gate}
+        rows.append(Row("decisions", f"gate_agreement[{where}]", float(same.mean()), limit, len(same)))
+        scale = max(float(np.sqrt(np.mean(margins**2))), 1e-30)
+        facts[f"gate_margins_{where}"] = _histogram(margins / scale, ~same)
+    if routing.rule == "fallback":
+        rows.append(Row("decisions", "fallback_rate", float(picked.mean()), {}, len(picked)))
+    else:
+        rows.append(Row("decisions", "smallest_gate_margin", float(margins.min()), {}, len(margins)))
+    run = outputs.dispatchers["quantized"].run
+    forced = [
+        np.asarray(run(*s.inputs, forced=int(k))[0][0], np.float32)
+        for s, k in zip(samples, picked, strict=True)
+    ]
+    condition = "[gate]"
+    rows += _cost_rows(outputs.expanded, outputs.quantized, forced, samples, recipe, condition)
+    return Measured(rows, {"routes": facts})
+
+
+def _cost_rows(
+    float_: Sequence[np.ndarray],
+    quantized: Sequence[np.ndarray],
+    forced: Sequence[np.ndarray],
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    condition: str = "",
+) -> list[Row]:
+    """Split what a precision costs: arithmetic, with the float decisions forced, and changed decisions."""
+    count = len(samples)
+    if TASKS[recipe.task].has_truth:
+        before, after, kept = (
+            np.mean([psnr_of(y, s) for y, s in zip(ys, samples, strict=True)])
+            for ys in (float_, quantized, forced)
+        )
+        return [
+            Row("decisions", f"psnr_lost_to_arithmetic_db{condition}", float(before - kept), {}, count),
+            Row("decisions", f"psnr_lost_to_flips_db{condition}", float(kept - after), {}, count),
+        ]
+    with_flips, without = (
+        float(np.mean([metrics.sqnr_db(y, e) for y, e in zip(ys, float_, strict=True)]))
+        for ys in (quantized, forced)
+    )
+    return [
+        Row("decisions", f"sqnr_of_arithmetic_db{condition}", without, {}, count),
+        Row("decisions", f"sqnr_with_flips_db{condition}", with_flips, {}, count),
+    ]

@@ -1,0 +1,143 @@
+"""Where a gated block is evaluated (DynConv, arXiv 1912.03203): logits, the decision, the dilated mask.
+
+    mask[p] = 1 where logits[p] >= 0, else 0
+    dilated[q] = max of mask[p] over |q - s p| <= reach       s: stride between the two resolutions
+
+logits, mask: (B, 1, h, w)   dilated: (B, 1, s h, s w), the positions that a convolution behind reads
+
+The heads stay float32 in every precision: a decision has no small errors.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class Masks(NamedTuple):
+    """What a block decides: logits and mask (B, 1, h, w), and the dilated mask of its inner convolutions."""
+
+    logits: Tensor
+    mask: Tensor
+    dilated: Tensor
+
+
+class PooledMaskHead(nn.Module):
+    """Mask logits of the classification networks: a 3x3 convolution plus a linear map of the mean of x."""
+
+    def __init__(self, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.fc = nn.Linear(channels, 1)
+        self.conv = nn.Conv2d(channels, 1, 3, stride=stride, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits (B, 1, h, w) of x (B, C, H, W)."""
+        y: Tensor = self.conv(x) + self.fc(x.mean((2, 3)))[:, :, None, None]
+        return y
+
+
+class PointMaskHead(nn.Conv2d):
+    """Mask logits of the pose networks: a 1x1 convolution."""
+
+    def __init__(self, channels: int, stride: int = 1) -> None:
+        super().__init__(channels, 1, 1, stride=stride)
+
+
+class MaskUnit(nn.Module):
+    """Decide where a block is evaluated; the authors have two classes of this name, one a head.
+
+    The gradient passes straight through the decision, as that of sigmoid(logits).
+
+    Args:
+        head: x -> logits, ``PooledMaskHead`` or ``PointMaskHead``.
+        dilate_stride: stride between the dilated mask's resolution and the mask's.
+    """
+
+    def __init__(self, head: nn.Module, dilate_stride: int = 1) -> None:
+        super().__init__()
+        self.maskconv, self.dilate_stride = head, dilate_stride
+
+    def forward(self, x: Tensor) -> Masks:
+        """Return logits, mask and dilated mask; equality with 0 is active."""
+        logits = self.maskconv(x)
+        soft = logits.sigmoid()
+        mask = (logits >= 0).to(x.dtype) + (soft - soft.detach())
+        return Masks(logits, mask, dilate(mask.detach(), self.dilate_stride))
+
+
+def dilate(mask: Tensor, stride: int = 1) -> Tensor:
+    """Dilate a mask (B, 1, h, w) by 3 x 3 on the grid that is ``stride`` times as fine."""
+    b, _, h, w = mask.shape
+    spread = mask.new_zeros(b, 1, h * stride, w * stride)
+    spread[:, :, ::stride, ::stride] = mask
+    return F.max_pool2d(spread, 3, stride=1, padding=1)
+
+
+def decide(logits: Tensor) -> Tensor:
+    """Return 1 where logits >= 0, else 0, in their own type.
+
+    ``logits >= 0`` would leave XNNPACK's delegate, which has no comparison (executorch 1.5). Clamped to
+    [-1, 0] a negative value, however small, has the floor -1, and any other the floor 0.
+    """
+    return logits.clamp(-1, 0).floor() + 1
+
+
+class CanonicalMaskUnit(nn.Module):
+    """MaskUnit for deployment; the dilated mask has the size of the convolution that it serves.
+
+    Args:
+        unit: the reference.
+        stride: stride between the dilated mask's resolution and the mask's.
+        reach: how far the convolution behind reads, in pixels of the dilated mask.
+    """
+
+    def __init__(self, unit: MaskUnit, *, stride: int = 1, reach: int = 1) -> None:
+        super().__init__()
+        self.maskconv, self.stride, self.reach = unit.maskconv, stride, reach
+        weight = next(unit.maskconv.parameters())
+        side = 2 * reach + 1
+        self.register_buffer("window", weight.new_ones(1, 1, side, side).detach(), persistent=False)
+        self.window: Tensor
+
+    def forward(self, x: Tensor) -> Masks:
+        """Return logits, mask and dilated mask of x (B, C, H, W)."""
+        logits = self.maskconv(x)
+        mask = decide(logits)
+        if self.stride == 1:
+            return Masks(logits, mask, F.max_pool2d(mask, 2 * self.reach + 1, stride=1, padding=self.reach))
+        # one transposed convolution puts the zeros in and counts the active neighbours
+        left = [
+            size - 1 - (cells - 1) * self.stride
+            for size, cells in zip(x.shape[2:], mask.shape[2:], strict=True)
+        ]
+        count = F.conv_transpose2d(
+            mask, self.window, stride=self.stride, padding=self.reach, output_padding=left
+        )
+        return Masks(logits, mask, count.clamp(max=1))
+
+
+class AuthorsMask:
+    """What a block of the authors reads of a mask: ``hard`` (B, 1, h, w), and ``soft``, its logits."""
+
+    def __init__(self, hard: Tensor, soft: Tensor | None = None) -> None:
+        self.hard, self.soft, self.flops_per_position = hard, soft, 0
+
+
+class AuthorsMaskUnit(nn.Module):
+    """A MaskUnit under the authors' call, for blocks of their users' own.
+
+    x, meta -> {"std": mask, "dilate": dilated}, and meta behind it where the head is a single convolution.
+    Nothing is stored in meta: a deployed program returns what it computes.
+    """
+
+    def __init__(self, unit: MaskUnit) -> None:
+        super().__init__()
+        self.unit = unit
+
+    def forward(self, x: Tensor, meta: Any = None) -> Any:
+        """Decide for x (B, C, H, W)."""
+        logits, mask, dilated = self.unit(x)
+        masks = {"std": AuthorsMask(mask, logits), "dilate": AuthorsMask(dilated)}
+        return (masks, meta) if isinstance(self.unit.maskconv, PointMaskHead) else masks

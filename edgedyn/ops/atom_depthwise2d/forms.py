@@ -1,0 +1,86 @@
+"""Forms of ``atom_depthwise2d``: how a runtime computes it without, or with, a kernel of ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgedyn.ops import Form
+
+
+def bases_first(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
+    """Filter x with every basis, a static depthwise convolution each, then mix the K responses at each pixel.
+
+    Exact: the finite sums over taps and over bases change places. C * K * T + C * M * K multiply-adds a
+    pixel; a stride is the convolution's own.
+    """
+    channels, side = x.shape[1], (1, 1, kernel_size, kernel_size)
+    responses = []
+    for basis in torch.split(bases, 1):
+        weight = basis.reshape(side).expand(channels, 1, kernel_size, kernel_size)
+        responses.append(F.conv2d(x, weight, None, stride, kernel_size // 2, groups=channels))
+    return _mix(alpha, responses)
+
+
+def atoms_first(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
+    """Make the M kernels of every pixel, a static 1x1 convolution each, then shift x, multiply and add.
+
+    Exact: it is the definition. M * K * T + C * M * T multiply-adds a pixel. A stride becomes strided slices,
+    which XNNPACK leaves to the portable kernels.
+    """
+    (count, taps), (height, width) = bases.shape, x.shape[2:]
+    atom = bases.t().reshape(taps, count, 1, 1)
+    # XNNPACK takes slices, and leaves a split to the portable kernels (executorch 1.5.1)
+    kernels = [F.conv2d(alpha[:, m : m + count], atom) for m in range(0, alpha.shape[1], count)]
+    padded = F.pad(x, (kernel_size // 2,) * 4)
+    shifted = []
+    for tap in range(taps):
+        dy, dx = tap // kernel_size, tap % kernel_size
+        shifted.append(padded[:, :, dy : dy + height : stride, dx : dx + width : stride])
+    return _mix(torch.cat(kernels, dim=1), shifted)
+
+
+def _mix(weights: Tensor, maps: Sequence[Tensor]) -> Tensor:
+    """Weigh n maps (B, C, h, w) with weights (B, M * n, h, w) and add: (B, M * C, h, w).
+
+    On (B, C, h * w): XNNPACK keeps 4-D maps channels-last, and then calls its product once a pixel to spread
+    a weight over the channels; here it spreads whole planes.
+    """
+    b, channels, height, width = maps[0].shape
+    planes = [x.reshape(b, channels, height * width) for x in maps]
+    weights = weights.reshape(b, -1, height * width)
+    mixed = []
+    for first in range(0, weights.shape[1], len(maps)):
+        y = weights[:, first : first + 1] * planes[0]
+        for n, plane in enumerate(planes[1:], start=first + 1):
+            y = y + weights[:, n : n + 1] * plane
+        mixed.append(y)
+    return torch.cat(mixed, dim=1).reshape(b, -1, height, width)
+
+
+def onnx_node(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
+    """Keep the op as the ONNX node ``edgedyn::AtomDepthwise2d``, for a runtime that has our plugin.
+
+    ``plugin_version`` and ``plugin_namespace`` are what TensorRT's parser looks a plugin up by.
+    """
+    attributes: dict[str, Any] = {
+        "kernel_size": kernel_size,
+        "stride": stride,
+        "plugin_version": "1",
+        "plugin_namespace": "edgedyn",
+    }
+    shape = (x.shape[0], alpha.shape[1] // bases.shape[0] * x.shape[1], *alpha.shape[2:])
+    return torch.onnx.ops.symbolic(
+        "edgedyn::AtomDepthwise2d", (x, alpha, bases), attributes, dtype=x.dtype, shape=shape, version=1
+    )
+
+
+FORMS = (
+    Form("bases_first", bases_first),
+    Form("atoms_first", atoms_first),
+    Form("onnx_node", onnx_node, requires=frozenset({"edgedyn_plugins"}), expand="after_quantize"),
+)

@@ -1,0 +1,190 @@
+"""Convolution evaluated only where a mask is set; zero elsewhere, bias included.
+
+    y[b, o, p] = bias[o] + sum_{t, i} weight[o, i, t] * x[b, g(o) + i, s p + d off(t)]   where mask[b, p] = 1
+    y[b, o, p] = 0                                                                       where mask[b, p] = 0
+
+x: (B, I, H, W)   weight: (O, I / groups, R, R)   bias: (O,) or None   mask: (B, 1, h, w)   y: (B, O, h, w)
+s stride, d dilation, g(o) the first channel of o's group, T = R * R taps
+
+The mask stands at the output's resolution: one float of 0 or 1 a position, in the type of x, because every
+runtime multiplies floats and few of them booleans.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgedyn.errors import ModelError
+from edgedyn.ops import Op, register
+from edgedyn.ops.masked_conv2d.forms import FORMS
+
+_SCHEMA = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor mask, int stride=1, int padding=0, int dilation=1,"
+    " int groups=1) -> Tensor"
+)
+
+
+def oracle(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Compute the op by its definition: gather the active positions, multiply, scatter the rows."""
+    size = _check(x, weight, bias, mask, stride, padding, dilation, groups)
+    if not ((mask == 0) | (mask == 1)).all():
+        raise ModelError(
+            f"masked_conv2d got a mask with values from {mask.min().item()} to {mask.max().item()}; expected "
+            "0 and 1 only. Decide first: logits >= 0."
+        )
+    sample, row, column = mask[:, 0].nonzero(as_tuple=True)
+    padded, side = F.pad(x, (padding,) * 4), weight.shape[2]
+    y = x.new_zeros(len(sample), weight.shape[0])
+    for tap in range(side**2):
+        dy, dx = dilation * (tap // side), dilation * (tap % side)
+        values = padded[sample, :, row * stride + dy, column * stride + dx].chunk(groups, dim=1)
+        kernels = weight[:, :, tap // side, tap % side].chunk(groups)
+        y = y + torch.cat([v @ k.t() for v, k in zip(values, kernels, strict=True)], dim=1)
+    out = x.new_zeros(x.shape[0], weight.shape[0], *size)
+    out[sample, :, row, column] = y if bias is None else y + bias
+    return out
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    size = _check(x, weight, bias, mask, stride, padding, dilation, groups)
+    return x.new_empty(x.shape[0], weight.shape[0], *size)
+
+
+def _check(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    groups: int,
+) -> tuple[int, int]:
+    """Return the output's height and width."""
+    if min(stride, dilation, groups) < 1 or padding < 0:
+        raise ModelError(
+            f"masked_conv2d got stride={stride}, padding={padding}, dilation={dilation}, groups={groups}; "
+            "expected padding >= 0 and the others >= 1. Mend the layer's arguments."
+        )
+    if x.dim() != 4 or weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
+        raise ModelError(
+            f"masked_conv2d got x {tuple(x.shape)} and weight {tuple(weight.shape)}; expected (B, I, H, W) "
+            "and (O, I / groups, R, R). Pad an oblong kernel with zeros to a square."
+        )
+    if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
+        raise ModelError(
+            f"masked_conv2d got x of {x.shape[1]} channels, weight {tuple(weight.shape)} groups={groups}; "
+            "expected I / groups channels a kernel, and groups to divide O. Mend groups or the weight."
+        )
+    if bias is not None and tuple(bias.shape) != (weight.shape[0],):
+        raise ModelError(
+            f"masked_conv2d got bias {tuple(bias.shape)}; expected {(weight.shape[0],)}: one value an output "
+            "channel."
+        )
+    reach = dilation * (weight.shape[2] - 1) + 1
+    height, width = ((extent + 2 * padding - reach) // stride + 1 for extent in x.shape[2:])
+    if min(height, width) < 1 or tuple(mask.shape) != (x.shape[0], 1, height, width):
+        raise ModelError(
+            f"masked_conv2d got mask {tuple(mask.shape)} for x {tuple(x.shape)}; expected "
+            f"{(x.shape[0], 1, height, width)}: one value a position of the output, at least one position. "
+            "Give the mask the resolution of the convolution's output."
+        )
+    if mask.dtype != x.dtype:
+        raise ModelError(
+            f"masked_conv2d got a mask of {mask.dtype} for x of {x.dtype}; expected the same type. Cast the "
+            "mask to the type of x."
+        )
+    return height, width
+
+
+_OVERLOAD = register("masked_conv2d", _SCHEMA, oracle, _fake)
+
+
+def masked_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    mask: Tensor,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    groups: int = 1,
+) -> Tensor:
+    """Convolve x where the mask is set (arXiv 1912.03203, sec. 3.1); one graph node.
+
+    Args:
+        x: (B, I, H, W), zero-padded.
+        weight: (O, I / groups, R, R).
+        bias: (O,), added where the mask is set, or None.
+        mask: (B, 1, h, w) of 0 and 1 in the type of x, at the output's resolution.
+        stride: distance between output positions, input pixels.
+        padding: zeros at each border, pixels.
+        dilation: distance between taps, pixels.
+        groups: blocks of channels that do not mix; I for a depthwise convolution.
+
+    Returns:
+        (B, O, h, w), the dtype of x; 0 where the mask is 0.
+
+    Raises:
+        ModelError: for shapes or types that do not fit together, and, when computed, for a mask with other
+            values.
+    """
+    return torch.ops.edgedyn.masked_conv2d(x, weight, bias, mask, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+
+
+def _examples() -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, int, int, int, int]]:
+    """Yield the op's arguments in order: odd sizes, stride 2, depthwise, groups, dilation, empty and full."""
+    generator = torch.Generator().manual_seed(19)
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    def mask(*shape: int, density: float = 0.4) -> Tensor:
+        return (torch.rand(shape, generator=generator) < density).float()
+
+    yield rand(2, 5, 17, 23), rand(7, 5, 3, 3), rand(7), mask(2, 1, 17, 23), 1, 1, 1, 1
+    yield rand(3, 6, 13, 18), rand(8, 6, 3, 3), None, mask(3, 1, 7, 9), 2, 1, 1, 1
+    yield rand(2, 4, 9, 14), rand(6, 4, 1, 1), rand(6), mask(2, 1, 9, 14), 1, 0, 1, 1
+    yield rand(2, 6, 11, 8), rand(6, 1, 3, 3), rand(6), mask(2, 1, 11, 8), 1, 1, 1, 6
+    yield rand(2, 6, 12, 15), rand(4, 3, 5, 5), rand(4), mask(2, 1, 6, 8), 2, 4, 2, 2
+    full, empty = torch.ones(1, 1, 5, 7), torch.zeros(1, 1, 5, 7)
+    yield rand(3, 3, 5, 7), rand(2, 3, 3, 3), rand(2), torch.cat([full, empty, mask(1, 1, 5, 7)]), 1, 1, 1, 1
+
+
+def _apply_macs(
+    x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, *rest: int, **options: object
+) -> int:
+    """Count the convolution at every position: the most that a mask can ask for."""
+    return mask.numel() * weight.numel()
+
+
+OP = Op(
+    name="masked_conv2d",
+    overload=_OVERLOAD,
+    forms=FORMS,
+    examples=_examples,
+    generated=("mask",),
+    apply_macs=_apply_macs,
+)

@@ -1,0 +1,123 @@
+"""Masks and gates: found in a program, counted when they change, and told apart from arithmetic."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from small_networks import make_input, make_net
+from torch import nn
+
+from edgedyn import decisions
+from edgedyn.calibration import Sample
+
+
+@pytest.mark.parametrize(
+    ("decide", "count"),
+    [
+        (lambda y: y, 0),
+        (lambda y: y + y.argmax(1, keepdim=True), 1),
+        (lambda y: torch.where(y > 0.5, y, 0.0), 1),
+        (lambda y: y.max(1, keepdim=True).values, 1),
+        (lambda y: torch.round(torch.sigmoid(y)) * y, 1),
+        (lambda y: y * torch.logical_not(y > 0).float() + (y < 1).float(), 2),
+        (lambda y: y.clamp(0, 1) * torch.arange(14).float(), 0),
+    ],
+)
+def test_decisions_that_depend_on_data_are_counted(decide, count):
+    class Deciding(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = make_net()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return decide(self.net(x))
+
+    masks, others = decisions.find_decisions(torch.export.export(Deciding().eval(), (make_input(),)))
+    assert len(masks) + others == count
+
+
+class Gated(nn.Module):
+    """A residual branch where a mask of the input is set."""
+
+    def __init__(self, threshold: float = 0.0) -> None:
+        super().__init__()
+        self.net, self.mask, self.threshold = make_net(), nn.Conv2d(3, 1, 1), threshold
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        active = (self.mask(x) >= self.threshold).to(x.dtype)
+        return x + active * self.net(x)
+
+
+@pytest.fixture(scope="module")
+def gated():
+    torch.manual_seed(1)
+    model, x = Gated().eval(), make_input((1, 3, 10, 14))
+    with torch.no_grad():
+        model.mask.bias -= model.mask(x).median()
+    return model, torch.export.export(model, (x,)), Sample((x.numpy(),), x.numpy(), 0.0, "a.png")
+
+
+def test_mask_is_found_with_its_module_and_threshold():
+    program = torch.export.export(Gated(0.25).eval(), (make_input(),))
+    (mask,), others = decisions.find_decisions(program)
+    assert (mask.path, mask.threshold, others) == ("", 0.25, 0)
+    assert mask.compare(np.array([0.2, 0.25, 0.3]), mask.threshold).tolist() == [False, True, True]
+
+
+def test_what_follows_from_a_mask_decides_nothing_more():
+    class Sorted(Gated):
+        def forward(self, x):
+            active = (self.mask(x) >= 0).to(x.dtype).flatten(1)
+            return x + torch.topk(active, 5).values.sum()
+
+    masks, others = decisions.find_decisions(torch.export.export(Sorted().eval(), (make_input(),)))
+    assert (len(masks), others) == (1, 0)
+
+
+def test_run_noting_gives_output_and_logits(gated):
+    model, program, sample = gated
+    y, (logits,) = decisions.run_noting(program, sample, torch.float32)
+    x = torch.from_numpy(sample.noisy)
+    with torch.no_grad():
+        np.testing.assert_array_equal(y, model(x).numpy())
+        np.testing.assert_array_equal(logits, model.mask(x).numpy())
+
+
+def test_forced_masks_take_the_place_of_the_programs_own(gated):
+    model, program, sample = gated
+    x = torch.from_numpy(sample.noisy)
+    none, every = (torch.full((1, 1, 10, 14), value) for value in (False, True))
+    with torch.no_grad():
+        everywhere = (x + model.net(x)).numpy()
+    assert np.array_equal(decisions.run_noting(program, sample, torch.float32, [none])[0], sample.noisy)
+    assert np.array_equal(decisions.run_noting(program, sample, torch.float32, [every])[0], everywhere)
+
+
+def test_exposed_program_gives_the_logits_as_a_further_output(gated):
+    model, program, sample = gated
+    x = torch.from_numpy(sample.noisy)
+    y, logits = decisions.expose(program, (x,)).module()(x)
+    with torch.no_grad():
+        torch.testing.assert_close(y, model(x), rtol=0, atol=0)
+        torch.testing.assert_close(logits, model.mask(x), rtol=0, atol=0)
+
+
+def test_flips_are_counted_with_the_margin_that_the_float_program_had(gated):
+    _, program, _ = gated
+    (mask,), _ = decisions.find_decisions(program)
+    float_ = [[np.array([[-3.0, -0.1, 0.1, 3.0]])]]
+    found = [[np.array([[-3.1, 0.05, 0.2, 2.0]])]]
+    wanted = [[float_[0][0] >= 0]]
+    flips, margins = decisions._flips([mask], float_, found, wanted)
+    assert flips.tolist() == [False, True, False, False]
+    rms = np.sqrt((9 + 0.01 + 0.01 + 9) / 4)
+    assert margins == pytest.approx(np.array([3, 0.1, 0.1, 3]) / rms)
+
+
+def test_histogram_counts_all_and_changed_and_keeps_what_lies_beyond():
+    margins, changed = np.array([0.05, 0.15, 0.15, 7.0]), np.array([True, False, True, False])
+    table = decisions._histogram(margins, changed)
+    assert table["all"][:2] == [1, 2]
+    assert table["changed"][:2] == [1, 1]
+    assert (sum(table["all"]), table["all"][-1], sum(table["changed"])) == (4, 1, 2)
