@@ -32,7 +32,7 @@ class DDFBlock(nn.Module):
 
 
 class DDFDenoiser(nn.Module):
-    """The denoiser; 128,561 parameters by default.
+    """The denoiser; 129,533 parameters by default.
 
     Args:
         features: channels of every block.

@@ -36,7 +36,7 @@ class ConvBlock(nn.Module):
 
 
 class DDFUpsampler(nn.Module):
-    """The upsampler; 87,000 parameters by default.
+    """The upsampler; parameters by default 86,943, joint 91,711.
 
     Args:
         features: channels of the body, and of the guide's features.

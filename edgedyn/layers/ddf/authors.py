@@ -12,107 +12,66 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
+from edgedyn.foreign import adopt, require
 from edgedyn.layers.ddf.reference import DDFPack, DDFUpPack, FilterNorm
 
 
-def take_weights(reference: nn.Module, module: nn.Module, name: str) -> nn.Module:
-    """Load the weights of an authors' instance, and prove that it is built like the reference.
-
-    Args:
-        reference: ours, made of what the instance's attributes and shapes say.
-        module: the authors' instance.
-        name: the authors' class, for the message.
-
-    Returns:
-        The reference, in the mode and dtype of the instance.
-
-    Raises:
-        ModelError: where keys, shapes, convolutions or normalisations differ.
-    """
-    try:
-        state = module.state_dict()
-        reference.to(next(iter(state.values())))
-        reference.load_state_dict(state)
-        for path, ours in reference.named_modules():
-            _match(path, ours, module.get_submodule(path))
-    except (RuntimeError, AttributeError, ModelError) as error:
-        raise refuse_instance(name, error) from error
-    return reference.train(module.training)
-
-
-def refuse_instance(name: str, error: Exception) -> ModelError:
-    """Say why an instance with dynamic branches is not the authors' class of that name."""
-    return ModelError(
-        f"a {name} is not the published one: {' '.join(str(error).split())}. Build it with "
-        "edgedyn.authors.from_authors from its constructor arguments and state_dict, or rename the class."
-    )
-
-
-def _match(path: str, ours: nn.Module, theirs: Any) -> None:
-    """Compare one part; take over a constant spread, which no state_dict holds."""
-    found: list[object]
-    expected: list[object]
-    if isinstance(ours, nn.Conv2d | nn.AdaptiveAvgPool2d | nn.ReLU):
-        found, expected = _describe(theirs), _describe(ours)
-    elif isinstance(ours, FilterNorm):
-        found = [theirs.filter_type, theirs.in_channels, theirs.runing_std, theirs.runing_mean]
-        expected = [ours.filter_type, ours.in_channels, isinstance(ours.std, Tensor), ours.mean is not None]
-        ours.std = theirs.std if isinstance(theirs.std, float) else ours.std
-    else:
-        return
-    if found != expected:
-        raise ModelError(f"its {path} is {found}, expected {expected}")
-
-
-def _describe(part: nn.Module) -> list[object]:
-    """Name a part and what it computes with; whether it writes in place makes no difference."""
-    if isinstance(part, nn.AdaptiveAvgPool2d):
-        return [type(part).__name__, str(part.output_size in (1, (1, 1)))]
-    return [type(part).__name__, "" if isinstance(part, nn.ReLU) else part.extra_repr()]
-
-
-def _read(
-    name: str, module: Any, build: Callable[[Any, Mapping[str, Tensor]], nn.Module]
-) -> nn.Module | None:
-    """Build our reference of an instance from its attributes and the shapes of its weights."""
-    if not hasattr(module, "spatial_branch") and not hasattr(module, "channel_branch"):
+def _recognise(foreign: Any, make: Callable[[Any], nn.Module]) -> nn.Module | None:
+    """Take over an instance; None where neither branch is there, so that nothing in it is dynamic."""
+    if not hasattr(foreign, "spatial_branch") and not hasattr(foreign, "channel_branch"):
         return None
-    try:
-        reference = build(module, module.state_dict())
-    except (KeyError, AttributeError, TypeError, ModelError) as error:
-        raise refuse_instance(name, error) from error
-    return take_weights(reference, module, name)
+    reference = adopt(make, foreign)
+    for path, ours in reference.named_modules():
+        if isinstance(ours, FilterNorm | nn.AdaptiveAvgPool2d):
+            parts = dict(foreign.named_modules())
+            require(path in parts, foreign, f"has no {path}, expected {type(ours).__name__}")
+            found, expected = _describe(parts[path]), _describe(ours)
+            require(found == expected, foreign, f"has {found} as {path}, expected {expected}")
+        if isinstance(ours, FilterNorm) and not isinstance(ours.std, Tensor):
+            ours.std = parts[path].std  # a number, which no state_dict holds
+    return reference
 
 
-def _read_pack(module: Any, state: Mapping[str, Tensor]) -> DDFPack:
-    hidden, channels = state["channel_branch.1.weight"].shape[:2]
+def _describe(part: Any) -> tuple[object, ...]:
+    """Name a FilterNorm or a pool and what it computes."""
+    if isinstance(part, FilterNorm):
+        learned = isinstance(part.std, Tensor), part.mean is not None
+        return "FilterNorm", part.filter_type, part.in_channels, *learned
+    if isinstance(part, nn.AdaptiveAvgPool2d):
+        return "AdaptiveAvgPool2d", part.output_size in (1, (1, 1))
+    attributes = ("filter_type", "in_channels", "runing_std", "runing_mean")  # the published spelling
+    return type(part).__name__, *(getattr(part, name, None) for name in attributes)
+
+
+def _make_pack(foreign: Any) -> DDFPack:
+    hidden, channels = foreign.channel_branch[1].weight.shape[:2]
     return DDFPack(
         channels,
-        module.kernel_size,
-        module.stride,
-        module.dilation,
-        module.head,
+        foreign.kernel_size,
+        foreign.stride,
+        foreign.dilation,
+        foreign.head,
         (hidden + 0.5) / channels,
-        kernel_combine=module.kernel_combine,
-        gen_kernel_size=state["spatial_branch.0.weight"].shape[-1],
+        kernel_combine=foreign.kernel_combine,
+        gen_kernel_size=foreign.spatial_branch[0].weight.shape[-1],
     )
 
 
-def _read_up_pack(module: Any, state: Mapping[str, Tensor]) -> DDFUpPack:
-    hidden, channels = state["channel_branch.0.1.weight"].shape[:2]
-    first = state["spatial_branch.0.0.weight"]
-    side, is_first_version = first.shape[-1], _is_first_version(state)
+def _make_up_pack(foreign: Any) -> DDFUpPack:
+    hidden, channels = foreign.channel_branch[0][1].weight.shape[:2]
+    first = foreign.spatial_branch[0][0].weight
+    side, is_first_version = first.shape[-1], _is_first_version(foreign.state_dict())
     is_joint = side > 1 and not is_first_version
     return DDFUpPack(
         channels,
-        module.kernel_size,
-        module.scale_factor,
-        module.dilation,
-        module.head,
+        foreign.kernel_size,
+        foreign.scale_factor,
+        foreign.dilation,
+        foreign.head,
         (hidden + 0.5) / channels,
         gen_kernel_size=1 if is_first_version else side,
         joint_channels=first.shape[0] if is_joint else -1,
-        kernel_combine=module.kernel_combine,
+        kernel_combine=foreign.kernel_combine,
         dw_kernel_size=side if is_first_version else 0,
     )
 
@@ -170,6 +129,6 @@ BUILD: dict[str, Callable[[Mapping[str, Any], Mapping[str, Tensor]], nn.Module]]
     "FilterNorm": _build_norm,
 }
 RECOGNISE: dict[str, Callable[[Any], nn.Module | None]] = {
-    "DDFPack": lambda module: _read("DDFPack", module, _read_pack),
-    "DDFUpPack": lambda module: _read("DDFUpPack", module, _read_up_pack),
+    "DDFPack": lambda foreign: _recognise(foreign, _make_pack),
+    "DDFUpPack": lambda foreign: _recognise(foreign, _make_up_pack),
 }

@@ -76,7 +76,7 @@ class FilterGenerator(nn.Module):
         spread = F.conv2d(taps * taps, self.average).sqrt()
         noise = mean.abs() * (2 * self.taps * torch.finfo(mean.dtype).eps)
         # gain or 0 without a comparison, which XNNPACK does not have (executorch 1.5.1)
-        gain = ((spread - noise) * _STEEP).clamp(0, self.gain)
+        gain = ((spread - noise) * _STEEP).clamp(0.0, self.gain)
         y: Tensor = taps * (gain / (spread + EPSILON))
         y = y.reshape(b, -1, h, w)
         y = y if self.scale is None else y * self.scale
