@@ -301,14 +301,14 @@ def _cost_rows(
             for ys in (float_, quantized, forced)
         )
         return [
-            Row("decisions", f"psnr_lost_to_arithmetic_db{condition}", float(before - kept), {}, count),
-            Row("decisions", f"psnr_lost_to_flips_db{condition}", float(kept - after), {}, count),
+            Row("decisions", f"arithmetic_cost_db{condition}", float(before - kept), {}, count),
+            Row("decisions", f"flips_cost_db{condition}", float(kept - after), {}, count),
         ]
     with_flips, without = (
         float(np.mean([metrics.sqnr_db(y, e) for y, e in zip(ys, float_, strict=True)]))
         for ys in (quantized, forced)
     )
     return [
-        Row("decisions", f"sqnr_of_arithmetic_db{condition}", without, {}, count),
-        Row("decisions", f"sqnr_with_flips_db{condition}", with_flips, {}, count),
+        Row("decisions", f"sqnr_forced_db{condition}", without, {}, count),
+        Row("decisions", f"sqnr_free_db{condition}", with_flips, {}, count),
     ]

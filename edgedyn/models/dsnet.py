@@ -158,6 +158,11 @@ class DSNet(nn.Module):
             return self.run_widths(x, self.configurations[choice])
         return run_each(self.logits(x), [x], self)
 
+    def every_path(self, x: Tensor) -> None:
+        """Run every configuration on x, as BatchNorm statistics need it."""
+        for choice in range(len(self.configurations)):
+            self(x, choice)
+
     def run_widths(self, x: Tensor, widths: Sequence[int]) -> Tensor:
         """Return the scores (B, classes) at one width for the stem and for every stage."""
         x = self.act1(self.bn1(self.conv_stem(x, widths[0])))

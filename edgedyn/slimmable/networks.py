@@ -176,6 +176,13 @@ class GatedNetwork(nn.Module):
         logits, *features = given if isinstance(given, tuple) else (given,)
         return run_each(logits, features or [x], self.network)
 
+    def every_path(self, x: Tensor) -> None:
+        """Run the gate and every configuration on x, as BatchNorm statistics need it."""
+        given = self.gate(x)
+        features = given[1:] if isinstance(given, tuple) else (x,)
+        for choice in range(len(self.network.configurations)):
+            self.network(*features, choice)
+
 
 def check_outputs(outputs: int, configurations: int, owner: str) -> None:
     """Refuse a gate that has not one output a configuration.
