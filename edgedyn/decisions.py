@@ -80,7 +80,7 @@ def measure(converted: Converted, target: Target, outputs: Outputs, recipe: Reci
     # a quick variant also sorts positions; whether it fits is what its routing decides
     unknown = sum(other for name, (_, other) in counts.items() if name != "capacity")
     nodes = sum(len(part.expanded.graph.nodes) for part in converted.parts.values())
-    rows = [Row("decisions", "unmeasured_decision_nodes", unknown, {"at_most": 0}, nodes)]
+    rows = [Row("decisions", "unmeasured_decisions", unknown, {"at_most": 0}, nodes)]
     facts: dict[str, Any] = {}
     dense = "dense" if "dense" in converted.parts else FORWARD
     if counts.get(dense, ([], 0))[0]:
