@@ -113,7 +113,7 @@ def make_dsnet():
 
 
 def makers():
-    """Yield every network in both precisions; lowering takes seconds, so one stands for all in the short run."""
+    """Yield every network in both precisions; lowering is slow, so one stands for all in the short run."""
     networks = {"dncnn": lambda: make_net("dncnn"), "unet": lambda: make_net("unet"), "dsnet": make_dsnet}
     for name, make in networks.items():
         for precision in ("fp32", "int8"):

@@ -237,7 +237,7 @@ def _examples() -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
     ]
     for module, shape in cases:
         for p in module.parameters():
-            p.data = p.data + 0.3 * torch.randn(p.shape, generator=generator)
+            p.data = float(p.dim() == 1) + 0.5 * torch.randn(p.shape, generator=generator)
         colors = 4 * torch.randn((4, 3, 1, 1), generator=generator)
         yield module.eval(), (colors + torch.randn(shape, generator=generator),)
 
