@@ -207,7 +207,7 @@ def count_capacities(
             "route.capacity is a quantile of active positions on the calibration set, and the recipe names "
             "none. Set calibration: to a manifest in calib/."
         )
-    return capacities_of(canonicalize(reference), drawn, quantile)
+    return capacities_of(canonicalize(reference), [inputs[0] for inputs in drawn], quantile)
 
 
 def draw_tensors(recipe: Recipe, drawn: CalibrationSet) -> list[tuple[Tensor, ...]]:
