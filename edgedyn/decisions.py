@@ -146,7 +146,9 @@ def _read_mask(node: fx.Node) -> Mask | None:
 
 
 def _is_float(node: fx.Node) -> bool:
-    """Whether all tensors that a graph node gives are floating-point."""
+    """Whether all tensors that a graph node gives stand for real numbers, quantized ones too."""
+    if getattr(node.target, "namespace", "") == "quantized_decomposed":
+        return True
     value: Any = node.meta.get("val")
     values = value if isinstance(value, list | tuple) else [value]
     return all(v.is_floating_point() for v in values if hasattr(v, "is_floating_point"))

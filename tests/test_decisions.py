@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from small_networks import make_input, make_net
+from small_networks import make_input, make_net, quantize
 from torch import nn
 
 from edgedyn import decisions
@@ -81,6 +81,13 @@ def test_what_follows_from_a_mask_decides_nothing_more():
             return x + torch.topk(active, 5).values.sum()
 
     masks, others = decisions.find_decisions(torch.export.export(Sorted().eval(), (make_input(),)))
+    assert (len(masks), others) == (1, 0)
+
+
+def test_masks_of_a_quantized_program_stand_in_the_same_order(gated):
+    model, _, sample = gated
+    program = quantize(model, torch.from_numpy(sample.noisy))
+    masks, others = decisions.find_decisions(program)
     assert (len(masks), others) == (1, 0)
 
 
