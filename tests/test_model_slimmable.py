@@ -69,6 +69,16 @@ def test_output_has_the_size_of_the_input(name, colors, size):
     assert y.isfinite().all()
 
 
+@every_network
+@torch.no_grad()
+def test_network_removes_what_its_tail_says(name):
+    net = make_net(name)
+    net.network.tail.weight.zero_()
+    net.network.tail.bias.copy_(torch.tensor([0.5, 0.25, -0.125]))
+    x = noise(2, 3, 9, 14)
+    assert_equal(net(x), x - net.network.tail.bias.view(1, 3, 1, 1))
+
+
 @torch.no_grad()
 def test_unet_pads_to_multiples_of_8_by_reflection():
     net = make_net("unet").network

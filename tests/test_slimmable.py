@@ -12,7 +12,7 @@ from torch import nn
 
 from edgedyn.errors import ModelError
 from edgedyn.models.dsnet import DSNet
-from edgedyn.slimmable.blocks import BlockOptions, DepthwiseSeparable, HalvingPool, InvertedResidual
+from edgedyn.slimmable.blocks import BlockOptions, DepthwiseSeparable, HalvingPool, InvertedResidual, Stage
 from edgedyn.slimmable.gates import SlimmableGate, make_divisible
 from edgedyn.slimmable.layers import (
     SlimmableBatchNorm2d,
@@ -213,6 +213,18 @@ def test_inner_widths_made_equal_by_rounding_use_the_first_statistics():
     assert torch.equal(block(x, 6), before)
     block.bn1.aux_bn[0].running_mean.add_(1)
     assert not torch.equal(block(x, 6), before)
+
+
+@torch.no_grad()
+def test_only_the_first_block_of_a_stage_halves_and_decides():
+    stage = disturb(Stage("ds", [4, 6], [6, 9], 3, BlockOptions(stride=2, gate_outputs=2)))
+    assert [block.gate.outputs for block in stage.all_blocks] == [2, 0, 0]
+    x = noise(2, 4, 9, 12)
+    y = stage(x, 6)
+    assert y.shape == (2, 6, 5, 6)
+    for block in stage.all_blocks:
+        x = block(x, 6)
+    assert torch.equal(y, x)
 
 
 @pytest.mark.parametrize("size", [(6, 8), (7, 8), (6, 9), (7, 9), (1, 1)], ids=str)

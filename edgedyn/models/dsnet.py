@@ -80,8 +80,8 @@ class DSNet(nn.Module):
         gate_outputs: logits of the gate; the authors' has 4, whatever the number of widths.
 
     Raises:
-        ModelError: for widths that are not increasing, an unknown type, or stages behind the gate of another
-            number of widths.
+        ModelError: for rows of other lengths, widths that are not increasing, an unknown type, or stages
+            behind the gate of another number of widths.
     """
 
     def __init__(
@@ -100,12 +100,8 @@ class DSNet(nn.Module):
     ) -> None:
         super().__init__()
         norms = dict(norm_kwargs or {})
-        (widths, stem_blocks, kernel_size, stride), *stages, head = choices_cfg
-        if stem_blocks != 1:
-            raise ModelError(
-                f"the stem of choices_cfg asks for {stem_blocks} blocks; expected 1: the stem is one "
-                "convolution. Mend choices_cfg."
-            )
+        _check_choices(choices_cfg)
+        (widths, _, kernel_size, stride), *stages, head = choices_cfg
         self.conv_stem = SlimmableConv2d(in_chans, widths, kernel_size, stride=stride, bias=bias)
         self.bn1 = SlimmableBatchNorm2d(widths, **norms)
         self.act1 = make_activation(act_layer)
@@ -265,6 +261,20 @@ class DSNet(nn.Module):
             head = [self.conv_head.static(width, channels), self.bn2.static(channels), self.act2]
             width = channels
         return [*head, nn.AdaptiveAvgPool2d(1), nn.Flatten(), self.classifier.static(width)]
+
+
+def _check_choices(choices_cfg: Sequence[Sequence[Any]]) -> None:
+    lengths = [len(row) for row in choices_cfg]
+    if len(lengths) < 3 or lengths[0] != 4 or set(lengths[1:-1]) != {6} or lengths[-1] > 1:
+        raise ModelError(
+            f"choices_cfg has rows of {lengths} entries; expected 4 (stem), 6 for each stage, at least one, "
+            "and 0 or 1 (head). Mend choices_cfg."
+        )
+    if choices_cfg[0][1] != 1:
+        raise ModelError(
+            f"the stem of choices_cfg asks for {choices_cfg[0][1]} blocks; expected 1: the stem is one "
+            "convolution. Mend choices_cfg."
+        )
 
 
 def recognise_dsnet(module: nn.Module) -> DSNet | None:
