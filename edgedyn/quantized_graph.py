@@ -133,9 +133,9 @@ def halve(module: fx.GraphModule, islands: Collection[fx.Node]) -> None:
     """
     constants = {node for node in module.graph.nodes if node.op == "get_attr" and _is_float(node)}
     kept = {node for node in constants if node.users and all(user in islands for user in node.users)}
-    halved = {str(node.target) for node in constants - kept}
+    names = {str(node.target) for node in kept} - {str(node.target) for node in constants - kept}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name in halved:
+        if name not in names and tensor.is_floating_point():
             tensor.data = tensor.data.half()
     inside = {*islands, *kept}
     for node in module.graph.nodes:
