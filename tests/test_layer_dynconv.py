@@ -197,7 +197,9 @@ def test_inverted_residual_refuses_what_the_authors_assert(arguments, message):
 
 def test_weights_of_another_block_are_refused():
     weights = SparseBasicBlock(4, 4).state_dict()
-    with pytest.raises(WeightsError, match="the state_dict does not fit BasicBlock: 0 keys missing, 4 unknown"):
+    with pytest.raises(
+        WeightsError, match="the state_dict does not fit BasicBlock: 0 keys missing, 4 unknown"
+    ):
         from_authors("BasicBlock", {"inplanes": 4, "planes": 4, "sparse": False}, weights)
 
 
