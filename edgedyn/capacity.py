@@ -91,8 +91,9 @@ class GatheredConv2d(nn.Module):
         self.side, self.stride = conv.weight.shape[2], conv.stride
         self.padding, self.dilation, self.groups = conv.padding, conv.dilation, conv.groups
         outputs, inputs, side, _ = conv.weight.shape
-        if inputs == 1 and self.groups == outputs:
-            self.taps = nn.Parameter(conv.weight.detach().view(outputs, side**2).t().contiguous())
+        self.is_depthwise = inputs == 1 and self.groups == outputs
+        if self.is_depthwise:
+            self.taps = nn.Parameter(conv.weight.detach().view(outputs, side**2).t().flatten().clone())
             self.bias = nn.Parameter(conv.bias.detach())
             return
         # a patch is tap-major, because rows of whole positions are gathered
@@ -104,11 +105,14 @@ class GatheredConv2d(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """Compute (k, O) of patches (k * T, I)."""
-        patches = rows.view(-1, self.side**2, rows.shape[1])
-        if hasattr(self, "taps"):
-            return (patches * self.taps).sum(1) + self.bias
-        parts = patches.chunk(self.groups, dim=2) if self.groups > 1 else (patches,)
-        return torch.cat([m(p.flatten(1)) for m, p in zip(self.products, parts, strict=True)], dim=1)
+        channels, taps = rows.shape[1], self.side**2
+        if self.is_depthwise:
+            # slices and sums: XNNPACK has no reduction over one dimension (executorch 1.5)
+            terms = torch.split(rows.view(-1, taps * channels) * self.taps, channels, dim=1)
+            return sum(terms, start=self.bias)
+        parts = rows.view(-1, taps, channels).chunk(self.groups, dim=2)
+        y = [product(part.flatten(1)) for product, part in zip(self.products, parts, strict=True)]
+        return torch.cat(y, dim=1) if self.groups > 1 else y[0]
 
 
 class CapacityBlock(nn.Module):
