@@ -160,7 +160,11 @@ def widen(program: ExportedProgram, source: nn.Module) -> nn.Module:
     """Return a program in float64 with the tensors of its source, whose dotted names it keeps."""
     import torch
 
-    module = copy.deepcopy(program.module()).double()
+    from edgedyn.quantized_graph import widen as widen_graph
+
+    module = copy.deepcopy(program.module())
+    assert isinstance(module, torch.fx.GraphModule)
+    widen_graph(module)
     wanted = dict(source.named_parameters()) | dict(source.named_buffers())
     with torch.no_grad():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):
