@@ -128,7 +128,7 @@ def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Modul
     canonical = canonicalize(reference)
     if capacities is None:
         return canonical
-    from edgedyn.capacity import with_capacity
+    from edgedyn.layers.dynconv.capacity import with_capacity
 
     return RoutedModel(None, {"capacity": with_capacity(canonical, capacities), "dense": canonical})
 
@@ -200,7 +200,7 @@ def count_capacities(
     """
     if quantile is None:
         return None
-    from edgedyn.capacity import capacities_of
+    from edgedyn.layers.dynconv.capacity import capacities_of
 
     if not drawn:
         raise CalibrationError(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError, WeightsError
-from edgedyn.slimmable.layers import SlimmableBatchNorm2d
+from edgedyn.layers.ddsnet.slimmable import SlimmableBatchNorm2d
 
 _PICKLES = {".pth", ".pt", ".ckpt", ".ckp", ".bin", ".pkl"}
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from edgedyn.models.dsnet import DSNet
-from edgedyn.slimmable.networks import GatedNetwork, ImageGate, SlimmableUnit, check_configurations
+from edgedyn.layers.ddsnet.dsnet import DSNet
+from edgedyn.layers.ddsnet.networks import GatedNetwork, ImageGate, SlimmableUnit, check_configurations
 
 STEM, GATED = [[4, 6], 1, 3, 2], [[8, 12, 16, 20], 1, 3, 1, "ds", True]
 

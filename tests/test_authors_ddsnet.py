@@ -16,10 +16,10 @@ from edgedyn.authors import from_authors
 from edgedyn.errors import ModelError, WeightsError
 from edgedyn.layers import canonicalize
 from edgedyn.layers.ddsnet import LAYER
-from edgedyn.models.dsnet import DSNet
-from edgedyn.slimmable.blocks import Stage
-from edgedyn.slimmable.gates import make_divisible
-from edgedyn.slimmable.layers import SlimmableConv2d, SlimmableDepthwiseConv2d
+from edgedyn.layers.ddsnet.blocks import Stage
+from edgedyn.layers.ddsnet.dsnet import DSNet
+from edgedyn.layers.ddsnet.gates import make_divisible
+from edgedyn.layers.ddsnet.slimmable import SlimmableConv2d, SlimmableDepthwiseConv2d
 
 GOLDEN = Path(__file__).parent / "golden/ds_net_4choices.safetensors"
 SIZES = {"in_channels_list": [4, 6], "out_channels_list": [6, 9]}

@@ -10,10 +10,10 @@ import torch
 from torch import nn
 
 from edgedyn import targets
-from edgedyn.capacity import CapacityBlock, Grid, capacities_of, with_capacity
 from edgedyn.errors import ModelError
 from edgedyn.layers import canonicalize
 from edgedyn.layers.dynconv import LAYER, SparseBasicBlock, SparseBottleneck, SparseInvertedResidual
+from edgedyn.layers.dynconv.capacity import CapacityBlock, Grid, capacities_of, with_capacity
 from edgedyn.pipeline import capture
 from edgedyn.quantize import to_float
 from edgedyn.routing import RoutedModel

@@ -13,12 +13,12 @@ from edgedyn.authors import from_authors
 from edgedyn.errors import ModelError
 from edgedyn.layers import canonicalize, find_dynamic
 from edgedyn.layers.ddsnet import LAYER
+from edgedyn.layers.ddsnet.blocks import BlockOptions, Stage
+from edgedyn.layers.ddsnet.dsnet import MBNET_14, DSNet
+from edgedyn.layers.ddsnet.gates import SlimmableGate, make_activation
+from edgedyn.layers.ddsnet.networks import GatedNetwork, ImageGate, check_configurations
 from edgedyn.layers.malleconv import CanonicalMalleConv, MalleConv
-from edgedyn.models.dsnet import MBNET_14, DSNet
 from edgedyn.routing import RoutedModel
-from edgedyn.slimmable.blocks import BlockOptions, Stage
-from edgedyn.slimmable.gates import SlimmableGate, make_activation
-from edgedyn.slimmable.networks import GatedNetwork, ImageGate, check_configurations
 
 
 def tell_apart(gate: SlimmableGate, run) -> None:

@@ -22,7 +22,7 @@ from edgedyn.layers.dynconv import (
     SparseBottleneck,
     SparseInvertedResidual,
 )
-from edgedyn.masks import (
+from edgedyn.layers.dynconv.masks import (
     CanonicalMaskUnit,
     MaskUnit,
     PointMaskHead,
@@ -30,7 +30,7 @@ from edgedyn.masks import (
     decide,
     dilate,
 )
-from edgedyn.residual import BasicBlock, Bottleneck, InvertedResidual
+from edgedyn.layers.dynconv.residual import BasicBlock, Bottleneck, InvertedResidual
 
 
 def disturb(module: nn.Module, seed: int = 5) -> nn.Module:

@@ -11,10 +11,16 @@ from small_slimmable import STEM, assert_equal, disturb, make_net, noise
 from torch import nn
 
 from edgedyn.errors import ModelError
-from edgedyn.models.dsnet import DSNet
-from edgedyn.slimmable.blocks import BlockOptions, DepthwiseSeparable, HalvingPool, InvertedResidual, Stage
-from edgedyn.slimmable.gates import SlimmableGate, make_divisible
-from edgedyn.slimmable.layers import (
+from edgedyn.layers.ddsnet.blocks import (
+    BlockOptions,
+    DepthwiseSeparable,
+    HalvingPool,
+    InvertedResidual,
+    Stage,
+)
+from edgedyn.layers.ddsnet.dsnet import DSNet
+from edgedyn.layers.ddsnet.gates import SlimmableGate, make_divisible
+from edgedyn.layers.ddsnet.slimmable import (
     SlimmableBatchNorm2d,
     SlimmableConv2d,
     SlimmableDepthwiseConv2d,

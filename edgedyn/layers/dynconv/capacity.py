@@ -27,7 +27,7 @@ from edgedyn.layers.dynconv import (
     CanonicalInvertedResidual,
     MaskedConv2d,
 )
-from edgedyn.masks import CanonicalMaskUnit, Masks
+from edgedyn.layers.dynconv.masks import CanonicalMaskUnit, Masks
 
 BLOCKS = (CanonicalBasicBlock, CanonicalBottleneck, CanonicalInvertedResidual)
 DILATED = ".dilated"  # behind a block's path: the capacity of its inner convolutions

@@ -26,9 +26,15 @@ from torch import Tensor, nn
 from edgedyn.errors import ModelError
 from edgedyn.foreign import adopt, require
 from edgedyn.layers import Layer
-from edgedyn.masks import AuthorsMaskUnit, CanonicalMaskUnit, MaskUnit, PointMaskHead, PooledMaskHead
+from edgedyn.layers.dynconv.masks import (
+    AuthorsMaskUnit,
+    CanonicalMaskUnit,
+    MaskUnit,
+    PointMaskHead,
+    PooledMaskHead,
+)
+from edgedyn.layers.dynconv.residual import BasicBlock, Bottleneck, InvertedResidual
 from edgedyn.ops.masked_conv2d import masked_conv2d
-from edgedyn.residual import BasicBlock, Bottleneck, InvertedResidual
 
 
 def _either_call(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Any], Any]:

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
-from edgedyn.slimmable.layers import SlimmableBatchNorm2d, SlimmableConv2d, SlimmableJoin2d
+from edgedyn.layers.ddsnet.slimmable import SlimmableBatchNorm2d, SlimmableConv2d, SlimmableJoin2d
 
 Configurations = tuple[tuple[int, ...], ...]
 
