@@ -74,3 +74,16 @@ RULES = {
     "ddf.ddf.DDFUpPack": layer,
     "ddf_resnet.": layer,
 }
+
+
+def own_rounding(golden: Golden) -> float:
+    """Allow what the authors' own rounding says about a file whose FilterNorm divides by small spreads.
+
+    Both precisions run the same operations, so float64 is off by 2^-29 of what float32 is, ten times that in
+    another order (as the files' README has it for float32). Only above 5e-5 of the largest output does this
+    exceed the usual tolerance; the largest of these files has 1.5e-5.
+    """
+    return 10 * 2.0**-29 * max(golden.own_error.values())
+
+
+BOUNDS = {prefix: own_rounding for prefix in RULES if prefix != "ddf.ddf.ddf"}

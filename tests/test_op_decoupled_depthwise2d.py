@@ -103,7 +103,7 @@ class Call(nn.Module):
 
 RUNTIMES = {
     "heads at stride 2": (3, 2, 1, 2, "mul"),
-    "dilated sum": (5, 1, 2, 1, "add"),
+    "dilated sum": (3, 1, 2, 1, "add"),
     "stride 3": (3, 3, 1, 4, "mul"),
 }
 

@@ -47,16 +47,17 @@ def shift_mac(
 
 
 def _shift(x: Tensor, spatial_filter: Tensor, kernel_size: int, stride: int, dilation: int) -> list[Tensor]:
-    """Return what each tap reads, (B, C, h, w): a slice of the padded x, or of one of its phases.
+    """Return what each tap reads, (B, C, h, w): a window of the padded x, or of one of its phases.
 
     Phase (i, j) holds the rows i, i + stride, ... and the columns j, j + stride, ...; the taps of one phase
-    share it, and a tap is a slice of step 1.
+    share it, and a tap is a window of step 1. The taps of one kernel row share its rows of the phase.
     """
     h, w = spatial_filter.shape[2:]
     padding = dilation * (kernel_size // 2)
     padded = F.pad(x, (padding,) * 4) if padding else x
     offsets = [(dilation * (t // kernel_size), dilation * (t % kernel_size)) for t in range(kernel_size**2)]
     phases: dict[tuple[int, int], Tensor] = {}
+    rows: dict[tuple[int, int], Tensor] = {}
     shifted = []
     for dy, dx in offsets:
         key = dy % stride, dx % stride
@@ -64,7 +65,9 @@ def _shift(x: Tensor, spatial_filter: Tensor, kernel_size: int, stride: int, dil
             far_y = max(y for y, _ in offsets if y % stride == key[0]) // stride
             far_x = max(x for _, x in offsets if x % stride == key[1]) // stride
             phases[key] = _subsample(padded, key, (h + far_y, w + far_x), stride)
-        shifted.append(_crop(phases[key], dy // stride, dx // stride, h, w))
+        if (dy, key[1]) not in rows:
+            rows[dy, key[1]] = _take(phases[key], 2, dy // stride, h)
+        shifted.append(_take(rows[dy, key[1]], 3, dx // stride, w))
     return shifted
 
 
@@ -76,16 +79,14 @@ def _subsample(x: Tensor, first: tuple[int, int], size: tuple[int, int], stride:
     """
     if stride == 1:
         return x
-    (top, left), (h, w) = first, size
-    cropped = _crop(x, top, left, stride * (h - 1) + 1, stride * (w - 1) + 1)
-    return F.interpolate(cropped, size=size, mode="bilinear", align_corners=True)
+    x = _take(x, 2, first[0], stride * (size[0] - 1) + 1)
+    x = _take(x, 3, first[1], stride * (size[1] - 1) + 1)
+    return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
-def _crop(x: Tensor, top: int, left: int, height: int, width: int) -> Tensor:
-    """Return a window of x; x itself where it is whole, because a slice of all is an alias node."""
-    if x.shape[2:] == (height, width):
-        return x
-    return x[:, :, top : top + height, left : left + width]
+def _take(x: Tensor, axis: int, first: int, size: int) -> Tensor:
+    """Return ``size`` rows or columns; x itself where these are all, because a slice of all is an alias."""
+    return x if x.shape[axis] == size else x.narrow(axis, first, size)
 
 
 def onnx_node(
