@@ -4,8 +4,8 @@
 
 There is no op: the canonical form is a routed program, a router and K ordinary networks, each with the prefix
 of the weights and the BatchNorm statistics of its own width. ``slimmable`` are the layers of which a
-configuration uses a prefix, ``gates`` decide, ``networks`` put both together, ``blocks`` and ``dsnet`` are those
-of DS-Net (arXiv 2103.13258), the same group's published code. This file names them, takes the authors'
+configuration uses a prefix, ``gates`` decide, ``networks`` put both together, ``blocks`` and ``dsnet`` are
+those of DS-Net (arXiv 2103.13258), the same group's published code. This file names them, takes the authors'
 checkpoints and instances, and makes the routed program.
 """
 
