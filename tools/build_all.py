@@ -19,8 +19,6 @@ from typing import Annotated, Any
 import measurement
 import typer
 
-from edgedyn.files import to_json
-
 ROOT = Path(__file__).parents[1]
 app = typer.Typer(add_completion=False)
 
@@ -38,8 +36,7 @@ def main(
         if not wanted or (name in results and not again) or needs_weights(name):
             continue
         results[name] = build(name)
-        values = {"machine": measurement.describe(), "builds": dict(sorted(results.items()))}
-        out.write_text(to_json(values), encoding="utf-8")
+        measurement.write(out, {"builds": dict(sorted(results.items()))})
         print(f"{'ok    ' if results[name]['ok'] else 'FAILED'} {name}", flush=True)
     raise typer.Exit(0 if all(result["ok"] for result in results.values()) else 1)
 
