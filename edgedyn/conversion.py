@@ -128,7 +128,7 @@ def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Modul
     canonical = canonicalize(reference)
     if capacities is None:
         return canonical
-    from edgedyn.capacity import with_capacity
+    from edgedyn.layers.dynconv.capacity import with_capacity
 
     return RoutedModel(None, {"capacity": with_capacity(canonical, capacities), "dense": canonical})
 
@@ -200,14 +200,14 @@ def count_capacities(
     """
     if quantile is None:
         return None
-    from edgedyn.capacity import capacities_of
+    from edgedyn.layers.dynconv.capacity import capacities_of
 
     if not drawn:
         raise CalibrationError(
             "route.capacity is a quantile of active positions on the calibration set, and the recipe names "
             "none. Set calibration: to a manifest in calib/."
         )
-    return capacities_of(canonicalize(reference), drawn, quantile)
+    return capacities_of(canonicalize(reference), [inputs[0] for inputs in drawn], quantile)
 
 
 def draw_tensors(recipe: Recipe, drawn: CalibrationSet) -> list[tuple[Tensor, ...]]:

@@ -20,6 +20,7 @@ from torch.export import ExportedProgram
 from edgedyn import conversion, ops, pipeline, targets
 from edgedyn.errors import EdgedynError, RecipeError
 from edgedyn.layers import canonicalize, load_all, recognise
+from edgedyn.provenance import shared_provenance
 from edgedyn.quantize import COUNTED_OPS, module_path, multiply_adds
 from edgedyn.routing import RoutedModel, parts
 
@@ -65,6 +66,7 @@ def load_network(name: str) -> nn.Module:
     return made.eval()
 
 
+@shared_provenance()
 def inspect_model(
     model: nn.Module, inputs: tuple[Tensor, ...], *, wanted: Mapping[str, Mapping[str, str]] | None = None
 ) -> dict[str, Any]:

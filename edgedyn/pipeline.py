@@ -27,6 +27,7 @@ from edgedyn.conversion import Converted, Progress, capture, convert, rewrite
 from edgedyn.dispatch import Decision, Dispatcher
 from edgedyn.errors import CalibrationError, RecipeError, TargetMissingError
 from edgedyn.manifest import Routing
+from edgedyn.provenance import shared_provenance
 from edgedyn.report import write_report
 from edgedyn.routing import parts
 from edgedyn.tasks import TASKS
@@ -68,6 +69,7 @@ class Build:
         }
 
 
+@shared_provenance()
 def build(
     recipe: Recipe,
     out: Path,
@@ -102,6 +104,7 @@ def build(
         rows = exactness_rows(converted, samples, recipe.limits.exact)
         rows += validate.rows(outputs, recipe, {n: p.quantized for n, p in converted.parts.items()})
         rows += [*decided.rows, *artifact.rows]
+        rows = rows if recipe.is_trained else validate.report_only(rows)
         report = ValidationReport(tuple(rows))
         latency_ms = time_runs(device, [x.astype(recipe.input_specs()[0].dtype) for x in samples[0].inputs])
         write_vectors(staging, outputs, recipe)

@@ -36,6 +36,14 @@ MULTIPLY_ADD_OPS = {
     torch.ops.aten.linear.default,
     torch.ops.aten.convolution.default,
 }
+_FUSED_ACTIVATIONS = {
+    torch.ops.aten.relu.default,
+    torch.ops.aten.relu_.default,
+    torch.ops.aten.relu6.default,
+    torch.ops.aten.relu6_.default,
+    torch.ops.aten.hardtanh.default,
+    torch.ops.aten.hardtanh_.default,
+}
 # those, and the convolutions that no target has in INT8
 COUNTED_OPS = MULTIPLY_ADD_OPS | {torch.ops.aten.conv2d.padding, torch.ops.aten.conv_transpose2d.input}
 _KEPT_FLOAT = {
@@ -224,17 +232,29 @@ def make_quantizer(scheme: Int8Scheme, keep_float: Collection[str] = frozenset()
             for node in model.graph.nodes:
                 if node.target not in MULTIPLY_ADD_OPS or node.name in keep_float:
                     continue
-                node.meta["quantization_annotation"] = QuantizationAnnotation(
-                    input_qspec_map={node.args[0]: activation, node.args[1]: weight},
-                    output_qspec=activation if scheme.outputs else None,
-                    _annotated=True,
-                )
+                read = {node.args[0]: activation, node.args[1]: weight}
+                last = fused_activation(node) or node
+                for part in {node: None, last: None}:
+                    part.meta["quantization_annotation"] = QuantizationAnnotation(
+                        input_qspec_map=read if part is node else {},
+                        output_qspec=activation if scheme.outputs and part is last else None,
+                        _annotated=True,
+                    )
             return model
 
         def validate(self, model: fx.GraphModule) -> None:
             """Nothing to refuse: annotate writes only what the scheme allows."""
 
     return Int8Quantizer()
+
+
+def fused_activation(node: fx.Node) -> fx.Node | None:
+    """Return the ReLU or clamp that a runtime computes with the convolution: its only reader.
+
+    Quantized in front of it, half of the 8-bit range would hold values that it sets to zero.
+    """
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    return reader if reader is not None and reader.target in _FUSED_ACTIVATIONS else None
 
 
 def _convert_torchao(
@@ -296,6 +316,8 @@ def _account(
             total, quantized = total + macs[node.name], quantized + macs[node.name] * is_int8
             if not is_int8:
                 kept[module_path(node) or node.name, reasons.get(node.name, _NO_RULE)] += 1
+        elif _is_fused(node):
+            continue
         elif name := _float_operator(node):
             kept[name, reasons.get(node.name, _KEPT_FLOAT.get(name, _NO_RULE))] += 1
         elif str(node.target).startswith("quantized_decomposed.quantize_per_tensor"):
@@ -304,6 +326,15 @@ def _account(
             )
     rows = tuple({"node": node, "count": count, "reason": reason} for (node, reason), count in kept.items())
     return (quantized / total if total else 0.0), rows, tuple(table)
+
+
+def _is_fused(node: fx.Node) -> bool:
+    """Whether a node is an activation inside an INT8 convolution."""
+    source = node.args[0] if node.target in _FUSED_ACTIVATIONS else None
+    if not isinstance(source, fx.Node) or source.target not in MULTIPLY_ADD_OPS:
+        return False
+    quantizes = all(".quantize_per_tensor" in str(user.target) for user in node.users)
+    return quantizes and all("dequantize" in str(x.target) for x in source.args[:2])  # type: ignore[union-attr]
 
 
 def _float_operator(node: fx.Node) -> str | None:

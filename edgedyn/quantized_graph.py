@@ -1,6 +1,7 @@
 """Graph rewrites around lower precisions that the runtimes and NNCF need; each names who fails without it.
 
     halve                float16, with islands that stay float32
+    widen                float64, to measure what a rewrite changes
     explicit_padding     before quantizing: "same" and "valid" become numbers
     unshare_constants    before folding and quantizing: every convolution has its own weight and bias
     center               after: zero point 0 everywhere, for targets of symmetric INT8
@@ -133,9 +134,9 @@ def halve(module: fx.GraphModule, islands: Collection[fx.Node]) -> None:
     """
     constants = {node for node in module.graph.nodes if node.op == "get_attr" and _is_float(node)}
     kept = {node for node in constants if node.users and all(user in islands for user in node.users)}
-    halved = {str(node.target) for node in constants - kept}
+    names = {str(node.target) for node in kept} - {str(node.target) for node in constants - kept}
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if name in halved:
+        if name not in names and tensor.is_floating_point():
             tensor.data = tensor.data.half()
     inside = {*islands, *kept}
     for node in module.graph.nodes:
@@ -143,15 +144,39 @@ def halve(module: fx.GraphModule, islands: Collection[fx.Node]) -> None:
         if node.op == "call_function" and sources and inside.issuperset(sources) and not _is_float(node):
             inside.add(node)
     casts: dict[fx.Node, fx.Node] = {}
+    drop_type_assertions(module)
     for node in list(module.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
-            module.graph.erase_node(node)  # it asserts the type that a cast had in float32
-        elif node.op in ("call_function", "output"):
+        if node.op in ("call_function", "output"):
             _cast_arguments(module, node, inside, casts)
             if node not in inside:
-                node.args = fx.node.map_aggregate(node.args, _half_type)
-                node.kwargs = fx.node.map_aggregate(node.kwargs, _half_type)
+                name_type(node, torch.float16)
     module.recompile()
+
+
+def widen(module: fx.GraphModule) -> None:
+    """Turn a float32 program to float64, its casts and the constants that it makes too."""
+    module.double()
+    drop_type_assertions(module)
+    for node in module.graph.nodes:
+        name_type(node, torch.float64)
+    module.recompile()
+
+
+def drop_type_assertions(module: fx.GraphModule) -> None:
+    """Remove what asserts the types that casts had when the program was captured."""
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+
+
+def name_type(node: fx.Node, dtype: torch.dtype) -> None:
+    """Put a type where a node's arguments name float32."""
+
+    def change(argument: Any) -> Any:
+        return dtype if argument is torch.float32 else argument
+
+    node.args = fx.node.map_aggregate(node.args, change)
+    node.kwargs = fx.node.map_aggregate(node.kwargs, change)
 
 
 def _cast_arguments(
@@ -175,7 +200,3 @@ def _cast_arguments(
 def _is_float(node: fx.Node) -> bool:
     value = node.meta.get("val")
     return isinstance(value, torch.Tensor) and value.dtype == torch.float32
-
-
-def _half_type(argument: Any) -> Any:
-    return torch.float16 if argument is torch.float32 else argument

@@ -151,7 +151,7 @@ class Recipe(_Section):
 
     @property
     def is_trained(self) -> bool:
-        """Whether the network has weights of its own; without, nothing is demanded of its quality."""
+        """Whether the network has weights of its own."""
         return self.model.weights is not None
 
     def input_specs(self) -> tuple[TensorSpec, ...]:

@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError, WeightsError
+from edgedyn.layers.ddsnet.slimmable import SlimmableBatchNorm2d
 
 _PICKLES = {".pth", ".pt", ".ckpt", ".ckp", ".bin", ".pkl"}
 
@@ -111,28 +112,29 @@ def settle_norms(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
         inputs: a batch of real images, at least two: a map of one pixel has no spread of its own.
 
     Returns:
-        The number of BatchNorm modules that were set.
+        The number of BatchNorm modules that saw something; what no path reaches keeps its initial values.
 
     Raises:
-        ModelError: when one of them saw nothing, or gives values that are not finite.
+        ModelError: when statistics are not finite.
     """
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    holders = [m for m in model.modules() if isinstance(m, SlimmableBatchNorm2d)]
     momenta = {name: norm.momentum for name, norm in norms.items()}
     for norm in norms.values():
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over all that is seen
-        norm.train()
+    for module in (*norms.values(), *holders):
+        module.train()
     with torch.no_grad():
         getattr(model, "every_path", model)(*inputs)
+    for module in (*norms.values(), *holders):
+        module.eval()
     for name, norm in norms.items():
         norm.momentum = momenta[name]
-        norm.eval()
-        assert norm.num_batches_tracked is not None
         assert norm.running_var is not None
-        if not norm.num_batches_tracked or not norm.running_var.isfinite().all():
+        if not norm.running_var.isfinite().all():
             raise ModelError(
-                f"BatchNorm {name!r} saw {int(norm.num_batches_tracked)} batches of real images and has "
-                "statistics that are missing or not finite; expected finite ones. Give the recipe trained "
-                "weights (model.weights)."
+                f"BatchNorm {name!r} has statistics of real images that are not finite; expected finite "
+                "ones. Give the recipe trained weights (model.weights)."
             )
-    return len(norms)
+    return sum(int(norm.num_batches_tracked or 0) > 0 for norm in norms.values())

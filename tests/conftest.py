@@ -4,6 +4,17 @@ from __future__ import annotations
 
 import os
 
+import pytest
+
 # Read when torch is first imported, and by the processes that tests start. On a busy machine two threads wait
 # for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _shared_provenance():
+    """As a build does: the tests export and lower as often."""
+    from edgedyn.provenance import shared_provenance
+
+    with shared_provenance():
+        yield

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from edgedyn.authors import from_authors
 from edgedyn.layers import canonicalize
-from edgedyn.slimmable.blocks import SlimmableBlock
-from edgedyn.slimmable.layers import SlimmableDepthwiseConv2d
+from edgedyn.layers.ddsnet.blocks import SlimmableBlock
+from edgedyn.layers.ddsnet.slimmable import SlimmableDepthwiseConv2d
 
 
 def build(golden: Golden):

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from edgedyn.authors import from_authors
 from edgedyn.layers import canonicalize
-from edgedyn.masks import CanonicalMaskUnit, MaskUnit
+from edgedyn.layers.dynconv.masks import CanonicalMaskUnit, MaskUnit
 
 
 def run(module: nn.Module, golden: Golden) -> dict[str, Tensor]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from small_networks import make_input, make_net
+from small_networks import make_input, make_net, quantize
 from torch import nn
 
 from edgedyn import decisions
@@ -45,14 +45,23 @@ class Gated(nn.Module):
         self.net, self.mask, self.threshold = make_net(), nn.Conv2d(3, 1, 1), threshold
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        active = (self.mask(x) >= self.threshold).to(x.dtype)
-        return x + active * self.net(x)
+        return x + self.decide(self.mask(x)) * self.net(x)
+
+    def decide(self, logits: torch.Tensor) -> torch.Tensor:
+        return (logits >= self.threshold).to(logits.dtype)
 
 
-@pytest.fixture(scope="module")
-def gated():
+class GatedByFloor(Gated):
+    """The same, for a runtime without booleans."""
+
+    def decide(self, logits: torch.Tensor) -> torch.Tensor:
+        return torch.floor(torch.clamp(logits, -1, 0)) + 1
+
+
+@pytest.fixture(scope="module", params=[Gated, GatedByFloor])
+def gated(request):
     torch.manual_seed(1)
-    model, x = Gated().eval(), make_input((1, 3, 10, 14))
+    model, x = request.param().eval(), make_input((1, 3, 10, 14))
     with torch.no_grad():
         model.mask.bias -= model.mask(x).median()
     return model, torch.export.export(model, (x,)), Sample((x.numpy(),), x.numpy(), 0.0, "a.png")
@@ -62,7 +71,7 @@ def test_mask_is_found_with_its_module_and_threshold():
     program = torch.export.export(Gated(0.25).eval(), (make_input(),))
     (mask,), others = decisions.find_decisions(program)
     assert (mask.path, mask.threshold, others) == ("", 0.25, 0)
-    assert mask.compare(np.array([0.2, 0.25, 0.3]), mask.threshold).tolist() == [False, True, True]
+    assert mask.decide(np.array([0.2, 0.25, 0.3])).tolist() == [False, True, True]
 
 
 def test_what_follows_from_a_mask_decides_nothing_more():
@@ -72,6 +81,13 @@ def test_what_follows_from_a_mask_decides_nothing_more():
             return x + torch.topk(active, 5).values.sum()
 
     masks, others = decisions.find_decisions(torch.export.export(Sorted().eval(), (make_input(),)))
+    assert (len(masks), others) == (1, 0)
+
+
+def test_masks_of_a_quantized_program_stand_in_the_same_order(gated):
+    model, _, sample = gated
+    program = quantize(model, torch.from_numpy(sample.noisy))
+    masks, others = decisions.find_decisions(program)
     assert (len(masks), others) == (1, 0)
 
 

@@ -149,7 +149,8 @@ def test_zero_points_are_those_of_the_scheme(layer, engine, target):
 @every_case
 def test_outputs_are_quantized_only_where_the_scheme_wants_it(layer, engine, target):
     program = quantized(layer, engine, target).program
-    readers = [user for node in calls(program, "conv2d") for user in node.users]
+    last = [quantize.fused_activation(node) or node for node in calls(program, "conv2d")]
+    readers = [user for node in last for user in node.users]
     is_quantize = [".quantize_per_tensor" in str(user.target) for user in readers]
     assert readers
     assert all(is_quantize) if target == "executorch" else not all(is_quantize)

@@ -125,12 +125,15 @@ def canonicalize(model: nn.Module) -> nn.Module:
         make = canonical.get(type(module))
         return make(module) if make else None
 
-    found = _replace(recognise(model), rewrite)
+    known = recognise(model)
+    kinds = {path: _name(module) for path, module in known.named_modules()}
+    found = _replace(known, rewrite)
     inner = [path for path, module in found.named_modules() if path and isinstance(module, RoutedModel)]
     if inner:
         raise ModelError(
-            f"{inner[0]} becomes a routed program, which the host runs: expected it to be the whole network, "
-            f"found it inside {_name(model)}. Move the layers around it into its gate and its variants."
+            f"{inner[0]} ({kinds[inner[0]]}) becomes a routed program, which the host runs: expected it to "
+            f"be the whole network, found it inside {_name(model)}. Move the layers around it into its gate "
+            "and its variants."
         )
     return found
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
 from edgedyn.layers.dynconv import SparseInvertedResidual
+from edgedyn.layers.dynconv.residual import InvertedResidual
 from edgedyn.models.mallenet import pad_reflect
-from edgedyn.residual import InvertedResidual
 
 
 class DynConvDenoiser(nn.Module):

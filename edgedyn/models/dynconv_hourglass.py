@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
 from edgedyn.layers.dynconv import SparseInvertedResidual
-from edgedyn.residual import InvertedResidual
+from edgedyn.layers.dynconv.residual import InvertedResidual
 
 _DEPTH = 4
 

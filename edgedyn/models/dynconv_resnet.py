@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
 from edgedyn.layers.dynconv import SparseBasicBlock, SparseBottleneck
-from edgedyn.residual import BasicBlock, Bottleneck
+from edgedyn.layers.dynconv.residual import BasicBlock, Bottleneck
 
 _CIFAR = {8: 1, 14: 2, 20: 3, 26: 4, 32: 5}  # depth -> blocks a layer
 _IMAGENET = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
-from edgedyn.slimmable.layers import SlimmableConv2d
-from edgedyn.slimmable.networks import GatedNetwork, ImageGate, SlimmableUnit, check_configurations
+from edgedyn.layers.ddsnet.networks import GatedNetwork, ImageGate, SlimmableUnit, check_configurations
+from edgedyn.layers.ddsnet.slimmable import SlimmableConv2d
 
 # The ends are wider than the middle until the last: a start for tailoring, not the result of one.
 CONFIGURATIONS: tuple[tuple[int, ...], ...] = tuple(

@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
+from edgedyn.layers.ddsnet.networks import GatedNetwork, ImageGate, SlimmableUnit, check_configurations
+from edgedyn.layers.ddsnet.slimmable import SlimmableConv2d
 from edgedyn.models.mallenet import pad_reflect
-from edgedyn.slimmable.layers import SlimmableConv2d
-from edgedyn.slimmable.networks import GatedNetwork, ImageGate, SlimmableUnit, check_configurations
 
 SCALES = 4
 PAD_MULTIPLE = 2 ** (SCALES - 1)

@@ -1,10 +1,13 @@
 """Convolution evaluated only where a mask is set; zero elsewhere, bias included.
 
-    y[b, o, p] = bias[o] + sum_{t, i} weight[o, i, t] * x[b, g(o) + i, s p + d off(t)]   where mask[b, p] = 1
-    y[b, o, p] = 0                                                                       where mask[b, p] = 0
+    y[b, o, p] = a(bias[o] + sum_{t, i} weight[o, i, t] * x[b, g(o) + i, s p + d off(t)])   where mask is 1
+    y[b, o, p] = 0                                                                          where mask is 0
 
 x: (B, I, H, W)   weight: (O, I / groups, R, R)   bias: (O,) or None   mask: (B, 1, h, w)   y: (B, O, h, w)
-s stride, d dilation, g(o) the first channel of o's group, T = R * R taps
+s stride, d dilation, g(o) the first channel of o's group, a activation, T = R * R taps
+
+The activation belongs to the op: a runtime computes it with the convolution, and 8 bits then need not hold
+what it cuts off.
 
 The mask stands at the output's resolution: one float of 0 or 1 a position, in the type of x, because every
 runtime multiplies floats and few of them booleans.
@@ -20,11 +23,11 @@ from torch import Tensor
 
 from edgedyn.errors import ModelError
 from edgedyn.ops import Op, register
-from edgedyn.ops.masked_conv2d.forms import FORMS
+from edgedyn.ops.masked_conv2d.forms import ACTIVATIONS, FORMS
 
 _SCHEMA = (
     "(Tensor x, Tensor weight, Tensor? bias, Tensor mask, int stride=1, int padding=0, int dilation=1,"
-    " int groups=1) -> Tensor"
+    " int groups=1, str activation='none') -> Tensor"
 )
 
 
@@ -37,9 +40,10 @@ def oracle(
     padding: int = 0,
     dilation: int = 1,
     groups: int = 1,
+    activation: str = "none",
 ) -> Tensor:
     """Compute the op by its definition: gather the active positions, multiply, scatter the rows."""
-    size = _check(x, weight, bias, mask, stride, padding, dilation, groups)
+    size = _check(x, weight, bias, mask, stride, padding, dilation, groups, activation)
     if not ((mask == 0) | (mask == 1)).all():
         raise ModelError(
             f"masked_conv2d got a mask with values from {mask.min().item()} to {mask.max().item()}; expected "
@@ -54,7 +58,7 @@ def oracle(
         kernels = weight[:, :, tap // side, tap % side].chunk(groups)
         y = y + torch.cat([v @ k.t() for v, k in zip(values, kernels, strict=True)], dim=1)
     out = x.new_zeros(x.shape[0], weight.shape[0], *size)
-    out[sample, :, row, column] = y if bias is None else y + bias
+    out[sample, :, row, column] = ACTIVATIONS[activation](y if bias is None else y + bias)
     return out
 
 
@@ -67,8 +71,9 @@ def _fake(
     padding: int = 0,
     dilation: int = 1,
     groups: int = 1,
+    activation: str = "none",
 ) -> Tensor:
-    size = _check(x, weight, bias, mask, stride, padding, dilation, groups)
+    size = _check(x, weight, bias, mask, stride, padding, dilation, groups, activation)
     return x.new_empty(x.shape[0], weight.shape[0], *size)
 
 
@@ -81,8 +86,14 @@ def _check(
     padding: int,
     dilation: int,
     groups: int,
+    activation: str,
 ) -> tuple[int, int]:
     """Return the output's height and width."""
+    if activation not in ACTIVATIONS:
+        raise ModelError(
+            f"masked_conv2d got activation={activation!r}; expected one of {', '.join(ACTIVATIONS)}. Apply "
+            "another one behind the op, where it keeps 0."
+        )
     if min(stride, dilation, groups) < 1 or padding < 0:
         raise ModelError(
             f"masked_conv2d got stride={stride}, padding={padding}, dilation={dilation}, groups={groups}; "
@@ -131,6 +142,7 @@ def masked_conv2d(
     padding: int = 0,
     dilation: int = 1,
     groups: int = 1,
+    activation: str = "none",
 ) -> Tensor:
     """Convolve x where the mask is set (arXiv 1912.03203, sec. 3.1); one graph node.
 
@@ -143,6 +155,7 @@ def masked_conv2d(
         padding: zeros at each border, pixels.
         dilation: distance between taps, pixels.
         groups: blocks of channels that do not mix; I for a depthwise convolution.
+        activation: ``none``, ``relu`` or ``relu6``.
 
     Returns:
         (B, O, h, w), the dtype of x; 0 where the mask is 0.
@@ -151,10 +164,12 @@ def masked_conv2d(
         ModelError: for shapes or types that do not fit together, and, when computed, for a mask with other
             values.
     """
-    return torch.ops.edgedyn.masked_conv2d(x, weight, bias, mask, stride, padding, dilation, groups)  # type: ignore[no-any-return]
+    return torch.ops.edgedyn.masked_conv2d(  # type: ignore[no-any-return]
+        x, weight, bias, mask, stride, padding, dilation, groups, activation
+    )
 
 
-def _examples() -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, int, int, int, int]]:
+def _examples() -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, int, int, int, int, str]]:
     """Yield the op's arguments in order: odd sizes, stride 2, depthwise, groups, dilation, empty and full."""
     generator = torch.Generator().manual_seed(19)
 
@@ -164,13 +179,23 @@ def _examples() -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, int, in
     def mask(*shape: int, density: float = 0.4) -> Tensor:
         return (torch.rand(shape, generator=generator) < density).float()
 
-    yield rand(2, 5, 17, 23), rand(7, 5, 3, 3), rand(7), mask(2, 1, 17, 23), 1, 1, 1, 1
-    yield rand(3, 6, 13, 18), rand(8, 6, 3, 3), None, mask(3, 1, 7, 9), 2, 1, 1, 1
-    yield rand(2, 4, 9, 14), rand(6, 4, 1, 1), rand(6), mask(2, 1, 9, 14), 1, 0, 1, 1
-    yield rand(2, 6, 11, 8), rand(6, 1, 3, 3), rand(6), mask(2, 1, 11, 8), 1, 1, 1, 6
-    yield rand(2, 6, 12, 15), rand(4, 3, 5, 5), rand(4), mask(2, 1, 6, 8), 2, 4, 2, 2
+    yield rand(2, 5, 17, 23), rand(7, 5, 3, 3), rand(7), mask(2, 1, 17, 23), 1, 1, 1, 1, "none"
+    yield rand(3, 6, 13, 18), rand(8, 6, 3, 3), None, mask(3, 1, 7, 9), 2, 1, 1, 1, "relu"
+    yield rand(2, 4, 9, 14), rand(6, 4, 1, 1), rand(6), mask(2, 1, 9, 14), 1, 0, 1, 1, "none"
+    yield rand(2, 6, 11, 8), rand(6, 1, 3, 3), rand(6), mask(2, 1, 11, 8), 1, 1, 1, 6, "relu6"
+    yield rand(2, 6, 12, 15), rand(4, 3, 5, 5), rand(4), mask(2, 1, 6, 8), 2, 4, 2, 2, "none"
     full, empty = torch.ones(1, 1, 5, 7), torch.zeros(1, 1, 5, 7)
-    yield rand(3, 3, 5, 7), rand(2, 3, 3, 3), rand(2), torch.cat([full, empty, mask(1, 1, 5, 7)]), 1, 1, 1, 1
+    yield (
+        rand(3, 3, 5, 7),
+        rand(2, 3, 3, 3),
+        rand(2),
+        torch.cat([full, empty, mask(1, 1, 5, 7)]),
+        1,
+        1,
+        1,
+        1,
+        "none",
+    )
 
 
 def _apply_macs(

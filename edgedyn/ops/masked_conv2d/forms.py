@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,6 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgedyn.ops import Form
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda y: y,
+    "relu": F.relu,
+    "relu6": F.relu6,
+}
 
 
 def dense_times_mask(
@@ -20,13 +27,15 @@ def dense_times_mask(
     padding: int = 0,
     dilation: int = 1,
     groups: int = 1,
+    activation: str = "none",
 ) -> Tensor:
-    """Convolve everywhere and multiply by the mask.
+    """Convolve everywhere, activate, and multiply by the mask.
 
     Exact: a position's result depends on no other position, and the mask is 0 or 1. Every runtime runs it at
     the speed of a static convolution, and it saves nothing.
     """
-    return F.conv2d(x, weight, bias, stride, padding, dilation, groups) * mask
+    y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
+    return ACTIVATIONS[activation](y) * mask
 
 
 def onnx_node(
@@ -38,6 +47,7 @@ def onnx_node(
     padding: int = 0,
     dilation: int = 1,
     groups: int = 1,
+    activation: str = "none",
 ) -> Tensor:
     """Keep the op as the ONNX node ``edgedyn::MaskedConv2d``, for a runtime that has our plugin.
 
@@ -50,6 +60,7 @@ def onnx_node(
         "padding": padding,
         "dilation": dilation,
         "groups": groups,
+        "activation": activation,
         "plugin_version": "1",
         "plugin_namespace": "edgedyn",
     }

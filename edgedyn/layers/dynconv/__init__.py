@@ -26,9 +26,15 @@ from torch import Tensor, nn
 from edgedyn.errors import ModelError
 from edgedyn.foreign import adopt, require
 from edgedyn.layers import Layer
-from edgedyn.masks import AuthorsMaskUnit, CanonicalMaskUnit, MaskUnit, PointMaskHead, PooledMaskHead
+from edgedyn.layers.dynconv.masks import (
+    AuthorsMaskUnit,
+    CanonicalMaskUnit,
+    MaskUnit,
+    PointMaskHead,
+    PooledMaskHead,
+)
+from edgedyn.layers.dynconv.residual import BasicBlock, Bottleneck, InvertedResidual
 from edgedyn.ops.masked_conv2d import masked_conv2d
-from edgedyn.residual import BasicBlock, Bottleneck, InvertedResidual
 
 
 def _either_call(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Any], Any]:
@@ -90,10 +96,11 @@ class SparseInvertedResidual(InvertedResidual):
 
 
 class MaskedConv2d(nn.Module):
-    """A convolution with BatchNorm of evaluation folded in, evaluated where a mask is set."""
+    """A convolution with its BatchNorm folded in and its activation, evaluated where a mask is set."""
 
-    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d) -> None:
+    def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d, activation: str = "none") -> None:
         super().__init__()
+        self.activation = activation
         assert norm.running_mean is not None
         assert norm.running_var is not None
         factor = norm.weight / (norm.running_var + norm.eps).sqrt()
@@ -105,9 +112,8 @@ class MaskedConv2d(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         """Convolve (B, I, H, W) where the mask (B, 1, h, w) is set: (B, O, h, w)."""
-        return masked_conv2d(
-            x, self.weight, self.bias, mask, self.stride, self.padding, self.dilation, self.groups
-        )
+        settings = self.stride, self.padding, self.dilation, self.groups, self.activation
+        return masked_conv2d(x, self.weight, self.bias, mask, *settings)
 
 
 class CanonicalBasicBlock(nn.Module):
@@ -116,7 +122,7 @@ class CanonicalBasicBlock(nn.Module):
     def __init__(self, block: SparseBasicBlock) -> None:
         super().__init__()
         self.masker, self.downsample = CanonicalMaskUnit(block.masker), block.downsample
-        self.conv1 = MaskedConv2d(block.conv1, block.bn1)
+        self.conv1 = MaskedConv2d(block.conv1, block.bn1, "relu")
         self.conv2 = MaskedConv2d(block.conv2, block.bn2)
 
     @_either_call
@@ -124,7 +130,7 @@ class CanonicalBasicBlock(nn.Module):
         """Return ReLU(identity + mask * F(x)); (B, inplanes, H, W) to (B, planes, h, w)."""
         _, mask, dilated = self.masker(x)
         identity = x if self.downsample is None else self.downsample(x)
-        return F.relu(identity + self.conv2(F.relu(self.conv1(x, dilated)), mask))
+        return F.relu(identity + self.conv2(self.conv1(x, dilated), mask))
 
 
 class CanonicalBottleneck(nn.Module):
@@ -133,8 +139,8 @@ class CanonicalBottleneck(nn.Module):
     def __init__(self, block: SparseBottleneck) -> None:
         super().__init__()
         self.downsample = block.downsample
-        self.conv1 = MaskedConv2d(block.conv1, block.bn1)
-        self.conv2 = MaskedConv2d(block.conv2, block.bn2)
+        self.conv1 = MaskedConv2d(block.conv1, block.bn1, "relu")
+        self.conv2 = MaskedConv2d(block.conv2, block.bn2, "relu")
         self.conv3 = MaskedConv2d(block.conv3, block.bn3)
         self.masker = CanonicalMaskUnit(block.masker, stride=self.conv2.stride, reach=self.conv2.dilation)
 
@@ -143,7 +149,7 @@ class CanonicalBottleneck(nn.Module):
         """Return ReLU(identity + mask * F(x)); (B, inplanes, H, W) to (B, 4 * planes, h, w)."""
         _, mask, dilated = self.masker(x)
         identity = x if self.downsample is None else self.downsample(x)
-        y = F.relu(self.conv2(F.relu(self.conv1(x, dilated)), mask))
+        y = self.conv2(self.conv1(x, dilated), mask)
         return F.relu(identity + self.conv3(y, mask))
 
 
@@ -154,15 +160,15 @@ class CanonicalInvertedResidual(nn.Module):
         super().__init__()
         expand, expand_norm, _, depthwise, depthwise_norm, _, project, project_norm = block.conv
         self.masker = CanonicalMaskUnit(block.masker)
-        self.expand = MaskedConv2d(expand, expand_norm)  # type: ignore[arg-type]
-        self.depthwise = MaskedConv2d(depthwise, depthwise_norm)  # type: ignore[arg-type]
+        self.expand = MaskedConv2d(expand, expand_norm, "relu6")  # type: ignore[arg-type]
+        self.depthwise = MaskedConv2d(depthwise, depthwise_norm, "relu6")  # type: ignore[arg-type]
         self.project = MaskedConv2d(project, project_norm)  # type: ignore[arg-type]
 
     @_either_call
     def forward(self, x: Tensor) -> Tensor:
         """Return x + mask * F(x); (B, C, H, W) both."""
         _, mask, dilated = self.masker(x)
-        y = F.relu6(self.depthwise(F.relu6(self.expand(x, dilated)), mask))
+        y = self.depthwise(self.expand(x, dilated), mask)
         y = x + self.project(y, mask)
         return y  # type: ignore[no-any-return]
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
-from edgedyn.slimmable.layers import SlimmableBatchNorm2d, SlimmableConv2d, SlimmableJoin2d
+from edgedyn.layers.ddsnet.slimmable import SlimmableBatchNorm2d, SlimmableConv2d, SlimmableJoin2d
 
 Configurations = tuple[tuple[int, ...], ...]
 
@@ -175,6 +175,13 @@ class GatedNetwork(nn.Module):
         given = self.gate(x)
         logits, *features = given if isinstance(given, tuple) else (given,)
         return run_each(logits, features or [x], self.network)
+
+    def every_path(self, x: Tensor) -> None:
+        """Run the gate and every configuration on x, as BatchNorm statistics need it."""
+        given = self.gate(x)
+        features = given[1:] if isinstance(given, tuple) else (x,)
+        for choice in range(len(self.network.configurations)):
+            self.network(*features, choice)
 
 
 def check_outputs(outputs: int, configurations: int, owner: str) -> None:

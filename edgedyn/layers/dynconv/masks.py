@@ -34,7 +34,8 @@ class PooledMaskHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return logits (B, 1, h, w) of x (B, C, H, W)."""
-        y: Tensor = self.conv(x) + self.fc(x.mean((2, 3)))[:, :, None, None]
+        mean = x.mean((2, 3), keepdim=True).flatten(1)  # XNNPACK averages only with keepdim (executorch 1.5)
+        y: Tensor = self.conv(x) + self.fc(mean)[:, :, None, None]
         return y
 
 
@@ -81,7 +82,7 @@ def decide(logits: Tensor) -> Tensor:
     ``logits >= 0`` would leave XNNPACK's delegate, which has no comparison (executorch 1.5). Clamped to
     [-1, 0] a negative value, however small, has the floor -1, and any other the floor 0.
     """
-    return logits.clamp(-1, 0).floor() + 1
+    return logits.clamp(-1, 0).floor() + 1.0
 
 
 class CanonicalMaskUnit(nn.Module):

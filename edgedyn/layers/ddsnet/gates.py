@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
-from edgedyn.slimmable.layers import SlimmableConv2d
+from edgedyn.layers.ddsnet.slimmable import SlimmableConv2d
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU,

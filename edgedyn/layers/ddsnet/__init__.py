@@ -3,9 +3,10 @@
     logits = gate(x)        y = network(x, argmax(logits))
 
 There is no op: the canonical form is a routed program, a router and K ordinary networks, each with the prefix
-of the weights and the BatchNorm statistics of its own width. The reference layers stand in
-``edgedyn/slimmable/``, those of DS-Net (arXiv 2103.13258), the same group's published code, among them; this
-file names them, takes the authors' checkpoints and instances, and makes the routed program.
+of the weights and the BatchNorm statistics of its own width. ``slimmable`` are the layers of which a
+configuration uses a prefix, ``gates`` decide, ``networks`` put both together, ``blocks`` and ``dsnet`` are
+those of DS-Net (arXiv 2103.13258), the same group's published code. This file names them, takes the authors'
+checkpoints and instances, and makes the routed program.
 """
 
 from __future__ import annotations
@@ -19,17 +20,17 @@ from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
 from edgedyn.layers import Layer
-from edgedyn.models.dsnet import MBNET_14, DSNet, recognise_dsnet
-from edgedyn.routing import RoutedModel
-from edgedyn.slimmable.blocks import BLOCKS, BlockOptions, Stage
-from edgedyn.slimmable.gates import ChannelAttention, GatedAttention, SlimmableGate
-from edgedyn.slimmable.layers import (
+from edgedyn.layers.ddsnet.blocks import BLOCKS, BlockOptions, Stage
+from edgedyn.layers.ddsnet.dsnet import MBNET_14, DSNet, recognise_dsnet
+from edgedyn.layers.ddsnet.gates import ChannelAttention, GatedAttention, SlimmableGate
+from edgedyn.layers.ddsnet.networks import Configurations, GatedNetwork, ImageGate, SlimmableUnit
+from edgedyn.layers.ddsnet.slimmable import (
     SlimmableBatchNorm2d,
     SlimmableConv2d,
     SlimmableDepthwiseConv2d,
     SlimmableLinear,
 )
-from edgedyn.slimmable.networks import Configurations, GatedNetwork, ImageGate, SlimmableUnit
+from edgedyn.routing import RoutedModel
 
 Arguments = Mapping[str, Any]
 
@@ -218,7 +219,8 @@ def _refuse_alone(module: nn.Module) -> None:
     raise ModelError(
         f"a {type(module).__name__} stands in a network that is no DSNet. Its width is set by the program "
         "around it (channel_choice, mode), which no exported file holds. Deploy the whole network: as a "
-        "DSNet, as a GatedNetwork of edgedyn.slimmable, or at one width with from_authors(...).static(...)."
+        "DSNet, as a GatedNetwork of edgedyn.layers.ddsnet, or at one width with "
+        "from_authors(...).static(...)."
     )
 
 
@@ -233,12 +235,13 @@ def _examples() -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
     tail: list[list[Any]] = [[[12, 20, 24], 2, 3, 1, "ds", False], [[20]]]
     cases: list[tuple[nn.Module, tuple[int, ...]]] = [
         (GatedNetwork(ImageGate(3, features=8), _Chain(((4, 6), (4, 8), (10, 8)))), (4, 3, 11, 14)),
-        (DSNet(5, 3, [*stages, *tail], act_layer="swish", gate_outputs=3), (4, 3, 18, 21)),
+        (DSNet(5, 3, [*stages, *tail], act_layer="swish", se_ratio=1.0, gate_outputs=3), (4, 3, 18, 21)),
     ]
     for module, shape in cases:
         for p in module.parameters():
-            p.data = p.data + 0.1 * torch.randn(p.shape, generator=generator)
-        yield module.eval(), (torch.randn(shape, generator=generator),)
+            p.data = float(p.dim() == 1) + 0.5 * torch.randn(p.shape, generator=generator)
+        colors = 4 * torch.randn((4, 3, 1, 1), generator=generator)
+        yield module.eval(), (colors + torch.randn(shape, generator=generator),)
 
 
 class _Chain(nn.Module):

@@ -21,8 +21,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
-from edgedyn.slimmable.gates import SlimmableGate, make_activation, make_divisible
-from edgedyn.slimmable.layers import (
+from edgedyn.layers.ddsnet.gates import SlimmableGate, make_activation, make_divisible
+from edgedyn.layers.ddsnet.slimmable import (
     SlimmableBatchNorm2d,
     SlimmableConv2d,
     SlimmableDepthwiseConv2d,

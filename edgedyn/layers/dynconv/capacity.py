@@ -1,0 +1,263 @@
+"""Static capacity: gated blocks that work at k positions at most, and count what does not fit.
+
+    rows       = the first k active positions, row by row                       (k,)
+    y          = identity + scatter(F(gather(x, rows)))
+    overflow   = sum over masks of max(active - k, 0)                           (B,), exact while it is 0
+
+Shapes are fixed, so a runtime without a sparse kernel can run it: top-k of the mask, gathered patches, one
+matrix product a convolution, scattered rows. The inner convolutions of F have the capacity of the dilated
+mask. The host runs the dense network where overflow is above 0: a routed program of rule ``fallback``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from edgedyn.errors import ModelError
+from edgedyn.layers import canonicalize
+from edgedyn.layers.dynconv import (
+    CanonicalBasicBlock,
+    CanonicalBottleneck,
+    CanonicalInvertedResidual,
+    MaskedConv2d,
+)
+from edgedyn.layers.dynconv.masks import CanonicalMaskUnit, Masks
+
+BLOCKS = (CanonicalBasicBlock, CanonicalBottleneck, CanonicalInvertedResidual)
+DILATED = ".dilated"  # behind a block's path: the capacity of its inner convolutions
+
+
+class Overflow:
+    """What the blocks of one call could not hold; shared by them, emptied by their network."""
+
+    def __init__(self) -> None:
+        self.counts: list[Tensor] = []
+
+
+class Grid:
+    """Active positions of a mask (1, 1, h, w), at most k of them.
+
+    Attributes:
+        positions: (k,) of ``i * w + j``, the active ones first and in order, then inactive ones.
+        slots: (1, 1, h, w), each position's place among ``positions``; k where it is inactive or did not fit.
+        overflow: scalar, how many did not fit.
+    """
+
+    def __init__(self, mask: Tensor, capacity: int) -> None:
+        self.height, self.width = mask.shape[2:]
+        count = self.height * self.width
+        self.capacity = min(capacity, count)
+        # promotes half, which has no 2049; .float() leaves an assertion that .half() breaks (torch 2.13)
+        flat = mask.flatten() * torch.ones(count, dtype=torch.float32, device=mask.device)
+        # every value differs, so that no runtime has a choice
+        order = flat * count - torch.arange(count, dtype=torch.float32, device=mask.device)
+        self.positions = order.topk(self.capacity).indices
+        place = flat * flat.cumsum(0) + (1 - flat) * (self.capacity + 1.0) - 1.0
+        self.slots = place.clamp(max=self.capacity).view(1, 1, self.height, self.width)
+        self.overflow = (flat.sum() - float(self.capacity)).clamp(min=0)
+
+    def patches(self, source_width: int, conv: GatheredConv2d) -> Tensor:
+        """Index (k * T,) into the rows of a source, padded as the convolution wants it."""
+        padded_width = source_width + 2 * conv.padding
+        row = torch.div(self.positions, self.width, rounding_mode="floor")
+        column = self.positions - row * self.width
+        corner = (row * padded_width + column) * conv.stride
+        taps = [
+            conv.dilation * (dy * padded_width + dx) for dy in range(conv.side) for dx in range(conv.side)
+        ]
+        return (corner[:, None] + torch.tensor(taps, device=corner.device)).flatten()
+
+    def scatter(self, rows: Tensor) -> Tensor:
+        """Put rows (k, C) back to their positions: (1, C, h, w), 0 elsewhere."""
+        y = _with_zero_row(rows).index_select(0, self.slots.flatten().long())
+        return y.view(1, self.height, self.width, -1).permute(0, 3, 1, 2)
+
+
+def _with_zero_row(rows: Tensor) -> Tensor:
+    return torch.cat([rows, torch.zeros_like(rows[:1])])
+
+
+class GatheredConv2d(nn.Module):
+    """A convolution of gathered patches: a matrix product, or for depthwise kernels a product and a sum."""
+
+    def __init__(self, conv: MaskedConv2d) -> None:
+        super().__init__()
+        self.side, self.stride = conv.weight.shape[2], conv.stride
+        self.padding, self.dilation, self.groups = conv.padding, conv.dilation, conv.groups
+        outputs, inputs, side, _ = conv.weight.shape
+        self.is_depthwise = inputs == 1 and self.groups == outputs
+        if self.is_depthwise:
+            self.taps = nn.Parameter(conv.weight.detach().view(outputs, side**2).t().flatten().clone())
+            self.bias = nn.Parameter(conv.bias.detach())
+            return
+        # a patch is tap-major, because rows of whole positions are gathered
+        weight = conv.weight.detach().permute(0, 2, 3, 1).flatten(1).chunk(self.groups)
+        self.products = nn.ModuleList(nn.Linear(w.shape[1], w.shape[0]).to(w) for w in weight)
+        biases = conv.bias.detach().chunk(self.groups)
+        for product, w, b in zip(self.products, weight, biases, strict=True):
+            product.load_state_dict({"weight": w, "bias": b})
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Compute (k, O) of patches (k * T, I)."""
+        channels, taps = rows.shape[1], self.side**2
+        if self.is_depthwise:
+            # slices and sums: XNNPACK has no reduction over one dimension (executorch 1.5)
+            terms = torch.split(rows.view(-1, taps * channels) * self.taps, channels, dim=1)
+            return sum(terms, start=self.bias)
+        parts = rows.view(-1, taps, channels).chunk(self.groups, dim=2)
+        y = [product(part.flatten(1)) for product, part in zip(self.products, parts, strict=True)]
+        return torch.cat(y, dim=1) if self.groups > 1 else y[0]
+
+
+class CapacityBlock(nn.Module):
+    """A gated block of fixed capacities; batch 1.
+
+    Args:
+        block: the canonical block, whose weights are copied.
+        capacity: positions of the mask that fit.
+        inner_capacity: positions of the dilated mask that fit.
+        overflow: where the block reports what did not.
+    """
+
+    def __init__(self, block: nn.Module, capacity: int, inner_capacity: int, overflow: Overflow) -> None:
+        super().__init__()
+        self.masker: Any = block.masker
+        self.downsample: Any = getattr(block, "downsample", None)
+        self.convs = nn.ModuleList(GatheredConv2d(m) for m in block.children() if isinstance(m, MaskedConv2d))
+        self.capacity, self.inner_capacity, self.overflow = capacity, inner_capacity, overflow
+        self.is_inverted = isinstance(block, CanonicalInvertedResidual)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the block's output for x (1, C, H, W); report what did not fit.
+
+        Raises:
+            ModelError: for a batch: its samples have different positions.
+        """
+        if x.shape[0] != 1:
+            raise ModelError(
+                f"a block of fixed capacity got x {tuple(x.shape)}; expected a batch of 1. Run the images "
+                "one by one, as routing.RoutedModel does."
+            )
+        bend = F.relu6 if self.is_inverted else F.relu
+        _, mask, dilated = self.masker(x)
+        inner, outer = Grid(dilated, self.inner_capacity), Grid(mask, self.capacity)
+        self.overflow.counts += [inner.overflow, outer.overflow]
+        convs: Any = self.convs
+        y = bend(convs[0](_gather_map(x, inner, convs[0])))
+        y = convs[1](_gather_rows(y, inner, outer, convs[1]))
+        y = convs[2](bend(y)) if len(convs) == 3 else y
+        identity = x if self.downsample is None else self.downsample(x)
+        out = identity + outer.scatter(y)
+        return out if self.is_inverted else F.relu(out)
+
+
+def _gather_map(x: Tensor, grid: Grid, conv: GatheredConv2d) -> Tensor:
+    """Gather the patches of a map (1, C, H, W) at a grid's positions: (k * T, C)."""
+    padded = F.pad(x, (conv.padding,) * 4) if conv.padding else x
+    return padded.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, grid.patches(x.shape[3], conv))
+
+
+def _gather_rows(rows: Tensor, source: Grid, grid: Grid, conv: GatheredConv2d) -> Tensor:
+    """Gather the patches at a grid's positions from the rows (k, C) of another grid: (k' * T, C)."""
+    slots = F.pad(source.slots, (conv.padding,) * 4, value=float(source.capacity))
+    index = slots.flatten().index_select(0, grid.patches(source.width, conv)).long()
+    return _with_zero_row(rows).index_select(0, index)
+
+
+class CapacityNetwork(nn.Module):
+    """A network of capacity blocks that also returns its overflow."""
+
+    def __init__(self, network: nn.Module, overflow: Overflow) -> None:
+        super().__init__()
+        self.network, self.overflow = network, overflow
+
+    def forward(self, x: Tensor) -> tuple[Any, Tensor]:
+        """Return (what the network returns for x (1, ...), overflow (1,)); exact while overflow is 0."""
+        self.overflow.counts.clear()
+        y = self.network(x)
+        counts = torch.stack(self.overflow.counts)
+        self.overflow.counts.clear()
+        return y, counts.sum(0, keepdim=True)
+
+
+def with_capacity(model: nn.Module, capacities: Mapping[str, int]) -> nn.Module:
+    """Return a network whose gated blocks work at k positions at most, and which returns (y, overflow).
+
+    Args:
+        model: network of DynConv blocks, in evaluation mode; not changed.
+        capacities: path of a block -> positions of its mask; path + ``.dilated`` -> positions of the dilated
+            mask, by default as many as k can need. ``capacities_of`` measures both. Blocks that are not named
+            stay as they are.
+
+    Raises:
+        ModelError: for a path that is no gated block, a capacity below 1, or no capacities.
+    """
+    model, overflow = canonicalize(model), Overflow()
+    blocks = {path: module for path, module in model.named_modules() if isinstance(module, BLOCKS)}
+    named = [path for path in capacities if path in blocks]
+    unknown = [path for path in capacities if path.removesuffix(DILATED) not in named]
+    if unknown or not named or min(capacities.values()) < 1:
+        strange = f", not {unknown[0]!r}" if unknown else ""
+        raise ModelError(
+            f"with_capacity got {dict(capacities)}; expected at least one capacity, each 1 or more, for "
+            f"paths of gated blocks{strange}. Found blocks: {list(blocks)}. Measure them by capacities_of."
+        )
+    twins: dict[nn.Module, nn.Module] = {}
+    for path in named:
+        k, window = capacities[path], (2 * blocks[path].masker.reach + 1) ** 2
+        inner = capacities.get(path + DILATED, window * k)
+        twins[blocks[path]] = CapacityBlock(blocks[path], k, inner, overflow).eval()
+    for parent in list(model.modules()):
+        for name, child in parent._modules.items():
+            if child in twins:
+                parent._modules[name] = twins[child]
+    return CapacityNetwork(twins.get(model, model), overflow).eval()
+
+
+def capacities_of(model: nn.Module, inputs: Iterable[Tensor], quantile: float = 1.0) -> dict[str, int]:
+    """Measure the capacities that fit a share of the inputs, mask by mask.
+
+    Args:
+        model: network of DynConv blocks, reference or canonical, in evaluation mode.
+        inputs: batches as the network takes them.
+        quantile: share in (0, 1] of samples whose active positions fit each mask.
+
+    Returns:
+        path of a block -> active positions of its mask, and path + ``.dilated`` -> of its dilated mask, at
+        that quantile, rounded up, at least 1.
+
+    Raises:
+        ModelError: for a quantile outside (0, 1], or a network without gated blocks, or no inputs.
+    """
+    counts: dict[str, list[Tensor]] = {}
+
+    def count(path: str) -> Any:
+        def hook(unit: nn.Module, given: Any, masks: Masks) -> None:
+            for name, mask in ((path, masks.mask), (path + DILATED, masks.dilated)):
+                counts.setdefault(name, []).append(mask.detach().flatten(1).sum(1))
+
+        return hook
+
+    model = canonicalize(model)  # its dilated masks are those of the convolutions
+    for path, unit in model.named_modules():
+        if isinstance(unit, CanonicalMaskUnit):
+            block = path.removesuffix("masker").removesuffix(".")
+            unit.register_forward_hook(count(block))
+    with torch.no_grad():
+        for x in inputs:
+            model(x)
+    if not counts or not 0 < quantile <= 1:
+        raise ModelError(
+            f"capacities_of got quantile={quantile} and counted {len(counts)} masks; expected a "
+            "quantile in (0, 1], a network with gated blocks and at least one input."
+        )
+    return {
+        name: max(1, math.ceil(torch.cat(n).double().quantile(quantile, interpolation="higher").item()))
+        for name, n in counts.items()
+    }

@@ -1,0 +1,102 @@
+"""Every system on every target: one recipe each, on small tiles, in the real runtimes, on real photos."""
+
+from __future__ import annotations
+
+import json
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edgedyn import pipeline, session
+from edgedyn.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+SMALL = ["input.shape=[1, 3, 64, 64]", "tile.overlap=16"]
+# system -> (recipe without target and precision, what makes it small, primitive)
+SYSTEMS = {
+    "ddsnet": ("slimmable-dncnn", "model.arguments={colors: 3}", None),
+    "acda": ("acda-dncnn", "model.arguments={colors: 3, depth: 4}", "atom_depthwise2d"),
+    "ddf": ("ddf-denoiser", "model.arguments={colors: 3}", "decoupled_depthwise2d"),
+    "dynconv": ("dynconv-denoiser", "model.arguments={colors: 3}", "masked_conv2d"),
+}
+STAGES = {
+    "canonical:reference",
+    "expanded:canonical",
+    "quantized:expanded",
+    "device:quantized",
+    "float:truth",
+    "device:truth",
+    "decisions",
+}
+NEEDS_RTX = [
+    pytest.mark.tensorrt_rtx,
+    pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the extra tensorrt-check"),
+]
+CASES = [
+    pytest.param(system, kind, marks=NEEDS_RTX if kind.startswith("jetson") else [], id=f"{system}-{kind}")
+    for system in SYSTEMS
+    for kind in ("phone.int8", "jetson.fp16")
+]
+
+
+@pytest.fixture(scope="module", params=CASES)
+def built(request, tmp_path_factory):
+    system, kind = request.param
+    name, smaller, primitive = SYSTEMS[system]
+    recipe = load_recipe(ROOT / f"recipes/{name}.{kind}.yaml", [*SMALL, smaller])
+    return system, primitive, pipeline.build(recipe, tmp_path_factory.mktemp("build") / "bundle")
+
+
+def test_every_stage_has_rows_with_samples_and_passes(built):
+    rows = built[2].to_json()["rows"]
+    assert {row["between"] for row in rows} >= STAGES
+    assert all(row["samples"] > 0 for row in rows)
+    assert [row for row in rows if not row["passed"]] == []
+    assert built[2].to_json()["ok"] is True
+
+
+def test_rewrite_is_exact_and_demanded_to_be(built):
+    exact = [row for row in built[2].report.rows if row.metric == "max_relative[float64]"]
+    assert [row.limit for row in exact] == [{"at_most": 1e-12}] * 2
+
+
+def test_forms_name_the_primitive_of_the_system(built):
+    _, primitive, build = built
+    assert set(build.to_json()["forms"]) == ({primitive} if primitive else set())
+
+
+def test_bundle_runs_where_it_stands_and_routes_by_its_manifest(built):
+    system, _, build = built
+    opened = session.open_session(build.bundle.path)
+    assert session.check(opened).ok
+    routing = build.bundle.routing
+    assert (routing is not None) == (system == "ddsnet")
+    if routing is not None:
+        assert set(build.bundle.programs) == {routing.router, *routing.variants}
+        assert len(set(build.bundle.programs.values())) == (1 if build.bundle.target == "executorch" else 5)
+
+
+def test_session_takes_an_image_larger_than_the_tile(built):
+    opened = session.open_session(built[2].bundle.path)
+    image = np.random.default_rng(0).random((70, 90, 3), dtype=np.float32)
+    assert opened.denoise(image).shape == image.shape
+
+
+def test_decisions_are_measured_and_apart_from_arithmetic(built):
+    system, _, build = built
+    metrics = {row.metric for row in build.report.rows if row.between == "decisions"}
+    if system == "ddsnet":
+        assert metrics >= {"gate_agreement[quantized]", "gate_agreement[device]", "flips_cost_db[gate]"}
+    if system == "dynconv":
+        assert metrics >= {"mask_flip_rate[quantized]", "mask_flip_rate[device]", "arithmetic_cost_db"}
+        margins = build.bundle.manifest["facts"]["decisions"]["margins_device"]
+        assert sum(margins["all"]) > sum(margins["changed"])
+
+
+def test_report_says_that_the_network_is_not_trained(built):
+    page = (built[2].bundle.path / "report.html").read_text()
+    assert "not trained: initial values of seed 0" in page
+    facts = json.loads((built[2].bundle.path / "manifest.json").read_text())["facts"]
+    assert facts["weights"].startswith("not trained")
