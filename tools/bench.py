@@ -1,11 +1,12 @@
-"""Latency and memory side by side in one run: eager, naive export, our forms, INT8, ONNX Runtime, and FFDNet.
+"""Latency and memory side by side in one run, for all five systems: eager, naive export, our forms, INT8.
 
-    python tools/bench.py [--sizes 320x480,1024x1024] [--ffdnet ffdnet_color.pth] [--out FILE.json]
+    python tools/bench.py [--sizes 320x480] [--networks mallenet-s,acda-dncnn] [--ffdnet ffdnet_color.pth]
+                          [--out FILE.json]
 
-Every variant runs in a process of its own, in turn, for several rounds; the figures are medians over all runs
-of all rounds, with the spread of the rounds' medians. Ratios are against PyTorch eager of the same network
-and size; FFDNet is the peer. Memory is the growth of the peak resident set from before loading to after
-running.
+A network that cannot be exported as it is has no naive row; the record says why. Every variant runs in a
+process of its own, in turn, for several rounds; the figures are medians over all runs of all rounds, with the
+spread of the rounds' medians. Ratios are against PyTorch eager of the same network and size; FFDNet is the
+peer. Memory is the growth of the peak resident set from before loading to after running.
 """
 
 from __future__ import annotations
@@ -34,9 +35,13 @@ THREADS = 2
 app = typer.Typer(add_completion=False)
 
 
+NETWORKS = ("mallenet-s", "slimmable-dncnn", "acda-dncnn", "ddf-denoiser", "dynconv-denoiser")
+
+
 @app.command()
 def bench(
-    sizes: Annotated[str, typer.Option(help="comma-separated HxW")] = "320x480,1024x1024",
+    sizes: Annotated[str, typer.Option(help="comma-separated HxW")] = "320x480",
+    networks: Annotated[str, typer.Option(help="comma-separated, of denoising recipes")] = ",".join(NETWORKS),
     ffdnet: Annotated[
         Path | None, typer.Option(help="published ffdnet_color.pth; without it FFDNet is left out")
     ] = None,
@@ -46,12 +51,18 @@ def bench(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout")] = False,
 ) -> None:
     """Build every variant, run them in turn, print the table."""
-    rows = []
+    rows, refused = [], {}
     with tempfile.TemporaryDirectory(prefix="edgedyn-bench-") as folder:
         for size in sizes.split(","):
             height, width = map(int, size.split("x"))
             with quiet_libraries():
-                jobs = prepare(Path(folder) / size, [1, 3, height, width], ffdnet)
+                jobs = {}
+                for name in networks.split(","):
+                    made, reason = prepare(Path(folder) / size / name, name, [1, 3, height, width])
+                    jobs |= made
+                    refused |= {name: reason} if reason else {}
+                if ffdnet is not None:
+                    jobs |= prepare_ffdnet(Path(folder) / size / "ffdnet", ffdnet, [1, 3, height, width])
             measured: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
             order = [name for _ in range(rounds) for name in jobs]
             for name in track(order, f"run {size}", disable=not sys.stderr.isatty()):
@@ -59,41 +70,49 @@ def bench(
             rows += summarize(size, measured)
     record = {
         "rows": rows,
+        "no_naive_export": refused,
         "samples": f"{rounds} rounds of {runs} runs after 2 warm-ups, a process each; {THREADS} threads",
     }
     measurement.write(out, record)
     if as_json:
         sys.stdout.write(json.dumps({**record, **measurement.provenance()}, indent=1) + "\n")
-    else:
-        show(rows)
+        return
+    show(rows)
+    for name, reason in refused.items():
+        print(f"{name} has no naive export: {reason}")
 
 
-def prepare(folder: Path, shape: list[int], ffdnet: Path | None) -> dict[str, list[str]]:
-    """Lower every variant into the folder; return the worker's arguments by name."""
+def prepare(folder: Path, name: str, shape: list[int]) -> tuple[dict[str, list[str]], str]:
+    """Lower every variant of a network; return the worker's arguments, and why there is no naive one."""
     folder.mkdir(parents=True)
-    calibration = few_samples(folder)
     size = ",".join(map(str, shape))
-    jobs = {"mallenet-s, PyTorch eager": ["eager", "mallenet-s", size]}
-    jobs["mallenet-s, naive export"] = ["executorch", str(lower_naive(folder, shape)), size]
-    variants = {
-        "mallenet-s, ExecuTorch float32": ("mallenet-s.phone.fp32", []),
-        "mallenet-s, ExecuTorch INT8": ("mallenet-s.phone.int8", [calibration]),
-        "mallenet-s, ONNX Runtime float32": (
-            "mallenet-s.jetson.fp16",
-            ["precision=fp32", "target=onnxruntime"],
-        ),
-    }
-    if ffdnet is not None:
-        weights = f"model.weights={ffdnet}"
-        jobs["ffdnet, PyTorch eager"] = ["eager", str(ffdnet), size]
-        variants["ffdnet, ExecuTorch float32"] = ("ffdnet-color.phone.fp32", [weights])
-        variants["ffdnet, ExecuTorch INT8"] = (
-            "ffdnet-color.phone.fp32",
-            [weights, "precision=int8", calibration],
-        )
-    for index, (name, (recipe, overrides)) in enumerate(variants.items()):
-        kind, path = lower_ours(folder / str(index), recipe, [*overrides, f"input.shape={shape}"])
-        jobs[name] = [kind, str(path), size]
+    jobs = {f"{name}, PyTorch eager": ["eager", name, size]}
+    reason = ""
+    try:
+        jobs[f"{name}, naive export"] = ["naive", str(lower_naive(folder, name, shape)), size]
+    except Exception as error:  # whatever a user without edgedyn would meet
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    for label, kind, overrides in (
+        ("ExecuTorch float32", "phone.fp32", []),
+        ("ExecuTorch INT8", "phone.int8", [few_samples(folder)]),
+    ):
+        lower_ours(folder / kind, f"{name}.{kind}", [*overrides, f"input.shape={shape}"])
+        jobs[f"{name}, {label}"] = ["lowered", str(folder / kind), size]
+    return jobs, reason
+
+
+def prepare_ffdnet(folder: Path, weights: Path, shape: list[int]) -> dict[str, list[str]]:
+    """Lower the static peer."""
+    folder.mkdir(parents=True)
+    size, given = ",".join(map(str, shape)), f"model.weights={weights}"
+    jobs = {"ffdnet, PyTorch eager": ["eager", str(weights), size]}
+    for precision, label, more in (
+        ("fp32", "ExecuTorch float32", []),
+        ("int8", "ExecuTorch INT8", [few_samples(folder)]),
+    ):
+        overrides = [given, f"precision={precision}", f"input.shape={shape}", *more]
+        lower_ours(folder / precision, "ffdnet-color.phone.fp32", overrides)
+        jobs[f"ffdnet, {label}"] = ["lowered", str(folder / precision), size]
     return jobs
 
 
@@ -105,37 +124,41 @@ def few_samples(folder: Path, samples: int = 1) -> str:
     return f"calibration={path}"
 
 
-def lower_ours(folder: Path, name: str, overrides: list[str]) -> tuple[str, Path]:
+def lower_ours(folder: Path, name: str, overrides: list[str]) -> None:
     """Deploy a recipe by the straight line, without the bundle."""
-    from evaluate import lower_recipe
+    from lowering import lower_recipe
 
     from edgedyn.recipe import load_recipe
 
-    recipe = load_recipe(ROOT / f"recipes/{name}.yaml", overrides)
-    return recipe.target, lower_recipe(recipe, folder, trust=True)[0]
+    lower_recipe(load_recipe(ROOT / f"recipes/{name}.yaml", overrides), folder, trust=True)
 
 
-def lower_naive(folder: Path, shape: list[int]) -> Path:
+def lower_naive(folder: Path, name: str, shape: list[int]) -> Path:
     """Export the reference network as it is, as a user without edgedyn would."""
     import torch
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
-    program = torch.export.export(reference("mallenet-s"), (torch.rand(shape),))
+    program = torch.export.export(reference(name), (torch.rand(shape),))
     edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     path = folder / "naive.pte"
     path.write_bytes(edge.to_executorch().buffer)
+    load("naive", str(path))(np.zeros(shape, np.float32))  # lowering that succeeds proves nothing
     return path
 
 
 def reference(name: str):
-    """Return a network in PyTorch: mallenet-s, or FFDNet from a file."""
+    """Return a network in PyTorch: a recipe's, or FFDNet from a file."""
+    from edgedyn import pipeline
+    from edgedyn.conversion import draw_tensors, load_reference
     from edgedyn.recipe import load_recipe
 
-    if name == "mallenet-s":
-        return load_recipe(ROOT / "recipes/mallenet-s.phone.fp32.yaml").load_model()
-    recipe = load_recipe(ROOT / "recipes/ffdnet-color.phone.fp32.yaml", [f"model.weights={name}"])
-    return recipe.load_model(trust=True)
+    if Path(name).suffix:
+        recipe = load_recipe(ROOT / "recipes/ffdnet-color.phone.fp32.yaml", [f"model.weights={name}"])
+        return recipe.load_model(trust=True)
+    recipe = load_recipe(ROOT / f"recipes/{name}.phone.fp32.yaml", ["input.shape=[1, 3, 128, 128]"])
+    calibration, _ = pipeline.load_sets(recipe)
+    return load_reference(recipe, draw_tensors(recipe, calibration))
 
 
 def spawn(job: list[str], runs: int) -> dict[str, Any]:
@@ -153,7 +176,7 @@ def worker(kind: str, what: str, size: str, runs: int) -> None:
     import torch
 
     torch.set_num_threads(THREADS)
-    if kind == "executorch":  # its own pool, as large as the machine
+    if kind != "eager":  # its own pool, as large as the machine
         from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 
         _unsafe_reset_threadpool(THREADS)
@@ -187,16 +210,13 @@ def load(kind: str, what: str) -> Callable[[np.ndarray], object]:
                 return model(torch.from_numpy(x))
 
         return eager
-    if kind == "onnxruntime":  # as a user runs it, optimized: here it is a peer, not the oracle
-        import onnxruntime
+    if kind == "naive":
+        from edgedyn import targets
 
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = THREADS
-        session = onnxruntime.InferenceSession(what, options, providers=["CPUExecutionProvider"])
-        return lambda x: session.run(None, {session.get_inputs()[0].name: x})
-    from edgedyn import targets
+        return targets.load("executorch").load(Path(what))
+    from lowering import load_lowered
 
-    return targets.load(kind).load(Path(what))
+    return load_lowered(Path(what))
 
 
 def summarize(size: str, measured: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:

@@ -18,10 +18,11 @@ from typing import Annotated, Any
 import measurement
 import numpy as np
 import typer
+from lowering import load_lowered, lower_recipe
 from make_noisy import add_noise
 from rich.progress import track
 
-from edgedyn import metrics, pipeline
+from edgedyn import metrics
 from edgedyn.cli import quiet_libraries
 from edgedyn.imaging import SUFFIXES, read_image
 from edgedyn.recipe import Recipe, load_recipe
@@ -84,19 +85,9 @@ def load(path: Path) -> np.ndarray:
 def deploy(recipe: Recipe, *, trust: bool) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
     """Bring a recipe to a running program; returns it with the INT8 share of multiply-adds."""
     with tempfile.TemporaryDirectory(prefix="edgedyn-") as folder:
-        program, share = lower_recipe(recipe, Path(folder), trust=trust)
-        run = pipeline.load_target(recipe).load(program)
+        share = lower_recipe(recipe, Path(folder), trust=trust)
+        run = load_lowered(Path(folder))
     return lambda x: run(x)[0], share
-
-
-def lower_recipe(recipe: Recipe, folder: Path, *, trust: bool) -> tuple[Path, float]:
-    """Lower a recipe into a folder, without validation and bundle; returns the program's file."""
-    folder.mkdir(parents=True, exist_ok=True)
-    target = pipeline.load_target(recipe)
-    calibration, samples = pipeline.load_sets(recipe)
-    converted = pipeline.convert(recipe, target, calibration, samples[0], trust=trust)
-    artifact = target.lower({"forward": converted.program}, folder, recipe.precision)
-    return folder / artifact.programs["forward"], converted.quantized.int8_mac_share
 
 
 def score(run: Callable[[np.ndarray], np.ndarray], truth: np.ndarray, sigma: float, index: int) -> float:

@@ -1,0 +1,36 @@
+"""Recipes lowered into a folder and loaded from it, without validation or bundle, for the measuring tools."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from edgedyn import pipeline, targets
+from edgedyn.dispatch import Dispatcher
+from edgedyn.manifest import ROUTER, Routing
+from edgedyn.recipe import Recipe
+
+INDEX = "programs.json"
+
+
+def lower_recipe(recipe: Recipe, folder: Path, *, trust: bool = False) -> float:
+    """Lower a recipe into a folder; return the INT8 share of multiply-adds, the least of its variants."""
+    folder.mkdir(parents=True, exist_ok=True)
+    target = pipeline.load_target(recipe)
+    calibration, samples = pipeline.load_sets(recipe)
+    converted = pipeline.convert(recipe, target, calibration, samples[0], trust=trust)
+    artifact = target.lower(converted.programs, folder, recipe.precision)
+    routing = converted.routing
+    index = {"target": recipe.target, "programs": artifact.programs}
+    index["routing"] = [routing.rule, routing.router, routing.variants] if routing else None
+    (folder / INDEX).write_text(json.dumps(index))
+    return min(p.quantized.int8_mac_share for name, p in converted.parts.items() if name != ROUTER)
+
+
+def load_lowered(folder: Path) -> Dispatcher:
+    """Load what ``lower_recipe`` wrote."""
+    index = json.loads((folder / INDEX).read_text())
+    target = targets.load(index["target"])
+    runs = {name: target.load(folder / file, name) for name, file in index["programs"].items()}
+    rule = index["routing"]
+    return Dispatcher(runs, Routing(rule[0], rule[1], tuple(rule[2])) if rule else None)
