@@ -90,6 +90,8 @@ def build(
         _out.print(
             f"one tile on this machine: {latency['median']:.1f} ms median of {latency['runs']:.0f} runs"
         )
+        if not built.bundle.manifest["facts"]["dynamic_layers"]:
+            _out.print("the network has no dynamic layer: it was deployed as a static one")
         _out.print(f"report: {out / 'report.html'}", soft_wrap=True)
     _exit_unless(built.report.ok)
 

@@ -61,6 +61,7 @@ def describe(
     """Assemble the manifest; files and digests of files are added when the bundle is written."""
     specs, routing = recipe.input_specs(), converted.routing
     facts: dict[str, Any] = {**artifact.facts, "latency_ms": latency_ms, "weights": _origin(recipe)}
+    facts["dynamic_layers"] = list(converted.dynamic_layers)
     if recipe.precision == "int8" and calibration is not None:
         facts["int8_mac_share"] = min(part.quantized.int8_mac_share for part in _variants(converted))
         facts["float_nodes"] = _float_nodes(converted)

@@ -19,7 +19,7 @@ from torch.export import ExportedProgram
 
 from edgedyn import ops, quantize
 from edgedyn.errors import CalibrationError, ModelError
-from edgedyn.layers import canonicalize, float32_classes
+from edgedyn.layers import canonicalize, find_dynamic, float32_classes, recognise
 from edgedyn.manifest import FORWARD, Routing
 from edgedyn.routing import RoutedModel, parts, routing_of
 from edgedyn.tasks import TASKS
@@ -63,6 +63,7 @@ class Converted:
         parts: by program name: ``forward`` alone, or the parts of a routed network.
         routing: how the variants are chosen between; None where there is one program.
         capacities: positions that the quick variant evaluates by layer; None where nothing is split so.
+        dynamic_layers: dotted paths; none in a static network, which deploys as well.
     """
 
     reference: nn.Module
@@ -70,6 +71,7 @@ class Converted:
     parts: dict[str, Part]
     routing: Routing | None
     capacities: dict[str, int] | None
+    dynamic_layers: tuple[str, ...] = ()
 
     @property
     def programs(self) -> dict[str, ExportedProgram]:
@@ -120,7 +122,8 @@ def convert(
         done[name] = _finish_part(
             *made[name], part.inputs_for(inputs), recipe, target, samples, label, progress
         )
-    return Converted(reference, canonical, done, routing_of(canonical), capacities)
+    dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(reference)))
+    return Converted(reference, canonical, done, routing_of(canonical), capacities, dynamic)
 
 
 def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Module:
@@ -229,9 +232,19 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(
             f"torch.export cannot capture {type(model).__name__} for inputs "
-            f"{[tuple(x.shape) for x in inputs]}: {first}{_culprit(error)}. A layer that branches on data "
-            "needs a canonical form (edgedyn list layers), or the input shape does not fit (input.shape)."
+            f"{[tuple(x.shape) for x in inputs]}: {first}{_culprit(error)}. {_advice(error)}"
         ) from error
+
+
+def _advice(error: BaseException) -> str:
+    """Say what could take the place of code that cannot be exported."""
+    if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__:
+        return (
+            "This line decides on data. A choice for the whole image is a routed program "
+            "(edgedyn.routing.RoutedModel), a choice of positions a DynConv block (edgedyn.layers.dynconv), "
+            "of kernels one of: edgedyn list layers."
+        )
+    return "Does the input shape fit (input.shape)? Has each dynamic layer a canonical form (list layers)?"
 
 
 def _culprit(error: BaseException) -> str:

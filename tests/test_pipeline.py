@@ -190,10 +190,13 @@ def test_failure_half_way_leaves_no_bundle(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_dependent_branch_is_refused_with_the_exporter_s_words(tmp_path):
+def test_data_dependent_branch_is_refused_with_its_line_and_what_could_replace_it():
     class Branch(torch.nn.Module):
         def forward(self, x):
             return x if x.mean() > 0 else -x
 
-    with pytest.raises(ModelError, match="cannot capture Branch"):
+    with pytest.raises(ModelError, match="cannot capture Branch") as caught:
         pipeline.capture(Branch(), (torch.rand(1, 3, 8, 8),))
+    assert "test_pipeline.py:" in str(caught.value)
+    assert "return x if x.mean() > 0 else -x" in str(caught.value)
+    assert "RoutedModel" in str(caught.value)
