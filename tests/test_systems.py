@@ -35,7 +35,7 @@ NEEDS_RTX = [
     pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the extra tensorrt-check"),
 ]
 CASES = [
-    pytest.param(system, kind, marks=NEEDS_RTX if kind.startswith("jetson") else [], id=f"{system}-{kind}")
+    pytest.param((system, kind), marks=NEEDS_RTX if kind.startswith("jetson") else [], id=f"{system}-{kind}")
     for system in SYSTEMS
     for kind in ("phone.int8", "jetson.fp16")
 ]
