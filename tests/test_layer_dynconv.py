@@ -39,8 +39,9 @@ def disturb(module: nn.Module, seed: int = 5) -> nn.Module:
     for name, tensor in module.state_dict().items():
         if name.endswith("running_var"):
             tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-        elif tensor.is_floating_point():
-            tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
+        elif tensor.is_floating_point():  # nothing is left of a random initialisation
+            is_scale = tensor.dim() == 1 and name.endswith("weight")
+            tensor.copy_(is_scale + 0.3 * torch.randn(tensor.shape, generator=generator))
     return module.eval().double()
 
 
@@ -362,6 +363,11 @@ FOREIGN = {
         lambda: ForeignBlock([conv(4, 3, 1), conv(3, 3, dilation=2), conv(3, 4, 1)]),
         CanonicalBottleneck,
     ),
+    "bottleneck_of_an_odd_width": (
+        "Bottleneck",  # 64 * 13 / 23 * 23 / 64 is below 13 in floating point
+        lambda: ForeignBlock([conv(4, 13, 1), conv(13, 13), conv(13, 92, 1)], downsample=shortcut(4, 92, 1)),
+        CanonicalBottleneck,
+    ),
     "inverted": ("InvertedResidual", lambda: ForeignInverted(4, 4, 2.5), CanonicalInvertedResidual),
 }
 
@@ -380,6 +386,12 @@ def test_foreign_block_keeps_its_numbers_and_its_call(name, make, twin):
         torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
     assert not ours.training
     assert all(ours.state_dict()[key].dtype == value.dtype for key, value in foreign.state_dict().items())
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_mode_of_the_foreign_block_stays(training):
+    foreign = ForeignInverted(4, 4).train(training)
+    assert all(part.training is training for part in recognise("InvertedResidual", foreign).modules())
 
 
 def test_weights_are_copied():

@@ -12,6 +12,7 @@ from edgedyn.layers import canonicalize, find_dynamic
 from edgedyn.models.dynconv_denoiser import DynConvDenoiser
 from edgedyn.models.dynconv_hourglass import DynConvHourglass, HourglassNet
 from edgedyn.models.dynconv_resnet import NETWORK, CifarResNet, ImageNetResNet
+from edgedyn.models.mallenet import pad_reflect
 
 
 def disturb(module: nn.Module) -> nn.Module:
@@ -100,6 +101,47 @@ def test_hourglass_gives_its_last_heatmaps_and_the_authors_all():
     assert torch.equal(last(x), heatmaps[-1])
 
 
+def test_stack_feeds_features_and_scores_back():
+    network, seen = disturb(HourglassNet(8, 2, joints=3)), {}
+    for name in ("hg.0", "hg.1", "fc.0"):
+        keep = lambda part, given, y, name=name: seen.update({name: (given[0], y)})  # noqa: E731
+        network.get_submodule(name).register_forward_hook(keep)
+    first, _ = network(rand(1, 3, 64, 128))
+    features = seen["fc.0"][1]
+    assert torch.equal(first, network.score[0](features))
+    expected = seen["hg.0"][0] + network.fc_[0](features) + network.score_[0](first)
+    torch.testing.assert_close(seen["hg.1"][0], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_hourglass_joins_every_level_with_what_stands_beside_it():
+    hourglass = disturb(HourglassNet(8, 1, joints=3)).hg[0]
+    for blocks in hourglass.hg:
+        for place in blocks:
+            place.forward = lambda x: x
+    x = rand(1, 8, 16, 32)
+
+    def joined(x, levels):
+        if levels == 0:
+            return x
+        return x + nn.functional.interpolate(
+            joined(nn.functional.max_pool2d(x, 2), levels - 1), scale_factor=2.0
+        )
+
+    torch.testing.assert_close(hourglass(x), joined(x, 4), rtol=1e-12, atol=0)
+
+
+def test_dilation_replaces_the_stride_from_the_second_block_on():
+    with torch.device("meta"):
+        network = ImageNetResNet(50, replace_stride_with_dilation=(False, True, True))
+    found = [
+        [(block.conv2.dilation[0], block.conv2.stride[0]) for block in network.get_submodule(f"layer{k}")]
+        for k in (2, 3, 4)
+    ]
+    assert found[0] == [(1, 2), *[(1, 1)] * 3]
+    assert found[1] == [(1, 1), *[(2, 1)] * 5]  # the first keeps the dilation of the layer before
+    assert found[2] == [(2, 1), *[(4, 1)] * 2]
+
+
 def test_cifar_pool_reads_the_top_left_of_the_last_map_only():
     network, x = disturb(CifarResNet(8)), rand(1, 3, 60, 44)
     changed = []
@@ -133,6 +175,8 @@ def test_denoiser_takes_any_size(colors, size):
     y = network(x)
     assert y.shape == x.shape
     assert not torch.equal(y, x)
+    even = network(pad_reflect(x, 2))
+    assert torch.equal(y, even[:, :, : size[0], : size[1]])
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import onnx
 import pytest
@@ -25,7 +27,8 @@ def to_double(args):
 @every_case
 def test_oracle_equals_the_formula_position_by_position(args):
     """The docstring's formula in scalar loops: every position of one channel, both kinds of mask."""
-    x, weight, bias, mask, stride, padding, dilation, groups = to_double(args)
+    x, weight, bias, mask, stride, padding, dilation, groups, activation = to_double(args)
+    low, high = {"none": (-math.inf, math.inf), "relu": (0, math.inf), "relu6": (0, 6)}[activation]
     y = oracle(*to_double(args))
     (_, _, height, width), (outputs, inputs, side, _) = x.shape, weight.shape
     b, o = x.shape[0] - 1, outputs - 1
@@ -40,7 +43,8 @@ def test_oracle_equals_the_formula_position_by_position(args):
                     kernel = weight[o, :, tap // side, tap % side]
                     total += (kernel * x[b, first : first + inputs, row, column]).sum().item()
             # at most 75 products of about 1, each rounded at 1.1e-16
-            assert y[b, o, i, j].item() == pytest.approx(total * mask[b, 0, i, j].item(), rel=0, abs=1e-12)
+            expected = min(max(total, low), high) * mask[b, 0, i, j].item()
+            assert y[b, o, i, j].item() == pytest.approx(expected, rel=0, abs=1e-12)
 
 
 def test_examples_have_active_and_inactive_positions_and_whole_samples_of_each():
@@ -68,7 +72,9 @@ def test_nothing_is_read_where_the_mask_is_not_set():
 
 def test_defaults_of_the_wrapper_are_those_of_the_schema():
     x, weight, mask = torch.randn(2, 2, 5, 6), torch.randn(3, 2, 3, 3), torch.ones(2, 1, 3, 4)
-    assert torch.equal(masked_conv2d(x, weight, None, mask), oracle(x, weight, None, mask, 1, 0, 1, 1))
+    assert torch.equal(
+        masked_conv2d(x, weight, None, mask), oracle(x, weight, None, mask, 1, 0, 1, 1, "none")
+    )
 
 
 def test_cost_is_that_of_every_position():
@@ -95,6 +101,7 @@ X, WEIGHT, MASK = torch.zeros(2, 6, 5, 7), torch.zeros(4, 6, 3, 3), torch.zeros(
         ((X, WEIGHT, None, MASK, 2, 1), r"mask \(2, 1, 5, 7\)", r"expected \(2, 1, 3, 4\)"),
         ((X, WEIGHT, None, MASK[:1], 1, 1), r"mask \(1, 1, 5, 7\)", r"expected \(2, 1, 5, 7\)"),
         ((X[:, :, :1], WEIGHT, None, MASK, 1, 0), r"x \(2, 6, 1, 7\)", "at least one position"),
+        ((X, WEIGHT, None, MASK, 1, 1, 1, 1, "gelu"), "activation='gelu'", "one of none, relu, relu6"),
         ((X, WEIGHT, None, MASK.bool(), 1, 1), "mask of torch.bool", "Cast the mask"),
     ],
     ids=lambda v: v.replace(" ", "_") if isinstance(v, str) else "",
@@ -130,7 +137,7 @@ def capture(args):
     return torch.export.export(Gated(weight, bias, options).eval(), inputs), inputs
 
 
-@pytest.mark.parametrize("args", [CASES[0], CASES[4]], ids=["bias", "groups_stride_dilation"])
+@pytest.mark.parametrize("args", [CASES[1], CASES[4]], ids=["no_bias", "groups_stride_dilation"])
 def test_onnx_node_carries_inputs_and_attributes(args, tmp_path):
     program, _ = capture(args)
     form = next(form for form in OP.forms if form.name == "onnx_node")
@@ -147,7 +154,8 @@ def test_onnx_node_carries_inputs_and_attributes(args, tmp_path):
     assert shapes == ["x", tuple(args[1].shape), "mask", *bias]
     attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
     names = ("stride", "padding", "dilation", "groups")
-    assert tuple(attributes[name] for name in names) == args[4:]
+    assert tuple(attributes[name] for name in names) == args[4:8]
+    assert attributes["activation"].decode() == args[8]
     assert (attributes["plugin_version"], attributes["plugin_namespace"]) == (b"1", b"edgedyn")
     shape = [d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim]
     assert shape == [1, args[1].shape[0], *args[3].shape[2:]]
@@ -161,8 +169,8 @@ def test_dense_form_runs_in_the_real_runtime(name, args, tmp_path):
     forms = ops.choose_forms(program, target, {})
     assert [form.name for form in forms.values()] == ["dense_times_mask"]
     program = to_float(ops.expand(program, forms, "before_quantize"), inputs, "fp32").program
-    artifact = target.lower(program, tmp_path, "fp32")
-    (y,) = target.load(tmp_path / artifact.files[0])(*(x.numpy() for x in inputs))
+    artifact = target.lower({"forward": program}, tmp_path, "fp32")
+    (y,) = target.load(tmp_path / artifact.programs["forward"], "forward")(*(x.numpy() for x in inputs))
     expected = oracle(*(x.double() for x in inputs[:1]), *to_double(args[1:3]), inputs[1].double(), *args[4:])
     # at most 54 products of about 1, summed in float32
     np.testing.assert_allclose(y, expected.numpy(), rtol=0, atol=54 * 6e-8 * 10)
