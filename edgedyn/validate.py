@@ -200,12 +200,12 @@ def arithmetic_rows(
 def _device_rows(outputs: Outputs, precision: str, limits: LimitSection, task: Task) -> list[Row]:
     """Compare the runtime with the program that was exported.
 
-    A picture in a float precision may differ by a fraction of a grey level; in float16 also by sqrt(2) of what
-    that precision itself costs, which is more only where masks turn. Elsewhere two runtimes that round
-    ties otherwise take different paths through a deep network, and some masks turn. So two distances are
-    taken as ratios to what the precision costs, rms(quantized - expanded): ``rms_ratio`` of device -
-    quantized, which is sqrt(2) for independent roundings, and more for another computation; and for INT8
-    ``noise_ratio`` of device - expanded, which is 0 for a runtime that computes in float.
+    A picture in a float precision may differ by a fraction of a grey level; in float16 also by sqrt(2) of
+    what that precision itself costs, which is more only where masks turn. Elsewhere two runtimes that round
+    ties otherwise take different paths through a deep network. So two distances are taken as ratios to what
+    the precision costs, rms(quantized - expanded): ``rms_ratio`` of device - quantized, which is sqrt(2) for
+    independent roundings, and more for another computation; and for INT8 ``noise_ratio`` of device -
+    expanded, which is 0 for a runtime that computes in float.
     """
     count, pairs = len(outputs.samples), list(zip(outputs.device, outputs.quantized, strict=True))
     worst = Row("device:quantized", "max_abs", max(metrics.max_abs(d, q) for d, q in pairs), {}, count)
