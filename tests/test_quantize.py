@@ -6,7 +6,7 @@ import functools
 
 import pytest
 import torch
-from small_networks import LAYERS
+from small_networks import LAYERS, make_input
 from torch import Tensor, nn
 
 from edgedyn import ops, quantize, targets
@@ -428,3 +428,80 @@ def test_half_precision_leaves_the_expanded_program_in_float32():
     assert {p.dtype for p in half.parameters()} == {torch.float16}
     assert {p.dtype for p in program.parameters()} == {torch.float32}
     assert program.module()(x).dtype == torch.float32
+
+
+class Island(nn.Module):
+    """Divides by a spread that float16 takes for zero."""
+
+    def forward(self, x):
+        centred = x - x.mean(1, keepdim=True)
+        return centred / (centred.square().sum(1, keepdim=True).sqrt() + 1e-10)
+
+
+class WithIsland(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.head, self.island, self.tail = nn.Conv2d(3, 8, 1), Island(), nn.Conv2d(8, 3, 3, padding=1)
+
+    def forward(self, x):
+        y = self.island(self.head(x) * 1e-6)
+        return self.tail((y >= 0).to(y.dtype) * y)
+
+
+FLOAT32 = frozenset({f"{Island.__module__}.Island"})
+
+
+def test_half_precision_leaves_islands_in_float32():
+    torch.manual_seed(1)
+    net, x = WithIsland().eval(), torch.rand(1, 3, 8, 12)
+    program = torch.export.export(net, (x,))
+    kept = quantize.to_float(program, (x,), "fp16", FLOAT32).program.module()(x.half())
+    lost = quantize.to_float(program, (x,), "fp16").program.module()(x.half())
+    expected = net(x)
+    assert kept.dtype == lost.dtype == torch.float16
+    # a half has 11 bits, and the head computes in half: its rounding is up to 2**-11 of values of order 1
+    assert (kept - expected).abs().max() < 0.05
+    assert not (lost - expected).abs().max() < 0.05  # not a number, or far off
+    casts = [
+        n
+        for n in quantize.to_float(program, (x,), "fp16", FLOAT32).program.graph.nodes
+        if n.target is torch.ops.aten._to_copy.default
+    ]
+    assert len(casts) == 2
+
+
+def test_modules_that_stay_float_are_not_quantized_and_say_why():
+    torch.manual_seed(1)
+    net, x = (
+        nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1)), nn.Conv2d(4, 3, 1)),
+        make_input(),
+    )
+    result = quantize.to_int8(
+        torch.export.export(net.eval(), (x,)),
+        (x,),
+        scheme=EXECUTORCH.int8,
+        section=QuantizeSection(),
+        samples=[(x,)],
+        float32={"torch.nn.modules.container.Sequential"},
+    )
+    reasons = {row["node"]: row["reason"] for row in result.float_nodes}
+    assert reasons == dict.fromkeys(("0", "1.0", "2"), "decides or normalises: float32 in every precision")
+    assert result.int8_mac_share == 0
+
+
+@pytest.mark.parametrize("activation", [nn.ReLU(), nn.ReLU6(), nn.ReLU(inplace=True)], ids=str)
+def test_activation_behind_a_convolution_is_quantized_with_it(activation):
+    torch.manual_seed(2)
+    net, x = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.Conv2d(8, 3, 3)).eval(), make_input()
+    result = quantize.to_int8(
+        torch.export.export(net, (x,)),
+        (x,),
+        scheme=EXECUTORCH.int8,
+        section=QuantizeSection(),
+        samples=[(x,)],
+    )
+    (first, _) = calls(result.program, "conv2d")
+    assert next(iter(first.users)).target is quantize.fused_activation(first).target
+    assert result.float_nodes == ()
+    zero_points = [row["zero_point"] for row in result.table]
+    assert zero_points[1] == -128  # nothing of the 8 bits below zero

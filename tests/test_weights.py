@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from edgedyn.errors import WeightsError
-from edgedyn.weights import load_weights
+from edgedyn.errors import ModelError, WeightsError
+from edgedyn.weights import load_weights, settle_norms
 
 
 def make_net() -> nn.Module:
@@ -171,3 +171,37 @@ def test_file_of_another_width_is_refused_with_both_shapes(tmp_path):
     state = make_state() | {"0.weight": torch.zeros(8, 3, 3, 3)}
     text = refused(write(tmp_path, state))
     assert "1 of another shape, the first is '0.weight', (8, 3, 3, 3) against (4, 3, 3, 3)" in text
+
+
+def test_untrained_norms_take_the_statistics_of_what_they_see():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.BatchNorm2d(4)).eval()
+    x = torch.rand(5, 3, 8, 12)
+    assert settle_norms(net, (x,)) == 2
+    with torch.no_grad():
+        seen = net[0](x)
+        torch.testing.assert_close(net[1].running_mean, seen.mean((0, 2, 3)))
+        torch.testing.assert_close(net[1].running_var, seen.var((0, 2, 3)))
+    assert not any(module.training for module in net.modules())
+    assert {norm.momentum for norm in (net[1], net[3])} == {0.1}
+
+
+def test_every_path_of_a_network_that_picks_one_is_seen():
+    class Picky(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norms = nn.ModuleList([nn.BatchNorm2d(3), nn.BatchNorm2d(3)])
+
+        def forward(self, x):
+            return self.norms[0](x)
+
+        def every_path(self, x):
+            return [norm(x) for norm in self.norms]
+
+    assert settle_norms(Picky().eval(), (torch.rand(2, 3, 4, 6),)) == 2
+
+
+def test_norm_statistics_that_are_not_finite_are_refused():
+    net = nn.Sequential(nn.BatchNorm2d(3)).eval()
+    with pytest.raises(ModelError, match=r"BatchNorm '0' has statistics .* not finite"):
+        settle_norms(net, (torch.full((2, 3, 4, 6), float("inf")),))
