@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from edgedyn.errors import RecipeError
-from edgedyn.inspection import inspect
+from edgedyn.inspection import inspect, inspect_model, load_network
 from edgedyn.layers.malleconv import AffineMalleConv, MalleConv
 from edgedyn.ops.sliced_depthwise2d import sliced_depthwise2d
 from edgedyn.recipe import Recipe
@@ -122,3 +122,66 @@ def test_convolution_behind_the_kernels_generates_nothing():
 def test_precision_that_the_target_lacks_is_refused_as_by_build():
     with pytest.raises(RecipeError, match="no precision 'fp16'"):
         look("deep", "fp16")
+
+
+def test_every_target_says_its_form_why_and_what_it_delegates():
+    found = look("kernels")
+    (entry,) = found["layers"]
+    assert entry["forms"].keys() == found["targets"].keys() == {"executorch", "onnxruntime", "tensorrt"}
+    assert {form["form"] for form in entry["forms"].values()} == {"resize_shift_mac"}
+    assert all("ordinary operators" in form["why"] for form in entry["forms"].values())
+    for target, preview in found["targets"].items():
+        assert preview["unsupported"] == {}
+        assert preview["delegated"] == 1 or (target == "executorch" and preview["delegated"] > 0.9)
+    # the predictor's norms and partial convolutions, on the small grid
+    portable = set(found["targets"]["executorch"]["portable"])
+    assert portable == {"aten.native_group_norm.default", "aten.split_with_sizes_copy.default"}
+
+
+def test_operator_that_no_runtime_has_is_named():
+    class Determinant(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * torch.linalg.matrix_exp(x[:, :, :3, :3]).sum()
+
+    found = inspect_model(Determinant().eval(), (torch.zeros(1, 3, 8, 8),))
+    (operator,) = found["targets"]["executorch"]["unsupported"]
+    assert operator.startswith("aten::linalg_matrix_exp")
+    assert "refused" in found["targets"]["tensorrt"]
+
+
+def test_network_without_dynamic_layers_is_all_static():
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 3, 1)).eval()
+    found = inspect_model(net, (torch.zeros(1, 3, 8, 12),))
+    assert found["layers"] == []
+    assert found["static_macs"] == found["macs"] == 24 * 8 * 12
+    assert found["static_parameters"] == found["parameters"] == 31
+
+
+def test_generator_apply_and_static_parts_add_up():
+    found = look("deep")
+    parts = [
+        sum(e[f"{part}_{what}"] for e in found["layers"])
+        for what in ("macs", "parameters")
+        for part in ("generator", "apply")
+    ]
+    assert sum(parts[:2]) + found["static_macs"] == found["macs"]
+    # BatchNorm behind the slicing is folded into the generator, and the gate is read outside of the op
+    assert 0 < sum(parts[2:]) < found["parameters"]
+
+
+def test_routed_network_has_a_row_of_its_own_and_costs_of_every_program():
+    from edgedyn.models.slimmable_dncnn import gated_dncnn
+
+    net = gated_dncnn([[4, 4], [6, 8]]).eval()
+    found = inspect_model(net, (torch.zeros(1, 3, 8, 12),))
+    (row,) = found["layers"]
+    assert (row["primitive"], row["class"]) == ("routed program", "GatedNetwork")
+    assert row["forms"]["tensorrt"]["form"] == "argmax of 2 variants: w0, w1"
+    assert found["macs"] > 0
+
+
+def test_function_that_gives_no_network_is_refused():
+    with pytest.raises(RecipeError, match=r"returns int; expected a torch\.nn\.Module"):
+        load_network("builtins:int")
+    with pytest.raises(RecipeError, match=r"expected package\.module:function"):
+        load_network("nowhere.at.all:make")

@@ -16,7 +16,7 @@ from small_networks import LAYERS, sum_of_terms
 from torch import Tensor, nn
 
 from edgedyn import ops, quantize, targets
-from edgedyn.errors import BundleError
+from edgedyn.errors import BundleError, ModelError
 from edgedyn.layers import canonicalize
 from edgedyn.recipe import QuantizeSection
 
@@ -265,3 +265,31 @@ def test_facts_name_the_version_and_the_target_states_what_it_has(tmp_path):
     assert facts["executorch"] == version("executorch")
     assert TARGET.precisions == {"fp32", "int8"}
     assert TARGET.missing() is None
+
+
+def test_operator_that_the_runtime_lacks_is_refused_with_node_and_layer(tmp_path):
+    class Exponential(torch.nn.Module):
+        def forward(self, x):
+            return torch.linalg.matrix_exp(x)
+
+    net = torch.nn.Sequential(torch.nn.Identity(), Exponential()).eval()
+    with pytest.raises(ModelError, match=r"'forward' calls operators .*stock runtime") as caught:
+        lower(torch.export.export(net, (torch.rand(1, 3, 4, 4),)), tmp_path, "fp32")
+    assert "aten::linalg_matrix_exp" in str(caught.value)
+    assert "of 1)" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_programs_become_methods_of_one_file_and_share_weights(tmp_path):
+    torch.manual_seed(0)
+    shared = torch.nn.Conv2d(3, 64, 3, padding=1)
+    nets = {f"w{c}": torch.nn.Sequential(shared, torch.nn.Conv2d(64, c, 1)).eval() for c in (3, 5)}
+    x = torch.rand(1, 3, 9, 13)
+    programs = {name: torch.export.export(net, (x,)) for name, net in nets.items()}
+    artifact = TARGET.lower(programs, tmp_path, "fp32")
+    assert artifact.programs == {"w3": "model.pte", "w5": "model.pte"}
+    assert artifact.facts["shared_bytes"] > shared.weight.numel() * 4 * 0.5
+    for name, net in nets.items():
+        (y,) = TARGET.load(tmp_path / "model.pte", name)(x.numpy())
+        # 27 products a value, rounded at 6e-8 in another order
+        np.testing.assert_allclose(y, net(x).detach().numpy(), atol=1e-5)

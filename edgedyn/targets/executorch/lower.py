@@ -44,7 +44,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
     """
     edge = _to_edge(programs)
     counts = {name: _count(edge, name) for name in programs}
-    lowered = edge.to_executorch()
+    lowered = _to_executorch(edge)
     for name in programs:
         check_operators(lowered.exported_program(name), name)
     with (out / MODEL_NAME).open("wb") as file:
@@ -71,7 +71,7 @@ def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
             inner = getattr(lowered, "original_module", None)
             nodes = inner.graph.nodes if inner is not None else []
             delegated += sum(node.op == "call_function" for node in nodes)
-    lowered = edge.to_executorch()
+    lowered = _to_executorch(edge)
     unsupported = Counter[str]()
     for name in programs:
         missing = missing_operators(lowered.exported_program(name))
@@ -87,8 +87,25 @@ def _to_edge(programs: Mapping[str, ExportedProgram]) -> EdgeProgramManager:
     return to_edge_transform_and_lower(
         dict(programs),
         partitioner=[_partitioner()],
-        compile_config=EdgeCompileConfig(_check_ir_validity=True),
+        # operators beyond its core set are held against the runtime's list instead: ``check_operators``
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
+
+
+def _to_executorch(edge: EdgeProgramManager) -> Any:
+    """Plan memory and choose kernels.
+
+    Raises:
+        ModelError: for an operator that has no ``.out`` variant, which every kernel of the runtime is.
+    """
+    try:
+        return edge.to_executorch()
+    except RuntimeError as error:
+        raise ModelError(
+            f"ExecuTorch {version('executorch')} cannot make a program of the network: "
+            f"{str(error).strip().splitlines()[0]}. Write its layers with other operators, or pick another "
+            "form in the recipe (forms)."
+        ) from error
 
 
 def check_operators(program: ExportedProgram, name: str) -> None:
