@@ -107,10 +107,12 @@ class GatheredConv2d(nn.Module):
         """Compute (k, O) of patches (k * T, I)."""
         channels, taps = rows.shape[1], self.side**2
         if self.is_depthwise:
-            # slices and sums: XNNPACK has no reduction over one dimension (executorch 1.5)
-            terms = torch.split(rows.view(-1, taps * channels) * self.taps, channels, dim=1)
-            return sum(terms, start=self.bias)
-        parts = rows.view(-1, taps, channels).chunk(self.groups, dim=2)
+            # slices and sums: XNNPACK has no split, and no sum over one dimension (executorch 1.5)
+            terms = rows.view(-1, taps * channels) * self.taps
+            starts = range(0, taps * channels, channels)
+            return sum((terms[:, t : t + channels] for t in starts), start=self.bias)
+        patches = rows.view(-1, taps, channels)
+        parts = patches.chunk(self.groups, dim=2) if self.groups > 1 else (patches,)
         y = [product(part.flatten(1)) for product, part in zip(self.products, parts, strict=True)]
         return torch.cat(y, dim=1) if self.groups > 1 else y[0]
 
