@@ -148,10 +148,10 @@ def test_router_and_variant_run_on_the_phone_as_one_delegate(make, precision, tm
             converted = quantize.to_int8(
                 program, inputs, scheme=target.int8, section=QuantizeSection(), samples=[inputs]
             )
-        artifact = target.lower(converted.program, tmp_path, precision)
+        artifact = target.lower({"forward": converted.program}, tmp_path, precision)
         assert artifact.facts["delegates"] == 1
         assert artifact.facts["portable"] == {}
-        outputs = target.load(tmp_path / artifact.files[0])(*(tensor.numpy() for tensor in inputs))
+        outputs = target.load(tmp_path / artifact.programs["forward"])(*(tensor.numpy() for tensor in inputs))
         with torch.no_grad():
             expected = module(*inputs)
         expected = expected if isinstance(expected, tuple) else (expected,)

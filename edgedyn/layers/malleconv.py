@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
+from edgedyn.foreign import adopt, require
 from edgedyn.layers import Layer
 from edgedyn.ops.sliced_depthwise2d import sliced_depthwise2d
 
@@ -334,39 +335,32 @@ def _examples() -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
 
 def _flying_conv(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MalleConv:
     """Build the reference of the community's ``FlyingConv``."""
-    known = dict(arguments)
+    known = {name: value for name, value in arguments.items() if name != "dropout"}  # without effect here
     if known.pop("bias", False):
         raise ModelError(
             "FlyingConv got bias=True, which its own code cannot run (it slices the wrong axis); expected "
             "bias=False. Retrain without."
         )
+    if known.pop("n_ch", 0):
+        raise ModelError(
+            f"FlyingConv got n_ch={arguments['n_ch']}, a noise map beside the features; expected 0. A layer "
+            "with a second input has no canonical form yet: retrain without."
+        )
     return MalleConv(**known)
 
 
-def _recognise_flying_conv(module: nn.Module) -> MalleConv:
-    """Take over an instance of a class called ``FlyingConv``; its structure is read from its weights."""
-    state, predictor = module.state_dict(), getattr(module, "predictor", None)
-    pool, scale = getattr(module, "pool", None), getattr(module, "scale", None)
-    size = getattr(pool, "kernel_size", scale)
-    size = size[0] if isinstance(size, tuple) else size
-    try:
-        if not isinstance(predictor, nn.Sequential) or not isinstance(size, int):
-            raise ModelError("no Sequential 'predictor', or neither 'pool' nor 'scale' tells the scale")
-        reference = MalleConv(
-            state["predictor.0.weight"].shape[1],
-            state["pwconv.weight"].shape[0],
-            pooling=any(isinstance(part, nn.AvgPool2d) for part in predictor),
-            num_blocks=sum(key.endswith("pconv.weight") for key in state),
-            groups=state["predictor.0.weight"].shape[1] * 9 // state["expander.weight"].shape[0],
-            scale=size,
-        ).to(state["pwconv.weight"].dtype)
-        reference.load_state_dict(state)
-    except (KeyError, RuntimeError, ModelError, ZeroDivisionError) as error:
-        raise ModelError(
-            f"a FlyingConv is not the community's MalleConv: {str(error).splitlines()[0]}. Build it with "
-            "edgedyn.from_authors from its constructor arguments and state_dict."
-        ) from error
-    return reference
+def _recognise_flying_conv(foreign: nn.Module) -> nn.Module:
+    """Take over an instance of the community's ``FlyingConv``."""
+
+    def make(layer: Any) -> MalleConv:
+        clip = (layer.clipper.min_val, layer.clipper.max_val)
+        require(clip == (-2, 2), foreign, f"clips its grid to {clip}, expected (-2, 2)")
+        options = {"pooling": layer.pooling, "num_blocks": layer.num_blocks, "groups": layer.groups}
+        sizes = {"in_channel": layer.in_channel, "out_channel": layer.out_channel}
+        extra = {"scale": int(layer.pool.kernel_size), "bias": layer.bias, "n_ch": layer.n_ch}
+        return _flying_conv({**sizes, **options, **extra}, {})
+
+    return adopt(make, foreign)
 
 
 LAYER = Layer(
