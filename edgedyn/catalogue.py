@@ -38,10 +38,17 @@ def list_networks() -> list[dict[str, Any]]:
     from edgedyn import models
 
     found = [(name, importlib.import_module(f"edgedyn.models.{name}").NETWORK) for name in models.names()]
+    parameters = {name: inspect.signature(made).parameters.values() for name, made in found}
     return [
-        {"network": name, "arguments": str(inspect.signature(made)).partition(" ->")[0]}
-        for name, made in found
+        {"network": name, "arguments": ", ".join(_argument(p) for p in of)} for name, of in parameters.items()
     ]
+
+
+def _argument(parameter: inspect.Parameter) -> str:
+    """Return ``width=32``; a long default is left out."""
+    value = repr(parameter.default)
+    shown = parameter.default is not inspect.Parameter.empty and len(value) < 20
+    return f"{parameter.name}={value}" if shown else parameter.name
 
 
 def list_ops() -> list[dict[str, Any]]:

@@ -133,10 +133,13 @@ def _zeros(shape: str) -> tuple[Any, ...]:
 
 
 def _print_inspection(what: str, found: dict[str, Any]) -> None:
-    table = Table(title=f"{what}: {len(found['layers'])} dynamic layers", title_justify="left", box=None)
-    columns = ("layer", "class", "primitive", "generator MMAC", "apply MMAC", "K values", "kernels KB")
-    for column in columns:
-        table.add_column(column, overflow="fold", justify="left" if column in columns[:3] else "right")
+    _out.print(f"{what}: {len(found['layers'])} dynamic layers", style="bold", soft_wrap=True)
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
+    for column in ("layer", "class", "primitive"):
+        table.add_column(column, overflow="fold")
+    # multiply-adds of generator and apply, parameters of both, bytes of what is generated
+    for column in ("gen MMAC", "apply", "K par", "KB"):
+        table.add_column(column, justify="right", no_wrap=True)
     for layer in found["layers"]:
         values = layer["generator_parameters"] + layer["apply_parameters"]
         table.add_row(
