@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgedyn import decisions, targets, validate
+from edgedyn import decisions, ops, targets, validate
 from edgedyn.bundle import Bundle, refuse_existing, staging_folder, write_bundle
 from edgedyn.calibration import CalibrationSet, open_set, refuse_overlap
 from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
@@ -172,10 +172,11 @@ def exactness_rows(converted: Converted, samples: list[Sample], limit: float) ->
     """Prove the rewrite in float64: reference, canonical and expanded network on real images."""
     wide = copy.deepcopy(converted.reference).double()
     canonical = rewrite(wide, converted.capacities)
-    expanded = {
-        name: in_torch(validate.widen(converted.parts[name].expanded, part.module), torch.float64)
-        for name, part in parts(canonical).items()
-    }
+    expanded = {}
+    for name, part in parts(canonical).items():
+        made = converted.parts[name]
+        program = ops.expand(made.expanded, made.forms, "after_quantize")
+        expanded[name] = in_torch(validate.widen(program, part.module), torch.float64)
     return validate.rewrite_rows(
         in_torch(wide, torch.float64),
         in_torch(canonical, torch.float64),

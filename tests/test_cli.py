@@ -100,7 +100,7 @@ def test_refusals_have_their_exit_code_and_say_what_to_do(arguments, code, messa
     assert not (ROOT / "x").exists()
 
 
-@pytest.mark.parametrize("what", ["layers", "ops", "targets", "metrics", "recipes"])
+@pytest.mark.parametrize("what", ["layers", "authors", "ops", "targets", "networks", "metrics", "recipes"])
 def test_list_prints_rows(what):
     rows = json.loads(edgedyn("list", what, "--json").stdout)
     assert rows
@@ -108,13 +108,16 @@ def test_list_prints_rows(what):
 
 
 def test_inspect_names_each_dynamic_layer():
-    done = edgedyn("inspect", "recipes/mallenet-s.jetson.int8.yaml", "--json")
+    small = ("--set", "input.shape=[1, 3, 64, 64]", "--set", "tile.overlap=16")
+    done = edgedyn("inspect", "recipes/mallenet-s.jetson.int8.yaml", *small, "--json")
     found = json.loads(done.stdout)
     assert [layer["path"] for layer in found["layers"]] == [f"levels.{k}.2" for k in (3, 2, 1, 0)]
-    assert {layer["form"] for layer in found["layers"]} == {"resize_shift_mac"}
-    assert {tuple(layer["grid"]) for layer in found["layers"]} == {(8, 8)}
+    assert {form["form"] for layer in found["layers"] for form in layer["forms"].values()} == {
+        "resize_shift_mac"
+    }
+    assert {tuple(layer["generated"]["grid"][2:]) for layer in found["layers"]} == {(2, 2)}
     # the finest level: 5 values sliced and 2 multiply-adds a pixel and channel
-    assert found["layers"][-1]["apply_macs"] == 256 * 256 * 16 * (2 * 4 + 1)
+    assert found["layers"][-1]["apply_macs"] == 64 * 64 * 16 * (2 * 4 + 1)
     assert 0.2 < found["generator_share"] < 0.6
 
 
@@ -127,19 +130,24 @@ def test_doctor_says_how_to_get_what_is_missing():
 
 
 def test_network_of_a_module_in_the_working_directory_is_found(tmp_path):
-    (tmp_path / "mynet.py").write_text("from edgedyn.models.mallenet import MalleNet as make\n")
+    code = "from edgedyn.layers.malleconv import AffineMalleConv\n\ndef make():\n    return AffineMalleConv(3, 4, 2)\n"
+    (tmp_path / "mynet.py").write_text(code)
     script = Path(sys.executable).with_name("edgedyn")  # it has no working directory on its path by itself
     overrides = [
         "model.network=mynet:make",
-        "model.arguments={width: s}",
+        "model.arguments={}",
         "model.weights=null",
         "input.shape=[1,3,64,64]",
     ]
     options = [word for value in overrides for word in ("--set", value)]
-    command = [script, "inspect", ROOT / RECIPE, *options, "--json"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
-    assert done.returncode == 0, done.stderr
-    assert len(json.loads(done.stdout)["layers"]) == 4
+    for command in (
+        [script, "inspect", ROOT / RECIPE, *options, "--json"],
+        [script, "inspect", "mynet:make", "--shape", "1,3,64,64", "--json"],
+    ):
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=600, check=False)
+        assert done.returncode == 0, done.stderr
+        (layer,) = json.loads(done.stdout)["layers"]
+        assert layer["class"] == "AffineMalleConv"
 
 
 def test_file_names_with_brackets_are_printed_whole(bundle, tmp_path):
