@@ -130,7 +130,11 @@ def test_doctor_says_how_to_get_what_is_missing():
 
 
 def test_network_of_a_module_in_the_working_directory_is_found(tmp_path):
-    code = "from edgedyn.layers.malleconv import AffineMalleConv\n\ndef make():\n    return AffineMalleConv(3, 4, 2)\n"
+    code = """from edgedyn.layers.malleconv import AffineMalleConv
+
+def make():
+    return AffineMalleConv(3, 4, 2)
+"""
     (tmp_path / "mynet.py").write_text(code)
     script = Path(sys.executable).with_name("edgedyn")  # it has no working directory on its path by itself
     overrides = [
