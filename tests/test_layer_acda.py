@@ -179,6 +179,7 @@ def make_foreign(**arguments) -> Conv_DCFD:
         {},
         {"stride": 2},
         {"kernel_size": 5, "padding": 2, "num_bases": 4},
+        {"kernel_size": 9, "padding": 4},
         {"bias": False},
         {"padding": (1, 1)},
     ],

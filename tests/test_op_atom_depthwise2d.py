@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from edgedyn import ops, quantize, targets
 from edgedyn.errors import ModelError
 from edgedyn.ops.atom_depthwise2d import OP, atom_depthwise2d, oracle
+from edgedyn.recipe import QuantizeSection
 
 CASES = list(OP.examples())
 FORMS = {form.name: form for form in OP.forms}
@@ -142,3 +143,18 @@ def test_first_form_is_one_delegate_and_runs(kernel_size, stride, count, tmp_pat
     y = target.load(tmp_path / artifact.files[0])(x.numpy())[0]
     with torch.no_grad():
         torch.testing.assert_close(torch.from_numpy(y), net(x), rtol=1e-5, atol=1e-5)
+
+
+def test_fixed_bases_stay_float_in_int8():
+    """Only the three convolutions around the op are quantized: one more rounding a basis would cost SQNR."""
+    _, x, program = make_fixed()
+    target = targets.load("executorch")
+    forms = ops.choose_forms(program, target, {})
+    program = ops.expand(program, forms, "before_quantize")
+    program = quantize.to_int8(
+        program, (x,), scheme=target.int8, section=QuantizeSection(), samples=[(x,), (2 * x,)]
+    ).program
+    program = ops.expand(program, forms, "after_quantize")
+    convolutions = [n for n in program.graph.nodes if n.target is torch.ops.aten.conv2d.default]
+    quantized = [n for n in convolutions if "dequantize" in str(n.args[1].target)]
+    assert (len(quantized), len(convolutions)) == (3, 3 + 6)

@@ -28,17 +28,15 @@ _SCHEMA = "(Tensor x, Tensor alpha, Tensor bases, int kernel_size, int stride=1)
 def oracle(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
     """Compute the op by its definition; slow, every kernel is materialised."""
     _check(x, alpha, bases, kernel_size, stride)
-    (b, c), (h, w), count = x.shape[:2], alpha.shape[2:], bases.shape[0]
-    kernels = alpha.shape[1] // count
+    (b, c, height, width), (h, w) = x.shape, alpha.shape[2:]
+    kernels = torch.einsum("bmkhw, kt -> bmthw", alpha.reshape(b, -1, len(bases), h, w), bases)
     padded = F.pad(x, (kernel_size // 2,) * 4)
-    y = x.new_zeros(b, kernels * c, h, w)
-    for m in range(kernels):
-        for tap in range(kernel_size**2):
-            dy, dx = tap // kernel_size, tap % kernel_size
-            shifted = padded[:, :, dy : dy + x.shape[2] : stride, dx : dx + x.shape[3] : stride]
-            kernel = sum(alpha[:, m * count + k, None] * bases[k, tap] for k in range(count))
-            y[:, m * c : (m + 1) * c] += kernel * shifted
-    return y
+    y = x.new_zeros(b, kernels.shape[1], c, h, w)
+    for tap in range(kernel_size**2):
+        dy, dx = tap // kernel_size, tap % kernel_size
+        shifted = padded[:, :, dy : dy + height : stride, dx : dx + width : stride]
+        y = y + kernels[:, :, tap, None] * shifted[:, None]
+    return y.reshape(b, -1, h, w)
 
 
 def _fake(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
