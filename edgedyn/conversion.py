@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -171,6 +171,9 @@ def _finish_part(
             progress=lambda done, total: progress(label, done, total),
         )
     program = ops.expand(quantized.program, forms, "after_quantize")
+    if samples is not None:
+        share, nodes = quantize.int8_share(program)
+        quantized = replace(quantized, int8_mac_share=share, multiply_add_nodes=nodes)
     return Part(inputs, forms, expanded, quantized, program)
 
 
@@ -227,7 +230,8 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
             network's code where it stopped.
     """
     try:
-        return torch.export.export(model, inputs, strict=False)
+        # a program takes its strides from its example, and the runtimes give it contiguous arrays
+        return torch.export.export(model, tuple(x.contiguous() for x in inputs), strict=False)
     except Exception as error:  # torch.export raises its own, dynamo's and the model's exceptions alike
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(

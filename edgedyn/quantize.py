@@ -312,7 +312,7 @@ def _account(
     table = []
     for node in module.graph.nodes:
         if node.target in COUNTED_OPS:
-            is_int8 = all("dequantize" in str(a.target) for a in node.args[:2])
+            is_int8 = _is_int8(node)
             total, quantized = total + macs[node.name], quantized + macs[node.name] * is_int8
             if not is_int8:
                 kept[module_path(node) or node.name, reasons.get(node.name, _NO_RULE)] += 1
@@ -349,6 +349,22 @@ def _float_operator(node: fx.Node) -> str | None:
         return None
     name = target._schema.name.partition("::")[2].removesuffix("_")  # relu_ works in place
     return None if name in _MOVES_ONLY else name
+
+
+def int8_share(program: ExportedProgram) -> tuple[float, int]:
+    """Return the share of multiply-adds that a program computes in INT8, and how many nodes have some.
+
+    Counted at the end: forms that are expanded after quantization bring float convolutions of their own.
+    """
+    nodes = [node for node in program.graph.nodes if node.target in COUNTED_OPS]
+    costs = {node: multiply_adds(node) for node in nodes}
+    quantized = sum(cost for node, cost in costs.items() if _is_int8(node))
+    return (quantized / sum(costs.values()) if costs else 0.0), len(nodes)
+
+
+def _is_int8(node: fx.Node) -> bool:
+    """Whether a convolution or linear layer reads dequantized values and weights only."""
+    return all(isinstance(x, fx.Node) and "dequantize" in str(x.target) for x in node.args[:2])
 
 
 def multiply_adds(node: fx.Node) -> int:
