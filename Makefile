@@ -29,10 +29,10 @@ test: .venv
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
 test-long: .venv
-	$(BIN)/pytest -m "slow or not slow"
+	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "slow or not slow"
 
 bench: .venv
 	$(BIN)/python tools/bench.py
