@@ -192,7 +192,13 @@ def load_reference(recipe: Recipe, drawn: Sequence[tuple[Tensor, ...]], *, trust
             f"recipe {recipe.name!r} has no weights, so its BatchNorm takes its statistics from images, and "
             "it names no calibration set. Set calibration: to a manifest in calib/, or give it model.weights."
         )
-    settle_norms(reference, tuple(torch.cat(batch) for batch in zip(*drawn, strict=True)))
+    try:
+        settle_norms(reference, tuple(torch.cat(batch) for batch in zip(*drawn, strict=True)))
+    except RuntimeError as error:  # torch's own, for shapes that do not fit
+        raise ModelError(
+            f"{type(reference).__name__} cannot run on inputs {[tuple(x.shape) for x in drawn[0]]}: "
+            f"{str(error).splitlines()[0]}. Does the input shape fit (input.shape, model.arguments)?"
+        ) from error
     return reference
 
 

@@ -164,7 +164,7 @@ def test_layer_that_keep_float_does_not_find_is_refused(tmp_path):
 
 def test_input_that_does_not_fit_the_network_is_refused(tmp_path):
     gray = "model.arguments={width: s, colors: 1}"
-    refuse(tmp_path, ModelError, "cannot capture MalleNet", gray, "model.weights=null")
+    refuse(tmp_path, ModelError, "MalleNet cannot run on inputs", gray, "model.weights=null")
 
 
 def test_existing_output_is_refused_before_any_work(tmp_path):

@@ -27,7 +27,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
         ModelError: for what ONNX cannot express, or a program that is not of the precision.
     """
     models = write_models(programs, out, precision)
-    facts = {"onnx": {name: describe(model) for name, model in models.items()}, "versions": versions()}
+    facts: dict[str, object] = {"onnx": describe_models(models), "versions": versions()}
     return Artifact({name: file_name(name) for name in programs}, facts)
 
 
@@ -47,6 +47,12 @@ def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
         "operators": count_operators(models.values()),
         "unsupported": dict(unsupported),
     }
+
+
+def describe_models(models: Mapping[str, onnx.ModelProto]) -> dict[str, Any]:
+    """Return the facts of the one file, or those of each of several by program."""
+    described = {name: describe(model) for name, model in models.items()}
+    return described.get(FORWARD, described)
 
 
 def count_operators(models: Iterable[onnx.ModelProto]) -> dict[str, int]:

@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING, Any
 from edgedyn.errors import ModelError
 from edgedyn.manifest import FORWARD
 from edgedyn.targets import Artifact
-from edgedyn.targets.onnx_export import describe, lint_for_tensorrt
-from edgedyn.targets.onnxruntime.lower import count_operators, file_name, versions, write_models
+from edgedyn.targets.onnx_export import lint_for_tensorrt
+from edgedyn.targets.onnxruntime.lower import (
+    count_operators,
+    describe_models,
+    file_name,
+    versions,
+    write_models,
+)
 from edgedyn.targets.tensorrt.check import check_build
 from edgedyn.validate import Row
 
@@ -39,7 +45,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
             )
     checked = {name: check_build(out / file_name(name)) for name in programs}
     facts: dict[str, object] = {
-        "onnx": {name: describe(model) for name, model in models.items()},
+        "onnx": describe_models(models),
         "versions": versions(),
         "check_build": checked if len(programs) > 1 else checked[FORWARD],
     }
