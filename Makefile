@@ -33,6 +33,7 @@ test: .venv
 
 test-long: .venv
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "slow or not slow"
+	$(BIN)/python tools/build_all.py --workers 2 --out builds.json
 
 bench: .venv
 	$(BIN)/python tools/bench.py

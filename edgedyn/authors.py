@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from edgedyn import layers, models
 from edgedyn.errors import ModelError, WeightsError
+from edgedyn.weights import fit_state
 
 Author = Callable[[Mapping[str, Any], Mapping[str, Tensor]], nn.Module]
 # keys of a constructor record that name the class or function where several share a description
@@ -63,7 +64,10 @@ def from_authors(
             f"the state_dict of {name} mixes {sorted(map(str, dtypes))}; expected one floating-point type. "
             "Convert it first."
         )
-    return _load(module.to(dtypes.pop()) if dtypes else module, state_dict, name).eval()
+    module = module.to(dtypes.pop()) if dtypes else module
+    complaint = f"the state_dict does not fit {name}"
+    fit_state(module, state_dict, complaint, "Check the constructor arguments.")
+    return module.eval()
 
 
 def load_all() -> dict[str, Author]:
@@ -81,19 +85,3 @@ def bare_name(class_name: str) -> str:
     dotted = re.match(r"[\w.]*", class_name)
     assert dotted is not None  # the pattern matches the empty string
     return dotted.group().rpartition(".")[2]
-
-
-def _load(module: nn.Module, state_dict: Mapping[str, Tensor], name: str) -> nn.Module:
-    """Load a state_dict, every key and shape of it."""
-    own = module.state_dict()
-    missing, unknown = sorted(own.keys() - state_dict.keys()), sorted(state_dict.keys() - own.keys())
-    wrong = [key for key in own.keys() & state_dict.keys() if own[key].shape != state_dict[key].shape]
-    if missing or unknown or wrong:
-        first = [*wrong, *missing, *unknown][0]
-        shapes = f", {tuple(state_dict[first].shape)} against {tuple(own[first].shape)}" if wrong else ""
-        raise WeightsError(
-            f"the state_dict does not fit {name}: {len(missing)} keys missing, {len(unknown)} unknown, "
-            f"{len(wrong)} of another shape, the first is {first!r}{shapes}. Check the constructor arguments."
-        )
-    module.load_state_dict(state_dict)
-    return module

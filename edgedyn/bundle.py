@@ -88,8 +88,7 @@ class Bundle:
     @property
     def routing(self) -> Routing | None:
         """How the variants are chosen between, or None where there is one program."""
-        values = self.manifest["routing"]
-        return Routing(values["rule"], values["router"], tuple(values["variants"])) if values else None
+        return Routing.from_json(self.manifest["routing"])
 
     @property
     def inputs(self) -> list[TensorSpec]:

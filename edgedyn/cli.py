@@ -134,7 +134,7 @@ def _zeros(shape: str) -> tuple[Any, ...]:
 
 def _print_inspection(what: str, found: dict[str, Any]) -> None:
     _out.print(f"{what}: {len(found['layers'])} dynamic layers", style="bold", soft_wrap=True)
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption_justify="left")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("layer", "class", "primitive"):
         table.add_column(column, overflow="fold")
     # multiply-adds of generator and apply, parameters of both, bytes of what is generated

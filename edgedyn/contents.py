@@ -68,7 +68,8 @@ def describe(
         facts["calibration"] = _describe_calibration(recipe, calibration)
     if converted.capacities is not None:
         facts["capacities"] = converted.capacities
-    output = replace(specs[0], name="output", shape=outputs.device[0].shape, meaning=_MEANINGS[recipe.task])
+    meaning = TASKS[recipe.task].output
+    output = replace(specs[0], name="output", shape=outputs.device[0].shape, meaning=meaning)
     return {
         "format": FORMAT,
         "ok": ok,
@@ -77,7 +78,7 @@ def describe(
         "target": recipe.target,
         "precision": recipe.precision,
         "programs": dict(artifact.programs),
-        "routing": {**asdict(routing), "variants": list(routing.variants)} if routing else {},
+        "routing": routing.to_json() if routing else {},
         "inputs": [{**asdict(spec), "shape": list(spec.shape)} for spec in specs],
         "outputs": [{**asdict(output), "shape": list(output.shape)}],
         "forms": {op.name: form.name for op, form in converted.forms.items()},
@@ -93,14 +94,6 @@ def describe(
         "facts": facts,
         "vectors": _describe_vectors(outputs),
     }
-
-
-_MEANINGS = {
-    "denoise": "sRGB image, RGB order, 0 black, 1 white",
-    "upscale": "sRGB image, RGB order, 0 black, 1 white",
-    "classify": "logits, one a class",
-    "keypoints": "heatmaps, one a keypoint",
-}
 
 
 def _origin(recipe: Recipe) -> str:

@@ -21,7 +21,7 @@ from edgedyn import ops, quantize
 from edgedyn.errors import CalibrationError, ModelError
 from edgedyn.layers import canonicalize, find_dynamic, float32_classes, recognise
 from edgedyn.manifest import FORWARD, Routing
-from edgedyn.routing import RoutedModel, parts, routing_of
+from edgedyn.routing import RoutedModel, part_inputs, parts, routing_of
 from edgedyn.tasks import TASKS
 from edgedyn.weights import settle_norms
 
@@ -59,7 +59,6 @@ class Converted:
 
     Attributes:
         reference: the user's network.
-        canonical: its rewrite on our ops; a ``RoutedModel`` where the host picks a variant.
         parts: by program name: ``forward`` alone, or the parts of a routed network.
         routing: how the variants are chosen between; None where there is one program.
         capacities: positions that the quick variant evaluates by layer; None where nothing is split so.
@@ -67,7 +66,6 @@ class Converted:
     """
 
     reference: nn.Module
-    canonical: nn.Module
     parts: dict[str, Part]
     routing: Routing | None
     capacities: dict[str, int] | None
@@ -105,25 +103,25 @@ def convert(
         progress: called with (what is done, steps done, steps in all).
     """
     progress("rewrite layers", 0, 1)
-    observed = recipe.precision == "int8" or recipe.route.capacity is not None or not recipe.is_trained
-    drawn = draw_tensors(recipe, calibration) if calibration and observed else []
+    needed = recipe.precision == "int8" or recipe.route.capacity is not None or not recipe.is_trained
+    drawn = draw_tensors(recipe, calibration) if calibration and needed else []
     reference = load_reference(recipe, drawn, trust=trust)
     capacities = count_capacities(reference, drawn, recipe.route.capacity)
     canonical = rewrite(reference, capacities)
-    inputs = tuple(torch.from_numpy(x) for x in example.inputs)
-    made = {}
-    for name, part in parts(canonical).items():
-        made[name] = _expand_part(part.module, part.inputs_for(inputs), target, recipe)
+    inputs = part_inputs(canonical, tuple(torch.from_numpy(x) for x in example.inputs))
+    # every part before the first is calibrated: what a target cannot run is refused at once
+    expanded = {
+        name: _expand_part(module, inputs[name], target, recipe) for name, module in parts(canonical).items()
+    }
     progress("rewrite layers", 1, 1)
-    done = {}
-    for name, part in parts(canonical).items():
-        samples = [part.inputs_for(x) for x in drawn] if recipe.precision == "int8" else None
+    observed = [part_inputs(canonical, x) for x in drawn] if recipe.precision == "int8" else None
+    finished = {}
+    for name, (forms, program) in expanded.items():
+        samples = None if observed is None else [given[name] for given in observed]
         label = "calibrate" if name == FORWARD else f"calibrate {name}"
-        done[name] = _finish_part(
-            *made[name], part.inputs_for(inputs), recipe, target, samples, label, progress
-        )
+        finished[name] = _finish_part(forms, program, inputs[name], recipe, target, samples, label, progress)
     dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(reference)))
-    return Converted(reference, canonical, done, routing_of(canonical), capacities, dynamic)
+    return Converted(reference, finished, routing_of(canonical), capacities, dynamic)
 
 
 def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Module:
@@ -171,7 +169,7 @@ def _finish_part(
             progress=lambda done, total: progress(label, done, total),
         )
     program = ops.expand(quantized.program, forms, "after_quantize")
-    if samples is not None:
+    if samples is not None:  # forms that are expanded only now bring float convolutions of their own
         share, nodes = quantize.int8_share(program)
         quantized = replace(quantized, int8_mac_share=share, multiply_add_nodes=nodes)
     return Part(inputs, forms, expanded, quantized, program)
@@ -222,9 +220,9 @@ def count_capacities(
     return capacities_of(canonicalize(reference), [inputs[0] for inputs in drawn], quantile)
 
 
-def draw_tensors(recipe: Recipe, drawn: CalibrationSet) -> list[tuple[Tensor, ...]]:
+def draw_tensors(recipe: Recipe, images: CalibrationSet) -> list[tuple[Tensor, ...]]:
     """Draw a set's samples as tensors of the recipe's inputs."""
-    samples = drawn.draw(recipe.input_shapes(), TASKS[recipe.task])
+    samples = images.draw(recipe.input_shapes(), TASKS[recipe.task])
     return [tuple(torch.from_numpy(x) for x in sample.inputs) for sample in samples]
 
 

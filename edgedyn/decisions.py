@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import operator
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +31,8 @@ from edgedyn.validate import Outputs, Row, psnr_of
 
 if TYPE_CHECKING:
     from edgedyn.calibration import Sample
-    from edgedyn.conversion import Converted
+    from edgedyn.conversion import Converted, Part
+    from edgedyn.manifest import Routing
     from edgedyn.recipe import Recipe
     from edgedyn.targets import Target
 
@@ -85,18 +86,23 @@ def measure(converted: Converted, target: Target, outputs: Outputs, recipe: Reci
     Masks inside a lowered program are not seen from outside: it is lowered once more, into a temporary
     folder, with its mask logits as further outputs.
     """
-    counts = {name: find_decisions(part.expanded) for name, part in converted.parts.items()}
+    routing = converted.routing
     # a quick variant also sorts positions; whether it fits is what its routing decides
-    unknown = sum(other for name, (_, other) in counts.items() if name != "capacity")
+    quick, whole = routing.variants if routing and routing.rule == "fallback" else ("", FORWARD)
+    unknown, masked = 0, False
+    for name, part in converted.parts.items():
+        masks, others = find_decisions(part.expanded)
+        masked |= name == whole and bool(masks)
+        if name != quick:
+            unknown += others + len(masks) * (name != whole)
     nodes = sum(len(part.expanded.graph.nodes) for part in converted.parts.values())
     rows = [Row("decisions", "unmeasured_decisions", unknown, {"at_most": 0}, nodes)]
     facts: dict[str, Any] = {}
-    dense = "dense" if "dense" in converted.parts else FORWARD
-    if counts.get(dense, ([], 0))[0]:
-        found = measure_masks(converted, dense, target, outputs, recipe)
+    if masked:
+        found = measure_masks(converted.parts[whole], target, outputs, recipe)
         rows, facts = rows + found.rows, found.facts
-    if converted.routing is not None:
-        found = measure_routes(converted, outputs, recipe)
+    if routing is not None:
+        found = measure_routes(routing, outputs, recipe)
         rows, facts = rows + found.rows, facts | found.facts
     return Measured(rows, facts)
 
@@ -173,24 +179,31 @@ class _Interpreter(fx.Interpreter):
 
 
 def run_noting(
-    program: ExportedProgram, sample: Sample, dtype: torch.dtype, forced: Sequence[Tensor] = ()
-) -> tuple[np.ndarray, list[np.ndarray]]:
-    """Run a program on a sample; return its first output and the logits of its masks, float32.
+    program: ExportedProgram,
+    samples: Sequence[Sample],
+    dtype: torch.dtype,
+    forced: Sequence[Sequence[np.ndarray]] | None = None,
+) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    """Run a program on samples; return of each its first output and the logits of its masks, float32.
 
     Args:
         program: any step of a conversion; its masks stand in the same order in each.
-        sample: what to run it on.
+        samples: what to run it on.
         dtype: of its inputs.
-        forced: booleans, where each mask is set whatever its logits say.
+        forced: for each sample booleans, where each mask is set whatever its logits say.
     """
-    module = program.module()
+    module, masks = program.module(), find_decisions(program)[0]
     assert isinstance(module, fx.GraphModule)
-    masks = find_decisions(program)[0]
-    interpreter = _Interpreter(module, masks, forced)
-    with torch.no_grad():
-        y = interpreter.run(*(torch.from_numpy(x).to(dtype) for x in sample.inputs))
-    first = y[0] if isinstance(y, tuple | list) else y
-    return first.float().numpy(), [interpreter.logits[mask.logits].float().numpy() for mask in masks]
+    results = []
+    for index, sample in enumerate(samples):
+        given = [torch.from_numpy(mask) for mask in forced[index]] if forced else []
+        interpreter = _Interpreter(module, masks, given)
+        with torch.no_grad():
+            y = interpreter.run(*(torch.from_numpy(x).to(dtype) for x in sample.inputs))
+        first = y[0] if isinstance(y, tuple | list) else y
+        logits = [interpreter.logits[mask.logits].float().numpy() for mask in masks]
+        results.append((first.float().numpy(), logits))
+    return results
 
 
 def expose(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> ExportedProgram:
@@ -208,57 +221,44 @@ def expose(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> ExportedProg
     return torch.export.export(module, inputs)
 
 
-def measure_masks(
-    converted: Converted, name: str, target: Target, outputs: Outputs, recipe: Recipe
-) -> Measured:
+def measure_masks(part: Part, target: Target, outputs: Outputs, recipe: Recipe) -> Measured:
     """Measure how many mask positions change, and what that costs."""
-    part, samples = converted.parts[name], outputs.samples
+    samples, half = outputs.samples, recipe.precision == "fp16"
     masks, _ = find_decisions(part.expanded)
-    half = recipe.precision == "fp16"
     dtype = torch.float16 if half else torch.float32
-    float_ = [run_noting(part.expanded, s, torch.float32) for s in samples]
-    quantized = [run_noting(part.program, s, dtype) for s in samples]
+    float_ = run_noting(part.expanded, samples, torch.float32)
+    quantized = run_noting(part.program, samples, dtype)
     inputs = tuple(x.half() for x in part.inputs) if half else part.inputs
-    device = [logits for _, logits in _run_exposed(expose(part.program, inputs), target, samples, recipe)]
+    device = _run_exposed(expose(part.program, inputs), target, samples, recipe)
     wanted = [[m.decide(x) for m, x in zip(masks, logits, strict=True)] for _, logits in float_]
     rows: list[Row] = []
     facts: dict[str, Any] = {"masks": [mask.path for mask in masks]}
     for where, logits_of in (("quantized", [x for _, x in quantized]), ("device", device)):
         flips, margins = _flips(masks, [x for _, x in float_], logits_of, wanted)
         rate = float(flips.mean()) if flips.size else math.nan
+        largest = float(margins[flips].max(initial=0))
         limit = {"at_most": recipe.limits.mask_flips}
         rows.append(Row("decisions", f"mask_flip_rate[{where}]", rate, limit, flips.size))
-        rows.append(
-            Row(
-                "decisions",
-                f"largest_flipped_margin[{where}]",
-                float(margins[flips].max(initial=0)),
-                {},
-                flips.size,
-            )
-        )
+        rows.append(Row("decisions", f"largest_flipped_margin[{where}]", largest, {}, flips.size))
         facts[f"margins_{where}"] = _histogram(margins, flips)
     active = np.concatenate([m.ravel() for per_sample in wanted for m in per_sample])
     rows.append(Row("decisions", "active_fraction", float(active.mean()), {}, active.size))
-    forced = [
-        run_noting(part.program, s, dtype, [torch.from_numpy(m) for m in m_of])[0]
-        for s, m_of in zip(samples, wanted, strict=True)
-    ]
-    rows += _cost_rows([y for y, _ in float_], [y for y, _ in quantized], forced, samples, recipe)
+    forced = run_noting(part.program, samples, dtype, wanted)
+    before, after, kept = ([y for y, _ in results] for results in (float_, quantized, forced))
+    rows += _cost_rows(before, after, kept, samples, recipe)
     return Measured(rows, {"decisions": facts})
 
 
 def _run_exposed(
     program: ExportedProgram, target: Target, samples: Sequence[Sample], recipe: Recipe
-) -> Iterator[tuple[np.ndarray, list[np.ndarray]]]:
-    """Lower a program with exposed logits into a temporary folder and run it in the target's runtime."""
+) -> list[list[np.ndarray]]:
+    """Lower a program with exposed logits into a temporary folder; return what its runtime gives for them."""
     dtype = recipe.input_specs()[0].dtype
     with tempfile.TemporaryDirectory() as folder:
         artifact = target.lower({FORWARD: program}, Path(folder), recipe.precision)
         run = target.load(Path(folder) / artifact.programs[FORWARD], FORWARD)
-        for sample in samples:
-            y, *logits = run(*(x.astype(dtype) for x in sample.inputs))
-            yield y, [np.asarray(x, np.float32) for x in logits]
+        outputs = [run(*(x.astype(dtype) for x in sample.inputs)) for sample in samples]
+    return [[np.asarray(x, np.float32) for x in logits] for _, *logits in outputs]
 
 
 def _flips(
@@ -288,20 +288,19 @@ def _histogram(margins: np.ndarray, changed: np.ndarray) -> dict[str, list[float
     }
 
 
-def measure_routes(converted: Converted, outputs: Outputs, recipe: Recipe) -> Measured:
+def measure_routes(routing: Routing, outputs: Outputs, recipe: Recipe) -> Measured:
     """Measure how many images keep their variant, and what it costs where they do not."""
-    routing, samples = converted.routing, outputs.samples
-    assert routing is not None  # the caller has asked
+    samples = outputs.samples
     float_ = [d for d in outputs.decided["expanded"] if d is not None]
     picked = np.array([d.index for d in float_])
     rows, facts = [], {"variants": list(routing.variants), "picked": np.bincount(picked).tolist()}
     margins = np.array([d.margin for d in float_])
+    scale = max(float(np.sqrt(np.mean(margins**2))), 1e-30)
     for where in ("quantized", "device"):
         found = [d for d in outputs.decided[where] if d is not None]
         same = np.array([d.index for d in found]) == picked
         limit = {"at_least": recipe.limits.gate}
         rows.append(Row("decisions", f"gate_agreement[{where}]", float(same.mean()), limit, len(same)))
-        scale = max(float(np.sqrt(np.mean(margins**2))), 1e-30)
         facts[f"gate_margins_{where}"] = _histogram(margins / scale, ~same)
     if routing.rule == "fallback":
         rows.append(Row("decisions", "fallback_rate", float(picked.mean()), {}, len(picked)))
@@ -312,8 +311,7 @@ def measure_routes(converted: Converted, outputs: Outputs, recipe: Recipe) -> Me
         np.asarray(run(*s.inputs, forced=int(k))[0][0], np.float32)
         for s, k in zip(samples, picked, strict=True)
     ]
-    condition = "[gate]"
-    rows += _cost_rows(outputs.expanded, outputs.quantized, forced, samples, recipe, condition)
+    rows += _cost_rows(outputs.expanded, outputs.quantized, forced, samples, recipe, "[gate]")
     return Measured(rows, {"routes": facts})
 
 

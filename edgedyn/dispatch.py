@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -79,3 +80,17 @@ class Dispatcher:
         decision = Decision(int(scores.argmax()), scores)
         chosen = variants[decision.index if forced is None else forced]
         return chosen(*(carried or arrays)), decision
+
+
+def load_programs(
+    load: Callable[[Path, str], Run], folder: Path, programs: Mapping[str, str], routing: Routing | None
+) -> Dispatcher:
+    """Load every program of a folder.
+
+    Args:
+        load: a target's ``load``.
+        folder: where the files stand.
+        programs: program -> file.
+        routing: as for ``Dispatcher``.
+    """
+    return Dispatcher({name: load(folder / file, name) for name, file in programs.items()}, routing)

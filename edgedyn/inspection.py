@@ -22,7 +22,7 @@ from edgedyn.errors import EdgedynError, RecipeError
 from edgedyn.layers import canonicalize, load_all, recognise
 from edgedyn.provenance import shared_provenance
 from edgedyn.quantize import COUNTED_OPS, module_path, multiply_adds
-from edgedyn.routing import RoutedModel, parts
+from edgedyn.routing import RoutedModel, part_inputs, parts
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -91,10 +91,8 @@ def inspect_model(
     reference = recognise(model)
     canonical = canonicalize(reference)
     modules = dict(reference.named_modules(remove_duplicate=False))
-    programs = {
-        name: conversion.capture(part.module, part.inputs_for(inputs))
-        for name, part in parts(canonical).items()
-    }
+    given = part_inputs(canonical, inputs)
+    programs = {name: conversion.capture(part, given[name]) for name, part in parts(canonical).items()}
     known = {name: targets.load(name) for name in targets.names()}
     layers = _routed_row(canonical, modules)
     macs = 0

@@ -67,10 +67,14 @@ class Routing:
     router: str
     variants: tuple[str, ...]
 
-    @property
-    def programs(self) -> tuple[str, ...]:
-        """Names of all programs, the router first."""
-        return (*((self.router,) if self.router else ()), *self.variants)
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Routing | None:
+        """Return what ``to_json`` wrote; None for an empty object: one program, nothing to choose."""
+        return cls(values["rule"], values["router"], tuple(values["variants"])) if values else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {"rule": self.rule, "router": self.router, "variants": list(self.variants)}
 
 
 def canonical(manifest: dict[str, Any]) -> bytes:

@@ -24,9 +24,8 @@ from edgedyn.bundle import Bundle, refuse_existing, staging_folder, write_bundle
 from edgedyn.calibration import CalibrationSet, open_set, refuse_overlap
 from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
 from edgedyn.conversion import Converted, Progress, capture, convert, rewrite
-from edgedyn.dispatch import Decision, Dispatcher
+from edgedyn.dispatch import Decision, Dispatcher, load_programs
 from edgedyn.errors import CalibrationError, RecipeError, TargetMissingError
-from edgedyn.manifest import Routing
 from edgedyn.provenance import shared_provenance
 from edgedyn.report import write_report
 from edgedyn.routing import parts
@@ -36,7 +35,7 @@ from edgedyn.validate import Outputs, Row, ValidationReport
 if TYPE_CHECKING:
     from edgedyn.calibration import Sample
     from edgedyn.recipe import Recipe
-    from edgedyn.targets import Artifact, Run, Target
+    from edgedyn.targets import Run, Target
 
 __all__ = ["Build", "build", "capture", "convert", "load_sets", "load_target"]
 _EXACT_SAMPLES = 1  # float64 comparison of whole networks; the rewrite does not depend on the image
@@ -97,7 +96,7 @@ def build(
     with staging_folder(out) as staging:
         progress("lower", 0, 1)
         artifact = target.lower(converted.programs, staging, recipe.precision)
-        device = load_runs(target, artifact, staging, converted.routing)
+        device = load_programs(target.load, staging, artifact.programs, converted.routing)
         progress("lower", 1, 1)
         outputs = run_samples(converted, device, samples, recipe, progress)
         decided = decisions.measure(converted, target, outputs, recipe)
@@ -162,21 +161,15 @@ def load_sets(recipe: Recipe) -> tuple[CalibrationSet | None, list[Sample]]:
     return calibration, list(validation.draw(recipe.input_shapes(), TASKS[recipe.task]))
 
 
-def load_runs(target: Target, artifact: Artifact, folder: Path, routing: Routing | None = None) -> Dispatcher:
-    """Load every program of an artifact with the target's runtime."""
-    runs = {name: target.load(folder / file, name) for name, file in artifact.programs.items()}
-    return Dispatcher(runs, routing)
-
-
 def exactness_rows(converted: Converted, samples: list[Sample], limit: float) -> list[Row]:
     """Prove the rewrite in float64: reference, canonical and expanded network on real images."""
     wide = copy.deepcopy(converted.reference).double()
     canonical = rewrite(wide, converted.capacities)
     expanded = {}
-    for name, part in parts(canonical).items():
+    for name, module in parts(canonical).items():
         made = converted.parts[name]
         program = ops.expand(made.expanded, made.forms, "after_quantize")
-        expanded[name] = in_torch(validate.widen(program, part.module), torch.float64)
+        expanded[name] = in_torch(validate.widen(program, module), torch.float64)
     return validate.rewrite_rows(
         in_torch(wide, torch.float64),
         in_torch(canonical, torch.float64),

@@ -162,7 +162,6 @@ def to_int8(
             "there are no calibration samples; INT8 needs at least one image. Mend the set."
         )
     module = fold(program)
-    macs = {node.name: multiply_adds(node) for node in module.graph.nodes if node.target in COUNTED_OPS}
     kept = dict.fromkeys(_matching(module, section.keep_float), _KEPT_BY_RECIPE)
     kept |= {node.name: _KEPT_ALWAYS for node in module.graph.nodes if belongs_to(node, float32)}
     quantizer = make_quantizer(scheme, kept)
@@ -172,8 +171,9 @@ def to_int8(
     if scheme.symmetric:
         center(converted)
     separate_readers(converted)
-    share, float_nodes, table = _account(converted, macs, kept)
-    return Quantized(torch.export.export(converted, inputs), share, len(macs), float_nodes, table)
+    float_nodes, table = _account(converted, kept)
+    exported = torch.export.export(converted, inputs)
+    return Quantized(exported, *int8_share(exported), float_nodes, table)
 
 
 def module_path(node: fx.Node) -> str:
@@ -304,17 +304,14 @@ def _convert_nncf(
 
 
 def _account(
-    module: fx.GraphModule, macs: dict[str, int], reasons: Mapping[str, str]
-) -> tuple[float, tuple[dict[str, object], ...], tuple[dict[str, object], ...]]:
-    """Measure the INT8 share of multiply-adds, list what stays float, and read the scales."""
-    total = quantized = 0
+    module: fx.GraphModule, reasons: Mapping[str, str]
+) -> tuple[tuple[dict[str, object], ...], tuple[dict[str, object], ...]]:
+    """List what stays float, and read the scales."""
     kept: Counter[tuple[str, str]] = Counter()
     table = []
     for node in module.graph.nodes:
         if node.target in COUNTED_OPS:
-            is_int8 = _is_int8(node)
-            total, quantized = total + macs[node.name], quantized + macs[node.name] * is_int8
-            if not is_int8:
+            if not _is_int8(node):
                 kept[module_path(node) or node.name, reasons.get(node.name, _NO_RULE)] += 1
         elif _is_fused(node):
             continue
@@ -325,7 +322,7 @@ def _account(
                 {"tensor": str(node.args[0]), "scale": float(node.args[1]), "zero_point": int(node.args[2])}
             )
     rows = tuple({"node": node, "count": count, "reason": reason} for (node, reason), count in kept.items())
-    return (quantized / total if total else 0.0), rows, tuple(table)
+    return rows, tuple(table)
 
 
 def _is_fused(node: fx.Node) -> bool:
@@ -352,10 +349,7 @@ def _float_operator(node: fx.Node) -> str | None:
 
 
 def int8_share(program: ExportedProgram) -> tuple[float, int]:
-    """Return the share of multiply-adds that a program computes in INT8, and how many nodes have some.
-
-    Counted at the end: forms that are expanded after quantization bring float convolutions of their own.
-    """
+    """Return the share of multiply-adds that a program computes in INT8, and how many nodes have some."""
     nodes = [node for node in program.graph.nodes if node.target in COUNTED_OPS]
     costs = {node: multiply_adds(node) for node in nodes}
     quantized = sum(cost for node, cost in costs.items() if _is_int8(node))

@@ -9,8 +9,7 @@ by the rule that the manifest names; no Python code of the network is needed the
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -84,36 +83,25 @@ class RoutedModel(nn.Module):
         return variants[int(logits.argmax(1))](*carried)  # type: ignore[no-any-return]
 
 
-@dataclass(frozen=True)
-class RoutedPart:
-    """A static network of a model.
-
-    Attributes:
-        module: the network.
-        inputs_for: the model's inputs -> this network's, as the model itself would make them.
-    """
-
-    module: nn.Module
-    inputs_for: Callable[[tuple[Tensor, ...]], tuple[Tensor, ...]]
+def parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the static networks of a canonical model by program: ``forward``, or router and variants."""
+    if not isinstance(model, RoutedModel):
+        return {FORWARD: model}
+    router = {} if model.router is None else {ROUTER: model.router}
+    return router | dict(model.variants.items())
 
 
-def parts(model: nn.Module) -> dict[str, RoutedPart]:
-    """Return the static networks of a canonical model by program name: ``forward``, or router and variants.
+def part_inputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[Tensor, ...]]:
+    """Return what each part takes for a model's inputs, as the model itself would make it.
 
     Raises:
-        ModelError: from ``inputs_for`` of a variant, when the router does not give one logit a variant.
+        ModelError: when the router does not give one logit a variant.
     """
-    if not isinstance(model, RoutedModel):
-        return {FORWARD: RoutedPart(model, lambda inputs: inputs)}
-    if model.router is None:
-        return {name: RoutedPart(variant, lambda inputs: inputs) for name, variant in model.variants.items()}
-
-    def carried(inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    given = dict.fromkeys(parts(model), inputs)
+    if isinstance(model, RoutedModel) and model.router is not None:
         with torch.no_grad():
-            return model.route(*inputs)[1]
-
-    found = {ROUTER: RoutedPart(model.router, lambda inputs: inputs)}
-    return found | {name: RoutedPart(variant, carried) for name, variant in model.variants.items()}
+            given |= dict.fromkeys(model.variants, model.route(*inputs)[1])
+    return given
 
 
 def routing_of(model: nn.Module) -> Routing | None:

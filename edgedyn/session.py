@@ -24,7 +24,7 @@ import numpy as np
 
 from edgedyn import targets
 from edgedyn.bundle import Bundle, open_bundle
-from edgedyn.dispatch import Dispatcher, Run
+from edgedyn.dispatch import Run, load_programs
 from edgedyn.errors import (
     BundleError,
     CheckFailedError,
@@ -170,8 +170,7 @@ def open_session(path: Path) -> Session:
         raise TargetMissingError(f"bundle {path} needs the target {bundle.target!r}: {reason}")
     if lacks := sorted(set(bundle.programs.values()) - set(bundle.manifest["files"])):
         raise UsageError(f"bundle {path} has no {lacks[0]} yet. Make it here: edgedyn compile {path}")
-    runs = {name: target.load(path / file, name) for name, file in bundle.programs.items()}
-    return Session(bundle, Dispatcher(runs, bundle.routing))
+    return Session(bundle, load_programs(target.load, path, bundle.programs, bundle.routing))
 
 
 def denoise_files(

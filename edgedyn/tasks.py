@@ -22,12 +22,14 @@ class Task:
     """One kind of network.
 
     Attributes:
+        output: one phrase for people: what the output is.
         scale: how many times higher and wider than the input the truth is.
         has_truth: whether the output is a picture whose truth is known.
         is_residual: whether the output differs from the input by what the network predicts.
         answers: what the output says: the class, or the position of each keypoint; None for a picture.
     """
 
+    output: str
     scale: int = 1
     has_truth: bool = True
     is_residual: bool = False
@@ -44,11 +46,12 @@ def answer_keypoints(heatmaps: np.ndarray) -> np.ndarray:
     return np.asarray(heatmaps.reshape(*heatmaps.shape[:2], -1).argmax(axis=2))
 
 
+_IMAGE = "sRGB image, RGB order, 0 black, 1 white"
 TASKS: Mapping[str, Task] = {
-    "denoise": Task(is_residual=True),
-    "upscale": Task(scale=2),
-    "classify": Task(has_truth=False, answers=answer_classes),
-    "keypoints": Task(has_truth=False, answers=answer_keypoints),
+    "denoise": Task(_IMAGE, is_residual=True),
+    "upscale": Task(_IMAGE, scale=2),
+    "classify": Task("logits, one a class", has_truth=False, answers=answer_classes),
+    "keypoints": Task("heatmaps, one a keypoint", has_truth=False, answers=answer_keypoints),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -12,7 +13,6 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError, WeightsError
-from edgedyn.layers.ddsnet.slimmable import SlimmableBatchNorm2d
 
 _PICKLES = {".pth", ".pt", ".ckpt", ".ckp", ".bin", ".pkl"}
 
@@ -49,7 +49,7 @@ def load_weights(model: nn.Module, path: Path, *, sha256: str | None = None, tru
             f"weights {path} hold NaN or infinity in {len(broken)} tensors, the first is "
             f"{broken[0]!r}; expected finite numbers. Take an earlier checkpoint."
         )
-    _fit(model, state, path)
+    fit_state(model, state, f"weights {path} do not fit {type(model).__name__}", "Check model.arguments.")
 
 
 def _read(path: Path, *, trust: bool) -> dict[str, Tensor]:
@@ -88,7 +88,12 @@ def _looks_pickled(path: Path) -> bool:
     return (start[:1] == b"\x80" and start[8:] != b"{") or zipfile.is_zipfile(path)
 
 
-def _fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
+def fit_state(model: nn.Module, state: Mapping[str, Tensor], complaint: str, advice: str) -> None:
+    """Load a state_dict, every key and shape of it.
+
+    Raises:
+        WeightsError: ``complaint``, what differs, ``advice``.
+    """
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
     wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
@@ -96,9 +101,8 @@ def _fit(model: nn.Module, state: dict[str, Tensor], path: Path) -> None:
         first = wrong[0] if wrong else (missing or extra)[0]
         shapes = f", {tuple(state[first].shape)} against {tuple(own[first].shape)}" if wrong else ""
         raise WeightsError(
-            f"weights {path} do not fit {type(model).__name__}: {len(missing)} keys missing, "
-            f"{len(extra)} unknown, {len(wrong)} of another shape, the first is {first!r}{shapes}. "
-            "Check model.arguments."
+            f"{complaint}: {len(missing)} keys missing, {len(extra)} unknown, {len(wrong)} of another shape, "
+            f"the first is {first!r}{shapes}. {advice}"
         )
     model.load_state_dict(state)
 
@@ -118,18 +122,15 @@ def settle_norms(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
         ModelError: when statistics are not finite.
     """
     norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-    holders = [m for m in model.modules() if isinstance(m, SlimmableBatchNorm2d)]
     momenta = {name: norm.momentum for name, norm in norms.items()}
     for norm in norms.values():
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over all that is seen
-    for module in (*norms.values(), *holders):
-        module.train()
+        norm.train()
     with torch.no_grad():
         getattr(model, "every_path", model)(*inputs)
-    for module in (*norms.values(), *holders):
-        module.eval()
     for name, norm in norms.items():
+        norm.eval()
         norm.momentum = momenta[name]
         assert norm.running_var is not None
         if not norm.running_var.isfinite().all():

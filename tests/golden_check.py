@@ -12,6 +12,7 @@ that gives the allowed absolute difference}.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 import sys
@@ -84,6 +85,7 @@ def cast(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: t.to(dtype) if t.is_floating_point() else t for key, t in tensors.items()}
 
 
+@functools.cache
 def rules() -> tuple[dict[str, Callable], dict[str, Callable]]:
     """Return every paper's RULES and BOUNDS."""
     found, bounds = {}, {}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from disturbed import disturb
 from torch import nn
 
 from edgedyn.layers.ddsnet.dsnet import DSNet
@@ -11,15 +12,9 @@ from edgedyn.layers.ddsnet.networks import GatedNetwork, ImageGate, SlimmableUni
 STEM, GATED = [[4, 6], 1, 3, 2], [[8, 12, 16, 20], 1, 3, 1, "ds", True]
 
 
-def disturb(module: nn.Module) -> nn.Module:
-    """Give every parameter and statistic its own value, in float64 and evaluation mode; the module itself."""
-    generator = torch.Generator().manual_seed(5)
-    for name, tensor in module.double().state_dict().items():
-        if name.endswith("running_var"):
-            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-        elif tensor.is_floating_point():
-            tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
-    return module.eval()
+def fresh(module: nn.Module) -> nn.Module:
+    """Return it disturbed, in float64 and evaluation mode."""
+    return disturb(module.double(), seed=5, spread=0.3).eval()
 
 
 def noise(*shape: int) -> torch.Tensor:
@@ -33,7 +28,7 @@ def assert_equal(y: torch.Tensor, expected: torch.Tensor) -> None:
 def make_net(choices=None, **arguments) -> DSNet:
     torch.manual_seed(3)
     choices = choices or [STEM, GATED, [[8, 12, 16, 24], 2, 3, 2, "ir", False], [[16]]]
-    return disturb(DSNet(5, 3, choices, **arguments))
+    return fresh(DSNet(5, 3, choices, **arguments))
 
 
 class Chain(nn.Module):
@@ -60,4 +55,4 @@ class FirstFour(nn.Module):
 
 def make_gated(count: int = 3) -> GatedNetwork:
     torch.manual_seed(1)
-    return disturb(GatedNetwork(ImageGate(count, features=8), Chain([(4, 6), (4, 8), (10, 8)])))
+    return fresh(GatedNetwork(ImageGate(count, features=8), Chain([(4, 6), (4, 8), (10, 8)])))

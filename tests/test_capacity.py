@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from disturbed import redraw
 from torch import nn
 
 from edgedyn import targets
@@ -20,15 +21,8 @@ from edgedyn.routing import RoutedModel
 from edgedyn.targets.tensorrt.check import check_build
 
 
-def disturb(module: nn.Module, seed: int = 8) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in module.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-        elif tensor.is_floating_point():  # nothing is left of a random initialisation
-            is_scale = tensor.dim() == 1 and name.endswith("weight")
-            tensor.copy_(is_scale + 0.3 * torch.randn(tensor.shape, generator=generator))
-    return module.eval()
+def fresh(module: nn.Module, seed: int = 8) -> nn.Module:
+    return redraw(module, seed=seed).eval()
 
 
 def rand(*shape: int) -> torch.Tensor:
@@ -36,8 +30,7 @@ def rand(*shape: int) -> torch.Tensor:
 
 
 EXAMPLES = {
-    type(m).__name__ + str(k): (disturb(m).double(), x.double())
-    for k, (m, (x,)) in enumerate(LAYER.examples())
+    type(m).__name__ + str(k): (fresh(m).double(), x.double()) for k, (m, (x,)) in enumerate(LAYER.examples())
 }
 every_example = pytest.mark.parametrize(("block", "x"), EXAMPLES.values(), ids=EXAMPLES)
 
@@ -58,7 +51,7 @@ class Network(nn.Module):
 
 def make_network() -> nn.Module:
     torch.manual_seed(3)
-    return disturb(Network())
+    return fresh(Network())
 
 
 @every_example
@@ -199,7 +192,7 @@ def lower(network, x, name, folder):
 
 @pytest.mark.parametrize("name", ["executorch", "onnxruntime"])
 def test_real_runtime_computes_output_and_overflow(name, tmp_path):
-    block, x = disturb(SparseInvertedResidual(3, 3)), rand(4, 3, 7, 9)
+    block, x = fresh(SparseInvertedResidual(3, 3)), rand(4, 3, 7, 9)
     block.masker.maskconv.bias.data.fill_(-0.05)  # about a quarter is active
     quick = with_capacity(block, capacities_of(block, [x], 0.5))
     run = lower(quick, x[:1], name, tmp_path)
@@ -216,7 +209,7 @@ def test_real_runtime_computes_output_and_overflow(name, tmp_path):
 
 def test_tensorrt_takes_it(tmp_path):
     block, x = SparseBottleneck(4, 3, 2, downsample=True), rand(1, 4, 9, 12)
-    quick = with_capacity(disturb(block), {"": 6, ".dilated": 30})
+    quick = with_capacity(fresh(block), {"": 6, ".dilated": 30})
     lower(quick, x, "onnxruntime", tmp_path)
     found = check_build(tmp_path / "model.onnx")
     if "missing" in found:

@@ -20,7 +20,7 @@ from edgedyn.validate import Outputs, Row, ValidationReport
 RECIPE = Path(__file__).parents[1] / "recipes/mallenet-s.phone.int8.yaml"
 
 
-CONVERTED = Converted(None, None, {"forward": Part((), {}, None, Quantized(None), None)}, None, None)
+CONVERTED = Converted(None, {"forward": Part((), {}, None, Quantized(None), None)}, None, None)
 
 
 def make_outputs(*samples: tuple[float, str], device_error: float = 0.0) -> Outputs:

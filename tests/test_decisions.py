@@ -93,7 +93,7 @@ def test_masks_of_a_quantized_program_stand_in_the_same_order(gated):
 
 def test_run_noting_gives_output_and_logits(gated):
     model, program, sample = gated
-    y, (logits,) = decisions.run_noting(program, sample, torch.float32)
+    ((y, (logits,)),) = decisions.run_noting(program, [sample], torch.float32)
     x = torch.from_numpy(sample.noisy)
     with torch.no_grad():
         np.testing.assert_array_equal(y, model(x).numpy())
@@ -103,11 +103,13 @@ def test_run_noting_gives_output_and_logits(gated):
 def test_forced_masks_take_the_place_of_the_programs_own(gated):
     model, program, sample = gated
     x = torch.from_numpy(sample.noisy)
-    none, every = (torch.full((1, 1, 10, 14), value) for value in (False, True))
+    none, every = (np.full((1, 1, 10, 14), value) for value in (False, True))
     with torch.no_grad():
         everywhere = (x + model.net(x)).numpy()
-    assert np.array_equal(decisions.run_noting(program, sample, torch.float32, [none])[0], sample.noisy)
-    assert np.array_equal(decisions.run_noting(program, sample, torch.float32, [every])[0], everywhere)
+    forced = [[none], [every]]
+    results = [y for y, _ in decisions.run_noting(program, [sample] * 2, torch.float32, forced)]
+    assert np.array_equal(results[0], sample.noisy)
+    assert np.array_equal(results[1], everywhere)
 
 
 def test_exposed_program_gives_the_logits_as_a_further_output(gated):

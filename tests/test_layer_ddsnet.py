@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from small_slimmable import GATED, STEM, Chain, assert_equal, disturb, make_gated, make_net, noise
+from small_slimmable import GATED, STEM, Chain, assert_equal, fresh, make_gated, make_net, noise
 from torch import nn
 
 from edgedyn.authors import from_authors
@@ -222,7 +222,7 @@ def test_dynamic_layer_in_a_variant_is_rewritten_too():
         def static(self, choice):
             return nn.Sequential(super().static(choice), copy.deepcopy(self.end))
 
-    net = disturb(GatedNetwork(ImageGate(2, features=8), Ending([(4, 6), (6, 8)])))
+    net = fresh(GatedNetwork(ImageGate(2, features=8), Ending([(4, 6), (6, 8)])))
     routed = canonicalize(net)
     assert not find_dynamic(routed)
     assert sum(isinstance(m, CanonicalMalleConv) for m in routed.modules()) == 2

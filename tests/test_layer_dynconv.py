@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
+from disturbed import redraw
 from torch import nn
 
 from edgedyn.authors import from_authors
@@ -33,16 +34,9 @@ from edgedyn.layers.dynconv.masks import (
 from edgedyn.layers.dynconv.residual import BasicBlock, Bottleneck, InvertedResidual
 
 
-def disturb(module: nn.Module, seed: int = 5) -> nn.Module:
-    """Give every parameter and statistic its own value; return it in evaluation mode and float64."""
-    generator = torch.Generator().manual_seed(seed)
-    for name, tensor in module.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-        elif tensor.is_floating_point():  # nothing is left of a random initialisation
-            is_scale = tensor.dim() == 1 and name.endswith("weight")
-            tensor.copy_(is_scale + 0.3 * torch.randn(tensor.shape, generator=generator))
-    return module.eval().double()
+def fresh(module: nn.Module, seed: int = 5) -> nn.Module:
+    """Return it redrawn, in evaluation mode and float64."""
+    return redraw(module, seed=seed).eval().double()
 
 
 def rand(*shape: int) -> torch.Tensor:
@@ -63,7 +57,7 @@ def test_equality_with_zero_is_active_and_the_smallest_negative_number_is_not():
 @pytest.mark.parametrize("head", [PooledMaskHead, PointMaskHead])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_mask_is_the_sign_of_the_logits_exactly(head, stride):
-    unit, x = disturb(MaskUnit(head(4, stride))), rand(2, 4, 9, 14)
+    unit, x = fresh(MaskUnit(head(4, stride))), rand(2, 4, 9, 14)
     for found in (unit(x), CanonicalMaskUnit(unit)(x)):
         assert torch.equal(found.mask, (unit.maskconv(x) >= 0).double())
         assert 0 < found.mask.mean() < 1
@@ -71,7 +65,7 @@ def test_mask_is_the_sign_of_the_logits_exactly(head, stride):
 
 
 def test_gradient_of_the_decision_is_that_of_sigmoid():
-    unit = disturb(MaskUnit(PointMaskHead(3)))
+    unit = fresh(MaskUnit(PointMaskHead(3)))
     x = rand(2, 3, 5, 4)
     masks = unit(x)
     (gradient,) = torch.autograd.grad(masks.mask.sum(), masks.logits, retain_graph=True)
@@ -83,7 +77,7 @@ def test_gradient_of_the_decision_is_that_of_sigmoid():
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("size", [(9, 14), (12, 7)], ids=str)
 def test_dilated_mask_of_both_units_agrees_where_there_are_pixels(stride, size):
-    unit, x = disturb(MaskUnit(PooledMaskHead(3, stride), stride)), rand(2, 3, *size)
+    unit, x = fresh(MaskUnit(PooledMaskHead(3, stride), stride)), rand(2, 3, *size)
     reference, canonical = unit(x), CanonicalMaskUnit(unit, stride=stride)(x)
     assert canonical.dilated.shape[2:] == size
     assert torch.equal(canonical.dilated, reference.dilated[:, :, : size[0], : size[1]])
@@ -120,7 +114,7 @@ def test_heads_are_what_stays_in_float32():
 )
 @pytest.mark.parametrize("active", [True, False])
 def test_whole_mask_gives_the_dense_block_and_no_mask_its_identity(block, shape, active):
-    block, x = disturb(copy.deepcopy(block)), rand(*shape)
+    block, x = fresh(copy.deepcopy(block)), rand(*shape)
     for head in (m for m in block.modules() if isinstance(m, nn.Conv2d) and m.out_channels == 1):
         head.bias.data.fill_(1e3 if active else -1e3)
     is_inverted = isinstance(block, InvertedResidual)
@@ -132,7 +126,7 @@ def test_whole_mask_gives_the_dense_block_and_no_mask_its_identity(block, shape,
 
 def test_inner_convolutions_run_on_the_dilated_mask_only():
     """Else a sparse kernel could not leave anything out."""
-    canonical, x = canonicalize(disturb(SparseInvertedResidual(3, 3))), rand(2, 3, 8, 11)
+    canonical, x = canonicalize(fresh(SparseInvertedResidual(3, 3))), rand(2, 3, 8, 11)
     seen = {}
     canonical.depthwise.register_forward_hook(lambda m, given, y: seen.update(x=given[0], y=y))
     canonical(x)
@@ -142,7 +136,7 @@ def test_inner_convolutions_run_on_the_dilated_mask_only():
 
 
 def test_blocks_take_and_give_the_authors_pair():
-    block, x = disturb(SparseBottleneck(8, 2)), rand(2, 8, 5, 7)
+    block, x = fresh(SparseBottleneck(8, 2)), rand(2, 8, 5, 7)
     meta = {"masks": []}
     for module in (block, canonicalize(block)):
         y, given = module((x, meta))
@@ -237,7 +231,7 @@ def test_weights_of_another_block_are_refused():
     ],
 )
 def test_weights_say_whether_a_block_is_gated_and_by_which_head(name, arguments, block):
-    block = disturb(block)
+    block = fresh(block)
     found = from_authors(name, arguments, block.state_dict())
     assert type(found) is type(block)
     x = rand(2, 8 if arguments.get("inplanes") == 8 else 4, 6, 9)
@@ -374,7 +368,7 @@ FOREIGN = {
 
 @pytest.mark.parametrize(("name", "make", "twin"), FOREIGN.values(), ids=FOREIGN)
 def test_foreign_block_keeps_its_numbers_and_its_call(name, make, twin):
-    foreign, x = disturb(make()), rand(2, 4, 11, 8)
+    foreign, x = fresh(make()), rand(2, 4, 11, 8)
     expected, _ = foreign((x, {"masks": []}))
     ours = recognise(name, foreign)
     canonical = canonicalize(nn.Sequential(ours).eval())
@@ -395,7 +389,7 @@ def test_mode_of_the_foreign_block_stays(training):
 
 
 def test_weights_are_copied():
-    foreign = disturb(ForeignInverted(4, 4))
+    foreign = fresh(ForeignInverted(4, 4))
     ours = recognise("InvertedResidual", foreign)
     before = ours.conv[0].weight.clone()
     foreign.conv[0].weight.data.zero_()
@@ -404,7 +398,7 @@ def test_weights_are_copied():
 
 def test_pose_block_computes_with_the_hard_coded_epsilon():
     """The authors' sparse evaluation never reads the norm's own."""
-    foreign = disturb(ForeignInverted(4, 4))
+    foreign = fresh(ForeignInverted(4, 4))
     same = recognise("InvertedResidual", foreign)
     for part in foreign.modules():
         if isinstance(part, nn.BatchNorm2d):
@@ -509,7 +503,7 @@ def test_dynamic_module_of_another_structure_is_refused(name, make, message):
     "head", [lambda: Squeeze(4, 2), lambda: nn.Conv2d(4, 1, 1, stride=2)], ids=["pooled", "point"]
 )
 def test_foreign_mask_unit_alone_keeps_its_call(head):
-    foreign, x = disturb(ForeignMasks(head(), 2)), rand(2, 4, 9, 6)
+    foreign, x = fresh(ForeignMasks(head(), 2)), rand(2, 4, 9, 6)
     ours = recognise("MaskUnit", foreign)
     found, expected = ours(x, {"masks": []}), foreign(x, {"masks": []})
     if isinstance(foreign.maskconv, nn.Conv2d):

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from disturbed import disturb
 from torch import nn
 
 from edgedyn import layers, ops
@@ -18,22 +19,13 @@ LAYERS = layers.load_all()
 ROUTED = "routed program"  # the primitive of papers without an op
 
 
-def disturb(module: nn.Module) -> nn.Module:
-    """Give every parameter and statistic its own value, so that nothing is zero, one or equal by accident."""
-    generator = torch.Generator().manual_seed(11)
-    for name, tensor in module.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-        elif tensor.is_floating_point():
-            tensor.add_(0.2 * torch.randn(tensor.shape, generator=generator))
-    return module
-
-
 def examples():
     torch.manual_seed(4)  # examples initialise their modules from the global generator
     for name, layer in LAYERS.items():
         for k, (module, inputs) in enumerate(layer.examples()):
-            yield pytest.param(layer, disturb(module), inputs, id=f"{name}-{k}-{type(module).__name__}")
+            yield pytest.param(
+                layer, disturb(module, seed=11, spread=0.2), inputs, id=f"{name}-{k}-{type(module).__name__}"
+            )
 
 
 EXAMPLES = list(examples())
@@ -92,10 +84,11 @@ class Nested(nn.Module):
 
     def __init__(self):
         super().__init__()
-        shared = disturb(AffineMalleConv(4, 4, 2))
+        shared = disturb(AffineMalleConv(4, 4, 2), seed=11, spread=0.2)
         self.first = shared
         self.body = nn.Sequential(
-            nn.Conv2d(4, 4, 1), nn.ModuleDict({"deep": disturb(MalleConv(4, 4, scale=2))})["deep"]
+            nn.Conv2d(4, 4, 1),
+            nn.ModuleDict({"deep": disturb(MalleConv(4, 4, scale=2), seed=11, spread=0.2)})["deep"],
         )
         self.last = nn.Sequential(nn.Identity(), nn.Sequential(shared))
 

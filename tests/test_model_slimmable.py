@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from small_slimmable import assert_equal, disturb, noise
+from small_slimmable import assert_equal, fresh, noise
 from torch import nn
 
 from edgedyn import ops, pipeline, quantize, targets
@@ -24,7 +24,7 @@ every_network = pytest.mark.parametrize("name", MAKERS)
 
 def make_net(name, **arguments):
     torch.manual_seed(1)
-    return disturb(MAKERS[name](**arguments))
+    return fresh(MAKERS[name](**arguments))
 
 
 @pytest.mark.parametrize(
@@ -119,7 +119,7 @@ def test_configurations_that_do_not_fit_are_refused(make, message):
 def make_dsnet():
     stages = [[[4, 6], 1, 3, 1, "ds", False], [[6, 8], 1, 3, 2, "ir", True]]
     torch.manual_seed(1)
-    return disturb(dsnet.NETWORK(5, 3, [[[4], 1, 3, 2], *stages, []], act_layer="swish", gate_outputs=2))
+    return fresh(dsnet.NETWORK(5, 3, [[[4], 1, 3, 2], *stages, []], act_layer="swish", gate_outputs=2))
 
 
 def makers():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from disturbed import disturb
 from torch import nn
 
 from edgedyn.authors import from_authors
@@ -15,14 +16,8 @@ from edgedyn.models.dynconv_resnet import NETWORK, CifarResNet, ImageNetResNet
 from edgedyn.models.mallenet import pad_reflect
 
 
-def disturb(module: nn.Module) -> nn.Module:
-    generator = torch.Generator().manual_seed(12)
-    for name, tensor in module.state_dict().items():
-        if name.endswith("running_var"):
-            tensor.copy_(0.5 + torch.rand(tensor.shape, generator=generator))
-        elif tensor.is_floating_point():
-            tensor.add_(0.05 * torch.randn(tensor.shape, generator=generator))
-    return module.eval().double()
+def fresh(module: nn.Module) -> nn.Module:
+    return disturb(module, seed=12, spread=0.05).eval().double()
 
 
 def rand(*shape: int) -> torch.Tensor:
@@ -84,7 +79,7 @@ NETWORKS = {
 @pytest.mark.parametrize(("make", "shape"), NETWORKS.values(), ids=NETWORKS)
 def test_canonical_network_equals_the_reference(make, shape):
     torch.manual_seed(14)
-    network, x = disturb(make()), rand(*shape)
+    network, x = fresh(make()), rand(*shape)
     with torch.no_grad():
         expected, y = network(x), canonicalize(network)(x)
     torch.testing.assert_close(y, expected, rtol=1e-12, atol=1e-12 * expected.abs().max().item())
@@ -92,8 +87,8 @@ def test_canonical_network_equals_the_reference(make, shape):
 
 
 def test_hourglass_gives_its_last_heatmaps_and_the_authors_all():
-    every = disturb(HourglassNet(8, 2, joints=3))
-    last = disturb(DynConvHourglass(8, 2, joints=3))
+    every = fresh(HourglassNet(8, 2, joints=3))
+    last = fresh(DynConvHourglass(8, 2, joints=3))
     last.load_state_dict(every.state_dict())
     x = rand(1, 3, 64, 128)
     heatmaps = every(x)
@@ -102,7 +97,7 @@ def test_hourglass_gives_its_last_heatmaps_and_the_authors_all():
 
 
 def test_stack_feeds_features_and_scores_back():
-    network, seen = disturb(HourglassNet(8, 2, joints=3)), {}
+    network, seen = fresh(HourglassNet(8, 2, joints=3)), {}
     for name in ("hg.0", "hg.1", "fc.0"):
         keep = lambda part, given, y, name=name: seen.update({name: (given[0], y)})  # noqa: E731
         network.get_submodule(name).register_forward_hook(keep)
@@ -114,7 +109,7 @@ def test_stack_feeds_features_and_scores_back():
 
 
 def test_hourglass_joins_every_level_with_what_stands_beside_it():
-    hourglass = disturb(HourglassNet(8, 1, joints=3)).hg[0]
+    hourglass = fresh(HourglassNet(8, 1, joints=3)).hg[0]
     for blocks in hourglass.hg:
         for place in blocks:
             place.forward = lambda x: x
@@ -143,7 +138,7 @@ def test_dilation_replaces_the_stride_from_the_second_block_on():
 
 
 def test_cifar_pool_reads_the_top_left_of_the_last_map_only():
-    network, x = disturb(CifarResNet(8)), rand(1, 3, 60, 44)
+    network, x = fresh(CifarResNet(8)), rand(1, 3, 60, 44)
     changed = []
     network.layer3.register_forward_hook(lambda m, given, y: changed.append(y) or y)
     expected = network(x)
@@ -170,7 +165,7 @@ def test_hourglass_refuses_sizes_that_it_cannot_halve():
 @pytest.mark.parametrize("colors", [1, 3])
 @pytest.mark.parametrize("size", [(1, 1), (7, 12), (8, 5)])
 def test_denoiser_takes_any_size(colors, size):
-    network = disturb(DynConvDenoiser(4, 1, colors=colors))
+    network = fresh(DynConvDenoiser(4, 1, colors=colors))
     x = rand(2, colors, *size)
     y = network(x)
     assert y.shape == x.shape

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small_builds import NEEDS_RTX, STAGES
 
 from edgedyn import pipeline, session
 from edgedyn.bundle import open_bundle
@@ -25,23 +25,7 @@ from edgedyn.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["input.shape=[1, 3, 64, 64]", "tile.overlap=32"]
-STAGES = {
-    "canonical:reference",
-    "expanded:canonical",
-    "quantized:expanded",
-    "device:quantized",
-    "float:truth",
-    "device:truth",
-    "decisions",
-}
-
-
-# a Jetson build is not ok without its check build
-needs_rtx = [
-    pytest.mark.tensorrt_rtx,
-    pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the extra tensorrt-check"),
-]
-JETSON = [pytest.param(name, marks=needs_rtx) for name in ("jetson.fp16", "jetson.int8")]
+JETSON = [pytest.param(name, marks=NEEDS_RTX) for name in ("jetson.fp16", "jetson.int8")]
 
 
 @pytest.fixture(scope="module", params=["phone.fp32", "phone.int8", *JETSON])

@@ -7,7 +7,7 @@ import re
 import pytest
 import torch
 import torch.nn.functional as F
-from small_slimmable import STEM, assert_equal, disturb, make_net, noise
+from small_slimmable import STEM, assert_equal, fresh, make_net, noise
 from torch import nn
 
 from edgedyn.errors import ModelError
@@ -34,7 +34,7 @@ from edgedyn.layers.ddsnet.slimmable import (
 @pytest.mark.parametrize("i", [2, 5])
 @torch.no_grad()
 def test_convolution_uses_first_rows_and_columns(i, o, stride):
-    conv = disturb(SlimmableConv2d([2, 5], [3, 7], 3, stride=stride, dilation=2))
+    conv = fresh(SlimmableConv2d([2, 5], [3, 7], 3, stride=stride, dilation=2))
     x = noise(2, i, 9, 12)
     expected = F.conv2d(x, conv.weight[:o, :i], conv.bias[:o], stride, [0, 2, 2][stride], 2)
     assert_equal(conv(x, o), expected)
@@ -57,7 +57,7 @@ def test_padding_is_the_authors(side, stride, dilation, padding):
 @pytest.mark.parametrize("width", [2, 5])
 @torch.no_grad()
 def test_depthwise_convolution_has_the_width_of_its_input(width):
-    conv = disturb(SlimmableDepthwiseConv2d([2, 5], 3, stride=2, bias=False))
+    conv = fresh(SlimmableDepthwiseConv2d([2, 5], 3, stride=2, bias=False))
     x = noise(2, width, 9, 12)
     assert_equal(conv(x), F.conv2d(x, conv.weight[:width], None, 2, 1, 1, width))
     assert conv.static(width).groups == width
@@ -68,7 +68,7 @@ def test_depthwise_convolution_has_the_width_of_its_input(width):
 @pytest.mark.parametrize("first", [3, 5])
 @torch.no_grad()
 def test_concatenation_uses_one_prefix_an_input(first, second):
-    conv = disturb(SlimmableJoin2d([[3, 5], [2, 4]], [3, 6], 3))
+    conv = fresh(SlimmableJoin2d([[3, 5], [2, 4]], [3, 6], 3))
     a, b = noise(2, first, 7, 8), noise(2, second, 7, 8) * 2 + 1
     full = torch.zeros(2, 9, 7, 8, dtype=torch.float64)
     full[:, :first], full[:, 5 : 5 + second] = a, b
@@ -81,7 +81,7 @@ def test_concatenation_uses_one_prefix_an_input(first, second):
 @pytest.mark.parametrize("width", [2, 4, 7])
 @torch.no_grad()
 def test_norm_takes_its_widths_statistics_and_the_last_entrys_affine_and_eps(width, affine):
-    norm = disturb(SlimmableBatchNorm2d([2, 4, 7], eps=0.3, affine=affine))
+    norm = fresh(SlimmableBatchNorm2d([2, 4, 7], eps=0.3, affine=affine))
     entry = norm.aux_bn[[2, 4, 7].index(width)]
     x = noise(2, width, 5, 6)
     column = (1, width, 1, 1)
@@ -97,7 +97,7 @@ def test_norm_takes_its_widths_statistics_and_the_last_entrys_affine_and_eps(wid
 
 @torch.no_grad()
 def test_norm_of_equal_widths_has_statistics_for_each_entry():
-    norm = disturb(SlimmableBatchNorm2d([3, 3, 5]))
+    norm = fresh(SlimmableBatchNorm2d([3, 3, 5]))
     x = noise(2, 3, 4, 5)
     assert_equal(norm(x), norm(x, 0))
     assert (norm(x, 1) - norm(x, 0)).abs().max() > 0.01
@@ -120,7 +120,7 @@ def test_training_updates_the_statistics_of_one_width_like_batchnorm(momentum):
 
 @torch.no_grad()
 def test_linear_uses_first_columns():
-    linear = disturb(SlimmableLinear([3, 6], 4))
+    linear = fresh(SlimmableLinear([3, 6], 4))
     x = noise(2, 3)
     assert_equal(linear(x), x @ linear.weight[:, :3].t() + linear.bias)
     assert_equal(linear.static(3)(x), linear(x))
@@ -129,7 +129,7 @@ def test_linear_uses_first_columns():
 @torch.no_grad()
 def test_a_call_does_not_depend_on_the_calls_before():
     """The authors' layers forget their width after a call and then run at the largest."""
-    block = disturb(DepthwiseSeparable([4, 6], [6, 9], BlockOptions(noskip=True)))
+    block = fresh(DepthwiseSeparable([4, 6], [6, 9], BlockOptions(noskip=True)))
     x = noise(2, 4, 7, 8)
     first = block(x, 6)
     block(noise(2, 6, 7, 8), 9)
@@ -149,7 +149,7 @@ def test_static_layers_have_weights_of_their_own():
 @pytest.mark.parametrize("attention", ["sigmoid", "tanh", "hard_sigmoid"])
 @torch.no_grad()
 def test_gate_rescales_and_decides(attention):
-    gate = disturb(SlimmableGate([4, 8], 0.5, attn_act_fn=attention, act_layer="swish", channel_gate_num=3))
+    gate = fresh(SlimmableGate([4, 8], 0.5, attn_act_fn=attention, act_layer="swish", channel_gate_num=3))
     x = noise(3, 4, 5, 6)
     r = F.silu(x.mean((2, 3)) @ gate.conv_reduce.weight[:, :4, 0, 0].t() + gate.conv_reduce.bias)
     scale = r @ gate.conv_expand.weight[:4, :, 0, 0].t() + gate.conv_expand.bias[:4]
@@ -191,7 +191,7 @@ BLOCKS = {
 @pytest.mark.parametrize("entry", [0, 1])
 @torch.no_grad()
 def test_static_block_equals_the_block_at_its_width(name, entry):
-    block = disturb(BLOCKS[name]())
+    block = fresh(BLOCKS[name]())
     i, o = block.in_channels_list[entry], block.out_channels_list[entry]
     x = noise(2, i, 9, 12)
     static = block.static(i, o)
@@ -201,7 +201,7 @@ def test_static_block_equals_the_block_at_its_width(name, entry):
 
 @torch.no_grad()
 def test_gated_block_splits_at_the_gate():
-    block = disturb(BLOCKS["ir-skip-s2"]())
+    block = fresh(BLOCKS["ir-skip-s2"]())
     x = noise(2, 4, 9, 12)
     features, logits = block.static_opening(4)(x)
     assert_equal(logits, block.logits(x))
@@ -210,7 +210,7 @@ def test_gated_block_splits_at_the_gate():
 
 @torch.no_grad()
 def test_inner_widths_made_equal_by_rounding_use_the_first_statistics():
-    block = disturb(InvertedResidual([5, 6], [5, 6], BlockOptions(exp_ratio=4.0)))
+    block = fresh(InvertedResidual([5, 6], [5, 6], BlockOptions(exp_ratio=4.0)))
     assert block.inner == [24, 24]
     assert [entry.num_features for entry in block.bn1.aux_bn] == [24, 24]
     x = noise(2, 6, 5, 7)
@@ -223,7 +223,7 @@ def test_inner_widths_made_equal_by_rounding_use_the_first_statistics():
 
 @torch.no_grad()
 def test_only_the_first_block_of_a_stage_halves_and_decides():
-    stage = disturb(Stage("ds", [4, 6], [6, 9], 3, BlockOptions(stride=2, gate_outputs=2)))
+    stage = fresh(Stage("ds", [4, 6], [6, 9], 3, BlockOptions(stride=2, gate_outputs=2)))
     assert [block.gate.outputs for block in stage.all_blocks] == [2, 0, 0]
     x = noise(2, 4, 9, 12)
     y = stage(x, 6)
@@ -240,7 +240,7 @@ def test_halving_pool_equals_the_pool_with_a_ceiling(size):
 
 
 def test_shortcut_of_another_width_is_refused():
-    block = disturb(DepthwiseSeparable([4, 6], [4, 6], BlockOptions()))
+    block = fresh(DepthwiseSeparable([4, 6], [4, 6], BlockOptions()))
     with pytest.raises(ModelError, match=r"shortcut \(2, 4, 5, 7\) for a branch \(2, 6, 5, 7\).*noskip=True"):
         block(noise(2, 4, 5, 7), 6)
 

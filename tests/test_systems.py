@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
 import pytest
+from small_builds import NEEDS_RTX, STAGES
 
 from edgedyn import pipeline, session
 from edgedyn.recipe import load_recipe
@@ -21,19 +21,6 @@ SYSTEMS = {
     "ddf": ("ddf-denoiser", "model.arguments={colors: 3}", "decoupled_depthwise2d"),
     "dynconv": ("dynconv-denoiser", "model.arguments={colors: 3}", "masked_conv2d"),
 }
-STAGES = {
-    "canonical:reference",
-    "expanded:canonical",
-    "quantized:expanded",
-    "device:quantized",
-    "float:truth",
-    "device:truth",
-    "decisions",
-}
-NEEDS_RTX = [
-    pytest.mark.tensorrt_rtx,
-    pytest.mark.skipif(find_spec("tensorrt_rtx") is None, reason="needs the extra tensorrt-check"),
-]
 CASES = [
     pytest.param((system, kind), marks=NEEDS_RTX if kind.startswith("jetson") else [], id=f"{system}-{kind}")
     for system in SYSTEMS

@@ -1,18 +1,22 @@
-"""Build every recipe and write down what came of it; resumable: a recipe with a result is passed over.
+"""Build every recipe and write down what came of it; resumable.
 
-    python tools/build_all.py --out docs/measurements/builds.json [PATTERN ...]
+    python tools/build_all.py [--workers 2] [--out docs/measurements/builds.json] [PATTERN ...]
 
-A result holds the verdict, the rows that failed, sizes, forms, and for INT8 the share of multiply-adds.
+A result holds the verdict, the rows that failed, sizes, forms, and for INT8 the share of multiply-adds. A
+recipe that has a result of the same sources is passed over.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,18 +31,25 @@ app = typer.Typer(add_completion=False)
 def main(
     patterns: Annotated[list[str] | None, typer.Argument(help="recipe names, * matches any part")] = None,
     out: Path = ROOT / "docs/measurements/builds.json",
+    workers: Annotated[int, typer.Option(help="builds side by side, one thread each if several")] = 1,
     again: Annotated[bool, typer.Option(help="build also what has a result")] = False,
 ) -> None:
     results = json.loads(out.read_text())["builds"] if out.is_file() else {}
     names = sorted(path.name.removesuffix(".yaml") for path in (ROOT / "recipes").glob("*.yaml"))
-    for name in names:
-        wanted = any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ["*"])
-        if not wanted or (name in results and not again) or needs_weights(name):
-            continue
-        results[name] = build(name)
-        measurement.write(out, {"builds": dict(sorted(results.items()))})
-        print(f"{'ok    ' if results[name]['ok'] else 'FAILED'} {name}", flush=True)
-    raise typer.Exit(0 if all(result["ok"] for result in results.values()) else 1)
+    wanted = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ["*"])]
+    wanted = [name for name in wanted if not needs_weights(name)]
+    if not wanted:
+        raise typer.BadParameter(f"no recipe matches {patterns}; there are {', '.join(names)}")
+    sources = {name: digest(name) for name in wanted}
+    due = [name for name in wanted if again or results.get(name, {}).get("sources") != sources[name]]
+    with ThreadPoolExecutor(workers) as pool:
+        builds = {pool.submit(build, name, threads=1 if workers > 1 else None): name for name in due}
+        for done in as_completed(builds):
+            name = builds[done]
+            results[name] = {**done.result(), "sources": sources[name]}
+            measurement.write(out, {"builds": dict(sorted(results.items()))})
+            print(f"{'ok    ' if results[name]['ok'] else 'FAILED'} {name}", flush=True)
+    raise typer.Exit(0 if all(results[name]["ok"] for name in wanted) else 1)
 
 
 def needs_weights(name: str) -> bool:
@@ -46,14 +57,26 @@ def needs_weights(name: str) -> bool:
     return name.startswith("ffdnet")
 
 
-def build(name: str) -> dict[str, Any]:
-    """Build one recipe in a process of its own."""
+def digest(name: str) -> str:
+    """Return a short hash of all that a recipe's build is made from: package, recipe, sets, weights."""
+    files = [ROOT / f"recipes/{name}.yaml"]
+    files += sorted(path for path in (ROOT / "edgedyn").rglob("*") if path.suffix in (".py", ".html"))
+    files += sorted(path for folder in ("calib", "recipes/weights") for path in (ROOT / folder).glob("*"))
+    content = hashlib.sha256()
+    for path in files:
+        content.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())
+    return content.hexdigest()[:12]
+
+
+def build(name: str, threads: int | None = None) -> dict[str, Any]:
+    """Build one recipe in a process of its own, with so many threads or the machine's."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         command = [str(Path(sys.executable).with_name("edgedyn")), "build", f"recipes/{name}.yaml"]
         done = subprocess.run(
             [*command, "-o", f"{folder}/bundle", "--json"],
             cwd=ROOT,
+            env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})},
             capture_output=True,
             text=True,
             check=False,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from edgedyn import pipeline, targets
-from edgedyn.dispatch import Dispatcher
+from edgedyn.dispatch import Dispatcher, load_programs
 from edgedyn.manifest import ROUTER, Routing
 from edgedyn.recipe import Recipe
 
@@ -22,7 +22,7 @@ def lower_recipe(recipe: Recipe, folder: Path, *, trust: bool = False) -> float:
     artifact = target.lower(converted.programs, folder, recipe.precision)
     routing = converted.routing
     index = {"target": recipe.target, "programs": artifact.programs}
-    index["routing"] = [routing.rule, routing.router, routing.variants] if routing else None
+    index["routing"] = routing.to_json() if routing else {}
     (folder / INDEX).write_text(json.dumps(index))
     return min(p.quantized.int8_mac_share for name, p in converted.parts.items() if name != ROUTER)
 
@@ -31,6 +31,4 @@ def load_lowered(folder: Path) -> Dispatcher:
     """Load what ``lower_recipe`` wrote."""
     index = json.loads((folder / INDEX).read_text())
     target = targets.load(index["target"])
-    runs = {name: target.load(folder / file, name) for name, file in index["programs"].items()}
-    rule = index["routing"]
-    return Dispatcher(runs, Routing(rule[0], rule[1], tuple(rule[2])) if rule else None)
+    return load_programs(target.load, folder, index["programs"], Routing.from_json(index["routing"]))

@@ -106,7 +106,7 @@ def recognise(model: nn.Module) -> nn.Module:
         make = by_name.get(type(module).__name__)
         return make(module) if make else None
 
-    return _replace(copy.deepcopy(model), take_over)
+    return replace_modules(copy.deepcopy(model), take_over)
 
 
 def canonicalize(model: nn.Module) -> nn.Module:
@@ -127,7 +127,7 @@ def canonicalize(model: nn.Module) -> nn.Module:
 
     known = recognise(model)
     kinds = {path: _name(module) for path, module in known.named_modules()}
-    found = _replace(known, rewrite)
+    found = replace_modules(known, rewrite)
     inner = [path for path, module in found.named_modules() if path and isinstance(module, RoutedModel)]
     if inner:
         raise ModelError(
@@ -138,7 +138,7 @@ def canonicalize(model: nn.Module) -> nn.Module:
     return found
 
 
-def _replace(model: nn.Module, make: Callable[[nn.Module, str], nn.Module | None]) -> nn.Module:
+def replace_modules(model: nn.Module, make: Callable[[nn.Module, str], nn.Module | None]) -> nn.Module:
     """Replace modules from the outside in, each once, wherever it stands; what is put in is searched too."""
     twins: dict[nn.Module, nn.Module] = {}
 

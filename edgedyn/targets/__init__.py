@@ -85,6 +85,15 @@ class Target:
     missing: Callable[[], str | None]
 
 
+def deferred(module: str, function: str) -> Callable[..., Any]:
+    """Return a function whose module is imported when it is called: a target's runtime may not be here."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return getattr(importlib.import_module(module), function)(*args, **kwargs)
+
+    return call
+
+
 def names() -> list[str]:
     """Return the names of all targets."""
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)

@@ -284,7 +284,7 @@ class SlimmableBatchNorm2d(nn.Module):
         statistics = self._entry(x.shape[1], entry)
         weight, bias = self._affine(x.shape[1])
         momentum = self.last.momentum
-        if self.training:
+        if statistics.training:
             assert statistics.num_batches_tracked is not None
             statistics.num_batches_tracked.add_(1)
             if momentum is None:  # as in BatchNorm2d: the plain mean of all batches
@@ -295,7 +295,7 @@ class SlimmableBatchNorm2d(nn.Module):
             statistics.running_var,
             weight,
             bias,
-            self.training,
+            statistics.training,
             momentum or 0.0,
             self.last.eps,
         )

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
-from edgedyn.layers import canonicalize
+from edgedyn.layers import canonicalize, replace_modules
 from edgedyn.layers.dynconv import (
     CanonicalBasicBlock,
     CanonicalBottleneck,
@@ -210,16 +210,14 @@ def with_capacity(model: nn.Module, capacities: Mapping[str, int]) -> nn.Module:
             f"with_capacity got {dict(capacities)}; expected at least one capacity, each 1 or more, for "
             f"paths of gated blocks{strange}. Found blocks: {list(blocks)}. Measure them by capacities_of."
         )
-    twins: dict[nn.Module, nn.Module] = {}
-    for path in named:
-        k, window = capacities[path], (2 * blocks[path].masker.reach + 1) ** 2
-        inner = capacities.get(path + DILATED, window * k)
-        twins[blocks[path]] = CapacityBlock(blocks[path], k, inner, overflow).eval()
-    for parent in list(model.modules()):
-        for name, child in parent._modules.items():
-            if child in twins:
-                parent._modules[name] = twins[child]
-    return CapacityNetwork(twins.get(model, model), overflow).eval()
+
+    def make(block: Any, path: str) -> nn.Module | None:
+        if path not in named:
+            return None
+        k, window = capacities[path], (2 * block.masker.reach + 1) ** 2
+        return CapacityBlock(block, k, capacities.get(path + DILATED, window * k), overflow)
+
+    return CapacityNetwork(replace_modules(model, make), overflow).eval()
 
 
 def capacities_of(model: nn.Module, inputs: Iterable[Tensor], quantile: float = 1.0) -> dict[str, int]:

@@ -3,35 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-from edgedyn.targets import Artifact, Int8Scheme, Target
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
-
-    from torch.export import ExportedProgram
-
-    from edgedyn.targets import Run
-
-
-def _lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) -> Artifact:
-    from edgedyn.targets.onnxruntime.lower import lower
-
-    return lower(programs, out, precision)
-
-
-def _preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
-    from edgedyn.targets.onnxruntime.lower import preview
-
-    return preview(programs)
-
-
-def _load(path: Path, program: str = "forward") -> Run:
-    from edgedyn.targets.onnxruntime.run import load
-
-    return load(path, program)
+from edgedyn.targets import Int8Scheme, Target, deferred
 
 
 def _missing() -> str | None:
@@ -46,8 +19,8 @@ TARGET = Target(
     capabilities=frozenset(),
     precisions=frozenset({"fp32", "fp16", "int8"}),
     int8=Int8Scheme(symmetric=True, outputs=False),
-    lower=_lower,
-    preview=_preview,
-    load=_load,
+    lower=deferred("edgedyn.targets.onnxruntime.lower", "lower"),
+    preview=deferred("edgedyn.targets.onnxruntime.lower", "preview"),
+    load=deferred("edgedyn.targets.onnxruntime.run", "load"),
     missing=_missing,
 )
