@@ -133,7 +133,8 @@ def _zeros(shape: str) -> tuple[Any, ...]:
 
 
 def _print_inspection(what: str, found: dict[str, Any]) -> None:
-    _out.print(f"{what}: {len(found['layers'])} dynamic layers", style="bold", soft_wrap=True)
+    layers = len(found["layers"])
+    _out.print(f"{what}: {layers} dynamic layer{'' if layers == 1 else 's'}", style="bold", soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("layer", "class", "primitive"):
         table.add_column(column, overflow="fold")
@@ -151,7 +152,8 @@ def _print_inspection(what: str, found: dict[str, Any]) -> None:
             f"{values / 1e3:.1f}",
             f"{layer['kernel_bytes'] / 1024:.1f}",
         )
-    _out.print(table)
+    if layers:
+        _out.print(table)
     for target, preview in found["targets"].items():
         _out.print(f"\n{target}", style="bold")
         forms = {(x["primitive"], *x["forms"][target].values()) for x in found["layers"]}
@@ -168,8 +170,8 @@ def _print_inspection(what: str, found: dict[str, Any]) -> None:
                 _out.print(f"  {kind}: {listed}", soft_wrap=True)
     none = "no dynamic layer: it deploys like any static network. " if not found["layers"] else ""
     _out.print(
-        f"\n{none}{found['parameters'] / 1e6:.2f} M parameters, {found['static_parameters'] / 1e6:.2f} M "
-        f"static; {found['macs'] / 1e6:.0f} MMAC a tile of {found['shape'][0]}, "
+        f"\n{none}{found['parameters']:,} parameters, {found['static_parameters']:,} "
+        f"static; {found['macs'] / 1e6:,.1f} MMAC a tile of {found['shape'][0]}, "
         f"{found['generator_share']:.0%} of them generate kernels"
     )
 
@@ -367,9 +369,15 @@ def quiet_libraries() -> Iterator[None]:
     logging.basicConfig(level=logging.ERROR)
     for name in ("torchao", "nncf", "executorch", "torch", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # torch sets this one's level itself when it is imported
+    logging.getLogger("torch.fx.experimental.symbolic_shapes").addFilter(_is_error)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
+
+
+def _is_error(record: logging.LogRecord) -> bool:
+    return record.levelno >= logging.ERROR
 
 
 if __name__ == "__main__":

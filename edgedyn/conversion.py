@@ -7,6 +7,8 @@ A routed network goes the way once a part: its router, and each of its variants.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import traceback
 from collections.abc import Callable, Sequence
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgedyn import ops, quantize
-from edgedyn.errors import CalibrationError, ModelError
+from edgedyn.errors import CalibrationError, EdgedynError, ModelError
 from edgedyn.layers import canonicalize, find_dynamic, float32_classes, recognise
 from edgedyn.manifest import FORWARD, Routing
 from edgedyn.routing import RoutedModel, part_inputs, parts, routing_of
@@ -230,12 +232,15 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     """Export the network with fixed shapes; our ops stay single nodes.
 
     Raises:
-        ModelError: when ``torch.export`` cannot follow it, with the exporter's first line and the line of the
-            network's code where it stopped.
+        ModelError: when a layer refuses the inputs; when ``torch.export`` cannot follow the network, with the
+            exporter's first line and the line of the network's code where it stopped.
     """
     try:
-        # a program takes its strides from its example, and the runtimes give it contiguous arrays
-        return torch.export.export(model, tuple(x.contiguous() for x in inputs), strict=False)
+        with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph of what it cannot follow
+            # a program takes its strides from its example, and the runtimes give it contiguous arrays
+            return torch.export.export(model, tuple(x.contiguous() for x in inputs), strict=False)
+    except EdgedynError:  # a layer that refuses these inputs says what it expects
+        raise
     except Exception as error:  # torch.export raises its own, dynamo's and the model's exceptions alike
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ModelError(

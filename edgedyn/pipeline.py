@@ -100,8 +100,9 @@ def build(
         progress("lower", 1, 1)
         outputs = run_samples(converted, device, samples, recipe, progress)
         decided = decisions.measure(converted, target, outputs, recipe)
-        rows = exactness_rows(converted, samples, recipe.limits.exact)
-        rows += validate.rows(outputs, recipe, {n: p.quantized for n, p in converted.parts.items()})
+        rows = exactness_rows(converted, outputs, recipe)
+        quantized = {name: part.quantized for name, part in converted.parts.items()}
+        rows += validate.rows(outputs, recipe, quantized, rounding=rows[0].value)
         rows += [*decided.rows, *artifact.rows]
         rows = rows if recipe.is_trained else validate.report_only(rows)
         report = ValidationReport(tuple(rows))
@@ -161,8 +162,11 @@ def load_sets(recipe: Recipe) -> tuple[CalibrationSet | None, list[Sample]]:
     return calibration, list(validation.draw(recipe.input_shapes(), TASKS[recipe.task]))
 
 
-def exactness_rows(converted: Converted, samples: list[Sample], limit: float) -> list[Row]:
-    """Prove the rewrite in float64: reference, canonical and expanded network on real images."""
+def exactness_rows(converted: Converted, outputs: Outputs, recipe: Recipe) -> list[Row]:
+    """Prove the rewrite in float64: reference, canonical and expanded network on real images.
+
+    The first row says what float32 costs this network: it bounds what comparing programs can show.
+    """
     wide = copy.deepcopy(converted.reference).double()
     canonical = rewrite(wide, converted.capacities)
     expanded = {}
@@ -170,13 +174,21 @@ def exactness_rows(converted: Converted, samples: list[Sample], limit: float) ->
         made = converted.parts[name]
         program = ops.expand(made.expanded, made.forms, "after_quantize")
         expanded[name] = in_torch(validate.widen(program, module), torch.float64)
-    return validate.rewrite_rows(
-        in_torch(wide, torch.float64),
-        in_torch(canonical, torch.float64),
-        Dispatcher(expanded, converted.routing),
-        samples[:_EXACT_SAMPLES],
-        limit,
-    )
+    reference = in_torch(wide, torch.float64)
+    # every float32 row is judged by it; other precisions cost far more than it
+    judged = outputs.samples if recipe.precision == "fp32" else outputs.samples[:_EXACT_SAMPLES]
+    exact = [reference(*(x.astype(np.float64) for x in sample.inputs))[0] for sample in judged]
+    rounding = validate.rounding_row(exact, outputs.expanded[: len(exact)])
+    return [
+        rounding,
+        *validate.rewrite_rows(
+            reference,
+            in_torch(canonical, torch.float64),
+            Dispatcher(expanded, converted.routing),
+            outputs.samples[:_EXACT_SAMPLES],
+            validate.at_least_rounding(recipe.limits.exact, rounding.value, np.float64),
+        ),
+    ]
 
 
 def in_torch(module: nn.Module, dtype: torch.dtype) -> Run:

@@ -21,6 +21,7 @@ from edgedyn.errors import (
     UsageError,
     WeightsError,
 )
+from edgedyn.layers.ddf import DDFPack
 from edgedyn.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -174,7 +175,7 @@ def test_failure_half_way_leaves_no_bundle(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_data_dependent_branch_is_refused_with_its_line_and_what_could_replace_it():
+def test_data_dependent_branch_is_refused_with_its_line_and_what_could_replace_it(capfd):
     class Branch(torch.nn.Module):
         def forward(self, x):
             return x if x.mean() > 0 else -x
@@ -184,3 +185,10 @@ def test_data_dependent_branch_is_refused_with_its_line_and_what_could_replace_i
     assert "test_pipeline.py:" in str(caught.value)
     assert "return x if x.mean() > 0 else -x" in str(caught.value)
     assert "RoutedModel" in str(caught.value)
+    assert "def forward" not in capfd.readouterr().err
+
+
+def test_refusal_of_a_layer_reaches_the_user_as_it_is():
+    network = torch.nn.Sequential(DDFPack(8, stride=2)).eval()
+    with pytest.raises(ModelError, match=r"^DDFPack got features of 33 x 47 pixels at stride 2"):
+        pipeline.capture(network, (torch.rand(1, 8, 33, 47),))

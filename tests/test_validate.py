@@ -21,6 +21,7 @@ from edgedyn.pipeline import in_torch
 from edgedyn.quantize import Quantized
 from edgedyn.recipe import LimitSection
 from edgedyn.targets import load
+from edgedyn.tasks import TASKS
 from edgedyn.validate import Outputs, Row, ValidationReport
 
 SHAPE = (24, 16, 3)
@@ -156,6 +157,36 @@ def test_folding_of_a_float_program_may_move_a_sixteenth_of_a_level(levels, pass
     outputs = make_outputs(quantized=0.05 + levels / 255, device=0.05 + levels / 255)
     row = by_name(validate.arithmetic_rows(outputs, "fp32", LIMITS))["quantized:expanded max_abs"]
     assert (row.passed, row.samples) == (passed, 4)
+
+
+def test_rounding_is_the_largest_relative_distance_of_float32_from_float64():
+    exact = [np.array([[1.0, -4.0]]), np.array([[2.0, 1.0]])]
+    row = validate.rounding_row(exact, [np.array([[1.0, -4.1]]), np.array([[2.1, 1.0]])])
+    assert (row.value, row.limit, row.samples) == (pytest.approx(0.05), {}, 2)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "dtype", "limit"),
+    [
+        (1e-6, np.float32, 1e-4),
+        (1e-3, np.float32, 2e-3),
+        (0.5, np.float32, 0.02),
+        (1e-3, np.float64, 2e-3 / 2**29),
+    ],
+)
+def test_limits_are_never_below_twice_the_rounding_of_the_network(rounding, dtype, limit):
+    lowest = 1e-4 if dtype == np.float32 else 1e-12
+    assert validate.at_least_rounding(lowest, rounding, dtype) == pytest.approx(limit, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rounding", "passed"), [(0.0, False), (1e-3, True)])
+def test_float32_programs_may_differ_by_what_float32_costs_the_network(rounding, passed):
+    off = 0.05 + 1e-3
+    outputs = make_outputs(quantized=off, device=off + 1e-3)
+    task = TASKS["classify"]
+    rows = by_name(validate.arithmetic_rows(outputs, "fp32", LIMITS, task, rounding))
+    assert rows["quantized:expanded max_abs"].passed is passed
+    assert rows["device:quantized mean_relative"].passed is passed
 
 
 def test_residual_sqnr_compares_what_the_network_adds_to_its_input():
