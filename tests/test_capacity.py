@@ -12,9 +12,10 @@ from torch import nn
 
 from edgedyn import targets
 from edgedyn.errors import ModelError
-from edgedyn.layers import canonicalize
+from edgedyn.layers import canonicalize, float32_classes
 from edgedyn.layers.dynconv import LAYER, SparseBasicBlock, SparseBottleneck, SparseInvertedResidual
 from edgedyn.layers.dynconv.capacity import CapacityBlock, Grid, capacities_of, with_capacity
+from edgedyn.layers.dynconv.masks import PointMaskHead, Selection
 from edgedyn.pipeline import capture
 from edgedyn.quantize import to_float
 from edgedyn.routing import RoutedModel
@@ -32,6 +33,12 @@ def rand(*shape: int) -> torch.Tensor:
 EXAMPLES = {
     type(m).__name__ + str(k): (fresh(m).double(), x.double()) for k, (m, (x,)) in enumerate(LAYER.examples())
 }
+
+
+def select(mask: torch.Tensor, capacity: int) -> Grid:
+    return Grid(*Selection(capacity)(mask))
+
+
 every_example = pytest.mark.parametrize(("block", "x"), EXAMPLES.values(), ids=EXAMPLES)
 
 
@@ -106,20 +113,28 @@ def test_only_the_chosen_positions_are_computed():
 
 def test_grid_lists_active_positions_first_and_in_order():
     mask = torch.tensor([[0, 1, 0, 1], [1, 0, 0, 1.0]]).view(1, 1, 2, 4)
-    grid = Grid(mask, 3)
+    grid = select(mask, 3)
     assert grid.positions.tolist() == [1, 3, 4]
     assert grid.slots.flatten().tolist() == [3, 0, 3, 1, 2, 3, 3, 3]
     assert grid.overflow.item() == 1
-    assert Grid(mask, 6).positions.tolist() == [1, 3, 4, 7, 0, 2]
-    assert Grid(torch.zeros(1, 1, 2, 4), 2).slots.unique().tolist() == [2]
+    assert select(mask, 6).positions.tolist() == [1, 3, 4, 7, 0, 0]
+    assert select(torch.zeros(1, 1, 2, 4), 2).slots.unique().tolist() == [2]
 
 
-def test_grid_counts_past_what_half_precision_can():
-    mask = torch.ones(1, 1, 50, 60, dtype=torch.half)
-    grid = Grid(mask, 2990)
-    assert grid.positions.tolist() == list(range(2990))
-    assert grid.overflow.item() == 10
-    assert grid.slots.flatten()[:2990].tolist() == list(range(2990))
+def test_selection_counts_past_what_half_precision_can():
+    """2990 of 3000 positions, in a float16 program: positions and slots are exact, none is out of range."""
+    block = fresh(SparseInvertedResidual(4, 4, expand_ratio=2))
+    head = next(module for module in block.modules() if isinstance(module, PointMaskHead))
+    with torch.no_grad():
+        head.weight.zero_()
+        head.bias.fill_(1.0)
+    network, x = with_capacity(block, {"": 2990, ".dilated": 3000}), rand(1, 4, 50, 60)
+    program = to_float(capture(network, (x,)), (x,), "fp16", float32_classes()).program
+    y, overflow = program.module()(x.half())
+    expected, dropped = network(x)
+    assert overflow.item() == dropped.item() == 10
+    # input, three convolutions and the sum, each rounded to 2**-11 of its value; a wrong position is off by 1
+    torch.testing.assert_close(y.float(), expected, rtol=0, atol=5 * 2**-11 * expected.abs().max().item())
 
 
 def test_network_sums_the_overflow_of_its_blocks_and_keeps_nothing():
@@ -207,9 +222,17 @@ def test_real_runtime_computes_output_and_overflow(name, tmp_path):
     assert seen == {True, False}
 
 
-def test_tensorrt_takes_it(tmp_path):
-    block, x = SparseBottleneck(4, 3, 2, downsample=True), rand(1, 4, 9, 12)
-    quick = with_capacity(fresh(block), {"": 6, ".dilated": 30})
+@pytest.mark.parametrize(
+    ("block", "x", "capacities"),
+    [
+        (SparseBottleneck(4, 3, 2, downsample=True), rand(1, 4, 9, 12), {"": 6, ".dilated": 30}),
+        # more than the 3840 of TensorRT's TopK
+        (SparseInvertedResidual(4, 4), rand(1, 4, 90, 70), {"": 2000, ".dilated": 5000}),
+    ],
+    ids=["small", "many"],
+)
+def test_tensorrt_takes_it(tmp_path, block, x, capacities):
+    quick = with_capacity(fresh(block), capacities)
     lower(quick, x, "onnxruntime", tmp_path)
     found = check_build(tmp_path / "model.onnx")
     if "missing" in found:

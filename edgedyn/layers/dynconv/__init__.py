@@ -32,6 +32,7 @@ from edgedyn.layers.dynconv.masks import (
     MaskUnit,
     PointMaskHead,
     PooledMaskHead,
+    Selection,
 )
 from edgedyn.layers.dynconv.residual import BasicBlock, Bottleneck, InvertedResidual
 from edgedyn.ops.masked_conv2d import masked_conv2d
@@ -315,5 +316,5 @@ LAYER = Layer(
         "Bottleneck": functools.partial(_recognise_block, make=_make_bottleneck),
         "InvertedResidual": _recognise_inverted_residual,
     },
-    float32=(PooledMaskHead, PointMaskHead),
+    float32=(PooledMaskHead, PointMaskHead, Selection),
 )

@@ -4,16 +4,17 @@
     y          = identity + scatter(F(gather(x, rows)))
     overflow   = sum over masks of max(active - k, 0)                           (B,), exact while it is 0
 
-Shapes are fixed, so a runtime without a sparse kernel can run it: top-k of the mask, gathered patches, one
-matrix product a convolution, scattered rows. The inner convolutions of F have the capacity of the dilated
-mask. The host runs the dense network where overflow is above 0: a routed program of rule ``fallback``.
+Shapes are fixed, so a runtime without a sparse kernel can run it: active positions counted and scattered
+into a list of k, gathered patches, one matrix product a convolution, scattered rows. The inner convolutions
+of F have the capacity of the dilated mask. The host runs the dense network where overflow is above 0: a
+routed program of rule ``fallback``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,7 +28,7 @@ from edgedyn.layers.dynconv import (
     CanonicalInvertedResidual,
     MaskedConv2d,
 )
-from edgedyn.layers.dynconv.masks import CanonicalMaskUnit, Masks
+from edgedyn.layers.dynconv.masks import CanonicalMaskUnit, Masks, Selection
 
 BLOCKS = (CanonicalBasicBlock, CanonicalBottleneck, CanonicalInvertedResidual)
 DILATED = ".dilated"  # behind a block's path: the capacity of its inner convolutions
@@ -40,33 +41,25 @@ class Overflow:
         self.counts: list[Tensor] = []
 
 
-class Grid:
-    """Active positions of a mask (1, 1, h, w), at most k of them.
+class Grid(NamedTuple):
+    """What ``Selection`` found of a mask (1, 1, h, w).
 
     Attributes:
-        positions: (k,) of ``i * w + j``, the active ones first and in order, then inactive ones.
-        slots: (1, 1, h, w), each position's place among ``positions``; k where it is inactive or did not fit.
+        positions: int64 (k,) of ``i * w + j``, the active ones in order, then 0.
+        slots: int64 (1, 1, h, w), each position's place among ``positions``; k where it is inactive or did
+            not fit.
         overflow: scalar, how many did not fit.
     """
 
-    def __init__(self, mask: Tensor, capacity: int) -> None:
-        self.height, self.width = mask.shape[2:]
-        count = self.height * self.width
-        self.capacity = min(capacity, count)
-        # promotes half, which has no 2049; .float() leaves an assertion that .half() breaks (torch 2.13)
-        flat = mask.flatten() * torch.ones(count, dtype=torch.float32, device=mask.device)
-        # every value differs, so that no runtime has a choice
-        order = flat * count - torch.arange(count, dtype=torch.float32, device=mask.device)
-        self.positions = order.topk(self.capacity).indices
-        place = flat * flat.cumsum(0) + (1 - flat) * (self.capacity + 1.0) - 1.0
-        self.slots = place.clamp(max=self.capacity).view(1, 1, self.height, self.width)
-        self.overflow = (flat.sum() - float(self.capacity)).clamp(min=0)
+    positions: Tensor
+    slots: Tensor
+    overflow: Tensor
 
     def patches(self, source_width: int, conv: GatheredConv2d) -> Tensor:
         """Index (k * T,) into the rows of a source, padded as the convolution wants it."""
-        padded_width = source_width + 2 * conv.padding
-        row = torch.div(self.positions, self.width, rounding_mode="floor")
-        column = self.positions - row * self.width
+        width, padded_width = self.slots.shape[3], source_width + 2 * conv.padding
+        row = torch.div(self.positions, width, rounding_mode="floor")
+        column = self.positions - row * width
         corner = (row * padded_width + column) * conv.stride
         taps = [
             conv.dilation * (dy * padded_width + dx) for dy in range(conv.side) for dx in range(conv.side)
@@ -75,8 +68,8 @@ class Grid:
 
     def scatter(self, rows: Tensor) -> Tensor:
         """Put rows (k, C) back to their positions: (1, C, h, w), 0 elsewhere."""
-        y = _with_zero_row(rows).index_select(0, self.slots.flatten().long())
-        return y.view(1, self.height, self.width, -1).permute(0, 3, 1, 2)
+        y = _with_zero_row(rows).index_select(0, self.slots.flatten())
+        return y.view(1, *self.slots.shape[2:], -1).permute(0, 3, 1, 2)
 
 
 def _with_zero_row(rows: Tensor) -> Tensor:
@@ -132,7 +125,7 @@ class CapacityBlock(nn.Module):
         self.masker: Any = block.masker
         self.downsample: Any = getattr(block, "downsample", None)
         self.convs = nn.ModuleList(GatheredConv2d(m) for m in block.children() if isinstance(m, MaskedConv2d))
-        self.capacity, self.inner_capacity, self.overflow = capacity, inner_capacity, overflow
+        self.outer, self.inner, self.overflow = Selection(capacity), Selection(inner_capacity), overflow
         self.is_inverted = isinstance(block, CanonicalInvertedResidual)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -148,7 +141,7 @@ class CapacityBlock(nn.Module):
             )
         bend = F.relu6 if self.is_inverted else F.relu
         _, mask, dilated = self.masker(x)
-        inner, outer = Grid(dilated, self.inner_capacity), Grid(mask, self.capacity)
+        inner, outer = Grid(*self.inner(dilated)), Grid(*self.outer(mask))
         self.overflow.counts += [inner.overflow, outer.overflow]
         convs: Any = self.convs
         y = bend(convs[0](_gather_map(x, inner, convs[0])))
@@ -167,8 +160,8 @@ def _gather_map(x: Tensor, grid: Grid, conv: GatheredConv2d) -> Tensor:
 
 def _gather_rows(rows: Tensor, source: Grid, grid: Grid, conv: GatheredConv2d) -> Tensor:
     """Gather the patches at a grid's positions from the rows (k, C) of another grid: (k' * T, C)."""
-    slots = F.pad(source.slots, (conv.padding,) * 4, value=float(source.capacity))
-    index = slots.flatten().index_select(0, grid.patches(source.width, conv)).long()
+    slots = F.pad(source.slots, (conv.padding,) * 4, value=source.positions.shape[0])
+    index = slots.flatten().index_select(0, grid.patches(source.slots.shape[3], conv))
     return _with_zero_row(rows).index_select(0, index)
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -142,3 +143,30 @@ class AuthorsMaskUnit(nn.Module):
         logits, mask, dilated = self.unit(x)
         masks = {"std": AuthorsMask(mask, logits), "dilate": AuthorsMask(dilated)}
         return (masks, meta) if isinstance(self.unit.maskconv, PointMaskHead) else masks
+
+
+class Selection(nn.Module):
+    """The active positions of a mask, at most k of them; see ``capacity.Grid``.
+
+    Stays float32 in every precision: it counts positions, and float16 has no 2049.
+
+    Args:
+        capacity: k, or all positions where there are fewer.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self.capacity = capacity
+
+    def forward(self, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return positions (k,), slots (1, 1, h, w) and overflow () of a mask (1, 1, h, w)."""
+        flat = mask.flatten()
+        count = flat.shape[0]
+        k = min(self.capacity, count)
+        place = flat * flat.cumsum(0) + (1 - flat) * (k + 1.0) - 1.0
+        slots = place.clamp(max=k).long()
+        # not topk: TensorRT takes 3840 at most, and scatters into nothing shorter than the index; what shares
+        # slot k is cut off
+        every = torch.arange(count, dtype=flat.dtype, device=flat.device)
+        positions = flat.new_zeros(count + 1).scatter(0, slots, every)[:k].long()
+        return positions, slots.view(mask.shape), (flat.sum() - float(k)).clamp(min=0)
