@@ -215,6 +215,22 @@ def test_program_runs_again_after_its_file_and_maker_are_gone(tmp_path):
     np.testing.assert_array_equal(run(x.numpy())[0], kept)
 
 
+def test_lowering_leaves_the_program_as_it_was(tmp_path):
+    class Spread(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("window", torch.ones(1, 1, 3, 3), persistent=False)
+
+        def forward(self, x):
+            return nn.functional.conv_transpose2d(x, self.window, stride=2)
+
+    x = make_input(shape=(1, 1, 5, 6))
+    program = capture(Spread().eval(), x)
+    before = program.module()(x)
+    lower(program, tmp_path, "fp32")
+    assert torch.equal(program.module()(x), before)
+
+
 def test_input_that_is_not_contiguous_is_copied(tmp_path):
     net, x = make_net(PlainNet), make_input()
     lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")

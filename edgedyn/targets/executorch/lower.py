@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import Counter
 from collections.abc import Mapping
 from importlib.metadata import version
@@ -85,11 +86,22 @@ def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
 
 def _to_edge(programs: Mapping[str, ExportedProgram]) -> EdgeProgramManager:
     return to_edge_transform_and_lower(
-        dict(programs),
+        {name: _with_own_constants(program) for name, program in programs.items()},
         partitioner=[_partitioner()],
         # operators beyond its core set are held against the runtime's list instead: ``check_operators``
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
+
+
+def _with_own_constants(program: ExportedProgram) -> ExportedProgram:
+    """Return the program with a table of constants of its own.
+
+    A delegate takes what it consumes out of that table, and the program, which shares it, would have buffers
+    without values (executorch 1.5.1).
+    """
+    own = copy.copy(program)
+    own._constants = dict(program.constants)
+    return own
 
 
 def _to_executorch(edge: EdgeProgramManager) -> Any:
