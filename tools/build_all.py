@@ -95,7 +95,6 @@ def build(name: str, threads: int | None = None) -> dict[str, Any]:
         "program_bytes": sum(
             size for file, size in printed["files"].items() if file.endswith((".pte", ".onnx"))
         ),
-        "latency_ms": printed["latency_ms"],
         "seconds": seconds,
     }
 
