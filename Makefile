@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: .venv demo test test-long bench clean
+.PHONY: .venv demo test test-long bench kernel-tools clean
 
 .venv: .venv/installed
 
@@ -11,7 +11,7 @@ BIN := .venv/bin
 	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), f"Python {sys.version} is too old; edgedyn needs 3.10 or newer: make PYTHON=python3.11"'
 	$(PYTHON) -m venv .venv || { apt-get update && apt-get install -y python3-venv && $(PYTHON) -m venv .venv; }
 	$(BIN)/pip install --quiet --upgrade pip
-	$(BIN)/pip install --quiet --editable '.[dev,tensorrt-check]'
+	$(BIN)/pip install --quiet --editable '.[dev,kernels,tensorrt-check]'
 	touch $@
 
 demo: .venv
@@ -25,13 +25,19 @@ demo: .venv
 	@echo "report    demo-out/bundle/report.html"
 	@echo "photo     demo-out/denoised/noisy.png, from demo-out/noisy.png"
 
-test: .venv
+# the fused kernels are optional: without these their tests are skipped, with the reason
+kernel-tools:
+	@test -e /usr/include/hwy/highway.h && command -v c++ > /dev/null || \
+	  { apt-get update && apt-get install -y g++ libhwy-dev; } > /dev/null 2>&1 || \
+	  echo "no C++ compiler or no Highway: apt-get install g++ libhwy-dev"
+
+test: .venv kernel-tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
 
-test-long: .venv
+test-long: .venv kernel-tools
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "slow or not slow"
 	$(BIN)/python tools/build_all.py --workers 2 --out builds.json
 

@@ -32,6 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+ops = typer.Typer(help="Our own kernels.", no_args_is_help=True)
+app.add_typer(ops, name="ops")
 _out = Console(highlight=False, markup=False)  # file names hold brackets
 _err = Console(highlight=False, markup=False, stderr=True)
 
@@ -267,6 +269,21 @@ def compile_bundle(
         _out.print(str(bundle / name), soft_wrap=True)
         for fact, value in values.items():
             _out.print(f"  {fact:<20} {value}")
+
+
+@ops.command(name="build")
+def build_kernels(as_json: AsJson = False) -> None:
+    """Compile our own kernels for ExecuTorch on this machine; done at once where nothing changed."""
+    from edgedyn.targets.executorch import kernels
+
+    with _progress() as advance:
+        advance("compile", 0, 1)
+        library = kernels.build()
+        advance("compile", 1, 1)
+    if as_json:
+        _print_json({"ok": True, "library": str(library)})
+    else:
+        _out.print(str(library), soft_wrap=True)
 
 
 @app.command()

@@ -40,10 +40,10 @@ def inspect(recipe: Recipe, *, trust: bool = False) -> dict[str, Any]:
     Raises:
         EdgedynError: as ``pipeline.build`` would for the recipe and the network.
     """
-    pipeline.load_target(recipe)  # it refuses what a build would refuse
+    target = pipeline.load_target(recipe)  # it refuses what a build would refuse
     model = recipe.load_model(trust=trust)
     inputs = tuple(torch.zeros(shape) for shape in recipe.input_shapes())
-    found = inspect_model(model, inputs, wanted={recipe.target: recipe.forms})
+    found = inspect_model(model, inputs, wanted={recipe.target: recipe.forms}, instead=target)
     return {"recipe": recipe.name, "target": recipe.target, "precision": recipe.precision, **found}
 
 
@@ -68,7 +68,11 @@ def load_network(name: str) -> nn.Module:
 
 @shared_provenance()
 def inspect_model(
-    model: nn.Module, inputs: tuple[Tensor, ...], *, wanted: Mapping[str, Mapping[str, str]] | None = None
+    model: nn.Module,
+    inputs: tuple[Tensor, ...],
+    *,
+    wanted: Mapping[str, Mapping[str, str]] | None = None,
+    instead: targets.Target | None = None,
 ) -> dict[str, Any]:
     """Inspect a network in evaluation mode.
 
@@ -76,6 +80,7 @@ def inspect_model(
         model: with our layers or the authors', or none.
         inputs: what a program of it would take; only the shapes count.
         wanted: target -> {op: form}, as a recipe's ``forms``.
+        instead: taken for the target of its name, for instance one with our kernels.
 
     Returns:
         ``layers``, a dictionary for each call of an op of ours, in order, and for a routed network whole:
@@ -93,7 +98,9 @@ def inspect_model(
     modules = dict(reference.named_modules(remove_duplicate=False))
     given = part_inputs(canonical, inputs)
     programs = {name: conversion.capture(part, given[name]) for name, part in parts(canonical).items()}
-    known = {name: targets.load(name) for name in targets.names()}
+    known = {name: targets.load(name) for name in targets.names()} | (
+        {instead.name: instead} if instead else {}
+    )
     layers = _routed_row(canonical, modules)
     macs = 0
     for name, program in programs.items():

@@ -132,7 +132,7 @@ def load_target(recipe: Recipe) -> Target:
         RecipeError: for an unknown target or a precision that it does not have.
         TargetMissingError: when its packages are not installed.
     """
-    target = targets.load(recipe.target)
+    target = targets.load(recipe.target, recipe.kernels)
     if recipe.precision not in target.precisions:
         raise RecipeError(
             f"target {target.name!r} has no precision {recipe.precision!r}; it has "

@@ -103,6 +103,9 @@ class Recipe(_Section):
     guide: InputSection | None = Field(default=None, description="second input, of a joint upsampler")
     target: str
     precision: Literal["fp32", "fp16", "int8"]
+    kernels: Literal["stock", "fused"] = Field(
+        default="stock", description="fused: our own kernels, which a stock runtime does not have"
+    )
     forms: dict[str, str] = {}
     route: RouteSection = RouteSection()
     quantize: QuantizeSection = QuantizeSection()

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -28,15 +29,18 @@ class Form:
 
     Attributes:
         name: the trick, for instance ``resize_shift_mac``.
-        fn: function with the op's signature.
+        fn: function with the op's signature; None leaves the op's own node, for a kernel of ours.
         requires: capabilities that a target must state.
         expand: when the form replaces the op: quantizers see its nodes, or see one opaque float node.
     """
 
     name: str
-    fn: Callable[..., torch.Tensor]
+    fn: Callable[..., torch.Tensor] | None
     requires: frozenset[str] = frozenset()
     expand: Literal["before_quantize", "after_quantize"] = "before_quantize"
+
+
+FUSED = Form("fused", None, requires=frozenset({"edgedyn_kernels"}), expand="after_quantize")
 
 
 @dataclass(frozen=True)
@@ -64,23 +68,50 @@ class Op:
 def register(
     name: str, schema: str, oracle: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]
 ) -> torch._ops.OpOverload:
-    """Register ``edgedyn::name`` and its ``.out`` twin, which ExecuTorch calls.
+    """Register ``edgedyn::name`` and its INT8 twin, each with the ``.out`` twin which ExecuTorch calls.
 
-    Both come from one schema: ``custom_op`` infers SymInt where one types int, and ExecuTorch then reports
-    "Missing out variants" (executorch 1.5).
+    The twin ``name_int8`` takes x and gives y as int8, with the affine scales of both: a kernel reads and
+    writes INT8 and holds no float feature map in between. All come from one schema: ``custom_op`` infers
+    SymInt where one types int, and ExecuTorch then reports "Missing out variants" (executorch 1.5).
+
+    Args:
+        name: of the op.
+        schema: ``(Tensor x, ...) -> Tensor``.
+        oracle: the definition.
+        fake: shapes; checks what the oracle checks.
     """
+    first, rest = schema[1 : schema.rindex(")")].split(", ", 1)
 
-    def oracle_out(*args: Any, out: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        y = oracle(*args, **kwargs)
+    def oracle_int8(x: torch.Tensor, scale: float, zero_point: int, *rest: Any) -> torch.Tensor:
+        *others, y_scale, y_zero_point = rest
+        y = oracle((x.float() - zero_point) * scale, *others)
+        # as quantize_per_tensor rounds
+        return torch.clamp((y * (1 / y_scale)).round() + y_zero_point, -128, 127).to(torch.int8)
+
+    def fake_int8(x: torch.Tensor, scale: float, zero_point: int, *rest: Any) -> torch.Tensor:
+        return fake(x.to(torch.float32), *rest[:-2]).to(torch.int8)
+
+    _define(name, f"{first}, {rest}", oracle, fake)
+    affine = f"{first}, float x_scale, int x_zero_point, {rest}, float y_scale, int y_zero_point"
+    _define(f"{name}_int8", _without_defaults(affine), oracle_int8, fake_int8)
+    return getattr(torch.ops.edgedyn, name).default  # type: ignore[no-any-return]
+
+
+def _define(name: str, arguments: str, body: Callable[..., torch.Tensor], fake: Callable[..., Any]) -> None:
+    def body_out(*args: Any, out: torch.Tensor, **kwargs: Any) -> torch.Tensor:
+        y = body(*args, **kwargs)
         return out.resize_(y.shape).copy_(y)
 
-    arguments = schema[1 : schema.rindex(")")]
     torch.library.define(f"edgedyn::{name}", f"({arguments}) -> Tensor")
     torch.library.define(f"edgedyn::{name}.out", f"({arguments}, *, Tensor(a!) out) -> Tensor(a!)")
-    torch.library.impl(f"edgedyn::{name}", "CompositeExplicitAutograd", oracle)
-    torch.library.impl(f"edgedyn::{name}.out", "CompositeExplicitAutograd", oracle_out)
+    torch.library.impl(f"edgedyn::{name}", "CompositeExplicitAutograd", body)
+    torch.library.impl(f"edgedyn::{name}.out", "CompositeExplicitAutograd", body_out)
     torch.library.register_fake(f"edgedyn::{name}", fake)
-    return getattr(torch.ops.edgedyn, name).default  # type: ignore[no-any-return]
+
+
+def _without_defaults(arguments: str) -> str:
+    """Required arguments may not follow those that have a default."""
+    return re.sub(r"=[^,]+", "", arguments)
 
 
 def load_all() -> dict[str, Op]:
@@ -142,5 +173,5 @@ def expand(
 
     What the forms compute from constants alone is computed here, once.
     """
-    table = {op.overload: form.fn for op, form in forms.items() if form.expand == when}
+    table = {op.overload: form.fn for op, form in forms.items() if form.expand == when and form.fn}
     return fold_constants(program.run_decompositions(table)) if table else program

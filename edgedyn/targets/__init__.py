@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,7 +61,8 @@ class Target:
     Attributes:
         name: the folder's name, and the recipe's ``target``.
         summary: one line for ``edgedyn list targets``.
-        capabilities: what forms may require, for instance ``edgedyn_kernels``.
+        capabilities: what forms may require of the stock runtime.
+        kernels: what forms may require besides where a recipe says ``kernels: fused``: our own kernels.
         precisions: what the recipe may ask for, of ``fp32``, ``fp16``, ``int8``.
         int8: how INT8 is annotated, or None where the target has none.
         lower: ``lower(programs, out, precision) -> Artifact``; ``programs`` is name -> program, one called
@@ -77,6 +78,7 @@ class Target:
     name: str
     summary: str
     capabilities: frozenset[str]
+    kernels: frozenset[str]
     precisions: frozenset[str]
     int8: Int8Scheme | None
     lower: Callable[[Mapping[str, ExportedProgram], Path, str], Artifact]
@@ -99,14 +101,21 @@ def names() -> list[str]:
     return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
 
 
-def load(name: str) -> Target:
-    """Return the target of that name.
+def load(name: str, kernels: str = "stock") -> Target:
+    """Return the target of that name, with what our own kernels can do where they are ``fused``.
 
     Raises:
-        RecipeError: for an unknown name; the known ones are listed.
+        RecipeError: for an unknown name, the known ones are listed; for a target without kernels of ours.
     """
     if name not in names():
         raise RecipeError(
             f"target {name!r} is unknown; found targets: {', '.join(names())}. Pick one in the recipe."
         )
-    return importlib.import_module(f"edgedyn.targets.{name}").TARGET  # type: ignore[no-any-return]
+    target: Target = importlib.import_module(f"edgedyn.targets.{name}").TARGET
+    if kernels == "stock":
+        return target
+    if not target.kernels:
+        raise RecipeError(
+            f"target {name!r} has no kernels of ours; expected kernels: stock. Mend the recipe."
+        )
+    return replace(target, capabilities=target.capabilities | target.kernels)

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgedyn.ops import Form
+from edgedyn.ops import FUSED, Form
 
 
 def bases_first(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
@@ -89,6 +89,7 @@ def onnx_node(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride:
 
 
 FORMS = (
+    FUSED,
     Form("bases_first", bases_first, expand="after_quantize"),
     Form("atoms_first", atoms_first, expand="after_quantize"),
     Form("onnx_node", onnx_node, requires=frozenset({"edgedyn_plugins"}), expand="after_quantize"),

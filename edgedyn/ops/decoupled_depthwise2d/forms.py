@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgedyn.ops import Form
+from edgedyn.ops import FUSED, Form
 
 
 def shift_mac(
@@ -123,6 +123,7 @@ def onnx_node(
 
 
 FORMS = (
+    FUSED,
     Form("shift_mac", shift_mac),
     Form("onnx_node", onnx_node, requires=frozenset({"edgedyn_plugins"}), expand="after_quantize"),
 )

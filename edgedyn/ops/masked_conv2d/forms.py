@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgedyn.ops import Form
+from edgedyn.ops import FUSED, Form
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda y: y,
@@ -71,6 +71,7 @@ def onnx_node(
 
 
 FORMS = (
+    FUSED,
     Form("dense_times_mask", dense_times_mask),
     Form("onnx_node", onnx_node, requires=frozenset({"edgedyn_plugins"}), expand="after_quantize"),
 )

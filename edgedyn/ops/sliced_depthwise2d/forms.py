@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from edgedyn.ops import Form
+from edgedyn.ops import FUSED, Form
 
 
 def resize_shift_mac(
@@ -75,6 +75,7 @@ def onnx_node(
 
 
 FORMS = (
+    FUSED,
     Form("resize_shift_mac", resize_shift_mac),
     Form("onnx_node", onnx_node, requires=frozenset({"edgedyn_plugins"}), expand="after_quantize"),
 )

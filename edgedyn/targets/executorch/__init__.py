@@ -17,6 +17,7 @@ TARGET = Target(
     name="executorch",
     summary="phone: one .pte for ExecuTorch, XNNPACK delegates, stock runtime",
     capabilities=frozenset(),
+    kernels=frozenset({"edgedyn_kernels"}),
     precisions=frozenset({"fp32", "int8"}),
     int8=Int8Scheme(symmetric=False, outputs=True),
     lower=deferred("edgedyn.targets.executorch.lower", "lower"),

@@ -23,6 +23,8 @@ from torch.fx import Node
 
 from edgedyn.errors import ModelError
 from edgedyn.targets import Artifact
+from edgedyn.targets.executorch import kernels
+from edgedyn.targets.executorch.fuse import calls_kernels, fuse_int8
 from edgedyn.targets.executorch.run import quiet_runtime
 
 MODEL_NAME = "model.pte"
@@ -43,6 +45,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
     Raises:
         ModelError: for an operator that the stock runtime lacks, with its node and the mend.
     """
+    programs = _with_kernels(programs)
     edge = _to_edge(programs)
     counts = {name: _count(edge, name) for name in programs}
     lowered = _to_executorch(edge)
@@ -64,7 +67,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
 
 def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
     """Lower float programs in memory and count their operators: in delegates, portable, not there at all."""
-    edge = _to_edge(programs)
+    edge = _to_edge(_with_kernels(programs))
     delegated, portable = 0, Counter[str]()
     for name in programs:
         portable += _count(edge, name)[1]
@@ -82,6 +85,14 @@ def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
         "portable": dict(sorted(portable.items())),
         "unsupported": dict(unsupported),
     }
+
+
+def _with_kernels(programs: Mapping[str, ExportedProgram]) -> Mapping[str, ExportedProgram]:
+    """Load our kernels where a program calls them, and let INT8 tensors meet their INT8 twins."""
+    if not any(calls_kernels(program) for program in programs.values()):
+        return programs
+    kernels.load()
+    return {name: fuse_int8(program) for name, program in programs.items()}
 
 
 def _to_edge(programs: Mapping[str, ExportedProgram]) -> EdgeProgramManager:

@@ -13,6 +13,7 @@ import numpy as np
 
 from edgedyn.errors import BundleError
 from edgedyn.manifest import FORWARD
+from edgedyn.targets.executorch import kernels
 
 if TYPE_CHECKING:
     from edgedyn.targets import Run
@@ -39,6 +40,8 @@ def load(path: Path, program: str = FORWARD) -> Run:
     from executorch.runtime import Runtime, Verification
 
     data = path.read_bytes()
+    if b"edgedyn::" in data:  # a program names the operators that it calls
+        kernels.load()
     try:
         with quiet_runtime():
             loaded = Runtime.get().load_program(data, verification=Verification.InternalConsistency)

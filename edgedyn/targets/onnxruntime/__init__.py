@@ -17,6 +17,7 @@ TARGET = Target(
     name="onnxruntime",
     summary="ONNX on the host's CPU, unoptimized: the oracle (fp32, fp16, int8)",
     capabilities=frozenset(),
+    kernels=frozenset(),
     precisions=frozenset({"fp32", "fp16", "int8"}),
     int8=Int8Scheme(symmetric=True, outputs=False),
     lower=deferred("edgedyn.targets.onnxruntime.lower", "lower"),

@@ -1,0 +1,48 @@
+// What every ExecuTorch kernel needs: its types, its checks, its thread pool.
+#pragma once
+
+#include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
+#include <executorch/runtime/kernel/kernel_includes.h>
+#include <executorch/runtime/kernel/thread_parallel_interface.h>
+
+#include <array>
+
+#include "shared.h"
+
+// Reports an error to the runtime, which fails the method, and returns.
+#define EDGEDYN_CHECK(context, condition, out, ...) \
+  ET_KERNEL_CHECK_MSG(context, condition, InvalidArgument, out, __VA_ARGS__)
+
+namespace edgedyn {
+
+using ::executorch::aten::ArrayRef;
+using ::executorch::aten::optional;
+using ::executorch::aten::ScalarType;
+using ::executorch::aten::Tensor;
+using ::executorch::extension::parallel_for;
+using ::executorch::runtime::KernelRuntimeContext;
+
+template <typename T>
+constexpr ScalarType kScalarType = ScalarType::Float;
+template <>
+inline constexpr ScalarType kScalarType<int8_t> = ScalarType::Char;
+
+// Whether a tensor is dense and in order; the runtime calls no empty tensor contiguous.
+inline bool IsDense(const Tensor& t, int64_t dims, ScalarType type) {
+  return t.dim() == dims && t.scalar_type() == type &&
+         (t.numel() == 0 || ::executorch::runtime::tensor_is_contiguous(t));
+}
+
+inline bool ResizeTo(Tensor& out, ScalarType type, const std::array<int64_t, 4>& sizes) {
+  return IsDense(out, 4, type) &&
+         ::executorch::runtime::resize_tensor(out, ArrayRef<int64_t>(sizes.data(), sizes.size())) ==
+             ::executorch::runtime::Error::Ok;
+}
+
+inline Quantization Affine(double scale, int64_t zero_point) {
+  return {static_cast<float>(scale), static_cast<int32_t>(zero_point), static_cast<float>(1 / scale)};
+}
+
+inline bool IsInt8(const Quantization& q) { return q.scale > 0 && q.zero_point >= -128 && q.zero_point <= 127; }
+
+}  // namespace edgedyn

@@ -1,0 +1,70 @@
+"""Programs that call our own kernels: dequantize, op, quantize become one INT8 node.
+
+    quantize(op(dequantize(q, s, z), ...), s', z')  ->  op_int8(q, s, z, ..., s', z')
+
+The kernel computes the same in one pass, so no float feature map is written or read in between. Where x is
+not INT8, or a reader of y is not, the op stays float.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+from torch.export import ExportedProgram
+
+from edgedyn import ops
+
+_PAIR = torch.ops.quantized_decomposed
+
+
+def calls_kernels(program: ExportedProgram) -> bool:
+    """Whether a program calls an op of ours."""
+    return any(_is_ours(node) for node in program.graph.nodes)
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return node.op == "call_function" and getattr(node.target, "namespace", "") == "edgedyn"
+
+
+def fuse_int8(program: ExportedProgram) -> ExportedProgram:
+    """Return a program whose ops of ours between INT8 tensors are INT8 nodes."""
+    twins = {
+        op.overload: getattr(torch.ops.edgedyn, f"{op.name}_int8").default for op in ops.load_all().values()
+    }
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    for node in list(module.graph.nodes):
+        if node.target in twins:
+            _fuse(module, node, twins[node.target])
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    args, kwargs = program.example_inputs or ((), {})
+    return torch.export.export(module, args, kwargs)
+
+
+def _fuse(module: fx.GraphModule, node: fx.Node, twin: Any) -> None:
+    """Put the INT8 twin in place of an op, where its x and all that reads y are INT8 of one scale."""
+    x, readers = node.args[0], list(node.users)
+    assert isinstance(x, fx.Node)
+    steps = {_step(reader, _PAIR.quantize_per_tensor.default) for reader in readers}
+    given = _step(x, _PAIR.dequantize_per_tensor.default)
+    if given is None or len(steps) != 1 or None in steps:
+        return
+    schema = node.target._schema.arguments  # type: ignore[union-attr]
+    rest = [node.args[k] if k < len(node.args) else a.default_value for k, a in enumerate(schema)][1:]
+    with module.graph.inserting_before(node):
+        stored = module.graph.call_function(twin, (x.args[0], *given, *rest, *steps.pop()))  # type: ignore[misc]
+    stored.meta = dict(readers[0].meta)
+    for reader in readers:
+        reader.replace_all_uses_with(stored)
+        module.graph.erase_node(reader)
+    module.graph.erase_node(node)
+
+
+def _step(node: fx.Node, kind: Any) -> tuple[float, int] | None:
+    """Return scale and zero point of a Q or DQ node of int8, None for anything else."""
+    if node.target is not kind or node.args[3:6] != (-128, 127, torch.int8):
+        return None
+    return node.args[1], node.args[2]  # type: ignore[return-value]

@@ -1,0 +1,262 @@
+"""Our kernels for ExecuTorch, compiled here and run by its runtime, against the oracles."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from executorch.runtime import Runtime
+from small_networks import LAYERS
+from torch import Tensor, nn
+
+from edgedyn import cli, inspection, ops, pipeline, session, targets
+from edgedyn.errors import RecipeError, TargetMissingError
+from edgedyn.quantize import to_int8
+from edgedyn.recipe import QuantizeSection, load_recipe
+from edgedyn.targets.executorch import TARGET as EXECUTORCH
+from edgedyn.targets.executorch import kernels
+from edgedyn.targets.executorch.fuse import fuse_int8
+from edgedyn.targets.executorch.lower import lower
+from edgedyn.targets.executorch.run import load
+
+ROOT = Path(__file__).parents[1]
+OPS = {
+    name: op
+    for name, op in ops.load_all().items()
+    if (kernels.SOURCES / name / "kernel_executorch.cpp").is_file()
+}
+CASES = [
+    pytest.param(op, args, id=f"{name}-{k}")
+    for name, op in OPS.items()
+    for k, args in enumerate(op.examples())
+]
+every_case = pytest.mark.parametrize(("op", "args"), CASES)
+every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def library():
+    """Compile the kernels, where there is a compiler."""
+    try:
+        return kernels.load()
+    except TargetMissingError as error:
+        pytest.skip(str(error))
+
+
+class Call(nn.Module):
+    """A network that is one call of an op."""
+
+    def __init__(self, overload: Any, args: tuple[Any, ...]) -> None:
+        super().__init__()
+        self.overload, self.args = overload, args
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        given = iter(tensors)
+        return self.overload(*(next(given) if isinstance(a, Tensor) else a for a in self.args))
+
+
+def lower_call(overload: Any, args: tuple[Any, ...], folder: Any) -> Any:
+    """Return what runs one op in the real runtime: tensors in, array out."""
+    tensors = tuple(a for a in args if isinstance(a, Tensor))
+    program = torch.export.export(Call(overload, args), tensors)
+    artifact = lower({"forward": program}, folder, "fp32")
+    run = load(folder / artifact.programs["forward"])
+    return lambda *given: run(*(t.numpy() for t in given))[0]
+
+
+def run_kernel(overload: Any, args: tuple[Any, ...], folder: Any) -> np.ndarray:
+    return lower_call(overload, args, folder)(*(a for a in args if isinstance(a, Tensor)))
+
+
+def to_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.double() if isinstance(a, Tensor) else a for a in args)
+
+
+def magnitude(op: ops.Op, args: tuple[Any, ...]) -> np.ndarray:
+    """Return sum |terms| at every output: the op of absolute values; an activation would hide it."""
+    values = [a.double().abs() if isinstance(a, Tensor) else a for a in args]
+    return op.overload(*("none" if a in ("relu", "relu6") else a for a in values)).numpy()
+
+
+def assert_within_rounding(y: np.ndarray, op: ops.Op, args: tuple[Any, ...]) -> None:
+    exact = op.overload(*to_double(args)).numpy()
+    # each of the 3 factors of a term, the term, and up to 600 sums of them: sqrt(600) roundings stand out
+    assert y.shape == exact.shape
+    assert (np.abs(y - exact) <= 32 * np.finfo(np.float32).eps * magnitude(op, args) + 1e-30).all()
+
+
+@every_case
+def test_kernel_equals_the_oracle_up_to_rounding(op, args, tmp_path):
+    assert_within_rounding(run_kernel(op.overload, args, tmp_path), op, args)
+
+
+def int8_call(op: ops.Op, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """Return the INT8 twin of an op and arguments for it: scales of these values, zero points off centre."""
+    x, *rest = args
+    schema = op.overload._schema.arguments
+    rest += [a.default_value for a in schema[len(args) :]]
+    x_scale, y = float(x.abs().max()) / 100, op.overload(*args)
+    y_scale = float(y.abs().max()) / 90  # some values saturate behind the zero point
+    stored = ((x / x_scale).round() + 11).clamp(-128, 127).to(torch.int8)
+    twin = getattr(torch.ops.edgedyn, f"{op.name}_int8").default
+    return twin, (stored, x_scale, 11, *rest, y_scale, -50)
+
+
+@every_case
+def test_int8_kernel_rounds_what_the_oracle_rounds(op, args, tmp_path):
+    twin, given = int8_call(op, args)
+    y = run_kernel(twin, given, tmp_path)
+    *_, scale, zero_point = given
+    real = op.overload((given[0].double() - given[2]) * given[1], *to_double(tuple(given[3:-2])))
+    exact = (real / scale + zero_point).clamp(-128, 127).numpy()
+    assert y.dtype == np.int8
+    # a half is a tie; float32 moves values of up to 256 steps by some 1e-4 of one
+    assert np.abs(y - exact).max() <= 0.5 + 1e-3
+    assert len(np.unique(y)) > min(10, y.size // 2)
+
+
+class Between(nn.Module):
+    """A dynamic filter between two convolutions, and in ``is_read_twice`` also added to what follows it."""
+
+    def __init__(self, *, is_read_twice: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.is_read_twice = is_read_twice
+
+    def forward(self, x: Tensor, grid: Tensor) -> Tensor:
+        y = torch.ops.edgedyn.sliced_depthwise2d(self.first(x), grid, None, 3)
+        return y + self.second(y) if self.is_read_twice else self.second(y)
+
+
+@pytest.mark.parametrize("is_read_twice", [False, True])
+def test_op_between_int8_tensors_becomes_its_int8_twin(is_read_twice, tmp_path):
+    torch.manual_seed(4)
+    network = Between(is_read_twice=is_read_twice).eval()
+    inputs = torch.rand(1, 3, 12, 14), torch.randn(1, 36, 3, 4)
+    program = torch.export.export(network, inputs)
+    scheme = EXECUTORCH.int8
+    done = to_int8(program, inputs, scheme=scheme, section=QuantizeSection(), samples=[inputs]).program
+    fused = fuse_int8(done)
+    called = [node.target for node in fused.graph.nodes if getattr(node.target, "namespace", "") == "edgedyn"]
+    name = "sliced_depthwise2d" if is_read_twice else "sliced_depthwise2d_int8"
+    assert [target._schema.name for target in called] == [f"edgedyn::{name}"]
+    assert torch.equal(fused.module()(*inputs), done.module()(*inputs))
+    artifact = lower({"forward": done}, tmp_path, "int8")
+    y = load(tmp_path / artifact.programs["forward"])(*(x.numpy() for x in inputs))[0]
+    # one step of the last convolution's output, where a rounding of float32 tips a tie
+    step = max(node.args[1] for node in done.graph.nodes if "quantize_per_tensor" in str(node.target))
+    assert np.abs(y - done.module()(*inputs).numpy()).max() <= 2 * step
+
+
+def test_kernels_that_are_built_are_not_built_again(library):
+    before = library.stat().st_mtime_ns
+    assert kernels.build() == library
+    assert library.stat().st_mtime_ns == before
+
+
+def test_command_says_where_the_library_is(library, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["edgedyn", "ops", "build", "--json"])
+    with pytest.raises(SystemExit) as stopped:
+        cli.main()
+    assert stopped.value.code == 0
+    assert json.loads(capsys.readouterr().out) == {"ok": True, "library": str(library)}
+
+
+def test_machine_without_cmake_is_told_what_to_install(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels.shutil, "which", lambda *a, **k: None)
+    with pytest.raises(TargetMissingError, match=r"there is no cmake.*libhwy-dev.*kernels: stock needs none"):
+        kernels.build()
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
+    broken = tmp_path / "sources"
+    broken.mkdir()
+    (broken / "CMakeLists.txt").write_text('message(FATAL_ERROR "Highway is away")')
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(kernels, "SOURCES", broken)
+    with pytest.raises(TargetMissingError, match=r"cannot be built here: .*Highway is away.*libhwy-dev"):
+        kernels.build()
+    assert not list(tmp_path.rglob("*.so"))
+
+
+def test_target_without_kernels_of_ours_refuses_fused():
+    with pytest.raises(RecipeError, match="'onnxruntime' has no kernels of ours"):
+        targets.load("onnxruntime", "fused")
+
+
+def test_recipe_with_fused_kernels_builds_runs_and_says_so(tmp_path):
+    smaller = ["input.shape=[1, 3, 64, 64]", "tile.overlap=16", "model.arguments={colors: 3, depth: 4}"]
+    recipe = load_recipe(ROOT / "recipes/acda-dncnn.phone.int8.yaml", ["kernels=fused", *smaller])
+    built = pipeline.build(recipe, tmp_path / "bundle")
+    assert [row for row in built.to_json()["rows"] if not row["passed"]] == []
+    assert built.to_json()["forms"] == {"atom_depthwise2d": "fused"}
+    assert built.bundle.manifest["facts"]["portable"] == {"edgedyn.atom_depthwise2d_int8.default": 2}
+    assert session.check(session.open_session(tmp_path / "bundle")).ok
+
+
+def test_inspect_names_the_kernel_of_a_target_that_has_it():
+    network = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), LAYERS["kernels"]()).eval()
+    equipped = targets.load("executorch", "fused")
+    found = inspection.inspect_model(network, (torch.rand(1, 3, 16, 16),), instead=equipped)
+    forms = found["layers"][0]["forms"]
+    assert {name: form["form"] for name, form in forms.items()} == {
+        "executorch": "fused",
+        "onnxruntime": "resize_shift_mac",
+        "tensorrt": "resize_shift_mac",
+    }
+    assert found["targets"]["executorch"]["unsupported"] == {}
+
+
+@pytest.mark.parametrize("form", ["channels_last", "double"])
+def test_what_the_kernel_does_not_take_is_refused(form, tmp_path):
+    x, grid = torch.rand(1, 4, 6, 8), torch.randn(1, 36, 3, 4)
+    x = x.double() if form == "double" else x.to(memory_format=torch.channels_last)
+    call = Call(torch.ops.edgedyn.sliced_depthwise2d, (x, grid, None, 3))
+    program = torch.export.export(call, (x, grid))
+    artifact = lower({"forward": program}, tmp_path, "fp32")
+    method = Runtime.get().load_program(tmp_path / artifact.programs["forward"]).load_method("forward")
+    with pytest.raises(RuntimeError):
+        method.execute([x, grid])
+
+
+@every_op
+def test_result_does_not_depend_on_the_number_of_threads(op, tmp_path):
+    from executorch.extension.pybindings.portable_lib import (
+        _threadpool_get_thread_count,
+        _unsafe_reset_threadpool,
+    )
+
+    args = max(op.examples(), key=lambda args: args[0].numel())
+    run = lower_call(op.overload, args, tmp_path)
+    tensors = [a for a in args if isinstance(a, Tensor)]
+    before, results = _threadpool_get_thread_count(), []
+    for threads in (1, 2, 3):
+        _unsafe_reset_threadpool(threads)
+        results.append(run(*tensors))
+    _unsafe_reset_threadpool(before)
+    assert all(np.array_equal(results[0], y) for y in results[1:])
+
+
+@every_op
+def test_special_values_arrive_where_the_oracle_has_them(op, tmp_path):
+    """One NaN in x and one infinity in what is generated: finite elsewhere, and the same class everywhere."""
+    args = list(next(iter(op.examples())))
+    names = [a.name for a in op.overload._schema.arguments]
+    generated = names.index(op.generated[0])
+    run = lower_call(op.overload, tuple(args), tmp_path)
+    for place, value in itertools.product((0, generated), (np.nan, np.inf)):
+        if op.name == "masked_conv2d" and place == generated:
+            continue  # a mask is 0 or 1
+        spoiled = [a.clone() if isinstance(a, Tensor) else a for a in args]
+        spoiled[place].flatten()[spoiled[place].numel() // 3] = value
+        y = run(*(a for a in spoiled if isinstance(a, Tensor)))
+        exact = op.overload(*spoiled).numpy()
+        assert np.array_equal(np.isfinite(y), np.isfinite(exact)), (place, value)
+        assert np.array_equal(np.isnan(y), np.isnan(exact)), (place, value)

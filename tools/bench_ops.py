@@ -1,0 +1,280 @@
+"""What a dynamic layer costs beside a static one: each kernel against its yardstick, side by side in one run.
+
+    python tools/bench_ops.py [--json] [--rounds 5] [--runs 10] [--out FILE.json] [PATTERN ...]
+
+Both run through ExecuTorch with its own pool of two threads, in turn, for several rounds; the ratio is that
+of the medians over all rounds, its spread the largest less the smallest ratio of a round. Tensors are random:
+only shapes cost time, but for masks, which are blobs as masks of photos are.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple
+
+import measurement
+import numpy as np
+import torch
+import torch.nn.functional as F
+import typer
+from lowering import load_lowered, lower_recipe
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, nn
+
+from edgedyn import targets
+from edgedyn.cli import quiet_libraries
+from edgedyn.ops import choose_forms, expand, load_all
+from edgedyn.recipe import load_recipe
+
+ROOT = Path(__file__).parents[1]
+THREADS = 2
+load_all()  # registers the ops
+Given = tuple[nn.Module, tuple[Tensor, ...]]
+
+
+class Call(nn.Module):
+    """A network that is one function of its inputs."""
+
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.forward = function
+
+
+class Row(NamedTuple):
+    """Two programs, what makes each, and the ratio that the first has to reach."""
+
+    what: str
+    limit: float
+    network: Callable[[Path], Callable[[], object]]
+    yardstick: Callable[[Path], Callable[[], object]]
+
+
+def on_runtime(given: Given, kernels: str = "fused", **forms: str) -> Callable[[Path], Callable[[], object]]:
+    """Return what lowers a network into a folder and gives a function that runs it."""
+
+    def make(folder: Path) -> Callable[[], object]:
+        module, inputs = given
+        target = targets.load("executorch", kernels)
+        program = torch.export.export(module.eval(), inputs)
+        chosen = choose_forms(program, target, forms)
+        program = expand(expand(program, chosen, "before_quantize"), chosen, "after_quantize")
+        artifact = target.lower({"forward": program}, folder, "fp32")
+        return run_method(folder / artifact.programs["forward"], inputs)
+
+    return make
+
+
+def run_method(path: Path, inputs: Sequence[Tensor]) -> Callable[[], object]:
+    """Return a function that runs a program, and does not copy the output: that costs as much as a kernel."""
+    from executorch.extension.pybindings.portable_lib import _load_for_executorch
+
+    program = _load_for_executorch(str(path))
+    return lambda: program.run_method("forward", inputs, clone_outputs=False)
+
+
+def sliced(channels: int = 32, size: int = 512, cells: int = 16) -> Given:
+    inputs = torch.rand(1, channels, size, size), torch.randn(1, 9 * channels, cells, cells)
+    return Call(lambda x, grid: torch.ops.edgedyn.sliced_depthwise2d(x, grid, None, 3)), inputs
+
+
+def sliced_int8(channels: int = 32, size: int = 512, cells: int = 16) -> Given:
+    x = torch.randint(-128, 128, (1, channels, size, size), dtype=torch.int8)
+    twin = torch.ops.edgedyn.sliced_depthwise2d_int8
+    call = Call(lambda x, grid: twin(x, 0.01, 3, grid, None, 3, 1, False, 0.02, -5))
+    return call, (x, torch.randn(1, 9 * channels, cells, cells))
+
+
+def static(channels: int = 32, size: int = 512) -> Given:
+    return nn.Conv2d(channels, channels, 3, padding=1, groups=channels), (
+        torch.rand(1, channels, size, size),
+    )
+
+
+class StaticInt8(nn.Module):
+    """A static depthwise convolution between INT8 tensors, as PT2E writes it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.register_buffer("weight", torch.randint(-127, 128, (channels, 1, 3, 3), dtype=torch.int8))
+        self.register_buffer("scales", torch.rand(channels) / 100 + 0.01)
+        self.register_buffer("zeros", torch.zeros(channels, dtype=torch.int64))
+        self.bias = nn.Parameter(torch.randn(channels))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Convolve x (B, C, H, W)."""
+        pair = torch.ops.quantized_decomposed
+        real = pair.dequantize_per_tensor(x, 0.01, 3, -128, 127, torch.int8)
+        weight = pair.dequantize_per_channel(self.weight, self.scales, self.zeros, 0, -127, 127, torch.int8)
+        y = F.conv2d(real, weight, self.bias, padding=1, groups=self.channels)
+        return pair.quantize_per_tensor(y, 0.02, -5, -128, 127, torch.int8)
+
+
+def static_int8(channels: int = 32, size: int = 512) -> Given:
+    x = torch.randint(-128, 128, (1, channels, size, size), dtype=torch.int8)
+    return StaticInt8(channels), (x,)
+
+
+def decoupled(channels: int = 64, size: int = 256) -> Given:
+    inputs = (
+        torch.rand(1, channels, size, size),
+        torch.randn(1, 9 * channels, 1, 1),
+        torch.randn(1, 9, size, size),
+    )
+    return Call(lambda *tensors: torch.ops.edgedyn.decoupled_depthwise2d(*tensors, 3)), inputs
+
+
+def atoms(channels: int = 32, size: int = 256) -> Given:
+    bases = torch.randn(6, 9)
+    op = torch.ops.edgedyn.atom_depthwise2d
+    inputs = torch.rand(1, channels, size, size), torch.randn(1, 36, size, size)
+    return Call(lambda x, alpha: op(x, alpha, bases, 3)), inputs
+
+
+class Residual(nn.Module):
+    """An InvertedResidual block, evaluated where a mask is set, or everywhere."""
+
+    def __init__(self, *, is_sparse: bool, channels: int = 96, expansion: int = 6) -> None:
+        super().__init__()
+        inner = channels * expansion
+        self.is_sparse = is_sparse
+        self.convs = nn.ModuleList(
+            [
+                nn.Conv2d(channels, inner, 1),
+                nn.Conv2d(inner, inner, 3, padding=1, groups=inner),
+                nn.Conv2d(inner, channels, 1),
+            ]
+        )
+
+    def forward(self, x: Tensor, mask: Tensor, dilated: Tensor) -> Tensor:
+        """Return x + mask * F(x)."""
+        y = x
+        for conv, where, bend in zip(
+            self.convs, (dilated, mask, mask), ("relu6", "relu6", "none"), strict=True
+        ):
+            if self.is_sparse:
+                y = torch.ops.edgedyn.masked_conv2d(
+                    y, conv.weight, conv.bias, where, 1, conv.padding[0], 1, conv.groups, bend
+                )
+            else:
+                y = F.relu6(conv(y)) if bend == "relu6" else conv(y)
+        return x + y if self.is_sparse else x + y * mask
+
+
+def residual(*, is_sparse: bool, active: float, size: int = 64) -> Given:
+    coarse = torch.randn(1, 1, size // 8, size // 8, generator=torch.Generator().manual_seed(5))
+    field = F.interpolate(coarse, size=(size, size), mode="bicubic")
+    mask = (field >= field.quantile(1 - active)).float()
+    dilated = F.max_pool2d(mask, 3, 1, 1)
+    return Residual(is_sparse=is_sparse), (torch.rand(1, 96, size, size), mask, dilated)
+
+
+def mallenet(kernels: str) -> Callable[[Path], Callable[[], object]]:
+    """Return what lowers mallenet-s for a whole photo of 1024 x 1024."""
+
+    def make(folder: Path) -> Callable[[], object]:
+        overrides = [f"kernels={kernels}", "input.shape=[1, 3, 1024, 1024]"]
+        lower_recipe(load_recipe(ROOT / "recipes/mallenet-s.phone.fp32.yaml", overrides), folder)
+        run, x = load_lowered(folder), np.random.default_rng(0).random((1, 3, 1024, 1024), dtype=np.float32)
+        return lambda: run(x)
+
+    return make
+
+
+ROWS = (
+    Row("sliced_depthwise2d f32 : static", 0.7, on_runtime(sliced()), on_runtime(static())),
+    Row("sliced_depthwise2d int8 : static int8", 1.0, on_runtime(sliced_int8()), on_runtime(static_int8())),
+    Row("sliced_depthwise2d stock form : static", 3.0, on_runtime(sliced(), "stock"), on_runtime(static())),
+    Row("decoupled_depthwise2d f32 : static", 1.0, on_runtime(decoupled()), on_runtime(static(64, 256))),
+    Row("atom_depthwise2d f32 : bases_first", 0.4, on_runtime(atoms()), on_runtime(atoms(), "stock")),
+    *(
+        Row(
+            f"masked block, {active:.0%} active : dense",
+            limit,
+            on_runtime(residual(is_sparse=True, active=active)),
+            on_runtime(residual(is_sparse=False, active=active)),
+        )
+        for active, limit in ((0.15, 0.4), (0.5, 1.0))
+    ),
+    Row("mallenet-s at 1024 x 1024, fused : stock", 0.6, mallenet("fused"), mallenet("stock")),
+)
+
+
+def main(
+    patterns: Annotated[list[str] | None, typer.Argument(help="rows, * matches any part")] = None,
+    rounds: int = 5,
+    runs: int = 10,
+    out: Annotated[Path | None, typer.Option(help="JSON file, for docs/measurements/")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON on stdout")] = False,
+) -> None:
+    from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
+
+    _unsafe_reset_threadpool(THREADS)
+    torch.set_num_threads(THREADS)
+    wanted = [row for row in ROWS if any(fnmatch.fnmatch(row.what, f"*{p}*") for p in patterns or ["*"])]
+    rows = []
+    with quiet_libraries():
+        for row in track(wanted, "measure", disable=not sys.stderr.isatty()):
+            rows.append(measure(row, rounds, runs))
+    samples = f"{rounds} rounds of {runs} runs after 2 warm-ups, in turn; {THREADS} threads"
+    record = {"rows": rows, "samples": samples}
+    measurement.write(out, record)
+    if as_json:
+        sys.stdout.write(json.dumps({**record, **measurement.provenance()}, indent=1) + "\n")
+    else:
+        show(rows)
+
+
+def measure(row: Row, rounds: int, runs: int) -> dict[str, Any]:
+    """Run both programs in turn and compare."""
+    with tempfile.TemporaryDirectory() as folder:
+        programs = []
+        for name, make in (("ours", row.network), ("yardstick", row.yardstick)):
+            (Path(folder) / name).mkdir()
+            programs.append(make(Path(folder) / name))
+        times: list[list[list[float]]] = [[], []]
+        for _ in range(rounds):
+            for run, results in zip(programs, times, strict=True):
+                results.append(time_runs(run, runs))
+    ours, yardstick = (float(np.median(results)) for results in times)
+    ratios = [np.median(a) / np.median(b) for a, b in zip(*times, strict=True)]
+    return {
+        "what": row.what,
+        "ms": round(ours, 2),
+        "yardstick_ms": round(yardstick, 2),
+        "ratio": round(ours / yardstick, 3),
+        "limit": row.limit,
+        "spread": round(float(max(ratios) - min(ratios)), 3),
+    }
+
+
+def time_runs(run: Callable[[], object], runs: int) -> list[float]:
+    times = []
+    for index in range(2 + runs):
+        start = time.perf_counter()
+        run()
+        if index >= 2:
+            times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def show(rows: list[dict[str, Any]]) -> None:
+    """Print the table."""
+    table = Table(box=None)
+    for column in ("what", "ms", "yardstick\nms", "ratio", "limit", "spread"):
+        table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
+    for row in rows:
+        table.add_row(*map(str, row.values()), style=None if row["ratio"] <= row["limit"] else "bold")
+    Console(width=100).print(table)
+
+
+if __name__ == "__main__":
+    typer.run(main)
