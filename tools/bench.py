@@ -47,6 +47,9 @@ def bench(
     ffdnet: Annotated[
         Path | None, typer.Option(help="published ffdnet_color.pth; without it FFDNet is left out")
     ] = None,
+    folder: Annotated[
+        Path | None, typer.Option(help="keep the lowered programs here, and take those that are there")
+    ] = None,
     rounds: int = 3,
     runs: int = 10,
     out: Annotated[Path | None, typer.Option(help="JSON file, for docs/measurements/")] = None,
@@ -54,17 +57,18 @@ def bench(
 ) -> None:
     """Build every variant, run them in turn, print the table."""
     rows, refused = [], {}
-    with tempfile.TemporaryDirectory(prefix="edgedyn-bench-") as folder:
+    with tempfile.TemporaryDirectory(prefix="edgedyn-bench-") as temporary:
+        kept = folder or Path(temporary)
         for size in sizes.split(","):
             height, width = map(int, size.split("x"))
             with quiet_libraries():
                 jobs = {}
                 for name in networks.split(","):
-                    made, reason = prepare(Path(folder) / size / name, name, [1, 3, height, width])
+                    made, reason = prepare(kept / size / name, name, [1, 3, height, width])
                     jobs |= made
                     refused |= {name: reason} if reason else {}
                 if ffdnet is not None:
-                    jobs |= prepare_ffdnet(Path(folder) / size / "ffdnet", ffdnet, [1, 3, height, width])
+                    jobs |= prepare_ffdnet(kept / size / "ffdnet", ffdnet, [1, 3, height, width])
             measured: dict[str, list[dict[str, Any]]] = {name: [] for name in jobs}
             order = [name for _ in range(rounds) for name in jobs]
             for name in track(order, f"run {size}", disable=not sys.stderr.isatty()):
@@ -86,7 +90,7 @@ def bench(
 
 def prepare(folder: Path, name: str, shape: list[int]) -> tuple[dict[str, list[str]], str]:
     """Lower every variant of a network; return the worker's arguments, and why there is no naive one."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     size = ",".join(map(str, shape))
     jobs = {f"{name}, PyTorch eager": ["eager", name, size]}
     reason = ""
@@ -105,7 +109,7 @@ def prepare(folder: Path, name: str, shape: list[int]) -> tuple[dict[str, list[s
 
 def prepare_ffdnet(folder: Path, weights: Path, shape: list[int]) -> dict[str, list[str]]:
     """Lower the static peer."""
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
     size, given = ",".join(map(str, shape)), f"model.weights={weights}"
     jobs = {"ffdnet, PyTorch eager": ["eager", str(weights), size]}
     for precision, label, more in (
@@ -127,12 +131,13 @@ def few_samples(folder: Path, samples: int = 1) -> str:
 
 
 def lower_ours(folder: Path, name: str, overrides: list[str]) -> None:
-    """Deploy a recipe by the straight line, without the bundle."""
-    from lowering import lower_recipe
+    """Deploy a recipe by the straight line, without the bundle; nothing where that is done."""
+    from lowering import INDEX, lower_recipe
 
     from edgedyn.recipe import load_recipe
 
-    lower_recipe(load_recipe(ROOT / f"recipes/{name}.yaml", overrides), folder, trust=True)
+    if not (folder / INDEX).is_file():
+        lower_recipe(load_recipe(ROOT / f"recipes/{name}.yaml", overrides), folder, trust=True)
 
 
 def lower_naive(folder: Path, name: str, shape: list[int]) -> Path:
@@ -141,10 +146,12 @@ def lower_naive(folder: Path, name: str, shape: list[int]) -> Path:
     from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
     from executorch.exir import to_edge_transform_and_lower
 
+    path = folder / "naive.pte"
+    if path.is_file():
+        return path
     with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph of what it cannot follow
         program = torch.export.export(reference(name), (torch.rand(shape),))
     edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
-    path = folder / "naive.pte"
     path.write_bytes(edge.to_executorch().buffer)
     load("naive", str(path))(np.zeros(shape, np.float32))  # lowering that succeeds proves nothing
     return path
