@@ -150,7 +150,8 @@ def test_a_target_says_what_it_lacks_in_its_own_words(tmp_path, monkeypatch):
     (folder / "__init__.py").write_text(
         "from edgedyn.targets import Target\n"
         "none = frozenset()\n"
-        "TARGET = Target('lacking', 'one line', none, none, None, print, print, print, lambda: 'no board')\n"
+        "sets, calls = (none, none, none), (print, print, print)\n"
+        "TARGET = Target('lacking', 'one line', *sets, None, *calls, lambda: 'no board')\n"
     )
     monkeypatch.setattr(targets, "__path__", [*targets.__path__, str(tmp_path)])
     try:

@@ -28,6 +28,7 @@ from edgedyn.layers.dynconv.masks import (
     MaskUnit,
     PointMaskHead,
     PooledMaskHead,
+    Selection,
     decide,
     dilate,
 )
@@ -100,7 +101,7 @@ def test_dilation_puts_zeros_between_positions_first():
 
 
 def test_heads_are_what_stays_in_float32():
-    assert set(LAYER.float32) == {PooledMaskHead, PointMaskHead}
+    assert set(LAYER.float32) == {PooledMaskHead, PointMaskHead, Selection}
     for block in (SparseBasicBlock(4, 4), SparseBottleneck(8, 2), SparseInvertedResidual(4, 4)):
         canonical = canonicalize(block.eval())
         heads = [path for path, part in canonical.named_modules() if type(part) in LAYER.float32]

@@ -214,7 +214,9 @@ def test_precondition_is_refused_with_what_was_found(args, found, expected, devi
 
 def test_first_form_that_the_target_can_run_is_chosen():
     plugins = replace(EXECUTORCH, capabilities=frozenset({"edgedyn_plugins"}))
-    assert ops.choose_form(OP, EXECUTORCH).name == OP.forms[0].name == "resize_shift_mac"
+    kernels = replace(EXECUTORCH, capabilities=EXECUTORCH.kernels)
+    assert ops.choose_form(OP, EXECUTORCH).name == "resize_shift_mac"
+    assert ops.choose_form(OP, kernels).name == OP.forms[0].name == "fused"
     assert ops.choose_form(OP, plugins, "onnx_node").name == "onnx_node"
     behind = replace(OP, forms=tuple(reversed(OP.forms)))
     assert ops.choose_form(behind, plugins).name == "onnx_node"
@@ -240,9 +242,9 @@ def test_op_without_any_possible_form_is_refused():
 
 def test_unknown_form_lists_the_known_ones():
     with pytest.raises(
-        RecipeError, match=r"'fused'.*found forms: resize_shift_mac, onnx_node\. Mend forms\."
+        RecipeError, match=r"'melted'.*found forms: fused, resize_shift_mac, onnx_node\. Mend forms\."
     ):
-        ops.choose_form(OP, EXECUTORCH, "fused")
+        ops.choose_form(OP, EXECUTORCH, "melted")
 
 
 def test_unknown_op_lists_the_known_ones():
