@@ -387,14 +387,12 @@ def quiet_libraries() -> Iterator[None]:
     for name in ("torchao", "nncf", "executorch", "torch", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)
     # torch sets this one's level itself when it is imported
-    logging.getLogger("torch.fx.experimental.symbolic_shapes").addFilter(_is_error)
+    logging.getLogger("torch.fx.experimental.symbolic_shapes").addFilter(
+        lambda record: record.levelno >= logging.ERROR
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
-
-
-def _is_error(record: logging.LogRecord) -> bool:
-    return record.levelno >= logging.ERROR
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ from edgedyn.conversion import Converted, Progress, capture, convert, rewrite
 from edgedyn.dispatch import Decision, Dispatcher, load_programs
 from edgedyn.errors import CalibrationError, RecipeError, TargetMissingError
 from edgedyn.provenance import shared_provenance
+from edgedyn.quantized_graph import widen_like
 from edgedyn.report import write_report
 from edgedyn.routing import parts
 from edgedyn.tasks import TASKS
@@ -173,16 +174,15 @@ def exactness_rows(converted: Converted, outputs: Outputs, recipe: Recipe) -> li
     for name, module in parts(canonical).items():
         made = converted.parts[name]
         program = ops.expand(made.expanded, made.forms, "after_quantize")
-        expanded[name] = in_torch(validate.widen(program, module), torch.float64)
-    reference = in_torch(wide, torch.float64)
+        expanded[name] = in_torch(widen_like(program, module), torch.float64)
     # every float32 row is judged by it; other precisions cost far more than it
     judged = outputs.samples if recipe.precision == "fp32" else outputs.samples[:_EXACT_SAMPLES]
-    exact = [reference(*(x.astype(np.float64) for x in sample.inputs))[0] for sample in judged]
+    exact = validate.run_wide(in_torch(wide, torch.float64), judged)
     rounding = validate.rounding_row(exact, outputs.expanded[: len(exact)])
     return [
         rounding,
         *validate.rewrite_rows(
-            reference,
+            exact[:_EXACT_SAMPLES],
             in_torch(canonical, torch.float64),
             Dispatcher(expanded, converted.routing),
             outputs.samples[:_EXACT_SAMPLES],

@@ -13,12 +13,14 @@ one-sided.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Collection, Container
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.export import ExportedProgram
 
 
 def explicit_padding(module: fx.GraphModule) -> None:
@@ -160,6 +162,19 @@ def widen(module: fx.GraphModule) -> None:
     for node in module.graph.nodes:
         name_type(node, torch.float64)
     module.recompile()
+
+
+def widen_like(program: ExportedProgram, source: nn.Module) -> nn.Module:
+    """Return a program in float64 with the tensors of its source, whose dotted names it keeps."""
+    module = copy.deepcopy(program.module())
+    assert isinstance(module, fx.GraphModule)
+    widen(module)
+    wanted = dict(source.named_parameters()) | dict(source.named_buffers())
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if name in wanted and tensor.shape == wanted[name].shape:
+                tensor.copy_(wanted[name])
+    return module
 
 
 def drop_type_assertions(module: fx.GraphModule) -> None:

@@ -8,7 +8,6 @@ Only numpy and the standard library at import: a device checks its bundle withou
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -23,9 +22,6 @@ from edgedyn.manifest import FORWARD, ROUTER
 from edgedyn.tasks import TASKS, Task
 
 if TYPE_CHECKING:
-    from torch import nn
-    from torch.export import ExportedProgram
-
     from edgedyn.calibration import Sample
     from edgedyn.quantize import Quantized
     from edgedyn.recipe import LimitSection, Recipe
@@ -142,8 +138,11 @@ def rounding_row(exact: Sequence[np.ndarray], float32: Sequence[np.ndarray]) -> 
     A deep network can amplify rounding (an untrained DDF-ResNet-101 by four orders), and two correct programs
     then differ by up to twice this: no comparison of two of them can demand less.
     """
-    errors = [metrics.max_abs(y, x) / float(np.abs(x).max()) for x, y in zip(exact, float32, strict=True)]
-    return Row("canonical:reference", "rounding[float32]", max(errors), {}, len(errors))
+    return Row("canonical:reference", "rounding[float32]", _max_relative(exact, float32), {}, len(exact))
+
+
+def _max_relative(wanted: Sequence[np.ndarray], found: Sequence[np.ndarray]) -> float:
+    return max(metrics.max_abs(y, x) / float(np.abs(x).max()) for x, y in zip(wanted, found, strict=True))
 
 
 def at_least_rounding(limit: float, rounding: float, dtype: type) -> float:
@@ -160,7 +159,7 @@ def at_least_rounding(limit: float, rounding: float, dtype: type) -> float:
 
 
 def rewrite_rows(
-    reference: Run,
+    exact: Sequence[np.ndarray],
     canonical: Run,
     expanded: Callable[..., list[np.ndarray]],
     samples: Sequence[Sample],
@@ -169,40 +168,25 @@ def rewrite_rows(
     """Compare reference, canonical and expanded networks in float64 on real noisy images.
 
     Args:
-        reference: the network in float64.
+        exact: what the reference, in float64, makes of the samples.
         canonical: made from the reference in float64, since a rewrite that folds weights is only as exact as
             its arithmetic, and this measures the rewrite.
         expanded: the programs with the tensors of ``canonical``, see ``widen``.
         samples: noisy images.
         limit: largest max |difference| / max |output|.
     """
-    images = [[x.astype(np.float64) for x in s.inputs] for s in samples]
-    results = [[program(*x)[0] for x in images] for program in (reference, canonical, expanded)]
-    rows = []
-    for k, between in ((1, "canonical:reference"), (2, "expanded:canonical")):
-        errors = [
-            metrics.max_abs(y, x) / float(np.abs(x).max())
-            for x, y in zip(results[k - 1], results[k], strict=True)
-        ]
-        rows.append(Row(between, "max_relative[float64]", max(errors), {"at_most": limit}, len(samples)))
+    rows, before = [], exact
+    for between, program in (("canonical:reference", canonical), ("expanded:canonical", expanded)):
+        after = run_wide(program, samples)
+        error = _max_relative(before, after)
+        rows.append(Row(between, "max_relative[float64]", error, {"at_most": limit}, len(samples)))
+        before = after
     return rows
 
 
-def widen(program: ExportedProgram, source: nn.Module) -> nn.Module:
-    """Return a program in float64 with the tensors of its source, whose dotted names it keeps."""
-    import torch
-
-    from edgedyn.quantized_graph import widen as widen_graph
-
-    module = copy.deepcopy(program.module())
-    assert isinstance(module, torch.fx.GraphModule)
-    widen_graph(module)
-    wanted = dict(source.named_parameters()) | dict(source.named_buffers())
-    with torch.no_grad():
-        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-            if name in wanted and tensor.shape == wanted[name].shape:
-                tensor.copy_(wanted[name])
-    return module
+def run_wide(program: Callable[..., list[np.ndarray]], samples: Sequence[Sample]) -> list[np.ndarray]:
+    """Return the first output of a float64 program for every sample."""
+    return [program(*(x.astype(np.float64) for x in sample.inputs))[0] for sample in samples]
 
 
 def arithmetic_rows(

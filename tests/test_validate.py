@@ -19,6 +19,7 @@ from edgedyn.errors import CheckFailedError
 from edgedyn.layers import canonicalize
 from edgedyn.pipeline import in_torch
 from edgedyn.quantize import Quantized
+from edgedyn.quantized_graph import widen_like
 from edgedyn.recipe import LimitSection
 from edgedyn.targets import load
 from edgedyn.tasks import TASKS
@@ -210,8 +211,9 @@ def rewritten():
 
 
 def rewrite_rows(wide, canonical, expanded, samples):
-    programs = (wide, canonical, validate.widen(expanded, canonical))
-    return validate.rewrite_rows(*[in_torch(p, torch.float64) for p in programs], samples, 1e-12)
+    programs = (wide, canonical, widen_like(expanded, canonical))
+    reference, *rewritten = [in_torch(p, torch.float64) for p in programs]
+    return validate.rewrite_rows(validate.run_wide(reference, samples), *rewritten, samples, 1e-12)
 
 
 def test_exact_rewrite_passes_in_float64_on_every_sample(rewritten):

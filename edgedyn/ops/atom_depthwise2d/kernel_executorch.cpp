@@ -271,7 +271,8 @@ Tensor& Run(KernelRuntimeContext& context, const Tensor& x, const Tensor& alpha,
                 "atom_depthwise2d: alpha has %ld x %ld pixels; expected one kernel an output pixel, %ld x %ld",
                 static_cast<long>(alpha.size(2)), static_cast<long>(alpha.size(3)),
                 static_cast<long>(p.out_height()), static_cast<long>(p.out_width()));
-  EDGEDYN_CHECK(context, ResizeTo(out, kScalarType<T>, {p.batch, p.kernels * p.channels, p.out_height(), p.out_width()}), out,
+  EDGEDYN_CHECK(context,
+                ResizeTo(out, kScalarType<T>, {p.batch, p.kernels * p.channels, p.out_height(), p.out_width()}), out,
                 "atom_depthwise2d: out cannot hold y, expected (B, M * C, h, w) of the type of x");
   if (out.numel() == 0) return out;
   const AtomStrip strip(p);

@@ -304,7 +304,8 @@ Tensor& Run(KernelRuntimeContext& context, const Tensor& x, const Tensor& weight
   EDGEDYN_CHECK(context, !wrong, out, "masked_conv2d: %s", wrong);
   EDGEDYN_CHECK(context, IsInt8(of_x) && IsInt8(of_y), out,
                 "masked_conv2d: expected scales > 0 and zero points in [-128, 127]");
-  EDGEDYN_CHECK(context, ResizeTo(out, kScalarType<T>, {p.batch, p.outputs, p.out_height, p.out_width}), out, "masked_conv2d: out cannot hold y");
+  EDGEDYN_CHECK(context, ResizeTo(out, kScalarType<T>, {p.batch, p.outputs, p.out_height, p.out_width}), out,
+                "masked_conv2d: out cannot hold y");
   const MaskedArguments<T> a{p,
                              x.const_data_ptr<T>(),
                              weight.const_data_ptr<float>(),

@@ -5,8 +5,8 @@
 //
 // x, y: (B, C, H, W)   grid: (B, T * F, gh, gw), tap-major   offset: (B, F, gh, gw) or null   share = C / F
 //
-// Between two grid rows a pixel row's kernels are (1 - v) * upper + v * lower, where upper and lower are these grid rows
-// interpolated along the columns: small tables that hold for every pixel row in between.
+// Between two grid rows a pixel row's kernels are (1 - v) * upper + v * lower, where upper and lower are these grid
+// rows interpolated along the columns: small tables that hold for every pixel row in between.
 #pragma once
 
 #include <cstdint>

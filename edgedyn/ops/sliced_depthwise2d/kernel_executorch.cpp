@@ -57,7 +57,8 @@ namespace HWY_NAMESPACE {
 template <typename T>
 class SlicedFilter {
  public:
-  SlicedFilter(const SlicedArguments<T>& a, const SlicedStrip& strip, int64_t b, int64_t filter, int64_t left, float* scratch)
+  SlicedFilter(const SlicedArguments<T>& a, const SlicedStrip& strip, int64_t b, int64_t filter, int64_t left,
+               float* scratch)
       : a_(a), p_(a.p), strip_(strip), b_(b), filter_(filter), left_(left),
         count_(std::min(strip.columns, a.p.width - left)), tile_width_(strip.columns + 2 * strip.halo) {
     const int64_t s = strip.columns;
@@ -282,7 +283,8 @@ Tensor& Run(KernelRuntimeContext& context, const Tensor& x, const Tensor& grid, 
   EDGEDYN_CHECK(context, !wrong, out, "sliced_depthwise2d: %s", wrong);
   EDGEDYN_CHECK(context, IsInt8(of_x) && IsInt8(of_y), out,
                 "sliced_depthwise2d: expected scales > 0 and zero points in [-128, 127]");
-  EDGEDYN_CHECK(context, ResizeTo(out, kScalarType<T>, {x.size(0), x.size(1), x.size(2), x.size(3)}), out, "sliced_depthwise2d: out cannot hold y of the shape of x");
+  EDGEDYN_CHECK(context, ResizeTo(out, kScalarType<T>, {x.size(0), x.size(1), x.size(2), x.size(3)}), out,
+                "sliced_depthwise2d: out cannot hold y of the shape of x");
   const int64_t filters = grid.size(1) / (kernel_size * kernel_size);
   const SlicedArguments<T> a{
       {x.size(0), x.size(1), x.size(2), x.size(3), filters, grid.size(2), grid.size(3), kernel_size, dilation,

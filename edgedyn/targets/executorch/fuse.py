@@ -35,23 +35,23 @@ def fuse_int8(program: ExportedProgram) -> ExportedProgram:
     }
     module = program.module()
     assert isinstance(module, fx.GraphModule)
-    for node in list(module.graph.nodes):
-        if node.target in twins:
-            _fuse(module, node, twins[node.target])
+    fused = [_fuse(module, n, twins[n.target]) for n in list(module.graph.nodes) if n.target in twins]
+    if not any(fused):
+        return program
     module.graph.eliminate_dead_code()
     module.recompile()
-    args, kwargs = program.example_inputs or ((), {})
-    return torch.export.export(module, args, kwargs)
+    assert program.example_inputs is not None  # torch.export keeps them
+    return torch.export.export(module, *program.example_inputs)
 
 
-def _fuse(module: fx.GraphModule, node: fx.Node, twin: Any) -> None:
-    """Put the INT8 twin in place of an op, where its x and all that reads y are INT8 of one scale."""
+def _fuse(module: fx.GraphModule, node: fx.Node, twin: Any) -> bool:
+    """Put the INT8 twin in place of an op, where its x and all that reads y are INT8 of one scale, or not."""
     x, readers = node.args[0], list(node.users)
     assert isinstance(x, fx.Node)
     steps = {_step(reader, _PAIR.quantize_per_tensor.default) for reader in readers}
     given = _step(x, _PAIR.dequantize_per_tensor.default)
     if given is None or len(steps) != 1 or None in steps:
-        return
+        return False
     schema = node.target._schema.arguments  # type: ignore[union-attr]
     rest = [node.args[k] if k < len(node.args) else a.default_value for k, a in enumerate(schema)][1:]
     with module.graph.inserting_before(node):
@@ -61,6 +61,7 @@ def _fuse(module: fx.GraphModule, node: fx.Node, twin: Any) -> None:
         reader.replace_all_uses_with(stored)
         module.graph.erase_node(reader)
     module.graph.erase_node(node)
+    return True
 
 
 def _step(node: fx.Node, kind: Any) -> tuple[float, int] | None:
