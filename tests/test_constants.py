@@ -45,6 +45,16 @@ def test_program_without_such_values_is_returned_as_it_is():
     assert fold_constants(program) is program
 
 
+def test_constant_made_of_nothing_is_computed_with_what_reads_it():
+    class Ramp(nn.Module):
+        def forward(self, x):
+            return x * (torch.arange(4, dtype=x.dtype) + 0.5).clamp(max=2)
+
+    folded = fold_constants(capture(Ramp(), torch.zeros(3, 4)))
+    assert called(folded) == ["aten.mul.Tensor"]
+    assert torch.equal(folded.module()(torch.ones(3, 4)), torch.tensor([0.5, 1.5, 2, 2]).expand(3, 4))
+
+
 def test_path_of_the_layer_is_kept():
     folded = fold_constants(capture(nn.Sequential(nn.Identity(), Kernels()), torch.zeros(1, 3, 5, 7)))
     (conv,) = [node for node in folded.graph.nodes if node.target is torch.ops.aten.conv2d.default]

@@ -128,7 +128,7 @@ def test_every_target_says_its_form_why_and_what_it_delegates():
     found = look("kernels")
     (entry,) = found["layers"]
     assert entry["forms"].keys() == found["targets"].keys() == {"executorch", "onnxruntime", "tensorrt"}
-    assert {form["form"] for form in entry["forms"].values()} == {"resize_shift_mac"}
+    assert {form["form"] for form in entry["forms"].values()} == {"banded_shift_mac", "resize_shift_mac"}
     assert all("fused needs edgedyn_kernels" in form["why"] for form in entry["forms"].values())
     for target, preview in found["targets"].items():
         assert preview["unsupported"] == {}

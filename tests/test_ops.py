@@ -215,7 +215,8 @@ def test_precondition_is_refused_with_what_was_found(args, found, expected, devi
 def test_first_form_that_the_target_can_run_is_chosen():
     plugins = replace(EXECUTORCH, capabilities=frozenset({"edgedyn_plugins"}))
     kernels = replace(EXECUTORCH, capabilities=EXECUTORCH.kernels)
-    assert ops.choose_form(OP, EXECUTORCH).name == "resize_shift_mac"
+    assert ops.choose_form(OP, EXECUTORCH).name == "banded_shift_mac"
+    assert ops.choose_form(OP, plugins).name == "resize_shift_mac"
     assert ops.choose_form(OP, kernels).name == OP.forms[0].name == "fused"
     assert ops.choose_form(OP, plugins, "onnx_node").name == "onnx_node"
     behind = replace(OP, forms=tuple(reversed(OP.forms)))
@@ -228,21 +229,22 @@ def test_form_that_the_target_lacks_names_every_form_and_its_needs():
         ops.choose_form(OP, EXECUTORCH, "onnx_node")
     text = str(caught.value)
     assert caught.value.exit_code == 4
-    assert "target 'executorch' cannot run op 'sliced_depthwise2d' as onnx_node: it has []" in text
+    assert "target 'executorch' cannot run op 'sliced_depthwise2d' as onnx_node: it has ['in_order']" in text
     assert "resize_shift_mac needs []" in text
     assert "onnx_node needs ['edgedyn_plugins']" in text
     assert "forms.sliced_depthwise2d" in text
 
 
 def test_op_without_any_possible_form_is_refused():
-    only = replace(OP, forms=tuple(form for form in OP.forms if form.requires))
+    only = replace(OP, forms=tuple(form for form in OP.forms if form.requires - EXECUTORCH.capabilities))
     with pytest.raises(NoFormError, match=r"as any form: .*onnx_node needs \['edgedyn_plugins'\]"):
         ops.choose_form(only, EXECUTORCH)
 
 
 def test_unknown_form_lists_the_known_ones():
     with pytest.raises(
-        RecipeError, match=r"'melted'.*found forms: fused, resize_shift_mac, onnx_node\. Mend forms\."
+        RecipeError,
+        match=r"'melted'.*found forms: fused, banded_shift_mac, resize_shift_mac, onnx_node\. Mend forms\.",
     ):
         ops.choose_form(OP, EXECUTORCH, "melted")
 
@@ -256,7 +258,7 @@ def test_unknown_op_lists_the_known_ones():
 def test_only_ops_that_the_program_calls_get_a_form():
     program, _ = capture(OP, next(iter(OP.examples())))
     chosen = ops.choose_forms(program, EXECUTORCH, {})
-    assert {op.name: form.name for op, form in chosen.items()} == {"sliced_depthwise2d": "resize_shift_mac"}
+    assert {op.name: form.name for op, form in chosen.items()} == {"sliced_depthwise2d": "banded_shift_mac"}
     plain = torch.export.export(nn.Conv2d(3, 3, 1), (torch.zeros(1, 3, 2, 4),))
     assert ops.choose_forms(plain, EXECUTORCH, {}) == {}
     assert ops.expand(plain, {}, "before_quantize") is plain

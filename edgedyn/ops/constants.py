@@ -22,7 +22,8 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
     module = program.module()
     assert isinstance(module, fx.GraphModule)
     values = _constant_values(module)
-    computed = [node for node in values if node.op != "get_attr" and isinstance(values[node], Tensor)]
+    # what is made from nothing, as arange, costs nothing to make
+    computed = [node for node in values if node.all_input_nodes and isinstance(values[node], Tensor)]
     stored = [node for node in computed if any(user not in values for user in node.users)]
     if not stored:
         return program
@@ -54,7 +55,7 @@ def _constant_values(module: fx.GraphModule) -> dict[fx.Node, Any]:
 
 def _is_foldable(node: fx.Node) -> bool:
     """Tell whether a node computes the same from the same constants, and is no part of quantization."""
-    if node.op != "call_function" or not node.all_input_nodes:
+    if node.op != "call_function":
         return False
     if node.target is operator.getitem:
         return True

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgedyn.ops import FUSED, Form
+from edgedyn.ops.shifting import cut, sum_taps, take
 
 
 def shift_mac(
@@ -66,8 +67,8 @@ def _shift(x: Tensor, spatial_filter: Tensor, kernel_size: int, stride: int, dil
             far_x = max(x for _, x in offsets if x % stride == key[1]) // stride
             phases[key] = _subsample(padded, key, (h + far_y, w + far_x), stride)
         if (dy, key[1]) not in rows:
-            rows[dy, key[1]] = _take(phases[key], 2, dy // stride, h)
-        shifted.append(_take(rows[dy, key[1]], 3, dx // stride, w))
+            rows[dy, key[1]] = take(phases[key], 2, dy // stride, h)
+        shifted.append(take(rows[dy, key[1]], 3, dx // stride, w))
     return shifted
 
 
@@ -79,14 +80,43 @@ def _subsample(x: Tensor, first: tuple[int, int], size: tuple[int, int], stride:
     """
     if stride == 1:
         return x
-    x = _take(x, 2, first[0], stride * (size[0] - 1) + 1)
-    x = _take(x, 3, first[1], stride * (size[1] - 1) + 1)
+    x = take(x, 2, first[0], stride * (size[0] - 1) + 1)
+    x = take(x, 3, first[1], stride * (size[1] - 1) + 1)
     return F.interpolate(x, size=size, mode="bilinear", align_corners=True)
 
 
-def _take(x: Tensor, axis: int, first: int, size: int) -> Tensor:
-    """Return ``size`` rows or columns; x itself where these are all, because a slice of all is an alias."""
-    return x if x.shape[axis] == size else x.narrow(axis, first, size)
+def shift_sums(
+    x: Tensor,
+    channel_filter: Tensor,
+    spatial_filter: Tensor,
+    kernel_size: int,
+    stride: int = 1,
+    dilation: int = 1,
+    heads: int = 1,
+    combine: str = "mul",
+) -> Tensor:
+    """Multiply x where it stands by a row of taps and shift the sum, a run of channels after the other.
+
+    Exact: only the order of sums differs from the definition. The spatial filter is moved in place of x: it
+    is small, and moved once for all. A strided op has no sums to share and is computed by ``shift_mac``.
+    """
+    if stride > 1:
+        return shift_mac(x, channel_filter, spatial_filter, kernel_size, stride, dilation, heads, combine)
+    channels, (height, width) = x.shape[1], x.shape[2:]
+    reach = dilation * (kernel_size // 2)
+    share = channels // heads
+    taps = [take(spatial_filter, 1, tap * heads, heads) for tap in range(kernel_size**2)]
+    shifts = [tap // kernel_size * dilation for tap in range(kernel_size**2)]
+    moved = [F.pad(m, (0, 0, dy, 2 * reach - dy)) if reach else m for m, dy in zip(taps, shifts, strict=True)]
+
+    def kernel(dy: int, dx: int, run: range) -> Tensor:
+        tap = dy * kernel_size + dx
+        channel = channel_filter.narrow(1, tap * channels + run.start, len(run))
+        spatial = take(moved[tap], 1, run.start // share, -(-len(run) // share))
+        return channel * spatial if combine == "mul" else channel + spatial
+
+    runs = cut(channels, (height + 2 * reach) * width, within=None if share in (1, channels) else share)
+    return sum_taps(x, kernel, kernel_size, dilation, runs=runs)
 
 
 def onnx_node(
@@ -124,6 +154,7 @@ def onnx_node(
 
 FORMS = (
     FUSED,
+    Form("shift_sums", shift_sums, requires=frozenset({"in_order"})),
     Form("shift_mac", shift_mac),
     Form("onnx_node", onnx_node, requires=frozenset({"edgedyn_plugins"}), expand="after_quantize"),
 )

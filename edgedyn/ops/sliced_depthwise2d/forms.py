@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from edgedyn.ops import FUSED, Form
+from edgedyn.ops.sliced_depthwise2d.banded import banded_shift_mac, share_filters
 
 
 def resize_shift_mac(
@@ -42,11 +43,8 @@ def resize_shift_mac(
 
 def _upsample(cells: Tensor, x: Tensor, align_corners: bool) -> Tensor:
     """Share each filter among its consecutive channels while the grid is still small, then resize to x."""
-    b, filters, gh, gw = cells.shape
-    share = x.shape[1] // filters
-    if share > 1:
-        cells = cells.unsqueeze(2).expand(b, filters, share, gh, gw).reshape(b, x.shape[1], gh, gw)
-    return F.interpolate(cells, size=x.shape[2:], mode="bilinear", align_corners=align_corners)
+    shared = share_filters(cells, x.shape[1] // cells.shape[1])
+    return F.interpolate(shared, size=x.shape[2:], mode="bilinear", align_corners=align_corners)
 
 
 def onnx_node(
@@ -76,6 +74,7 @@ def onnx_node(
 
 FORMS = (
     FUSED,
+    Form("banded_shift_mac", banded_shift_mac, frozenset({"in_order"}), expand="after_quantize"),
     Form("resize_shift_mac", resize_shift_mac),
     Form("onnx_node", onnx_node, requires=frozenset({"edgedyn_plugins"}), expand="after_quantize"),
 )

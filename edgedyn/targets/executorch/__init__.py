@@ -16,7 +16,7 @@ def _missing() -> str | None:
 TARGET = Target(
     name="executorch",
     summary="phone: one .pte for ExecuTorch, XNNPACK delegates, stock runtime",
-    capabilities=frozenset(),
+    capabilities=frozenset({"in_order"}),
     kernels=frozenset({"edgedyn_kernels"}),
     precisions=frozenset({"fp32", "int8"}),
     int8=Int8Scheme(symmetric=False, outputs=True),

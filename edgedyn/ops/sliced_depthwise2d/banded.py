@@ -1,0 +1,107 @@
+"""A form of ``sliced_depthwise2d`` that interpolates by small matrix products and keeps maps in the cache.
+
+    kernel[t] = rows . grid[t] . columns'        rows, columns: static, (pixels, cells), hats around the cells
+
+Interpolation is linear in the grid, so it is a product with a static matrix from either side. A band of rows
+lies between 2 or 3 rows of the grid and takes the product with these alone.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from edgedyn.ops.shifting import cut, sum_taps, take
+
+BAND = 32  # rows that are interpolated from the same rows of the grid
+
+
+def banded_shift_mac(
+    x: Tensor,
+    grid: Tensor,
+    offset: Tensor | None,
+    kernel_size: int,
+    dilation: int = 1,
+    align_corners: bool = False,
+) -> Tensor:
+    """Interpolate by small static products and add taps row by row, a run of channels after the other.
+
+    Exact: only the order of sums differs from the definition. Nothing changes the layout of a feature map, as
+    XNNPACK does for a resize.
+    """
+    channels, rows = x.shape[1], grid.shape[1] // kernel_size
+    share = channels * kernel_size // rows
+    bands = _Bands(x, grid, dilation * (kernel_size // 2), align_corners)
+    taps = [share_filters(take(grid, 1, dy * rows, rows), share) for dy in range(kernel_size)]
+    tables = [bands.pick(cells, dy * dilation) for dy, cells in enumerate(taps)]
+    added = None if offset is None else bands.pick(share_filters(offset, share), bands.reach)
+    return sum_taps(
+        x,
+        lambda dy, dx, run: bands.interpolate(*tables[dy], dx * channels + run.start, len(run)),
+        kernel_size,
+        dilation,
+        runs=cut(channels, bands.count * bands.rows * x.shape[3]),
+        below=bands.below,
+        offset=added and (lambda run: bands.interpolate(*added, run.start, len(run))),
+    )
+
+
+class _Bands:
+    """The rows of x, zero-padded by ``reach`` and below to whole bands."""
+
+    def __init__(self, x: Tensor, grid: Tensor, reach: int, align_corners: bool) -> None:
+        self.reach, self.align_corners = reach, align_corners
+        self.height, width = x.shape[2:]
+        padded = self.height + 2 * reach
+        self.rows = min(BAND, padded)
+        self.count = -(-padded // self.rows)
+        self.below = self.count * self.rows - padded
+        pixels = torch.arange(width, device=x.device)
+        self.columns = _hats(self._locate(pixels, width, grid.shape[3]), 0, grid.shape[3]).to(x)
+
+    def pick(self, cells: Tensor, shift: int) -> tuple[Tensor, Tensor]:
+        """Pick the few rows of the grid that each band reads, for maps whose row r is of pixel row r - shift.
+
+        Returns:
+            The rows, (B, n, bands * few, gw), and the static weights of bands for them, (bands, rows, few).
+        """
+        gh = cells.shape[2]
+        pixels = torch.arange(self.count * self.rows, device=cells.device) - shift
+        position = self._locate(pixels, self.height, gh).view(self.count, -1)
+        step = (gh - 1) / max(self.height - 1, 1) if self.align_corners else gh / self.height
+        few = min(gh, int((self.rows - 1) * step) + 3)
+        first = position[:, :1].floor().clamp(max=gh - few)
+        chosen = (first + torch.arange(few, device=cells.device)).flatten()
+        picked = F.linear(cells.transpose(2, 3), _hats(chosen, 0, gh).to(cells)).transpose(2, 3)
+        return picked, _hats(position, first[:, :, None], few).to(cells)
+
+    def interpolate(self, picked: Tensor, weights: Tensor, first: int, count: int) -> Tensor:
+        """Return the maps of some of the picked channels, (B, count, bands * rows, W)."""
+        rows = F.linear(take(picked, 1, first, count), self.columns)
+        b, width = rows.shape[0], rows.shape[3]
+        few = weights.shape[2]
+        maps = torch.bmm(weights.repeat(b * count, 1, 1), rows.reshape(b * count * self.count, few, width))
+        return maps.reshape(b, count, self.count * self.rows, width)
+
+    def _locate(self, pixel: Tensor, size: int, cells: int) -> Tensor:
+        """Return where pixels lie among the cells, from the first to the last, in float64."""
+        if self.align_corners:
+            position = pixel.double() * ((cells - 1) / max(size - 1, 1))
+        else:
+            position = (pixel.double() + 0.5) * (cells / size) - 0.5
+        return position.clamp(0, cells - 1)
+
+
+def _hats(position: Tensor, first: Tensor | int, cells: int) -> Tensor:
+    """Weigh the cells ``first``, ``first + 1``, ... at positions (...): a matrix (..., cells)."""
+    cell = first + torch.arange(cells, device=position.device)
+    return (1 - (position[..., None] - cell).abs()).clamp(min=0)
+
+
+def share_filters(cells: Tensor, share: int) -> Tensor:
+    """Give each of ``share`` consecutive channels its filter's cells: (B, n * F, ...) to (B, n * C, ...)."""
+    if share == 1:
+        return cells
+    b, filters, gh, gw = cells.shape
+    return cells.unsqueeze(2).expand(b, filters, share, gh, gw).reshape(b, filters * share, gh, gw)
