@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RUN_ELEMENTS = 2**20  # of a feature map of a run: 4 MB, of which a handful stay in a last-level cache
+MOST_RUNS = 8  # each repeats the graph of the op: some 40 nodes at R = 3, and lowering takes 30 ms a node
 
 
 def sum_taps(
@@ -67,7 +68,7 @@ def sum_taps(
 def cut(channels: int, elements: int, within: int | None = None) -> list[range]:
     """Cut channels of ``elements`` pixels into runs that stay in the cache, none past ``within`` of them."""
     within = within or channels
-    count = min(max(1, RUN_ELEMENTS // elements), within)
+    count = min(max(1, RUN_ELEMENTS // elements, -(-channels // MOST_RUNS)), within)
     return [
         range(first, min(first + count, block + within))
         for block in range(0, channels, within)
