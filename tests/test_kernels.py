@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from executorch.runtime import Runtime
+from kernel_check import INT8_LIMIT, exact_int8, int8_call, rounding, to_double
 from small_networks import LAYERS
 from torch import Tensor, nn
 
@@ -73,21 +74,10 @@ def run_kernel(overload: Any, args: tuple[Any, ...], folder: Any) -> np.ndarray:
     return lower_call(overload, args, folder)(*(a for a in args if isinstance(a, Tensor)))
 
 
-def to_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.double() if isinstance(a, Tensor) else a for a in args)
-
-
-def magnitude(op: ops.Op, args: tuple[Any, ...]) -> np.ndarray:
-    """Return sum |terms| at every output: the op of absolute values; an activation would hide it."""
-    values = [a.double().abs() if isinstance(a, Tensor) else a for a in args]
-    return op.overload(*("none" if a in ("relu", "relu6") else a for a in values)).numpy()
-
-
 def assert_within_rounding(y: np.ndarray, op: ops.Op, args: tuple[Any, ...]) -> None:
     exact = op.overload(*to_double(args)).numpy()
-    # each of the 3 factors of a term, the term, and up to 600 sums of them: sqrt(600) roundings stand out
     assert y.shape == exact.shape
-    assert (np.abs(y - exact) <= 32 * np.finfo(np.float32).eps * magnitude(op, args) + 1e-30).all()
+    assert (np.abs(y - exact) <= rounding(op, args).numpy()).all()
 
 
 @every_case
@@ -95,28 +85,12 @@ def test_kernel_equals_the_oracle_up_to_rounding(op, args, tmp_path):
     assert_within_rounding(run_kernel(op.overload, args, tmp_path), op, args)
 
 
-def int8_call(op: ops.Op, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """Return the INT8 twin of an op and arguments for it: scales of these values, zero points off centre."""
-    x, *rest = args
-    schema = op.overload._schema.arguments
-    rest += [a.default_value for a in schema[len(args) :]]
-    x_scale, y = float(x.abs().max()) / 100, op.overload(*args)
-    y_scale = float(y.abs().max()) / 90  # some values saturate behind the zero point
-    stored = ((x / x_scale).round() + 11).clamp(-128, 127).to(torch.int8)
-    twin = getattr(torch.ops.edgedyn, f"{op.name}_int8").default
-    return twin, (stored, x_scale, 11, *rest, y_scale, -50)
-
-
 @every_case
 def test_int8_kernel_rounds_what_the_oracle_rounds(op, args, tmp_path):
     twin, given = int8_call(op, args)
     y = run_kernel(twin, given, tmp_path)
-    *_, scale, zero_point = given
-    real = op.overload((given[0].double() - given[2]) * given[1], *to_double(tuple(given[3:-2])))
-    exact = (real / scale + zero_point).clamp(-128, 127).numpy()
     assert y.dtype == np.int8
-    # a half is a tie; float32 moves values of up to 256 steps by some 1e-4 of one
-    assert np.abs(y - exact).max() <= 0.5 + 1e-3
+    assert np.abs(y - exact_int8(op, given).numpy()).max() <= INT8_LIMIT
     assert len(np.unique(y)) > min(10, y.size // 2)
 
 

@@ -29,14 +29,15 @@ def oracle(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: in
     """Compute the op by its definition; slow, every kernel is materialised."""
     _check(x, alpha, bases, kernel_size, stride)
     (b, c, height, width), (h, w) = x.shape, alpha.shape[2:]
-    kernels = torch.einsum("bmkhw, kt -> bmthw", alpha.reshape(b, -1, len(bases), h, w), bases)
+    mixes = alpha.reshape(b, alpha.shape[1] // len(bases), len(bases), h, w)
+    kernels = torch.einsum("bmkhw, kt -> bmthw", mixes, bases)
     padded = F.pad(x, (kernel_size // 2,) * 4)
     y = x.new_zeros(b, kernels.shape[1], c, h, w)
     for tap in range(kernel_size**2):
         dy, dx = tap // kernel_size, tap % kernel_size
         shifted = padded[:, :, dy : dy + height : stride, dx : dx + width : stride]
         y = y + kernels[:, :, tap, None] * shifted[:, None]
-    return y.reshape(b, -1, h, w)
+    return y.flatten(1, 2)
 
 
 def _fake(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1) -> Tensor:

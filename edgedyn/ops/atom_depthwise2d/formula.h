@@ -38,11 +38,12 @@ EDGEDYN_HD float mix_tap(const AtomDepthwise2d& p, const T* alpha, const T* base
 }
 
 // One output pixel by the definition; a pixel outside of x is 0, and its tap is still multiplied: 0 * inf is NaN.
-template <typename T>
-EDGEDYN_HD float filter_pixel(const AtomDepthwise2d& p, const T* x, const T* alpha, const T* bases, int64_t b,
+// x is a pointer, or what reads stored pixels as real ones.
+template <typename X, typename T>
+EDGEDYN_HD float filter_pixel(const AtomDepthwise2d& p, const X& x, const T* alpha, const T* bases, int64_t b,
                               int64_t m, int64_t c, int64_t h, int64_t w) {
   const int64_t pixels = p.out_height() * p.out_width();
-  const T* plane = x + (b * p.channels + c) * p.height * p.width;
+  const auto plane = x + (b * p.channels + c) * p.height * p.width;
   const T* mix = alpha + (b * p.kernels + m) * p.bases * pixels + h * p.out_width() + w;
   float sum = 0;
   for (int64_t t = 0; t < p.side * p.side; ++t) {

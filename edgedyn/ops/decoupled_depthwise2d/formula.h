@@ -25,11 +25,12 @@ struct DecoupledDepthwise2d {
 };
 
 // One output pixel by the definition; a pixel outside of x is 0, and its tap is still multiplied: 0 * inf is NaN.
-template <typename T>
-EDGEDYN_HD float filter_pixel(const DecoupledDepthwise2d& p, const T* x, const T* channel_filter,
+// x is a pointer, or what reads stored pixels as real ones.
+template <typename X, typename T>
+EDGEDYN_HD float filter_pixel(const DecoupledDepthwise2d& p, const X& x, const T* channel_filter,
                               const T* spatial_filter, int64_t b, int64_t c, int64_t h, int64_t w) {
   const int64_t taps = p.side * p.side, head = c / (p.channels / p.heads);
-  const T* plane = x + (b * p.channels + c) * p.height * p.width;
+  const auto plane = x + (b * p.channels + c) * p.height * p.width;
   float sum = 0;
   for (int64_t t = 0; t < taps; ++t) {
     const int64_t i = h * p.stride + (t / p.side - p.side / 2) * p.dilation;

@@ -50,14 +50,15 @@ EDGEDYN_HD float slice(const T* plane, int64_t grid_width, const Cell& row, cons
 }
 
 // One output pixel by the definition; a pixel outside of x is 0, and its tap is still multiplied: 0 * inf is NaN.
-template <typename T>
-EDGEDYN_HD float filter_pixel(const SlicedDepthwise2d& p, const T* x, const T* grid, const T* offset, int64_t b,
+// x is a pointer, or what reads stored pixels as real ones.
+template <typename X, typename T>
+EDGEDYN_HD float filter_pixel(const SlicedDepthwise2d& p, const X& x, const T* grid, const T* offset, int64_t b,
                               int64_t c, int64_t h, int64_t w) {
   const Cell row = locate(h, p.height, p.grid_height, p.align_corners);
   const Cell column = locate(w, p.width, p.grid_width, p.align_corners);
   const int64_t cells = p.grid_height * p.grid_width;
   const int64_t filter = c / (p.channels / p.filters);
-  const T* plane = x + (b * p.channels + c) * p.height * p.width;
+  const auto plane = x + (b * p.channels + c) * p.height * p.width;
   float sum = 0;
   for (int64_t t = 0; t < p.side * p.side; ++t) {
     const int64_t i = h + (t / p.side - p.side / 2) * p.dilation;

@@ -1,0 +1,166 @@
+"""How far a kernel may be from its op's definition, and calls that ask for it: for tests and the GPU check.
+
+The definition is the op's oracle in float64, of the very values that the kernel reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from edgedyn.ops import Op
+
+TYPES = ("float32", "float16", "int8")
+
+
+def to_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(a.double() if isinstance(a, Tensor) else a for a in args)
+
+
+def with_defaults(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Append the arguments that the schema has a value for."""
+    return (*args, *(a.default_value for a in op.overload._schema.arguments[len(args) :]))
+
+
+def magnitude(op: Op, args: tuple[Any, ...]) -> Tensor:
+    """Return sum |terms| at every output: the op of absolute values; an activation would hide it."""
+    values = [a.double().abs() if isinstance(a, Tensor) else a for a in args]
+    return op.overload(*("none" if a in ("relu", "relu6") else a for a in values))  # type: ignore[no-any-return]
+
+
+def rounding(op: Op, args: tuple[Any, ...]) -> Tensor:
+    """Return how far sums in float32 may be off."""
+    # each of the 3 factors of a term, the term, and up to 600 sums of them: sqrt(600) roundings stand out
+    return 32 * torch.finfo(torch.float32).eps * magnitude(op, args) + 1e-30
+
+
+def int8_call(op: Op, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """Return the INT8 twin of an op and arguments for it: scales of these values, zero points off centre."""
+    x, *rest = with_defaults(op, args)
+    # a tensor without a value, or of zeros, still has a scale
+    x_scale, y = float(x.abs().amax()) / 100 if x.numel() else 1.0, op.overload(*args)
+    y_scale = float(y.abs().amax()) / 90 if y.numel() else 1.0  # some values saturate behind the zero point
+    x_scale, y_scale = x_scale or 1.0, y_scale or 1.0
+    stored = ((x / x_scale).round() + 11).clamp(-128, 127).to(torch.int8)
+    twin = getattr(torch.ops.edgedyn, f"{op.name}_int8").default
+    return twin, (stored, x_scale, 11, *rest, y_scale, -50)
+
+
+def exact_int8(op: Op, given: tuple[Any, ...]) -> Tensor:
+    """Return what an INT8 twin rounds: y in steps, saturated."""
+    *_, scale, zero_point = given
+    real = op.overload((given[0].double() - given[2]) * given[1], *to_double(given[3:-2]))
+    return (real / scale + zero_point).clamp(-128, 127)
+
+
+# a half is a tie; float32 moves values of up to 256 steps by some 1e-4 of one
+INT8_LIMIT = 0.5 + 1e-3
+
+
+class Case(NamedTuple):
+    """A call of a CUDA kernel and what it has to give.
+
+    Attributes:
+        dtype: of x and y.
+        inputs: tensors as they are stored, None for an absent one.
+        attributes: the other arguments.
+        of_x: scale and zero point.
+        of_y: scale and zero point.
+        exact: y in float64, in INT8 steps.
+        limit: how far y may be from it.
+    """
+
+    dtype: str
+    inputs: tuple[Tensor | None, ...]
+    attributes: tuple[Any, ...]
+    of_x: tuple[float, int]
+    of_y: tuple[float, int]
+    exact: Tensor
+    limit: Tensor
+
+
+def make_case(op: Op, args: tuple[Any, ...], dtype: str) -> Case:
+    """Return a call of an op's kernel with arguments of these values."""
+    args = with_defaults(op, args)
+    of_x = of_y = (1.0, 0)
+    if dtype == "int8":
+        _, given = int8_call(op, args)
+        stored, of_x, of_y = (given[0], *given[3:-2]), given[1:3], given[-2:]
+        exact = exact_int8(op, given)
+        limit = torch.full_like(exact, INT8_LIMIT)
+    else:
+        stored = tuple(a.to(getattr(torch, dtype)) if isinstance(a, Tensor) else a for a in args)
+        exact = op.overload(*to_double(stored))
+        limit = rounding(op, stored)
+        if dtype == "float16":  # the result's own rounding: half a step of 2^-10, or of the least, 2^-24
+            limit = limit + exact.abs() * 2**-11 + 2**-25
+    tensors = sum("Tensor" in str(a.type) for a in op.overload._schema.arguments)
+    return Case(dtype, stored[:tensors], stored[tensors:], of_x, of_y, exact, limit)
+
+
+def random_calls(op: Op, count: int, seed: int = 3) -> Iterator[tuple[Any, ...]]:
+    """Yield arguments of random shapes: sizes of 1, rows that 16-byte copies reach and that they do not."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def pick(*choices: Any) -> Any:
+        return choices[int(torch.randint(len(choices), (1,), generator=generator))]
+
+    def rand(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    for _ in range(count):
+        x = rand(
+            pick(1, 2), pick(1, 2, 4, 6, 70), pick(1, 2, 5, 9, 18, 40), pick(1, 3, 7, 16, 32, 45, 136, 272)
+        )
+        yield _CALLS[op.name](x, pick, rand)
+
+
+def _call_sliced(x: Tensor, pick: Any, rand: Any) -> tuple[Any, ...]:
+    b, channels = x.shape[:2]
+    filters = pick(*(n for n in (1, 2, channels) if channels % n == 0))
+    side, cells = pick(1, 3, 3, 3, 5), (pick(1, 2, 5, 30), pick(1, 3, 8, 50))
+    offset = rand(b, filters, *cells) if pick(True, False) else None
+    return x, rand(b, side**2 * filters, *cells), offset, side, pick(1, 1, 1, 2), pick(True, False)
+
+
+def _call_decoupled(x: Tensor, pick: Any, rand: Any) -> tuple[Any, ...]:
+    b, channels, height, width = x.shape
+    stride = pick(*(n for n in (1, 1, 2, 3) if n <= min(height, width)))
+    side, heads = pick(1, 3, 3, 3, 5), pick(*(n for n in (1, 2, channels) if channels % n == 0))
+    spatial = rand(b, side**2 * heads, height // stride, width // stride)
+    filters = rand(b, side**2 * channels, 1, 1), spatial
+    return x, *filters, side, stride, pick(1, 1, 2, 4), heads, pick("mul", "add")
+
+
+def _call_atom(x: Tensor, pick: Any, rand: Any) -> tuple[Any, ...]:
+    b, _, height, width = x.shape
+    side, stride, kernels, bases = pick(1, 3, 3, 3, 5), pick(1, 1, 2, 3), pick(1, 2, 6, 9), pick(1, 3, 6)
+    alpha = rand(b, kernels * bases, (height - 1) // stride + 1, (width - 1) // stride + 1)
+    return x, alpha, rand(bases, side**2), side, stride
+
+
+def _call_masked(x: Tensor, pick: Any, rand: Any) -> tuple[Any, ...]:
+    if x.shape[1] > 6:
+        x = x[:, :, :9, :45].contiguous()  # all channels meet all outputs
+    b, channels, height, width = x.shape
+    side, stride, dilation = pick(1, 3, 3, 5), pick(1, 1, 2), pick(1, 1, 2)
+    padding = pick(dilation * (side // 2), dilation * (side // 2), dilation * (side - 1))
+    groups = pick(1, channels, channels, *(n for n in (2, 3) if channels % n == 0))
+    outputs = groups * pick(1, 1, 2, 70 // groups)
+    reach = dilation * (side - 1) + 1
+    size = [(n + 2 * padding - reach) // stride + 1 for n in (height, width)]
+    mask = (rand(b, 1, *size) > pick(-9.0, 0.0, 1.0, 9.0)).float()
+    bias = rand(outputs) if pick(True, False) else None
+    weight = rand(outputs, channels // groups, side, side)
+    return x, weight, bias, mask, stride, padding, dilation, groups, pick("none", "relu", "relu6")
+
+
+_CALLS = {
+    "sliced_depthwise2d": _call_sliced,
+    "decoupled_depthwise2d": _call_decoupled,
+    "atom_depthwise2d": _call_atom,
+    "masked_conv2d": _call_masked,
+}
