@@ -12,8 +12,10 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import gpu_check
 import numpy as np
 import pytest
+import torch
 from guarded_memory import PLACES, Guarded
 from kernel_check import TYPES, Case, make_case, random_calls, to_double
 from torch import Tensor
@@ -113,6 +115,17 @@ def test_empty_batch_launches_nothing(op, dtype, library):
     case = make_case(op, tuple(empty), dtype)
     assert case.exact.numel() == 0
     assert run(library, op, case).size == 0
+
+
+def test_check_on_a_gpu_tells_right_results_from_wrong_ones(library):
+    op, here = OPS["decoupled_depthwise2d"], torch.device("cpu")
+    assert gpu_check.check(library, op, "float16", 3, here)["passed"]
+    case = make_case(op, next(iter(op.examples())), "float16")
+    off = case.exact.clone()
+    off[-1, -1, -1, -1] += 3 * case.limit[-1, -1, -1, -1]
+    assert gpu_check.worst_error(library, op, case._replace(exact=off), here) > 1
+    off[0, 0, 0, 0] = np.nan
+    assert gpu_check.worst_error(library, op, case._replace(exact=off), here) == np.inf
 
 
 def spoil(case: Case, place: int, value: float) -> Case:

@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,14 @@ from typing import Any
 _PACKAGES = ("torch", "executorch", "torchao", "nncf", "onnxruntime", "numpy")
 
 
-def provenance() -> dict[str, Any]:
+def provenance(packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
     """Return machine, versions and command of this process; paths in the command by their last part."""
     arguments = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
     return {
         "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} CPUs",
         "versions": {
             "python": platform.python_version(),
-            **{name: version(name) for name in _PACKAGES},
+            **{name: version(name) for name in packages},
         },
         "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *arguments]),
     }
