@@ -1,8 +1,8 @@
 // Depthwise filtering by tiles: which outputs a block computes, and the tile of x in shared memory that they read.
 //
-// A block's outputs are `columns` x `rows` of one plane; a thread computes `wide` of them beside each other. Tiles start
-// at a column that 16-byte copies can reach, some columns left of the first one that is read. Copies are asynchronous:
-// they hold no registers, so that enough bytes are on their way to keep the memory busy.
+// A block's outputs are `columns` x `rows` of one plane; a thread computes `wide` of them beside each other. Tiles
+// start at a column that 16-byte copies can reach, some columns left of the first one that is read. Copies are
+// asynchronous: they hold no registers, so that enough bytes are on their way to keep the memory busy.
 #pragma once
 
 #include "cuda-inl.cuh"
@@ -27,14 +27,14 @@ struct Tiling {
   Share share;
   int columns, rows, groups, row_groups;  // of outputs: columns = wide * groups, rows = rows_each * row_groups
   int lead, pitch, tile_rows;             // of x: columns left of the first padded one, of a row, rows
-  int64_t strips, bands;                  // of columns and of rows that make a plane
+  unsigned strips, bands;                 // of columns and of rows that make a plane
   bool is_x_aligned, is_y_aligned, are_generated_aligned;
 };
 
 // The outputs of a block: first row and column, and which plane and part of the work beside the pixels.
 struct Place {
-  int64_t top, left, plane;
-  int part;
+  int top, left;
+  unsigned plane, part;
 };
 
 // What a thread computes of a block: `wide` columns from `column`, for the group of rows `row_group`.
@@ -53,8 +53,8 @@ Tiling MakeTiling(const Plane& plane, const Share& share, const T* x, const T* y
   // within a plane, blocks count by int
   constexpr int64_t kMost = int64_t{1} << 29;
   if (plane.height > kMost || plane.width > kMost || plane.padding + plane.dilation * plane.side > kMost) return t;
-  t.strips = CeilDiv<int64_t>(plane.out_width, kColumns);
-  t.columns = static_cast<int>(CeilDiv(CeilDiv(plane.out_width, t.strips), kLanes) * kLanes);
+  t.strips = static_cast<unsigned>(CeilDiv<int64_t>(plane.out_width, kColumns));
+  t.columns = static_cast<int>(CeilDiv(CeilDiv<int64_t>(plane.out_width, t.strips), kLanes) * kLanes);
   t.groups = t.columns / share.wide;
   const int64_t before = CeilDiv(plane.padding, kLanes) * kLanes, reach = (plane.side - 1) * plane.dilation + 1;
   const int64_t lead = before - plane.padding;
@@ -67,7 +67,7 @@ Tiling MakeTiling(const Plane& plane, const Share& share, const T* x, const T* y
   if (t.row_groups > most_groups) t.row_groups = static_cast<int>(most_groups);
   if (t.row_groups == 0) return t;
   t.rows = t.row_groups * share.rows_each;
-  t.bands = CeilDiv<int64_t>(plane.out_height, t.rows);
+  t.bands = static_cast<unsigned>(CeilDiv<int64_t>(plane.out_height, t.rows));
   t.lead = static_cast<int>(lead), t.pitch = static_cast<int>(pitch);
   t.tile_rows = static_cast<int>((t.rows - 1) * plane.stride + reach);
   t.is_x_aligned = IsAligned(x, 16) && plane.width % kLanes == 0;
@@ -77,23 +77,26 @@ Tiling MakeTiling(const Plane& plane, const Share& share, const T* x, const T* y
   return t;
 }
 
+// Of the tiles of so many planes.
+inline int64_t Blocks(const Tiling& t, int64_t planes) { return int64_t{t.strips} * t.bands * planes; }
+
 template <typename T>
 int64_t TileBytes(const Tiling& t) {
   return static_cast<int64_t>(t.tile_rows) * t.pitch * static_cast<int64_t>(sizeof(T));
 }
 
 // Parts of the same pixels are neighbours in time: what one reads, the next finds in the second-level cache.
-EDGEDYN_DEVICE Place FindPlace(const Tiling& t, int parts) {
-  const int64_t strip = blockIdx.x / parts % t.strips, band = blockIdx.x / parts / t.strips % t.bands;
-  return {band * t.rows, strip * t.columns, blockIdx.x / parts / t.strips / t.bands,
-          static_cast<int>(blockIdx.x) % parts};
+EDGEDYN_DEVICE Place FindPlace(const Tiling& t, unsigned parts) {
+  const unsigned tile = blockIdx.x / parts, part = blockIdx.x % parts;
+  const unsigned band = tile / t.strips % t.bands, strip = tile % t.strips;
+  return {static_cast<int>(band) * t.rows, static_cast<int>(strip) * t.columns, tile / t.strips / t.bands, part};
 }
 
 EDGEDYN_DEVICE Slot FindSlot(const Tiling& t, const Place& place, int index) {
   const int column = index % t.groups * t.share.wide, row_group = index / t.groups;
-  const int64_t left = t.plane.out_width - place.left - column;
+  const int left = static_cast<int>(t.plane.out_width) - place.left - column;
   if (left <= 0 || row_group >= t.row_groups) return {column, row_group, 0};
-  return {column, row_group, left < t.share.wide ? static_cast<int>(left) : t.share.wide};
+  return {column, row_group, left < t.share.wide ? left : t.share.wide};
 }
 
 // Begins to copy the tile of one plane of x; `zero` where there is no pixel.
@@ -102,8 +105,7 @@ EDGEDYN_DEVICE void BeginTile(const Tiling& t, const Place& place, const T* x, T
   constexpr int kLanes = 16 / sizeof(T);
   const int stride = static_cast<int>(t.plane.stride), padding = static_cast<int>(t.plane.padding);
   const int height = static_cast<int>(t.plane.height), width = static_cast<int>(t.plane.width);
-  const int top = static_cast<int>(place.top) * stride - padding;
-  const int left = static_cast<int>(place.left) * stride - padding - t.lead;
+  const int top = place.top * stride - padding, left = place.left * stride - padding - t.lead;
   const int threads = static_cast<int>(blockDim.x), vectors = t.pitch / kLanes;
   int row = static_cast<int>(threadIdx.x) / vectors, vector = static_cast<int>(threadIdx.x) % vectors;
   const int rows_on = threads / vectors, vectors_on = threads % vectors;

@@ -15,7 +15,7 @@ template <typename T>
 struct Arguments {
   AtomDepthwise2d p;
   Tiling tiling;
-  int kernels, kernel_parts, channel_parts;  // of a block, and how often all kernels and channels need one
+  unsigned kernels, kernel_parts, channel_parts;  // of a block, and how often all kernels and channels need one
   Pixels<T> x;
   const Generated<T>* alpha;
   const Generated<T>* bases;
@@ -44,11 +44,11 @@ template <bool kIsDense, typename T>
 __global__ void __launch_bounds__(kThreads, 2) FilterTile(const __grid_constant__ Arguments<T> a) {
   const Tiling& t = a.tiling;
   const Place place = FindPlace(t, a.kernel_parts * a.channel_parts);
-  const int64_t b = place.plane, first = place.part / a.kernel_parts * kChannels;
-  const int64_t channels_left = a.p.channels - first;
-  const int channels = channels_left < kChannels ? static_cast<int>(channels_left) : kChannels;
+  const unsigned b = place.plane, first = place.part / a.kernel_parts * kChannels;
+  const unsigned left = static_cast<unsigned>(a.p.channels) - first;
+  const int channels = left < kChannels ? static_cast<int>(left) : kChannels;
   const int index = static_cast<int>(threadIdx.x);
-  const int64_t m = place.part % a.kernel_parts * a.kernels + index / t.share.slots;
+  const int64_t m = place.part % a.kernel_parts * a.kernels + static_cast<unsigned>(index / t.share.slots);
 
   Slot slot = FindSlot(t, place, index % t.share.slots);
   if (place.top + slot.row_group >= t.plane.out_height || m >= a.p.kernels) slot.count = 0;
@@ -92,17 +92,17 @@ cudaError_t Filter(const Call& call, const AtomDepthwise2d& p) {
   T* y = static_cast<T*>(call.output);
   const Plane plane{p.height, p.width, p.out_height(), p.out_width(), p.side, p.stride, 1, p.side / 2};
   const int kernels = p.kernels < kKernels ? static_cast<int>(p.kernels) : kKernels;
-  const int slots = kThreads / kernels / 32 * 32;  // whole warps: all pixels of one have the same kernel's number
+  const int slots = kThreads / kernels / 32 * 32;  // whole warps: its pixels have the same kernel's number
   const Tiling tiling = MakeTiling(plane, {slots, kWide, 1, kStages}, x.data, y, alpha);
-  const int kernel_parts = static_cast<int>(CeilDiv<int64_t>(p.kernels, kernels));
-  const int channel_parts = static_cast<int>(CeilDiv<int64_t>(p.channels, kChannels));
-  const Arguments<T> a{p, tiling, kernels, kernel_parts, channel_parts, x, alpha, GeneratedOf<T>(call, 2), y,
-                       call.of_y};
+  const auto kernel_parts = static_cast<unsigned>(CeilDiv<int64_t>(p.kernels, kernels));
+  const auto channel_parts = static_cast<unsigned>(CeilDiv<int64_t>(p.channels, kChannels));
+  const Arguments<T> a{p, tiling, static_cast<unsigned>(kernels), kernel_parts, channel_parts, x, alpha,
+                       GeneratedOf<T>(call, 2), y, call.of_y};
   if (p.side != kSide || tiling.rows == 0) {
     const int64_t outputs = p.batch * p.kernels * p.channels * plane.out_height * plane.out_width;
     return Launch(FilterByDefinition<T>, CeilDiv<int64_t>(outputs, kThreads), kThreads, 0, call, a);
   }
-  const int64_t blocks = tiling.strips * tiling.bands * p.batch * kernel_parts * channel_parts;
+  const int64_t blocks = Blocks(tiling, p.batch * kernel_parts * channel_parts);
   return Launch(p.stride == 1 ? FilterTile<true, T> : FilterTile<false, T>, blocks, slots * kernels,
                 kStages * TileBytes<T>(tiling), call, a);
 }

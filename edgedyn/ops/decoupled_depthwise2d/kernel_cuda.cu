@@ -16,7 +16,7 @@ template <typename T>
 struct Arguments {
   DecoupledDepthwise2d p;
   Tiling tiling;
-  int parts;  // of a head's channels, kChannels each
+  unsigned parts;  // of a head's channels, kChannels each
   Pixels<T> x;
   const Generated<T>* channel_filter;
   const Generated<T>* spatial_filter;
@@ -44,10 +44,10 @@ __global__ void __launch_bounds__(kThreads, 2) FilterTile(const __grid_constant_
   static_assert(sizeof(filters) + kSharedBytes <= kMostSharedBytes, "shared memory");
   const Tiling& t = a.tiling;
   const Place place = FindPlace(t, a.parts);
-  const int64_t b = place.plane / a.p.heads, share = a.p.channels / a.p.heads;
-  const int64_t first = place.plane % a.p.heads * share + place.part * kChannels;
-  const int64_t channels_left = share - place.part * kChannels;
-  const int count = channels_left < kChannels ? static_cast<int>(channels_left) : kChannels;
+  const unsigned heads = static_cast<unsigned>(a.p.heads), share = static_cast<unsigned>(a.p.channels) / heads;
+  const unsigned b = place.plane / heads, head = place.plane % heads;
+  const unsigned first = head * share + place.part * kChannels, left = share - place.part * kChannels;
+  const int count = left < kChannels ? static_cast<int>(left) : kChannels;
   Combine(a, b, first, count, filters);
 
   Slot slot = FindSlot(t, place, static_cast<int>(threadIdx.x));
@@ -57,7 +57,7 @@ __global__ void __launch_bounds__(kThreads, 2) FilterTile(const __grid_constant_
   float spatial[kTaps][kWide];
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) {
-    const auto* plane = a.spatial_filter + (b * kTaps * a.p.heads + tap * a.p.heads + place.plane % a.p.heads) * pixels;
+    const auto* plane = a.spatial_filter + ((b * kTaps + tap) * a.p.heads + head) * pixels;
     ReadWide(plane + at, slot.count, t.are_generated_aligned, spatial[tap]);
   }
   const float zero_point = static_cast<float>(a.x.of.zero_point), scale = a.x.of.scale;
@@ -95,14 +95,14 @@ cudaError_t Filter(const Call& call, const DecoupledDepthwise2d& p) {
   const int64_t padding = p.side / 2 * p.dilation;
   const Plane plane{p.height, p.width, p.out_height, p.out_width, p.side, p.stride, p.dilation, padding};
   const Tiling tiling = MakeTiling(plane, {kThreads, kWide, 1, kStages}, x.data, y, spatial_filter);
-  const int64_t parts = CeilDiv<int64_t>(p.channels / p.heads, kChannels);
-  const Arguments<T> a{p, tiling, static_cast<int>(parts), x, GeneratedOf<T>(call, 1), spatial_filter, y, call.of_y};
+  const auto parts = static_cast<unsigned>(CeilDiv<int64_t>(p.channels / p.heads, kChannels));
+  const Arguments<T> a{p, tiling, parts, x, GeneratedOf<T>(call, 1), spatial_filter, y, call.of_y};
   if (p.side != kSide || tiling.rows == 0) {
     const int64_t outputs = p.batch * p.channels * p.out_height * p.out_width;
     return Launch(FilterByDefinition<T>, CeilDiv<int64_t>(outputs, kThreads), kThreads, 0, call, a);
   }
   const bool is_dense = p.stride == 1 && p.dilation == 1;
-  const int64_t blocks = tiling.strips * tiling.bands * p.batch * p.heads * parts;
+  const int64_t blocks = Blocks(tiling, p.batch * p.heads * parts);
   return Launch(is_dense ? FilterTile<true, T> : FilterTile<false, T>, blocks, kThreads,
                 kStages * TileBytes<T>(tiling), call, a);
 }

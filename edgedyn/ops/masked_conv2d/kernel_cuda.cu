@@ -15,8 +15,8 @@ namespace {
 template <typename T>
 struct Arguments {
   MaskedConv2d p;
-  Tiling tiling;  // of a depthwise filter
-  int parts;      // of its outputs, kChannels each
+  Tiling tiling;   // of a depthwise filter
+  unsigned parts;  // of its outputs, kChannels each
   Pixels<T> x;
   const Generated<T>* weight;
   const Generated<T>* bias;
@@ -39,8 +39,9 @@ __global__ void __launch_bounds__(kThreads, 3) FilterTile(const __grid_constant_
   const Tiling& t = a.tiling;
   const int side = kSide ? kSide : static_cast<int>(a.p.side), taps = side * side;
   const Place place = FindPlace(t, a.parts);
-  const int64_t b = place.plane, first = static_cast<int64_t>(place.part) * kChannels;
-  const int count = a.p.outputs - first < kChannels ? static_cast<int>(a.p.outputs - first) : kChannels;
+  const unsigned b = place.plane, first = place.part * kChannels;
+  const unsigned left = static_cast<unsigned>(a.p.outputs) - first;
+  const int count = left < kChannels ? static_cast<int>(left) : kChannels;
   for (int i = static_cast<int>(threadIdx.x); i < count * taps; i += kThreads) {
     weights[i] = static_cast<float>(a.weight[first * taps + i]);
   }
@@ -59,8 +60,9 @@ __global__ void __launch_bounds__(kThreads, 3) FilterTile(const __grid_constant_
   }
   const float zero_point = static_cast<float>(a.x.of.zero_point), scale = a.x.of.scale;
   const int64_t size = a.p.height * a.p.width;
-  const int share = static_cast<int>(a.p.outputs / a.p.groups);
-  const auto begin = [&](int o) { return a.x.data + (b * a.p.channels + (first + o) / share) * size; };
+  const unsigned share = static_cast<unsigned>(a.p.outputs) / static_cast<unsigned>(a.p.groups);
+  const T* image = a.x.data + b * a.p.channels * size;
+  const auto begin = [&](int o) { return image + (first + static_cast<unsigned>(o)) / share * size; };
   ForEachTile<kStages>(t, place, count, a.x.Zero(), begin, [&](int o, const T* tile) {
     const float* weight = weights + o * taps;
     float y[kWide] = {};
@@ -130,7 +132,8 @@ struct Step {
 };
 
 template <typename T>
-EDGEDYN_DEVICE void Gather(const Arguments<T>& a, const T* from, int depth_left, bool is_inside, float (*columns)[kPositions]) {
+EDGEDYN_DEVICE void Gather(const Arguments<T>& a, const T* from, int depth_left, bool is_inside,
+                           float (*columns)[kPositions]) {
   const int thread = static_cast<int>(threadIdx.x), position = thread % kPositions;
   const int64_t plane = a.p.height * a.p.width;
   const float zero_point = static_cast<float>(a.x.of.zero_point);
@@ -181,9 +184,10 @@ EDGEDYN_DEVICE void Convolve(const Arguments<T>& a, int64_t first, int outputs, 
   const Position at = PositionAt(a.p, run + listed[own < count ? own : 0]);
   const T* image = a.x.data + (at.b * a.p.channels + group * depth) * a.p.height * a.p.width;
   const auto* weight = a.weight + first * depth * a.p.side * a.p.side;
-  for (int64_t tap = 0; tap < a.p.side * a.p.side; ++tap) {
-    const int64_t row = at.row * a.p.stride - a.p.padding + tap / a.p.side * a.p.dilation;
-    const int64_t column = at.column * a.p.stride - a.p.padding + tap % a.p.side * a.p.dilation;
+  const int side = static_cast<int>(a.p.side);
+  for (int tap = 0; tap < side * side; ++tap) {
+    const int64_t row = at.row * a.p.stride - a.p.padding + tap / side * a.p.dilation;
+    const int64_t column = at.column * a.p.stride - a.p.padding + tap % side * a.p.dilation;
     const bool is_inside = own < count && row >= 0 && row < a.p.height && column >= 0 && column < a.p.width;
     for (int64_t i = 0; i < depth; i += kDepth) {
       const int depth_left = depth - i < kDepth ? static_cast<int>(depth - i) : kDepth;
@@ -247,9 +251,9 @@ cudaError_t Filter(const Call& call, const MaskedConv2d& p) {
     using namespace depthwise;
     const Plane plane{p.height, p.width, p.out_height, p.out_width, p.side, p.stride, p.dilation, p.padding};
     a.tiling = MakeTiling(plane, {kThreads, kWide, 1, kStages}, x.data, y, mask);
-    a.parts = static_cast<int>(CeilDiv<int64_t>(p.outputs, kChannels));
+    a.parts = static_cast<unsigned>(CeilDiv<int64_t>(p.outputs, kChannels));
     const bool is_dense = p.side == 3 && p.stride == 1 && p.dilation == 1 && p.padding == 1;
-    const int64_t blocks = a.tiling.strips * a.tiling.bands * p.batch * a.parts;
+    const int64_t blocks = Blocks(a.tiling, p.batch * a.parts);
     const auto kernel = is_dense ? FilterTile<3, true, T> : FilterTile<0, false, T>;
     if (a.tiling.rows > 0) return Launch(kernel, blocks, kThreads, kStages * TileBytes<T>(a.tiling), call, a);
   }
@@ -275,8 +279,9 @@ EDGEDYN_EXPORT int edgedyn_masked_conv2d(const edgedyn::Call* call) {
   const int64_t reach = dilation * (side - 1) + 1;
   const int64_t height = x[2] + 2 * padding - reach, width = x[3] + 2 * padding - reach;
   if (height < 0 || width < 0) return cudaErrorInvalidValue;
-  const MaskedConv2d p{x[0],      x[1],   x[2], x[3],   weight[0], height / stride + 1, width / stride + 1,
-                       side,      stride, padding,      dilation,  groups,              static_cast<Activation>(activation)};
+  const int64_t out_height = height / stride + 1, out_width = width / stride + 1;
+  const MaskedConv2d p{x[0],   x[1],    x[2],     x[3],   weight[0], out_height, out_width, side,
+                       stride, padding, dilation, groups, static_cast<Activation>(activation)};
   if (!HasShape(*call, 3, x[0], 1, p.out_height, p.out_width)) return cudaErrorInvalidValue;
   if (p.batch * p.outputs == 0) return cudaSuccess;
   if (call->type == kFloat32) return Filter<float>(*call, p);

@@ -96,7 +96,8 @@ __device__ __noinline__ void FilterAgain(const Arguments<T>& a) {
   const Slot slot = FindSlot(a.tiling, place, static_cast<int>(threadIdx.x));
   const int64_t b = place.plane / a.p.channels, c = place.plane % a.p.channels;
   for (int i = 0; i < kRowsEach * kWide; ++i) {
-    const int64_t row = place.top + slot.row_group * kRowsEach + i / kWide, column = place.left + slot.column + i % kWide;
+    const int64_t row = place.top + slot.row_group * kRowsEach + i / kWide;
+    const int64_t column = place.left + slot.column + i % kWide;
     if (row >= a.p.height || column >= a.p.width) continue;
     const float y = filter_pixel(a.p, a.x, a.grid, a.offset, b, c, row, column);
     Store(y, a.of_y, a.y + (place.plane * a.p.height + row) * a.p.width + column);
@@ -109,7 +110,9 @@ __global__ void __launch_bounds__(kThreads, 4) FilterTile(const __grid_constant_
   static_assert(sizeof(rows) + sizeof(columns) + kSharedBytes <= kMostSharedBytes, "shared memory");
   const Tiling& t = a.tiling;
   const Place place = FindPlace(t, 1);
-  const int64_t b = place.plane / a.p.channels, c = place.plane % a.p.channels, plane = a.p.height * a.p.width;
+  const unsigned channels = static_cast<unsigned>(a.p.channels), share = channels / static_cast<unsigned>(a.p.filters);
+  const unsigned b = place.plane / channels, filter = place.plane % channels / share;
+  const int64_t plane = a.p.height * a.p.width;
   T* tile = reinterpret_cast<T*>(shared_memory);
   BeginTile(t, place, a.x.data + place.plane * plane, a.x.Zero(), tile);
   __pipeline_commit();
@@ -125,10 +128,10 @@ __global__ void __launch_bounds__(kThreads, 4) FilterTile(const __grid_constant_
   const Slot slot = FindSlot(t, place, static_cast<int>(threadIdx.x));
   if (slot.count <= 0) return;
   const int begin = slot.row_group * kRowsEach;
-  const int64_t rows_left = a.p.height - place.top;
-  const int end = rows_left < begin + kRowsEach ? static_cast<int>(rows_left) : begin + kRowsEach;
+  const int rows_left = static_cast<int>(a.p.height) - place.top;
+  const int end = rows_left < begin + kRowsEach ? rows_left : begin + kRowsEach;
   const T* centre = tile + t.lead + kSide / 2 + slot.column;
-  T* to = a.y + place.plane * plane + place.top * a.p.width + place.left + slot.column;
+  T* to = a.y + (place.plane * a.p.height + place.top) * a.p.width + place.left + slot.column;
   const float zero_point = static_cast<float>(a.x.of.zero_point);
 
   bool is_finite = true;
@@ -136,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 4) FilterTile(const __grid_constant_
   float window[kSide][kWide + kSide - 1];
   for (int h = begin; h < end;) {
     const GridCell cell = rows[h];
-    Interpolate(a, b, c / (a.p.channels / a.p.filters), cell, columns + slot.column, tables);
+    Interpolate(a, b, filter, cell, columns + slot.column, tables);
 #pragma unroll
     for (int i = 0; i + 1 < kSide; ++i) ReadRow<kSide>(centre + (h + i) * t.pitch, zero_point, window[i]);
     for (bool is_between = true; is_between;) {
@@ -173,7 +176,7 @@ cudaError_t Filter(const Call& call, const SlicedDepthwise2d& p) {
   const Plane plane{p.height, p.width, p.height, p.width, p.side, 1, p.dilation, p.side / 2 * p.dilation};
   Arguments<T> a{p, MakeTiling(plane, {kThreads, kWide, kRowsEach, 1}, x.data, y, nullptr), x, GeneratedOf<T>(call, 1),
                  GeneratedOf<T>(call, 2), y, call.of_y};
-  const int64_t blocks = a.tiling.strips * a.tiling.bands * p.batch * p.channels;
+  const int64_t blocks = Blocks(a.tiling, p.batch * p.channels);
   const bool is_tiled = p.dilation == 1 && a.tiling.rows > 0 && a.tiling.rows <= kMostRows;
   if (is_tiled && p.side == 1) return Launch(FilterTile<1, T>, blocks, kThreads, TileBytes<T>(a.tiling), call, a);
   if (is_tiled && p.side == 3) return Launch(FilterTile<3, T>, blocks, kThreads, TileBytes<T>(a.tiling), call, a);

@@ -174,6 +174,6 @@ def call(
         )
     if error:
         raise TargetMissingError(
-            f"the CUDA kernel of {op} could not be launched: CUDA error {error}; expected a library of this "
-            "GPU's architecture. Build it for the GPU at hand."
+            f"the CUDA kernel of {op} could not be launched: CUDA error {error}; expected a GPU, its "
+            "driver and a library of its architecture. Build it for the GPU that nvidia-smi lists."
         )
