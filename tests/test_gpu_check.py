@@ -45,6 +45,7 @@ def test_check_needs_only_torch():
         ({"times_eager": 10.0, "times_compiled": 1.0}, True, True),
         ({"times_eager": 9.9, "times_compiled": 5.0}, True, False),
         ({"times_eager": 50.0, "times_compiled": 0.9}, True, False),
+        ({"times_eager": 50.0, "times_compiled": None}, True, False),
         ({"times_eager": 50.0, "times_compiled": 5.0}, False, False),
     ],
 )

@@ -240,15 +240,23 @@ def measure(
     run = stock(op, case)
     torch._dynamo.reset()  # it compiles one function 8 times and then no more
     compiled = torch.compile(run, dynamic=False)
-    times = {
-        "times_eager": time_ms(lambda: run(*case.inputs)) / ms,
-        "times_compiled": time_ms(lambda: compiled(*case.inputs)) / ms,
-    }
+    times: dict[str, float | None] = {"times_eager": time_ms(lambda: run(*case.inputs)) / ms}
+    try:
+        times["times_compiled"] = time_ms(lambda: compiled(*case.inputs)) / ms
+    except torch._dynamo.exc.TorchDynamoException as error:  # no C compiler, no Triton, or a bug of theirs
+        print(f"torch.compile cannot compile {load.what}, {dtype}: {error}", file=sys.stderr)
+        times["times_compiled"] = None
     return make_row(load.what, dtype, ms, minimal_bytes(op, case, y), bandwidth, times, is_right)
 
 
 def make_row(
-    what: str, dtype: str, ms: float, fewest: int, bandwidth: float, times: dict[str, float], is_right: bool
+    what: str,
+    dtype: str,
+    ms: float,
+    fewest: int,
+    bandwidth: float,
+    times: dict[str, float | None],
+    is_right: bool,
 ) -> dict[str, Any]:
     """Return one line of the result; passed where the result is right and every limit is met."""
     reached = {"share_of_copy": fewest / ms / bandwidth, **times}
@@ -257,10 +265,10 @@ def make_row(
         "dtype": dtype,
         "ms": round(ms, 4),
         "minimal_bytes": fewest,
-        **{name: round(value, 3) for name, value in reached.items()},
+        **{name: value and round(value, 3) for name, value in reached.items()},
         "limits": LIMITS,
         "is_right": is_right,
-        "passed": is_right and all(reached[name] >= limit for name, limit in LIMITS.items()),
+        "passed": is_right and all((reached[name] or 0) >= limit for name, limit in LIMITS.items()),
     }
 
 
