@@ -148,7 +148,9 @@ def _call_masked(x: Tensor, pick: Any, rand: Any) -> tuple[Any, ...]:
     b, channels, height, width = x.shape
     side, stride, dilation = pick(1, 3, 3, 5), pick(1, 1, 2), pick(1, 1, 2)
     padding = pick(dilation * (side // 2), dilation * (side // 2), dilation * (side - 1))
-    groups = pick(1, channels, channels, *(n for n in (2, 3) if channels % n == 0))
+    # many channels in one group: more than a kernel gathers at a time
+    shared = (1, 1) if channels > 6 else tuple(n for n in (2, 3) if channels % n == 0)
+    groups = pick(1, channels, channels, *shared)
     outputs = groups * pick(1, 1, 2, 70 // groups)
     reach = dilation * (side - 1) + 1
     size = [(n + 2 * padding - reach) // stride + 1 for n in (height, width)]
