@@ -12,6 +12,7 @@ import pytest
 import torch
 from executorch.runtime import Runtime
 from kernel_check import INT8_LIMIT, exact_int8, int8_call, rounding, to_double
+from lowered_calls import EXAMPLES, OPS, Calls, lower_call, lower_calls
 from small_networks import LAYERS
 from torch import Tensor, nn
 
@@ -26,16 +27,7 @@ from edgedyn.targets.executorch.lower import lower
 from edgedyn.targets.executorch.run import load
 
 ROOT = Path(__file__).parents[1]
-OPS = {
-    name: op
-    for name, op in ops.load_all().items()
-    if (kernels.SOURCES / name / "kernel_executorch.cpp").is_file()
-}
-CASES = [
-    pytest.param(op, args, id=f"{name}-{k}")
-    for name, op in OPS.items()
-    for k, args in enumerate(op.examples())
-]
+CASES = [pytest.param(op, args, id=name) for name, (op, args) in EXAMPLES.items()]
 every_case = pytest.mark.parametrize(("op", "args"), CASES)
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
@@ -47,27 +39,6 @@ def library():
         return kernels.load()
     except TargetMissingError as error:
         pytest.skip(str(error))
-
-
-class Call(nn.Module):
-    """A network that is one call of an op."""
-
-    def __init__(self, overload: Any, args: tuple[Any, ...]) -> None:
-        super().__init__()
-        self.overload, self.args = overload, args
-
-    def forward(self, *tensors: Tensor) -> Tensor:
-        given = iter(tensors)
-        return self.overload(*(next(given) if isinstance(a, Tensor) else a for a in self.args))
-
-
-def lower_call(overload: Any, args: tuple[Any, ...], folder: Any) -> Any:
-    """Return what runs one op in the real runtime: tensors in, array out."""
-    tensors = tuple(a for a in args if isinstance(a, Tensor))
-    program = torch.export.export(Call(overload, args), tensors)
-    artifact = lower({"forward": program}, folder, "fp32")
-    run = load(folder / artifact.programs["forward"])
-    return lambda *given: run(*(t.numpy() for t in given))[0]
 
 
 def run_kernel(overload: Any, args: tuple[Any, ...], folder: Any) -> np.ndarray:
@@ -143,7 +114,7 @@ def test_command_says_where_the_library_is(library, capsys, monkeypatch):
 
 def test_machine_without_cmake_is_told_what_to_install(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels.shutil, "which", lambda *a, **k: None)
+    monkeypatch.setattr("shutil.which", lambda *a, **k: None)
     with pytest.raises(TargetMissingError, match=r"there is no cmake.*libhwy-dev.*kernels: stock needs none"):
         kernels.build()
     assert not list(tmp_path.rglob("*.so"))
@@ -192,10 +163,8 @@ def test_inspect_names_the_kernel_of_a_target_that_has_it():
 def test_what_the_kernel_does_not_take_is_refused(form, tmp_path):
     x, grid = torch.rand(1, 4, 6, 8), torch.randn(1, 36, 3, 4)
     x = x.double() if form == "double" else x.to(memory_format=torch.channels_last)
-    call = Call(torch.ops.edgedyn.sliced_depthwise2d, (x, grid, None, 3))
-    program = torch.export.export(call, (x, grid))
-    artifact = lower({"forward": program}, tmp_path, "fp32")
-    method = Runtime.get().load_program(tmp_path / artifact.programs["forward"]).load_method("forward")
+    path = lower_calls(Calls((torch.ops.edgedyn.sliced_depthwise2d, (x, grid, None, 3))), tmp_path)
+    method = Runtime.get().load_program(path).load_method("forward")
     with pytest.raises(RuntimeError):
         method.execute([x, grid])
 

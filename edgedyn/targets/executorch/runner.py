@@ -1,0 +1,149 @@
+"""Run a ``.pte`` by the C++ runner, without Python's binding: here, or on an ARM64 machine emulated here.
+
+The emulator translates ARM64 instructions: it shows what a phone computes, never how fast.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from edgedyn.errors import BundleError, TargetMissingError
+from edgedyn.manifest import FORWARD
+from edgedyn.targets.executorch import kernels
+from edgedyn.targets.executorch.compile import Product, cache, installed_package
+
+if TYPE_CHECKING:
+    from edgedyn.targets import Run
+
+SOURCES = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one method of a program."""
+
+    path: Path
+    program: str
+    inputs: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the runner is built for, and how it is started.
+
+    Attributes:
+        name: for people.
+        package: returns the folder ``executorch`` of its package.
+        options: what CMake needs to know to compile for it.
+        start: the words before the runner's, of an emulator.
+        mend: what is to be installed to build and to start the runner.
+    """
+
+    name: str
+    package: Callable[[], Path]
+    options: tuple[str, ...]
+    start: tuple[str, ...]
+    mend: str
+
+
+def arm64_package() -> Path:
+    """Return the folder ``executorch`` of the ARM64 package of the installed version, fetched once.
+
+    Raises:
+        TargetMissingError: where pip cannot fetch it, with pip's words.
+    """
+    release = version("executorch").split("+")[0]
+    folder = cache() / f"executorch-{release}-aarch64"
+    if folder.is_dir():
+        return folder / "executorch"
+    cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache()) as fetched:
+        choice = ("--platform", "manylinux_2_28_aarch64", "--only-binary=:all:", "--no-deps")
+        pip = (sys.executable, "-m", "pip", "download", "--quiet", *choice, "--dest", fetched)
+        done = subprocess.run([*pip, f"executorch=={release}"], capture_output=True, text=True, check=False)
+        if done.returncode:
+            last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no word")
+            raise TargetMissingError(
+                f"the ARM64 package of ExecuTorch {release} cannot be fetched: {last}. Expected a package "
+                "index that pip reaches; try again with one."
+            )
+        with zipfile.ZipFile(next(Path(fetched).glob("*.whl"))) as wheel:
+            wheel.extractall(Path(fetched) / "unpacked")
+        (Path(fetched) / "unpacked").rename(folder)  # whole or not at all
+    return folder / "executorch"
+
+
+HERE = Machine("this machine", installed_package, (), (), "It needs what the fused kernels need.")
+ARM64 = Machine(
+    "ARM64",
+    arm64_package,
+    (
+        "-DCMAKE_SYSTEM_NAME=Linux",
+        "-DCMAKE_SYSTEM_PROCESSOR=aarch64",
+        "-DCMAKE_CXX_COMPILER=aarch64-linux-gnu-g++",
+    ),
+    # a phone's processor: NEON, half precision and dot products, but no SVE
+    ("qemu-aarch64-static", "-cpu", "cortex-a76", "-L", "/usr/aarch64-linux-gnu"),
+    "It needs an ARM64 compiler, an emulator, CMake 3.28 or newer and Highway: sudo apt-get install "
+    'g++-aarch64-linux-gnu qemu-user-static libhwy-dev, pip install "edgedyn[kernels]".',
+)
+
+
+def build(machine: Machine) -> Path:
+    """Return the runner for a machine, our kernels in it; compiled first where a source changed.
+
+    Raises:
+        TargetMissingError: without what building or starting it needs.
+    """
+    if machine.start and shutil.which(machine.start[0]) is None:
+        raise TargetMissingError(f"nothing here runs {machine.name}: no {machine.start[0]}. {machine.mend}")
+    what = f"the runner for {machine.name}"
+    package, sources = machine.package(), (SOURCES, kernels.SOURCES)
+    made = Product(what, SOURCES, "edgedyn_runner", sources, package, machine.mend, machine.options)
+    return made.build()
+
+
+def run_all(jobs: Sequence[Job], machine: Machine = ARM64) -> list[list[np.ndarray]]:
+    """Run jobs one after the other in one process and return the outputs of each.
+
+    Raises:
+        TargetMissingError: as ``build``.
+        BundleError: when a program cannot be loaded or run, with the runner's words.
+    """
+    runner = build(machine)
+    with tempfile.TemporaryDirectory() as folder:
+        words: list[str] = []
+        for k, job in enumerate(jobs):
+            place = Path(folder) / str(k)
+            place.mkdir()
+            for i, array in enumerate(job.inputs):
+                np.save(place / f"input_{i}.npy", np.ascontiguousarray(array))
+            words += [str(job.path), job.program, str(place)]
+        done = subprocess.run([*machine.start, runner, *words], capture_output=True, text=True, check=False)
+        if done.returncode:
+            said = " ".join(done.stderr.split("\n")[-4:]).strip() or f"exit status {done.returncode}"
+            raise BundleError(
+                f"ExecuTorch on {machine.name} cannot run a program: {said}. Expected a program and inputs "
+                "that run on this machine; build the program again, `edgedyn doctor` prints the versions."
+            )
+        return [_outputs(Path(folder) / str(k)) for k in range(len(jobs))]
+
+
+def _outputs(folder: Path) -> list[np.ndarray]:
+    return [np.load(folder / f"output_{k}.npy") for k in range(len(list(folder.glob("output_*.npy"))))]
+
+
+def load(path: Path, program: str = FORWARD, machine: Machine = ARM64) -> Run:
+    """Return ``run(*arrays) -> [arrays]`` of a method of a ``.pte``; every run is a process of its own."""
+    return lambda *arrays: run_all([Job(path, program, arrays)], machine)[0]
