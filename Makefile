@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: .venv demo test test-long bench kernel-tools clean
+.PHONY: .venv demo test test-arm64 test-long bench kernel-tools arm64-tools clean
 
 .venv: .venv/installed
 
@@ -31,11 +31,21 @@ kernel-tools:
 	  { apt-get update && apt-get install -y g++ libhwy-dev; } > /dev/null 2>&1 || \
 	  echo "no C++ compiler or no Highway: apt-get install g++ libhwy-dev"
 
+# so is ARM64: a compiler for it and an emulator
+arm64-tools:
+	@command -v aarch64-linux-gnu-g++ > /dev/null && command -v qemu-aarch64-static > /dev/null || \
+	  { apt-get update && apt-get install -y g++-aarch64-linux-gnu qemu-user-static; } > /dev/null 2>&1 || \
+	  echo "no compiler for ARM64 or no emulator: apt-get install g++-aarch64-linux-gnu qemu-user-static"
+
 test: .venv kernel-tools
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
 	$(BIN)/pytest --numprocesses 2 --dist loadfile
+
+# every op and every phone recipe; make test runs the quick ones of these where the tools are installed
+test-arm64: .venv kernel-tools arm64-tools
+	$(BIN)/pytest --numprocesses 2 -m arm64
 
 test-long: .venv kernel-tools
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "slow or not slow"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 
 import pytest
 
@@ -18,3 +19,17 @@ def _shared_provenance():
 
     with shared_provenance():
         yield
+
+
+@pytest.fixture(scope="session")
+def arm64():
+    """Compile the runner for ARM64, where there are the tools and the package."""
+    from edgedyn.errors import TargetMissingError
+    from edgedyn.targets.executorch import runner
+
+    if platform.machine() != "x86_64":
+        pytest.skip(f"compares ARM64 with x86_64, and this machine is {platform.machine()}")
+    try:
+        return runner.build(runner.ARM64)
+    except TargetMissingError as error:
+        pytest.skip(str(error))

@@ -107,3 +107,11 @@ def small_affine() -> AffineMalleConv:
 
 
 LAYERS = {"affine": small_affine, "kernels": lambda: MalleConv(8, 8, num_blocks=1)}
+
+
+def small_mallenet() -> nn.Module:
+    """Return a denoiser of one MalleConv between two convolutions."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), LAYERS["kernels"](), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)
+    ).eval()

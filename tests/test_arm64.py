@@ -1,12 +1,10 @@
-"""ARM64, emulated: our kernels with NEON and the programs of a phone compute there what they do on x86.
+"""ARM64, emulated: our kernels compute with NEON what they compute on x86, by the runner without Python.
 
 Both run the same ``.pte`` on the same inputs. The emulator is 20 to 40 times slower, so one process runs all
 calls of our ops.
 """
 
 from __future__ import annotations
-
-import platform
 
 import numpy as np
 import pytest
@@ -19,18 +17,7 @@ from edgedyn.errors import BundleError, TargetMissingError
 from edgedyn.targets.executorch import runner
 from edgedyn.targets.executorch.run import load
 
-pytestmark = pytest.mark.arm64
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _arm64():
-    """Compile the runner, where there are the tools and the package."""
-    if platform.machine() != "x86_64":
-        pytest.skip(f"compares ARM64 with x86_64, and this machine is {platform.machine()}")
-    try:
-        runner.build(runner.ARM64)
-    except TargetMissingError as error:
-        pytest.skip(str(error))
+pytestmark = [pytest.mark.arm64, pytest.mark.usefixtures("arm64")]
 
 
 def larger() -> dict[str, tuple]:
