@@ -168,6 +168,7 @@ def _finish_part(
             section=recipe.quantize,
             samples=samples,
             float32=float32,
+            kernels={op.overload for op, form in forms.items() if form.fn is None},
             progress=lambda done, total: progress(label, done, total),
         )
     program = ops.expand(quantized.program, forms, "after_quantize")

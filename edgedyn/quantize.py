@@ -140,6 +140,7 @@ def to_int8(
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]],
     float32: Collection[str] = frozenset(),
+    kernels: Collection[Any] = frozenset(),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Quantized:
     """Calibrate on the samples and convert to INT8.
@@ -151,6 +152,7 @@ def to_int8(
         section: the recipe's ``quantize`` section: engine, bias correction, layers kept in float.
         samples: calibration inputs, each a tuple of tensors of the program's shapes.
         float32: names of module classes that are never quantized.
+        kernels: overloads of our ops that the target computes in INT8 where x is.
         progress: called with (samples seen, samples); the NNCF engine reads them several times.
 
     Raises:
@@ -164,7 +166,7 @@ def to_int8(
     module = fold(program)
     kept = dict.fromkeys(_matching(module, section.keep_float), _KEPT_BY_RECIPE)
     kept |= {node.name: _KEPT_ALWAYS for node in module.graph.nodes if belongs_to(node, float32)}
-    quantizer = make_quantizer(scheme, kept)
+    quantizer = make_quantizer(scheme, kept, kernels)
     convert = {"torchao": _convert_torchao, "nncf": _convert_nncf}[section.engine]
     with torch.no_grad():
         converted = convert(module, quantizer, section, samples, progress)
@@ -202,8 +204,13 @@ def _matching(module: fx.GraphModule, patterns: Sequence[str]) -> frozenset[str]
     return frozenset(name for name, path in layers.items() if any(fnmatch.fnmatch(path, p) for p in patterns))
 
 
-def make_quantizer(scheme: Int8Scheme, keep_float: Collection[str] = frozenset()) -> Any:
+def make_quantizer(
+    scheme: Int8Scheme, keep_float: Collection[str] = frozenset(), kernels: Collection[Any] = frozenset()
+) -> Any:
     """Make the PT2E quantizer of a scheme: int8 activations by tensor, symmetric int8 weights by channel.
+
+    Where convolutions have no quantized output, a kernel's x gets its step only in front of readers that
+    quantize y as well: an 8-bit rounding that saves no float feature map would be paid for nothing.
 
     torchao takes the range of an activation that has the least squared error over its histogram; NNCF has its
     own statistics and takes only types and schemes from here.
@@ -227,10 +234,17 @@ def make_quantizer(scheme: Int8Scheme, keep_float: Collection[str] = frozenset()
         observer_or_fake_quant_ctr=PerChannelMinMaxObserver.with_args(eps=2**-16),
     )
 
+    def is_int8(node: fx.Node) -> bool:
+        return node.target in MULTIPLY_ADD_OPS and node.name not in keep_float
+
     class Int8Quantizer(Quantizer):  # type: ignore[misc]
         def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
             for node in model.graph.nodes:
-                if node.target not in MULTIPLY_ADD_OPS or node.name in keep_float:
+                if node.target in kernels and not scheme.outputs and all(map(is_int8, node.users)):
+                    node.meta["quantization_annotation"] = QuantizationAnnotation(
+                        input_qspec_map={node.args[0]: activation}, _annotated=True
+                    )
+                if not is_int8(node):
                     continue
                 read = {node.args[0]: activation, node.args[1]: weight}
                 last = fused_activation(node) or node

@@ -22,9 +22,9 @@ from edgedyn.quantize import to_int8
 from edgedyn.recipe import QuantizeSection, load_recipe
 from edgedyn.targets.executorch import TARGET as EXECUTORCH
 from edgedyn.targets.executorch import kernels
-from edgedyn.targets.executorch.fuse import fuse_int8
 from edgedyn.targets.executorch.lower import lower
 from edgedyn.targets.executorch.run import load
+from edgedyn.targets.fuse import fuse_int8
 
 ROOT = Path(__file__).parents[1]
 CASES = [pytest.param(op, args, id=name) for name, (op, args) in EXAMPLES.items()]

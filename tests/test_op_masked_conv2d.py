@@ -1,11 +1,10 @@
-"""masked_conv2d: its formula pixel by pixel, its plugin node, its refusals, its form in the real runtimes."""
+"""masked_conv2d: its formula pixel by pixel, its refusals, its form in the real runtimes."""
 
 from __future__ import annotations
 
 import math
 
 import numpy as np
-import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -14,7 +13,6 @@ from edgedyn import ops, targets
 from edgedyn.errors import ModelError
 from edgedyn.ops.masked_conv2d import OP, masked_conv2d, oracle
 from edgedyn.quantize import to_float
-from edgedyn.targets.onnx_export import export_onnx
 
 CASES = list(OP.examples())
 every_case = pytest.mark.parametrize("args", CASES, ids=range(len(CASES)))
@@ -135,30 +133,6 @@ def capture(args):
     x, weight, bias, mask, *options = args
     inputs = (x[:1], mask[:1])
     return torch.export.export(Gated(weight, bias, options).eval(), inputs), inputs
-
-
-@pytest.mark.parametrize("args", [CASES[1], CASES[4]], ids=["no_bias", "groups_stride_dilation"])
-def test_onnx_node_carries_inputs_and_attributes(args, tmp_path):
-    program, _ = capture(args)
-    form = next(form for form in OP.forms if form.name == "onnx_node")
-    assert form.requires == {"edgedyn_plugins"}
-    assert form.expand == "after_quantize"
-    expanded = ops.expand(program, {OP: form}, "after_quantize")
-    model = export_onnx(expanded, tmp_path / "op.onnx", input_names=["x", "mask"], output_names=["y"])
-    onnx.checker.check_model(model, full_check=True)
-    (node,) = model.graph.node
-    assert (node.domain, node.op_type) == ("edgedyn", "MaskedConv2d")
-    stored = {t.name: tuple(t.dims) for t in model.graph.initializer}
-    shapes = [stored.get(name, name) for name in node.input]
-    bias = [] if args[2] is None else [tuple(args[2].shape)]
-    assert shapes == ["x", tuple(args[1].shape), "mask", *bias]
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    names = ("stride", "padding", "dilation", "groups")
-    assert tuple(attributes[name] for name in names) == args[4:8]
-    assert attributes["activation"].decode() == args[8]
-    assert (attributes["plugin_version"], attributes["plugin_namespace"]) == (b"1", b"edgedyn")
-    shape = [d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim]
-    assert shape == [1, args[1].shape[0], *args[3].shape[2:]]
 
 
 @pytest.mark.parametrize("name", ["executorch", "onnxruntime"])

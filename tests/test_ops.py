@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import onnx
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,6 @@ from torch import Tensor, nn
 from edgedyn import ops, targets
 from edgedyn.errors import ModelError, NoFormError, RecipeError
 from edgedyn.ops.sliced_depthwise2d import oracle, sliced_depthwise2d
-from edgedyn.targets.onnx_export import export_onnx
 
 OPS = ops.load_all()
 CASES = {f"{name}-{k}": (op, args) for name, op in OPS.items() for k, args in enumerate(op.examples())}
@@ -146,29 +144,6 @@ def test_registration_passes_opcheck(op, args):
     torch.library.opcheck(op.overload, args, test_utils=("test_schema", "test_faketensor"))
 
 
-@cases_of("sliced_depthwise2d")
-def test_onnx_node_carries_inputs_and_attributes(op, args, tmp_path):
-    program, tensors = capture(op, args)
-    form = next(form for form in op.forms if form.name == "onnx_node")
-    assert form.requires == {"edgedyn_plugins"}
-    assert form.expand == "after_quantize"
-    assert len(ops.expand(program, {op: form}, "before_quantize").graph.nodes) == len(program.graph.nodes)
-    expanded = ops.expand(program, {op: form}, "after_quantize")
-    names = [f"input_{k}" for k in range(len(tensors))]
-    model = export_onnx(expanded, tmp_path / "op.onnx", input_names=names, output_names=["y"])
-    onnx.checker.check_model(model, full_check=True)
-    (node,) = model.graph.node
-    assert (node.domain, node.op_type) == ("edgedyn", "".join(w.capitalize() for w in op.name.split("_")))
-    assert list(node.input) == names
-    attributes = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
-    assert (attributes.pop("plugin_version"), attributes.pop("plugin_namespace")) == (b"1", b"edgedyn")
-    names_in_order = [a.name for a in op.overload._schema.arguments]
-    settings = {n: v for n, v in zip(names_in_order, args, strict=False) if isinstance(v, int | str)}
-    assert attributes == {n: v.encode() if isinstance(v, str) else v for n, v in settings.items()}
-    shape = [d.dim_value for d in model.graph.output[0].type.tensor_type.shape.dim]
-    assert shape == list(op.overload(*args).shape)
-
-
 @pytest.mark.parametrize(("op", "form", "args"), ORDINARY)
 def test_expand_leaves_no_node_of_ours_and_keeps_the_numbers(op, form, args):
     args = to_double(args)
@@ -213,38 +188,36 @@ def test_precondition_is_refused_with_what_was_found(args, found, expected, devi
 
 
 def test_first_form_that_the_target_can_run_is_chosen():
-    plugins = replace(EXECUTORCH, capabilities=frozenset({"edgedyn_plugins"}))
     kernels = replace(EXECUTORCH, capabilities=EXECUTORCH.kernels)
     assert ops.choose_form(OP, EXECUTORCH).name == "banded_shift_mac"
-    assert ops.choose_form(OP, plugins).name == "resize_shift_mac"
+    assert ops.choose_form(OP, replace(EXECUTORCH, capabilities=frozenset())).name == "resize_shift_mac"
     assert ops.choose_form(OP, kernels).name == OP.forms[0].name == "fused"
-    assert ops.choose_form(OP, plugins, "onnx_node").name == "onnx_node"
+    assert ops.choose_form(OP, kernels, "resize_shift_mac").name == "resize_shift_mac"
     behind = replace(OP, forms=tuple(reversed(OP.forms)))
-    assert ops.choose_form(behind, plugins).name == "onnx_node"
+    assert ops.choose_form(behind, kernels).name == "resize_shift_mac"
     assert ops.choose_form(behind, EXECUTORCH).name == "resize_shift_mac"
 
 
 def test_form_that_the_target_lacks_names_every_form_and_its_needs():
     with pytest.raises(NoFormError) as caught:
-        ops.choose_form(OP, EXECUTORCH, "onnx_node")
+        ops.choose_form(OP, EXECUTORCH, "fused")
     text = str(caught.value)
     assert caught.value.exit_code == 4
-    assert "target 'executorch' cannot run op 'sliced_depthwise2d' as onnx_node: it has ['in_order']" in text
+    assert "target 'executorch' cannot run op 'sliced_depthwise2d' as fused: it has ['in_order']" in text
     assert "resize_shift_mac needs []" in text
-    assert "onnx_node needs ['edgedyn_plugins']" in text
+    assert "fused needs ['edgedyn_kernels']" in text
     assert "forms.sliced_depthwise2d" in text
 
 
 def test_op_without_any_possible_form_is_refused():
     only = replace(OP, forms=tuple(form for form in OP.forms if form.requires - EXECUTORCH.capabilities))
-    with pytest.raises(NoFormError, match=r"as any form: .*onnx_node needs \['edgedyn_plugins'\]"):
+    with pytest.raises(NoFormError, match=r"as any form: .*fused needs \['edgedyn_kernels'\]"):
         ops.choose_form(only, EXECUTORCH)
 
 
 def test_unknown_form_lists_the_known_ones():
     with pytest.raises(
-        RecipeError,
-        match=r"'melted'.*found forms: fused, banded_shift_mac, resize_shift_mac, onnx_node\. Mend forms\.",
+        RecipeError, match=r"'melted'.*found forms: fused, banded_shift_mac, resize_shift_mac\. Mend forms\."
     ):
         ops.choose_form(OP, EXECUTORCH, "melted")
 

@@ -49,7 +49,7 @@ def test_name_folder_and_defaults_come_from_the_file(tmp_path):
 
 
 def test_recipe_survives_a_round_trip_through_yaml(tmp_path):
-    recipe = load_recipe(write(tmp_path, forms={"sliced_depthwise2d": "onnx_node"}))
+    recipe = load_recipe(write(tmp_path, forms={"sliced_depthwise2d": "fused"}))
     again = tmp_path / "again.yaml"
     again.write_text(recipe.to_yaml(), encoding="utf-8")
     assert load_recipe(again) == recipe
@@ -139,7 +139,7 @@ def test_set_replaces_and_adds_values_of_any_type(tmp_path):
     overrides = [
         "quantize.engine=torchao",
         "quantize.keep_float=[tail, levels.*]",
-        "forms.sliced_depthwise2d=onnx_node",
+        "forms.sliced_depthwise2d=fused",
         "input.shape=[1, 3, 64, 96]",
         "limits.drop_db=0.5",
         "model.sha256=null",
@@ -148,7 +148,7 @@ def test_set_replaces_and_adds_values_of_any_type(tmp_path):
     recipe = load_recipe(write(tmp_path), overrides)
     assert recipe.quantize.engine == "torchao"
     assert recipe.quantize.keep_float == ["tail", "levels.*"]
-    assert recipe.forms == {"sliced_depthwise2d": "onnx_node"}
+    assert recipe.forms == {"sliced_depthwise2d": "fused"}
     assert recipe.input.shape == [1, 3, 64, 96]
     assert recipe.limits.drop_db == 0.5
     assert recipe.model.sha256 is None

@@ -47,6 +47,15 @@ def export_onnx(
         ModelError: for a wrong number of names, an operator that ONNX cannot express, or 2 GB of weights.
         TargetMissingError: where onnx or onnxscript is not installed.
     """
+    model = translate(program, input_names, output_names)
+    write_onnx(model, path)
+    return model
+
+
+def translate(
+    program: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]
+) -> onnx.ModelProto:
+    """Return a program as a checked ONNX model; arguments and errors are those of ``export_onnx``."""
     _require_packages()
     import onnx
     import onnx_ir
@@ -70,8 +79,12 @@ def export_onnx(
         raise ModelError(
             f"the exported ONNX is not valid: {error}. This is a defect of the exporter or of a form."
         ) from error
-    path.write_bytes(model.SerializeToString(deterministic=True))
     return model
+
+
+def write_onnx(model: onnx.ModelProto, path: Path) -> None:
+    """Write a model to ``path``; the same model gives the same bytes."""
+    path.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def check_precision(models: Sequence[onnx.ModelProto], precision: str) -> None:

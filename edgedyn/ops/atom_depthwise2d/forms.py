@@ -10,7 +10,6 @@ validation crops of 128 x 128.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -71,26 +70,8 @@ def _mix(weights: Tensor, maps: Sequence[Tensor]) -> Tensor:
     return y.reshape(b, -1, height, width)
 
 
-def onnx_node(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
-    """Keep the op as the ONNX node ``edgedyn::AtomDepthwise2d``, for a runtime that has our plugin.
-
-    ``plugin_version`` and ``plugin_namespace`` are what TensorRT's parser looks a plugin up by.
-    """
-    attributes: dict[str, Any] = {
-        "kernel_size": kernel_size,
-        "stride": stride,
-        "plugin_version": "1",
-        "plugin_namespace": "edgedyn",
-    }
-    shape = (x.shape[0], alpha.shape[1] // bases.shape[0] * x.shape[1], *alpha.shape[2:])
-    return torch.onnx.ops.symbolic(
-        "edgedyn::AtomDepthwise2d", (x, alpha, bases), attributes, dtype=x.dtype, shape=shape, version=1
-    )
-
-
 FORMS = (
     FUSED,
     Form("bases_first", bases_first, expand="after_quantize"),
     Form("atoms_first", atoms_first, expand="after_quantize"),
-    Form("onnx_node", onnx_node, requires=frozenset({"edgedyn_plugins"}), expand="after_quantize"),
 )

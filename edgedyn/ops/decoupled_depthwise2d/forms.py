@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -119,42 +117,8 @@ def shift_sums(
     return sum_taps(x, kernel, kernel_size, dilation, runs=runs)
 
 
-def onnx_node(
-    x: Tensor,
-    channel_filter: Tensor,
-    spatial_filter: Tensor,
-    kernel_size: int,
-    stride: int = 1,
-    dilation: int = 1,
-    heads: int = 1,
-    combine: str = "mul",
-) -> Tensor:
-    """Keep the op as the ONNX node ``edgedyn::DecoupledDepthwise2d``, for a runtime that has our plugin.
-
-    ``plugin_version`` and ``plugin_namespace`` are what TensorRT's parser looks a plugin up by.
-    """
-    attributes: dict[str, Any] = {
-        "kernel_size": kernel_size,
-        "stride": stride,
-        "dilation": dilation,
-        "heads": heads,
-        "combine": combine,
-        "plugin_version": "1",
-        "plugin_namespace": "edgedyn",
-    }
-    return torch.onnx.ops.symbolic(
-        "edgedyn::DecoupledDepthwise2d",
-        (x, channel_filter, spatial_filter),
-        attributes,
-        dtype=x.dtype,
-        shape=(*x.shape[:2], *spatial_filter.shape[2:]),
-        version=1,
-    )
-
-
 FORMS = (
     FUSED,
     Form("shift_sums", shift_sums, requires=frozenset({"in_order"})),
     Form("shift_mac", shift_mac),
-    Form("onnx_node", onnx_node, requires=frozenset({"edgedyn_plugins"}), expand="after_quantize"),
 )

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,34 +45,8 @@ def _upsample(cells: Tensor, x: Tensor, align_corners: bool) -> Tensor:
     return F.interpolate(shared, size=x.shape[2:], mode="bilinear", align_corners=align_corners)
 
 
-def onnx_node(
-    x: Tensor,
-    grid: Tensor,
-    offset: Tensor | None,
-    kernel_size: int,
-    dilation: int = 1,
-    align_corners: bool = False,
-) -> Tensor:
-    """Keep the op as the ONNX node ``edgedyn::SlicedDepthwise2d``, for a runtime that has our plugin.
-
-    ``plugin_version`` and ``plugin_namespace`` are what TensorRT's parser looks a plugin up by.
-    """
-    inputs = (x, grid) if offset is None else (x, grid, offset)
-    attributes: dict[str, Any] = {
-        "kernel_size": kernel_size,
-        "dilation": dilation,
-        "align_corners": int(align_corners),
-        "plugin_version": "1",
-        "plugin_namespace": "edgedyn",
-    }
-    return torch.onnx.ops.symbolic(
-        "edgedyn::SlicedDepthwise2d", inputs, attributes, dtype=x.dtype, shape=x.shape, version=1
-    )
-
-
 FORMS = (
     FUSED,
     Form("banded_shift_mac", banded_shift_mac, frozenset({"in_order"}), expand="after_quantize"),
     Form("resize_shift_mac", resize_shift_mac),
-    Form("onnx_node", onnx_node, requires=frozenset({"edgedyn_plugins"}), expand="after_quantize"),
 )

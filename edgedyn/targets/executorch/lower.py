@@ -24,8 +24,8 @@ from torch.fx import Node
 from edgedyn.errors import ModelError
 from edgedyn.targets import Artifact
 from edgedyn.targets.executorch import kernels
-from edgedyn.targets.executorch.fuse import calls_kernels, fuse_int8
 from edgedyn.targets.executorch.run import quiet_runtime
+from edgedyn.targets.fuse import calls_kernels, fuse_int8
 
 MODEL_NAME = "model.pte"
 

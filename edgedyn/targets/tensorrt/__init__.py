@@ -24,7 +24,7 @@ TARGET = Target(
     name="tensorrt",
     summary="TensorRT 10 and 11 on Jetson: ONNX here, engine there (fp32, fp16, int8)",
     capabilities=frozenset(),
-    kernels=frozenset({"edgedyn_plugins"}),
+    kernels=frozenset({"edgedyn_kernels"}),
     precisions=frozenset({"fp32", "fp16", "int8"}),
     int8=Int8Scheme(symmetric=True, outputs=False),
     lower=deferred("edgedyn.targets.tensorrt.lower", "lower"),

@@ -1,4 +1,8 @@
-"""Lower programs to ONNX for TensorRT: write, lint, let NVIDIA's own parser and builder try it."""
+"""Lower programs to ONNX for TensorRT: write, lint, let NVIDIA's own parser and builder try it.
+
+A model that needs our plugins gets a twin in ordinary operators, ``model.expanded.onnx``: ONNX Runtime and
+TensorRT-RTX take no plugins, so hosts run and check that one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from edgedyn.errors import ModelError
 from edgedyn.manifest import FORWARD
 from edgedyn.targets import Artifact
-from edgedyn.targets.onnx_export import lint_for_tensorrt
+from edgedyn.targets.onnx_export import lint_for_tensorrt, write_onnx
 from edgedyn.targets.onnxruntime.lower import (
     count_operators,
     describe_models,
@@ -21,6 +25,8 @@ from edgedyn.targets.onnxruntime.lower import (
     write_models,
 )
 from edgedyn.targets.tensorrt.check import check_build
+from edgedyn.targets.tensorrt.nodes import expand_nodes, has_nodes, with_nodes
+from edgedyn.targets.tensorrt.run import expanded_path, host_path
 from edgedyn.validate import Row
 
 if TYPE_CHECKING:
@@ -28,22 +34,28 @@ if TYPE_CHECKING:
 
 
 def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) -> Artifact:
-    """Write ``model.onnx``, or ``<program>.onnx`` for each of several, into the folder ``out``.
+    """Write ``model.onnx``, or ``<program>.onnx`` for each of several, and expanded twins into ``out``.
 
     A failed check build does not raise: ``facts["check_build"]`` says it, and the report fails by its row.
 
     Raises:
         ModelError: for what ONNX cannot express, a program that is not of the precision, or lint findings.
     """
+    programs = {name: with_nodes(program) for name, program in programs.items()}
     models = write_models(programs, out, precision)
     for name, model in models.items():
+        if has_nodes(model):
+            write_onnx(expand_nodes(model), expanded_path(out / file_name(name)))
         if findings := lint_for_tensorrt(model):
             shown = "\n  ".join(findings[:10])
             raise ModelError(
                 f"TensorRT would refuse {file_name(name)} or change its result, {len(findings)} findings:\n  "
                 f"{shown}"
             )
-    checked = {name: check_build(out / file_name(name)) for name in programs}
+    checked = {
+        name: {**check_build(host_path(out / file_name(name))), "nodes_expanded": has_nodes(model)}
+        for name, model in models.items()
+    }
     facts: dict[str, object] = {
         "onnx": describe_models(models),
         "versions": versions(),
@@ -60,7 +72,8 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
 def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
     """Write float programs to a temporary folder and lint them; an engine takes a program whole or not."""
     with tempfile.TemporaryDirectory() as folder:
-        models = write_models(programs, Path(folder), "fp32")
+        nodes = {name: with_nodes(program) for name, program in programs.items()}
+        models = write_models(nodes, Path(folder), "fp32")
     findings = [finding for model in models.values() for finding in lint_for_tensorrt(model)]
     return {
         "delegated": 0.0 if findings else 1.0,
@@ -75,7 +88,7 @@ def check_rows(checked: dict[str, object], condition: str = "") -> tuple[Row, ..
     failures = f"check_build_failures{condition}"
     if "passed" not in checked:
         return (Row("tensorrt-rtx:onnx", failures, math.nan, {"at_most": 0}, 0),)
-    between = f"tensorrt-rtx {checked['version']}:onnx"
+    between = f"tensorrt-rtx {checked['version']}:onnx" + ", nodes expanded" * bool(checked["nodes_expanded"])
     layers = _count(checked["layers"])
     failed = 0.0 if checked["passed"] else 1.0
     rows = [Row(between, failures, failed, {"at_most": 0}, max(layers, 1))]

@@ -1,7 +1,8 @@
 """Run a TensorRT engine, or its ONNX where there is none. Device side: TensorRT and pycuda, or ONNX Runtime.
 
     model.engine beside model.onnx, TensorRT and a GPU here   -> the engine
-    otherwise                                                 -> the ONNX, unoptimized, on the CPU
+    otherwise                                                 -> the ONNX, unoptimized, on the CPU;
+                                                                 with plugin nodes: model.expanded.onnx
 
 ``runtime_name`` says which, so that a check on a host is never taken for one on a Jetson.
 """
@@ -38,7 +39,18 @@ def load(path: Path, program: str = FORWARD) -> Run:
     engine_path = path.with_suffix(_ENGINE_SUFFIX)
     if path.suffix == _ENGINE_SUFFIX or (engine_path.is_file() and _why_no_engine() is None):
         return EngineRun(engine_path)
-    return onnxruntime_run.load(path)
+    return onnxruntime_run.load(host_path(path))
+
+
+def expanded_path(path: Path) -> Path:
+    """Return where the twin of a model with plugin nodes stands: ``model.expanded.onnx``."""
+    return path.with_suffix(".expanded.onnx")
+
+
+def host_path(path: Path) -> Path:
+    """Return the model that runs where there are no plugins: the expanded twin, where there is one."""
+    expanded = expanded_path(path)
+    return expanded if expanded.is_file() else path
 
 
 def runtime_name(path: Path) -> str:
@@ -47,7 +59,8 @@ def runtime_name(path: Path) -> str:
     reason = _why_no_engine() if engine_path.is_file() else "no TensorRT engine here"
     if reason is None or path.suffix == _ENGINE_SUFFIX:
         return f"TensorRT {require_tensorrt()[0].__version__} engine"
-    return f"{onnxruntime_run.runtime_name(path)} ({reason})"
+    expanded = "plugin nodes expanded, " if expanded_path(path).is_file() else ""
+    return f"{onnxruntime_run.runtime_name(path)} ({expanded}{reason})"
 
 
 class EngineRun:

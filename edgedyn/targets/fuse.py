@@ -3,7 +3,8 @@
     quantize(op(dequantize(q, s, z), ...), s', z')  ->  op_int8(q, s, z, ..., s', z')
 
 The kernel computes the same in one pass, so no float feature map is written or read in between. Where x is
-not INT8, or a reader of y is not, the op stays float.
+not INT8, or a reader of y is not, the op stays float: an activation that follows it, a sum, a filter of ours,
+the network's output.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
 from torch import fx
 from torch.export import ExportedProgram
 
