@@ -6,21 +6,16 @@ Exit codes: 0 ok, 1 a check failed, 2 wrong recipe or usage, 3 target or depende
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from edgedyn import cli_native
 from edgedyn.errors import EdgedynError, TargetMissingError, UsageError
-from edgedyn.files import to_json
+from edgedyn.terminal import ERR, OUT, AsJson, print_json, progress_bars, quiet_libraries
 
 if TYPE_CHECKING:
     from edgedyn.validate import Row
@@ -32,14 +27,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-ops = typer.Typer(help="Our own kernels.", no_args_is_help=True)
-app.add_typer(ops, name="ops")
-_out = Console(highlight=False, markup=False)  # file names hold brackets
-_err = Console(highlight=False, markup=False, stderr=True)
+app.add_typer(cli_native.ops, name="ops")
+app.add_typer(cli_native.plugin, name="plugin")
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, see: edgedyn list recipes")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="directory made by edgedyn build")]
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe value, a.b=c")
 ]
@@ -54,8 +46,8 @@ def main() -> None:
     try:
         app()
     except EdgedynError as error:
-        _err.print(f"error {type(error).__name__}: ", style="bold red", end="")
-        _err.print(str(error), soft_wrap=True)
+        ERR.print(f"error {type(error).__name__}: ", style="bold red", end="")
+        ERR.print(str(error), soft_wrap=True)
         sys.exit(error.exit_code)
 
 
@@ -73,7 +65,7 @@ def build(
     from edgedyn.recipe import load_recipe
 
     parsed = load_recipe(recipe, overrides or [])
-    with quiet_libraries(), _progress() as advance:
+    with quiet_libraries(), progress_bars() as advance:
         import torch
 
         from edgedyn import pipeline
@@ -81,20 +73,20 @@ def build(
         torch.manual_seed(seed)
         built = pipeline.build(parsed, out, force=force, trust=trust, progress=advance)
     if as_json:
-        _print_json(built.to_json())
+        print_json(built.to_json())
     else:
         _print_rows(list(built.report.rows))
         latency = built.latency_ms
-        _out.print(
+        OUT.print(
             f"\n{'ok' if built.report.ok else 'FAILED'}: {out}  "
             f"({built.bundle.precision}, {built.bundle.target})"
         )
-        _out.print(
+        OUT.print(
             f"one tile on this machine: {latency['median']:.1f} ms median of {latency['runs']:.0f} runs"
         )
         if not built.bundle.manifest["facts"]["dynamic_layers"]:
-            _out.print("the network has no dynamic layer: it was deployed as a static one")
-        _out.print(f"report: {out / 'report.html'}", soft_wrap=True)
+            OUT.print("the network has no dynamic layer: it was deployed as a static one")
+        OUT.print(f"report: {out / 'report.html'}", soft_wrap=True)
     _exit_unless(built.report.ok)
 
 
@@ -119,7 +111,7 @@ def inspect(
         else:
             found = inspection.inspect_model(inspection.load_network(what), _zeros(shape or "1,3,256,256"))
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
         _print_inspection(what, found)
 
@@ -136,7 +128,7 @@ def _zeros(shape: str) -> tuple[Any, ...]:
 
 def _print_inspection(what: str, found: dict[str, Any]) -> None:
     layers = len(found["layers"])
-    _out.print(f"{what}: {layers} dynamic layer{'' if layers == 1 else 's'}", style="bold", soft_wrap=True)
+    OUT.print(f"{what}: {layers} dynamic layer{'' if layers == 1 else 's'}", style="bold", soft_wrap=True)
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for column in ("layer", "class", "primitive"):
         table.add_column(column, overflow="fold")
@@ -155,23 +147,23 @@ def _print_inspection(what: str, found: dict[str, Any]) -> None:
             f"{layer['kernel_bytes'] / 1024:.1f}",
         )
     if layers:
-        _out.print(table)
+        OUT.print(table)
     for target, preview in found["targets"].items():
-        _out.print(f"\n{target}", style="bold")
+        OUT.print(f"\n{target}", style="bold")
         forms = {(x["primitive"], *x["forms"][target].values()) for x in found["layers"]}
         for primitive, form, why in sorted(forms):
-            _out.print(f"  {primitive}: {form or 'no form'} ({why})", soft_wrap=True)
+            OUT.print(f"  {primitive}: {form or 'no form'} ({why})", soft_wrap=True)
         for problem in ("missing", "refused"):
             if problem in preview:
-                _out.print(f"  {problem}: {preview[problem]}", soft_wrap=True)
+                OUT.print(f"  {problem}: {preview[problem]}", soft_wrap=True)
         if "delegated" in preview:
-            _out.print(f"  {preview['delegated']:.1%} of the operators delegated")
+            OUT.print(f"  {preview['delegated']:.1%} of the operators delegated")
         for kind in ("portable", "unsupported"):
             if preview.get(kind):
                 listed = ", ".join(f"{name} x {count}" for name, count in preview[kind].items())
-                _out.print(f"  {kind}: {listed}", soft_wrap=True)
+                OUT.print(f"  {kind}: {listed}", soft_wrap=True)
     none = "no dynamic layer: it deploys like any static network. " if not found["layers"] else ""
-    _out.print(
+    OUT.print(
         f"\n{none}{found['parameters']:,} parameters, {found['static_parameters']:,} "
         f"static; {found['macs'] / 1e6:,.1f} MMAC a tile of {found['shape'][0]}, "
         f"{found['generator_share']:.0%} of them generate kernels"
@@ -189,13 +181,13 @@ def check(bundle: BundlePath, as_json: AsJson = False) -> None:
     runtime = session.runtime_name(opened.bundle)
     if as_json:
         rows = [row.to_json() for row in report.rows]
-        _print_json({"ok": report.ok, "bundle": str(bundle), "runtime": runtime, "rows": rows})
+        print_json({"ok": report.ok, "bundle": str(bundle), "runtime": runtime, "rows": rows})
     else:
         _print_rows(list(report.rows))
-        _out.print(
+        OUT.print(
             f"\n{'ok' if report.ok else 'FAILED'}: {len(opened.bundle.manifest['files'])} files verified"
         )
-        _out.print(f"ran with {runtime}", soft_wrap=True)
+        OUT.print(f"ran with {runtime}", soft_wrap=True)
     _exit_unless(report.ok)
 
 
@@ -210,10 +202,10 @@ def run(
     """Denoise images of any size, in tiles without seams."""
     from edgedyn import session
 
-    with quiet_libraries(), _progress() as advance:
+    with quiet_libraries(), progress_bars() as advance:
         opened = session.open_session(bundle)
         if not opened.bundle.ok:
-            _err.print(f"warning: checks of {bundle} failed when it was built; see its report.html")
+            ERR.print(f"warning: checks of {bundle} failed when it was built; see its report.html")
         written = session.denoise_files(
             opened,
             images,
@@ -222,10 +214,10 @@ def run(
             progress=lambda image, done, total: advance(image.name, done, total),
         )
     if as_json:
-        _print_json({"ok": True, "files": [str(path) for path in written]})
+        print_json({"ok": True, "files": [str(path) for path in written]})
     else:
         for path in written:
-            _out.print(str(path), soft_wrap=True)
+            OUT.print(str(path), soft_wrap=True)
 
 
 @app.command(name="compile")
@@ -251,7 +243,7 @@ def compile_bundle(
     engines = [Path(name).with_suffix(".engine").name for name in sources]
     if (here := [name for name in engines if (bundle / name).exists()]) and not force:
         raise UsageError(f"{bundle / here[0]} exists already; use --force to build it again on this machine.")
-    with bundles.staging_folder(bundle) as staging, _progress() as advance:
+    with bundles.staging_folder(bundle) as staging, progress_bars() as advance:
         facts = {
             engine: compile_engine(
                 bundle / source,
@@ -263,27 +255,12 @@ def compile_bundle(
         }
         bundles.add_files(opened, [staging / name for name in engines])
     if as_json:
-        _print_json({"ok": True, "engines": {str(bundle / name): values for name, values in facts.items()}})
+        print_json({"ok": True, "engines": {str(bundle / name): values for name, values in facts.items()}})
         return
     for name, values in facts.items():
-        _out.print(str(bundle / name), soft_wrap=True)
+        OUT.print(str(bundle / name), soft_wrap=True)
         for fact, value in values.items():
-            _out.print(f"  {fact:<20} {value}")
-
-
-@ops.command(name="build")
-def build_kernels(as_json: AsJson = False) -> None:
-    """Compile our own kernels for ExecuTorch on this machine; done at once where nothing changed."""
-    from edgedyn.targets.executorch import kernels
-
-    with _progress() as advance:
-        advance("compile", 0, 1)
-        library = kernels.build()
-        advance("compile", 1, 1)
-    if as_json:
-        _print_json({"ok": True, "library": str(library)})
-    else:
-        _out.print(str(library), soft_wrap=True)
+            OUT.print(f"  {fact:<20} {value}")
 
 
 @app.command()
@@ -296,7 +273,7 @@ def doctor(as_json: AsJson = False) -> None:
     findings = examiner.examine()
     broken = [f for f in findings if not f.ok and not f.optional]
     if as_json:
-        _print_json({"ok": not broken, "findings": [asdict(f) for f in findings]})
+        print_json({"ok": not broken, "findings": [asdict(f) for f in findings]})
     else:
         table = Table(box=None)
         for column in ("", "what", "found", "needed for", "mend"):
@@ -305,7 +282,7 @@ def doctor(as_json: AsJson = False) -> None:
             here = f.ok and f.found is not None
             mark = "ok" if here else ("-" if f.optional else "MISSING")
             table.add_row(mark, f.name, f.found or "", f.needed_for, "" if here else f.mend)
-        _out.print(table)
+        OUT.print(table)
     if broken:
         raise TargetMissingError(
             f"{len(broken)} needed things are missing: {', '.join(f.name for f in broken)}."
@@ -324,14 +301,14 @@ def list_things(
         raise UsageError(f"cannot list {what!r}; expected one of {', '.join(LISTS)}.")
     rows = LISTS[what]()
     if as_json:
-        _print_json(rows)
+        print_json(rows)
         return
     table = Table(box=None)
     for key in rows[0] if rows else ["nothing found"]:
         table.add_column(key, overflow="fold")
     for row in rows:
         table.add_row(*map(str, row.values()))
-    _out.print(table)
+    OUT.print(table)
 
 
 def _print_rows(rows: list[Row]) -> None:
@@ -344,55 +321,12 @@ def _print_rows(rows: list[Row]) -> None:
         limit = " ".join(f"{signs[key]} {value:.4g}" for key, value in row.limit.items())
         word = "passed" if row.passed else "FAILED"
         table.add_row(row.between, row.metric, f"{row.value:.4g}", limit, str(row.samples), word)
-    _out.print(table)
-
-
-def _print_json(value: object) -> None:
-    sys.stdout.write(to_json(value))
+    OUT.print(table)
 
 
 def _exit_unless(ok: bool) -> None:
     if not ok:
         raise typer.Exit(1)
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar a task on stderr, and nothing where stderr is no terminal."""
-    bars = Progress(
-        TextColumn("{task.description:<16}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        console=_err,
-    )
-    tasks: dict[str, Any] = {}
-
-    def advance(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done, total=total)
-
-    if not _err.is_terminal:
-        yield lambda what, done, total: None
-        return
-    with bars:
-        yield advance
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Keep the chatter of torch, torchao, NNCF and ExecuTorch off the terminal; errors still show."""
-    logging.basicConfig(level=logging.ERROR)
-    for name in ("torchao", "nncf", "executorch", "torch", "torch.utils._pytree"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    # torch sets this one's level itself when it is imported
-    logging.getLogger("torch.fx.experimental.symbolic_shapes").addFilter(
-        lambda record: record.levelno >= logging.ERROR
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        yield
 
 
 if __name__ == "__main__":

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import importlib.metadata
+import os
 import platform
 import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from edgedyn import targets
 
@@ -86,6 +88,13 @@ TOOLS = (
     Requirement("g++", "", _KERNELS, mend="sudo apt-get install g++", optional=True),
     # 3.25 of Debian 12 cannot read ExecuTorch's imported targets (executorch 1.5.1).
     Requirement("cmake", ">=3.28", _KERNELS, mend='pip install "cmake>=3.28"', optional=True),
+    Requirement(
+        "nvcc",
+        ">=12",
+        "building the TensorRT plugins of the fused kernels, on a Jetson",
+        mend="comes with JetPack 6.1 or newer: sudo apt-get install cuda-toolkit",
+        optional=True,
+    ),
 )
 
 PYTHON = Requirement(
@@ -105,16 +114,31 @@ def package_version(name: str) -> str | None:
 
 def tool_version(name: str) -> str | None:
     """Return the version that a command prints, or None where it is not on the path or does not run."""
-    path = shutil.which(name)
+    path = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")  # where JetPack has nvcc
     if path is None:
         return None
     try:
         ran = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    # "g++ (Debian 12.2.0-14) 12.2.0", "cmake version 3.25.1": the last number of the first line.
+    # "g++ (Debian 12.2.0-14) 12.2.0", "cmake version 3.25.1": the last number of the first line. nvcc says
+    # "release 13.0" in its fourth.
     numbers = re.findall(r"\d+(?:\.\d+)+", ran.stdout.partition("\n")[0])
+    numbers = numbers or re.findall(r"release (\d+(?:\.\d+)+)", ran.stdout)
     return numbers[-1] if numbers else None
+
+
+def tensorrt_headers() -> str | None:
+    """Return the version of TensorRT's headers, in TENSORRT_ROOT or where JetPack puts them, or None."""
+    root = os.environ.get("TENSORRT_ROOT")
+    folders = [Path(root, "include")] if root else []
+    for folder in (*folders, *sorted(Path("/usr/include").glob("*-linux-gnu"))):
+        path = folder / "NvInferVersion.h"
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            found = [re.search(rf"(?:NV_TENSORRT|TRT)_{part}\w* (\d+)", text) for part in ("MAJOR", "MINOR")]
+            return ".".join(match[1] for match in found if match)
+    return None
 
 
 def cuda_device() -> str | None:
@@ -141,7 +165,7 @@ def examine(*, package: Lookup = package_version, tool: Lookup = tool_version) -
     found = [_finding(PYTHON, platform.python_version())]
     found += [_finding(wanted, package(wanted.name)) for wanted in PACKAGES]
     found += [_finding(wanted, tool(wanted.name)) for wanted in TOOLS]
-    return [*found, _cuda(cuda_device()), *_targets()]
+    return [*found, _headers(tensorrt_headers()), _cuda(cuda_device()), *_targets()]
 
 
 def _finding(wanted: Requirement, found: str | None) -> Finding:
@@ -171,6 +195,17 @@ _HOLDS: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
 def _release(version: str) -> tuple[int, ...]:
     leading = re.match(r"\d+(\.\d+)*", version)
     return tuple(int(n) for n in leading[0].split(".")) if leading else ()
+
+
+def _headers(version: str | None) -> Finding:
+    return Finding(
+        name="TensorRT headers",
+        found=version,
+        needed_for="edgedyn plugin build; without them the plugins run in Python",
+        ok=version is None or _within(version, ">=10.3"),
+        mend="sudo apt-get install libnvinfer-dev on a Jetson; elsewhere TENSORRT_ROOT=folder with include/",
+        optional=True,
+    )
 
 
 def _cuda(name: str | None) -> Finding:

@@ -8,15 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgedyn import ops
-from edgedyn.targets.executorch import kernels
+from edgedyn import native, ops
 from edgedyn.targets.executorch.lower import lower
 from edgedyn.targets.executorch.run import load
 
 OPS = {
     name: op
     for name, op in ops.load_all().items()
-    if (kernels.SOURCES / name / "kernel_executorch.cpp").is_file()
+    if (native.SOURCES / name / "kernel_executorch.cpp").is_file()
 }
 EXAMPLES = {f"{name}-{k}": (op, args) for name, op in OPS.items() for k, args in enumerate(op.examples())}
 

@@ -20,7 +20,7 @@ from guarded_memory import PLACES, Guarded
 from kernel_check import TYPES, Case, make_case, random_calls, to_double
 from torch import Tensor
 
-from edgedyn import ops
+from edgedyn import native, ops
 from edgedyn.errors import ModelError, TargetMissingError
 from edgedyn.targets.tensorrt import cuda_kernels
 from edgedyn.targets.tensorrt.cuda_kernels import Affine, Array
@@ -54,7 +54,7 @@ def library(tmp_path_factory) -> Path:
         "-Werror",
         "-Wno-unknown-pragmas",
     ]
-    folders = ["-I", ON_HOST, "-I", cuda_kernels.SOURCES]
+    folders = ["-I", ON_HOST, "-I", native.SOURCES]
     sources = ["-x", "c++", ON_HOST / "run.cpp", *cuda_kernels.sources()]
     subprocess.run([*command, *folders, *sources, "-o", path], check=True)
     return path
@@ -212,7 +212,7 @@ def nvcc() -> str:
 @every_op
 def test_nvcc_compiles_the_kernel_without_warning_or_spill(op, nvcc, tmp_path):
     codes = [f"-gencode=arch={gpu.replace('sm', 'compute')},code={gpu}" for gpu in GPUS]
-    source = cuda_kernels.SOURCES / op.name / "kernel_cuda.cu"
+    source = native.SOURCES / op.name / "kernel_cuda.cu"
     made = tmp_path / "kernel.o"
     options = [*cuda_kernels.COMPILE, *codes, "--threads=2", "-Xptxas=-v", "-c", "-o", made, source]
     done = subprocess.run([nvcc, *options], capture_output=True, text=True)
@@ -238,7 +238,7 @@ def test_compiler_that_fails_is_quoted(nvcc, monkeypatch, tmp_path):
     (tmp_path / "op").mkdir()
     (tmp_path / "op/kernel_cuda.cu").write_text("#error the sun is too low\n")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(cuda_kernels, "SOURCES", tmp_path)
+    monkeypatch.setattr(native, "SOURCES", tmp_path)
     with pytest.raises(TargetMissingError, match=r"cannot be built here: .*the sun is too low"):
         cuda_kernels.build("sm_90")
     assert not list(tmp_path.rglob("*.so"))

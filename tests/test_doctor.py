@@ -17,7 +17,7 @@ import pytest
 from edgedyn import doctor, targets
 
 PYPROJECT = (Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8")
-OPTIONAL = {"tensorrt_rtx", "tensorrt", "pycuda", "g++", "cmake", "CUDA device"}
+OPTIONAL = {"tensorrt_rtx", "tensorrt", "pycuda", "g++", "cmake", "nvcc", "TensorRT headers", "CUDA device"}
 
 
 def examine_with(versions, *, tools=None):
@@ -43,7 +43,7 @@ def test_a_required_package_that_is_missing_is_not_ok_and_says_the_command():
         assert found[name].mend.startswith(f'pip install "{name}')
 
 
-@pytest.mark.parametrize("name", sorted(OPTIONAL - {"CUDA device"}))
+@pytest.mark.parametrize("name", sorted(OPTIONAL - {"CUDA device", "TensorRT headers"}))
 def test_an_optional_thing_that_is_missing_is_no_failure_but_says_how_to_get_it(name):
     finding = examine_with({})[name]
     assert finding.optional

@@ -32,6 +32,7 @@ DEVICE_SIDE = [
     "edgedyn.imaging",
     "edgedyn.manifest",
     "edgedyn.metrics",
+    "edgedyn.native",
     "edgedyn.session",
     "edgedyn.targets",
     "edgedyn.targets.executorch",
@@ -39,7 +40,10 @@ DEVICE_SIDE = [
     "edgedyn.targets.onnxruntime",
     "edgedyn.targets.onnxruntime.run",
     "edgedyn.targets.tensorrt",
+    "edgedyn.targets.tensorrt.plugin_library",
+    "edgedyn.targets.tensorrt.plugins",
     "edgedyn.targets.tensorrt.run",
+    "edgedyn.targets.tensorrt.signatures",
     "edgedyn.tensors",
     "edgedyn.validate",
 ]

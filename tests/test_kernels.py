@@ -16,7 +16,7 @@ from lowered_calls import EXAMPLES, OPS, Calls, lower_call, lower_calls
 from small_networks import LAYERS
 from torch import Tensor, nn
 
-from edgedyn import cli, inspection, ops, pipeline, session, targets
+from edgedyn import cli, inspection, native, ops, pipeline, session, targets
 from edgedyn.errors import RecipeError, TargetMissingError
 from edgedyn.quantize import to_int8
 from edgedyn.recipe import QuantizeSection, load_recipe
@@ -125,7 +125,7 @@ def test_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     broken.mkdir()
     (broken / "CMakeLists.txt").write_text('message(FATAL_ERROR "Highway is away")')
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    monkeypatch.setattr(kernels, "SOURCES", broken)
+    monkeypatch.setattr(native, "SOURCES", broken)
     with pytest.raises(TargetMissingError, match=r"cannot be built here: .*Highway is away.*libhwy-dev"):
         kernels.build()
     assert not list(tmp_path.rglob("*.so"))

@@ -246,7 +246,7 @@ def test_loading_and_running_print_nothing(tmp_path):
     lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")
     code = (
         "import sys, numpy as np, logging; from pathlib import Path; from edgedyn import targets;"
-        "from edgedyn.cli import quiet_libraries\n"
+        "from edgedyn.terminal import quiet_libraries\n"
         f"with quiet_libraries(): targets.load('executorch').load(Path({str(tmp_path / 'model.pte')!r}))"
         f"(np.zeros({tuple(x.shape)}, np.float32))"
     )

@@ -30,7 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from edgedyn.cli import quiet_libraries
+from edgedyn.terminal import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
 THREADS = 2

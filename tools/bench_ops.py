@@ -30,9 +30,9 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from edgedyn import targets
-from edgedyn.cli import quiet_libraries
 from edgedyn.ops import choose_forms, expand, load_all
 from edgedyn.recipe import load_recipe
+from edgedyn.terminal import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
 THREADS = 2

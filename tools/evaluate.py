@@ -23,9 +23,9 @@ from make_noisy import add_noise
 from rich.progress import track
 
 from edgedyn import metrics
-from edgedyn.cli import quiet_libraries
 from edgedyn.imaging import SUFFIXES, read_image
 from edgedyn.recipe import Recipe, load_recipe
+from edgedyn.terminal import quiet_libraries
 
 
 def main(

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgedyn import native
 from edgedyn.errors import BundleError, TargetMissingError
 from edgedyn.manifest import FORWARD
 from edgedyn.targets.executorch import kernels
-from edgedyn.targets.executorch.compile import Product, cache, installed_package
 
 if TYPE_CHECKING:
     from edgedyn.targets import Run
@@ -64,11 +64,11 @@ def arm64_package() -> Path:
         TargetMissingError: where pip cannot fetch it, with pip's words.
     """
     release = version("executorch").split("+")[0]
-    folder = cache() / f"executorch-{release}-aarch64"
+    folder = native.cache() / f"executorch-{release}-aarch64"
     if folder.is_dir():
         return folder / "executorch"
-    cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache()) as fetched:
+    native.cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=native.cache()) as fetched:
         choice = ("--platform", "manylinux_2_28_aarch64", "--only-binary=:all:", "--no-deps")
         pip = (sys.executable, "-m", "pip", "download", "--quiet", *choice, "--dest", fetched)
         done = subprocess.run([*pip, f"executorch=={release}"], capture_output=True, text=True, check=False)
@@ -84,7 +84,7 @@ def arm64_package() -> Path:
     return folder / "executorch"
 
 
-HERE = Machine("this machine", installed_package, (), (), "It needs what the fused kernels need.")
+HERE = Machine("this machine", kernels.installed_package, (), (), "It needs what the fused kernels need.")
 ARM64 = Machine(
     "ARM64",
     arm64_package,
@@ -108,10 +108,15 @@ def build(machine: Machine) -> Path:
     """
     if machine.start and shutil.which(machine.start[0]) is None:
         raise TargetMissingError(f"nothing here runs {machine.name}: no {machine.start[0]}. {machine.mend}")
-    what = f"the runner for {machine.name}"
-    package, sources = machine.package(), (SOURCES, kernels.SOURCES)
-    made = Product(what, SOURCES, "edgedyn_runner", sources, package, machine.mend, machine.options)
-    return made.build()
+    return native.Product(
+        what=f"the runner for {machine.name}",
+        project=SOURCES,
+        file="edgedyn_runner",
+        sources=(SOURCES / "runner.cpp", SOURCES / "CMakeLists.txt", *kernels.sources()),
+        mend=machine.mend,
+        options=(*kernels.linked(machine.package()), *machine.options),
+        facts=(version("executorch"),),
+    ).build()
 
 
 def run_all(jobs: Sequence[Job], machine: Machine = ARM64) -> list[list[np.ndarray]]:

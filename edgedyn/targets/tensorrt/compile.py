@@ -15,7 +15,12 @@ from typing import Any
 
 from edgedyn.errors import BundleError, ModelError, UsageError
 from edgedyn.files import replace_file
-from edgedyn.targets.tensorrt.run import current_device, measure_engine, require_tensorrt
+from edgedyn.targets.tensorrt.run import (
+    current_device,
+    measure_engine,
+    register_plugins,
+    require_tensorrt,
+)
 
 Progress = Callable[[str, int, int], None]
 
@@ -43,7 +48,8 @@ def compile_engine(
         as ``measure_engine`` gives them.
 
     Raises:
-        TargetMissingError: where TensorRT 10.1 or newer, pycuda, or a GPU is missing.
+        TargetMissingError: where TensorRT 10.1 or newer, pycuda, or a GPU is missing; where the model needs
+            our plugins and they cannot be built here.
         BundleError: where the ONNX file is missing.
         UsageError: for a timing cache of another GPU or version.
         ModelError: with the parser's errors by node, or the builder's.
@@ -51,6 +57,7 @@ def compile_engine(
     trt, cuda = require_tensorrt()
     with current_device(cuda) as device:
         start, log = time.perf_counter(), create_logger(trt)
+        register_plugins(trt, cuda, onnx_path)
         builder = trt.Builder(log)
         network = parse_network(trt, builder, log, onnx_path)
         config = create_config(trt, builder)

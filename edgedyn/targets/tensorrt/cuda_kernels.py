@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import hashlib
 import os
 import shutil
 import subprocess
@@ -17,12 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from edgedyn import native
 from edgedyn.errors import ModelError, TargetMissingError
 
-SOURCES = Path(__file__).parents[2] / "ops"
 LIBRARY = "libedgedyn_ops_cuda.so"
 TYPES = ("float32", "float16", "int8")
-COMPILE = ("-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-fPIC", f"-I{SOURCES}")
+COMPILE = ("-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-fPIC", f"-I{native.SOURCES}")
 _CHOICES = {"mul": 0, "add": 1, "none": 0, "relu": 1, "relu6": 2}
 _INVALID_VALUE = 1
 _MEND = (
@@ -69,7 +68,7 @@ class _Call(ctypes.Structure):
 
 def sources() -> list[Path]:
     """Return the kernels, one file an op."""
-    return sorted(SOURCES.glob("*/kernel_cuda.cu"))
+    return list(native.find_sources("kernel_cuda.cu"))
 
 
 def find_nvcc() -> str:
@@ -89,11 +88,8 @@ def find_nvcc() -> str:
 def library_path(architecture: str) -> Path:
     """Return where the library of these sources stands or would stand: a folder named by their content."""
     words = subprocess.run([find_nvcc(), "--version"], capture_output=True, check=False).stdout
-    content = hashlib.sha256(words + architecture.encode())
-    for path in sorted(p for p in SOURCES.rglob("*") if p.suffix in (".h", ".cu", ".cuh")):
-        content.update(path.relative_to(SOURCES).as_posix().encode() + b"\0" + path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "edgedyn" / f"cuda-{content.hexdigest()[:16]}" / LIBRARY
+    files = native.find_sources("*.h", "*.cuh", "kernel_cuda.cu")
+    return native.cached_path(LIBRARY, files, words.decode(), architecture)
 
 
 def build(architecture: str) -> Path:

@@ -53,6 +53,14 @@ def host_path(path: Path) -> Path:
     return expanded if expanded.is_file() else path
 
 
+def register_plugins(trt: Any, cuda: Any, path: Path) -> None:
+    """Register our plugins where a model or its engine needs them: an expanded twin stands beside it."""
+    if expanded_path(path).is_file():
+        from edgedyn.targets.tensorrt import plugin_library
+
+        plugin_library.register(trt, cuda)
+
+
 def runtime_name(path: Path) -> str:
     """Return what ``load(path)`` runs with: ``TensorRT 10.3.0 engine``, or ONNX Runtime and why no engine."""
     engine_path = path.with_suffix(_ENGINE_SUFFIX)
@@ -71,6 +79,7 @@ class EngineRun:
         if not path.is_file():
             raise BundleError(f"there is no engine {path}. Build it on this machine: edgedyn compile BUNDLE")
         with current_device(self._cuda):
+            register_plugins(self._trt, self._cuda, path)
             self._engine = load_engine(self._trt, path)
             self._context = self._engine.create_execution_context()
             self._stream = self._cuda.Stream()

@@ -1,0 +1,101 @@
+"""Our TensorRT plugins where an engine is built or run: the library in C++, or else the classes in Python.
+
+    edgedyn plugin build; trtexec --onnx=model.onnx --stronglyTyped --dynamicPlugins=libedgedyn_plugins.so
+
+The library holds the CUDA kernels and needs TensorRT's headers once, to be compiled; it links none of its
+libraries. Device side: the standard library, nvcc, CMake.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from pathlib import Path
+from typing import Any
+
+from edgedyn import native
+from edgedyn.errors import TargetMissingError
+from edgedyn.targets.tensorrt.plugins import Launched, make_creators
+
+_SOURCES = ("*.h", "*.cuh", "kernel_cuda.cu", "plugin_tensorrt.cpp", "plugin.cpp", "CMakeLists.txt")
+_MEND = (
+    "They need nvcc, a C++17 compiler, CMake 3.24 or newer and TensorRT's headers: on a Jetson sudo apt-get "
+    "install libnvinfer-dev g++ and pip install cmake; elsewhere the CUDA toolkit, and TENSORRT_ROOT set to "
+    "the folder that has include/NvInfer.h. A recipe with kernels: stock needs none of them."
+)
+
+
+def product() -> native.Product:
+    """Return what is built: the library, against the headers that are found."""
+    return native.Product(
+        what="the TensorRT plugins",
+        project=native.SOURCES / "tensorrt",
+        file="libedgedyn_plugins.so",
+        sources=native.find_sources(*_SOURCES),
+        mend=_MEND,
+        facts=(os.environ.get("TENSORRT_ROOT", ""),),
+    )
+
+
+def build() -> Path:
+    """Return the plugin library, compiled for the GPU of this machine first where its sources changed.
+
+    Raises:
+        TargetMissingError: without nvcc, TensorRT's headers, CMake or a compiler, with CMake's words.
+    """
+    return product().build()
+
+
+@functools.cache
+def register(trt: Any, cuda: Any) -> tuple[Any, ...]:
+    """Register the plugins with TensorRT, once a process, and return what must live as long.
+
+    Args:
+        trt: the module ``tensorrt``.
+        cuda: the module ``pycuda.driver``, started.
+
+    Raises:
+        TargetMissingError: where neither library nor kernels can be built, or TensorRT refuses them.
+    """
+    registry = trt.get_plugin_registry()
+    try:
+        library = build()
+    except TargetMissingError:
+        creators = make_creators(trt, _kernels_of(cuda.Device(0)))
+        refused = [creator.name for creator in creators if not registry.register_creator(creator, "edgedyn")]
+        if refused:
+            raise TargetMissingError(
+                f"TensorRT {trt.__version__} refuses the plugins {', '.join(refused)}; expected none of that "
+                "name in the namespace edgedyn. Load no other plugin library of ours."
+            ) from None
+        return tuple(creators)
+    handle = registry.load_library(str(library))
+    if handle is None:
+        raise TargetMissingError(
+            f"TensorRT {trt.__version__} refuses the plugin library {library}; expected one compiled against "
+            "its own headers. Delete the file and run: edgedyn plugin build"
+        )
+    return (handle,)
+
+
+def _kernels_of(device: Any) -> Any:
+    """Return what launches our kernels on a device; compiled first where necessary."""
+    from edgedyn.targets.tensorrt import cuda_kernels  # type: ignore[attr-defined]
+
+    library = cuda_kernels.build("sm_{}{}".format(*device.compute_capability()))
+
+    def launch(given: Launched) -> None:
+        affine = [cuda_kernels.Affine(scale) for scale in given.scales] or [cuda_kernels.Affine()] * 2
+        cuda_kernels.call(
+            library,
+            given.op,
+            given.dtype,
+            inputs=[None if array is None else cuda_kernels.Array(*array) for array in given.inputs],
+            attributes=given.attributes,
+            output=given.output,
+            of_x=affine[0],
+            of_y=affine[1],
+            stream=given.stream,
+        )
+
+    return launch
