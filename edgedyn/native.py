@@ -56,7 +56,10 @@ class Product:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent.parent) as folder:
             made = ("-B", folder, "-DCMAKE_BUILD_TYPE=Release", *self.options)
-            for command in (("-S", self.project, *made), ("--build", folder, "--parallel", os.cpu_count() or 1)):
+            for command in (
+                ("-S", self.project, *made),
+                ("--build", folder, "--parallel", os.cpu_count() or 1),
+            ):
                 if wrong := _cmake(*command):
                     raise TargetMissingError(f"{self.what} cannot be built here: {wrong} {self.mend}")
             (Path(folder) / self.file).replace(path)  # whole or not at all, whoever else builds

@@ -32,8 +32,7 @@ class Driver:
 
 def cached_library() -> Path:
     """Return where the plugin library of these sources would stand."""
-    root = os.environ.get("TENSORRT_ROOT", "")
-    return native.cached_path(plugin_library.LIBRARY, root, patterns=plugin_library._SOURCES)
+    return plugin_library.product().path()
 
 
 @pytest.mark.tensorrt_rtx

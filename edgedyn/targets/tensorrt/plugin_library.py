@@ -80,7 +80,7 @@ def register(trt: Any, cuda: Any) -> tuple[Any, ...]:
 
 def _kernels_of(device: Any) -> Any:
     """Return what launches our kernels on a device; compiled first where necessary."""
-    from edgedyn.targets.tensorrt import cuda_kernels  # type: ignore[attr-defined]
+    from edgedyn.targets.tensorrt import cuda_kernels
 
     library = cuda_kernels.build("sm_{}{}".format(*device.compute_capability()))
 
