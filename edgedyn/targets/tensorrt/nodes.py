@@ -83,7 +83,12 @@ def _number(value: Any, choices: Sequence[str]) -> int:
 
 def has_nodes(model: onnx.ModelProto) -> bool:
     """Whether a model needs our plugins."""
-    return any(node.domain == PLUGIN_DOMAIN for node in model.graph.node)
+    return any(_is_ours(node) for node in model.graph.node)
+
+
+def _is_ours(node: onnx.NodeProto) -> bool:
+    """Whether a node is one of our ops; a network may bring a plugin of its own."""
+    return node.domain == PLUGIN_DOMAIN and node.op_type in map(node_type, SIGNATURES)
 
 
 def expand_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -95,14 +100,14 @@ def expand_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
     import onnx
     import onnx_ir
 
-    calls = [node for node in model.graph.node if node.domain == PLUGIN_DOMAIN]
+    calls = [node for node in model.graph.node if _is_ours(node)]
     pieces = _translate_pieces(model, calls)
     dynamic = [name for call in calls for name in _dynamic_inputs(model, call)]
     renamed = dict(zip((value.name for value in pieces.input), dynamic, strict=True))
     renamed |= dict(zip((v.name for v in pieces.output), (call.output[0] for call in calls), strict=True))
     expanded = onnx.ModelProto()
     expanded.CopyFrom(model)
-    kept = [node for node in expanded.graph.node if node.domain != PLUGIN_DOMAIN]
+    kept = [node for node in expanded.graph.node if not _is_ours(node)]
     del expanded.graph.node[:]
     expanded.graph.node.extend(kept)
     for tensor in pieces.initializer:
@@ -115,7 +120,8 @@ def expand_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
         added.input[:] = [_inside(name, renamed) for name in node.input]
         added.output[:] = [_inside(name, renamed) for name in node.output]
     in_order = onnx_ir.from_proto(expanded)
-    in_order.graph.opset_imports.pop(PLUGIN_DOMAIN)
+    if all(node.domain != PLUGIN_DOMAIN for node in kept):
+        in_order.graph.opset_imports.pop(PLUGIN_DOMAIN)
     in_order.graph.sort()
     result: onnx.ModelProto = onnx_ir.to_proto(in_order)
     return result
