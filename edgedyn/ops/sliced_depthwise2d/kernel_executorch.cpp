@@ -137,12 +137,15 @@ class SlicedFilter {
   Vector Cells(const float* from, const int32_t* index) const {
     const Floats d;
     const hn::RebindToSigned<Floats> d32;
-    const int64_t lanes = hn::Lanes(d), first = index[0];
+    const int64_t lanes = hn::Lanes(d), first = std::min<int64_t>(index[0], std::max(p_.grid_width - lanes, int64_t{0}));
     const auto indices = hn::LoadU(d32, index);
     if (index[lanes - 1] - first >= lanes) return hn::GatherIndex(d, from, indices);
-    const auto cells = hn::MaskedLoad(hn::FirstN(d, p_.grid_width - first), d, from + first);
-    const auto places = hn::Sub(indices, hn::Set(d32, static_cast<int32_t>(first)));
-    return hn::TableLookupLanes(cells, hn::IndicesFromVec(d, places));
+    const auto places = hn::IndicesFromVec(d, hn::Sub(indices, hn::Set(d32, static_cast<int32_t>(first))));
+    if (p_.grid_width >= lanes) return hn::TableLookupLanes(hn::LoadU(d, from + first), places);
+    // a copy: Highway 1.0's MaskedLoad reads all lanes on SSE4 and NEON, past the end of the grid
+    HWY_ALIGN float cells[HWY_MAX_BYTES / sizeof(float)] = {};
+    std::memcpy(cells, from, p_.grid_width * sizeof(float));
+    return hn::TableLookupLanes(hn::Load(d, cells), places);
   }
 
   void FilterTile(int64_t c, int64_t h, int64_t rows) const {
