@@ -64,6 +64,19 @@ def test_every_op_has_forms_and_examples():
         assert any(not form.requires for form in op.forms), f"{name} has no form for a target without kernels"
 
 
+@pytest.mark.parametrize(("op", "args"), [(op, next(iter(op.examples()))) for op in OPS.values()], ids=OPS)
+def test_op_and_its_forms_take_an_empty_batch(op, args):
+    names = [argument.name for argument in op.overload._schema.arguments]
+    varies = {"x", *op.generated}
+    empty = tuple(a[:0] if n in varies and a is not None else a for n, a in zip(names, args, strict=False))
+    expected = (0, *op.overload(*args).shape[1:])
+    assert op.overload(*empty).shape == expected
+    assert capture(op, empty)[0].graph_signature.user_outputs
+    for form in op.forms:
+        if form.fn is not None and not form.requires:
+            assert form.fn(*empty).shape == expected, form.name
+
+
 @every_case
 def test_example_discriminates(op, args):
     tensors = [a for a in args if isinstance(a, Tensor)]

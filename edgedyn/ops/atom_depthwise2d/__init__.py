@@ -29,8 +29,8 @@ def oracle(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: in
     """Compute the op by its definition; slow, every kernel is materialised."""
     _check(x, alpha, bases, kernel_size, stride)
     (b, c, height, width), (h, w) = x.shape, alpha.shape[2:]
-    mixes = alpha.reshape(b, alpha.shape[1] // len(bases), len(bases), h, w)
-    kernels = torch.einsum("bmkhw, kt -> bmthw", mixes, bases)
+    mix = alpha.reshape(b, alpha.shape[1] // len(bases), len(bases), h, w)
+    kernels = torch.einsum("bmkhw, kt -> bmthw", mix, bases)
     padded = F.pad(x, (kernel_size // 2,) * 4)
     y = x.new_zeros(b, kernels.shape[1], c, h, w)
     for tap in range(kernel_size**2):

@@ -61,13 +61,14 @@ def _mix(weights: Tensor, maps: Sequence[Tensor]) -> Tensor:
     would call its product once a pixel to spread a weight over the channels.
     """
     b, channels, height, width = maps[0].shape
-    weights = weights.reshape(b, -1, len(maps), height * width)
+    kernels = weights.shape[1] // len(maps)
+    weights = weights.reshape(b, kernels, len(maps), height * width)
     y = None
     for n, x in enumerate(maps):
         term = weights[:, :, n : n + 1] * x.reshape(b, 1, channels, height * width)
         y = term if y is None else y + term
     assert y is not None  # the op refuses an empty set of bases
-    return y.reshape(b, -1, height, width)
+    return y.reshape(b, kernels * channels, height, width)
 
 
 FORMS = (

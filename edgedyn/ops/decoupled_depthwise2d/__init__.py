@@ -106,7 +106,7 @@ def _check(
             "tap-major. Reshape it."
         )
     expected = (b, kernel_size**2 * heads, height // stride, width // stride)
-    if spatial_filter.shape != expected or 0 in expected[1:]:
+    if spatial_filter.shape != expected or 0 in expected[2:]:
         raise ModelError(
             f"decoupled_depthwise2d got spatial_filter {tuple(spatial_filter.shape)}; expected {expected} "
             f"for x {tuple(x.shape)}: (B, T * G, H // stride, W // stride), tap-major, not empty. Generate "

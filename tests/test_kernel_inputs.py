@@ -1,0 +1,164 @@
+"""What the ExecuTorch kernels do not take is refused with the reason; what is small or empty is computed."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from drivers import Job, run_kernels, run_sanitized
+from executorch.runtime import Runtime
+from op_calls import OPS, OpCall, complete, to_int8
+from refused_calls import GOOD, REFUSED
+from test_kernels import Call, lower_call
+from torch import Tensor
+
+from edgedyn.errors import BundleError, TargetMissingError
+from edgedyn.targets.executorch import kernels
+from edgedyn.targets.executorch.lower import lower
+from edgedyn.targets.executorch.run import load
+
+every_op = pytest.mark.parametrize("name", GOOD)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiler():
+    try:
+        kernels.load()
+    except TargetMissingError as error:
+        pytest.skip(str(error))
+
+
+def good_call(name: str, *, is_int8: bool = False) -> OpCall:
+    call = OpCall(OPS[name], complete(OPS[name], GOOD[name]))
+    return to_int8(call) if is_int8 else call
+
+
+def changed_job(name: str, changes: dict[str, Any]) -> Job:
+    """Return a good call in which some arguments have other values; scales belong to the INT8 twin."""
+    is_int8 = any("_scale" in change or "_zero_point" in change for change in changes)
+    job = good_call(name, is_int8=is_int8).kernel_job()
+    packet = getattr(torch.ops.edgedyn, f"{name}_int8" if is_int8 else name)
+    names = [argument.name for argument in packet.out._schema.arguments]
+    assert set(changes) <= set(names)
+    values = (changes.get(word, value) for word, value in zip(names, job.values, strict=True))
+    return job._replace(values=tuple(values))
+
+
+REFUSED_CALLS = [
+    pytest.param(name, words, changes, id=f"{name}-{words[:40]}")
+    for name, refusals in REFUSED.items()
+    for words, changes in refusals.items()
+]
+
+
+@pytest.mark.parametrize(("name", "words", "changes"), REFUSED_CALLS)
+def test_broken_precondition_is_refused_with_its_words(name, words, changes):
+    pattern = re.escape(words).replace("%ld", "-?\\d+")
+    results = run_kernels([changed_job(name, change) for change in changes])
+    assert [result.y for result in results] == [None] * len(changes)
+    assert [result.message for result in results if not re.search(pattern, result.message)] == []
+
+
+@every_op
+def test_every_precondition_in_the_source_is_broken_by_a_call(name):
+    """Each text in a check; those of a helper are joined to it by %s."""
+    source = (kernels.SOURCES / name / "kernel_executorch.cpp").read_text()
+    texts = r'return "(expected .+?)";|nullptr : "(expected .+?)"|EDGEDYN_CHECK\((.+?);\n'
+    checks = re.findall(texts, source, re.S)
+    found = [a or b or "".join(re.findall(r'"(.*?)"', c, re.S)).split(": ", 1)[1] for a, b, c in checks]
+    assert set(found) - {"%s"} == set(REFUSED[name])
+    assert source.count("EDGEDYN_CHECK(") == sum(bool(c) for _, _, c in checks)
+
+
+@every_op
+def test_good_call_next_to_the_broken_ones_is_computed(name):
+    for call in (good_call(name), good_call(name, is_int8=True)):
+        assert call.discrepancy(run_kernels([call.kernel_job()])[0]) == ""
+
+
+def test_refusing_reads_and_writes_nothing_that_it_may_not():
+    refused = (case.values for case in REFUSED_CALLS)
+    jobs = [changed_job(name, change) for name, _, changes in refused for change in changes]
+    assert [result.y for result in run_sanitized(jobs, "address,undefined")] == [None] * len(jobs)
+
+
+def small_args(name: str, batch: int) -> tuple[Any, ...]:
+    """Return arguments whose extents are 1, but for the batch and a grid larger than the image."""
+    one = torch.rand(batch, 1, 1, 1)
+    return {
+        "sliced_depthwise2d": (one, torch.randn(batch, 9, 4, 5), torch.randn(batch, 1, 4, 5), 3),
+        "decoupled_depthwise2d": (one, torch.randn(batch, 9, 1, 1), torch.randn(batch, 9, 1, 1), 3),
+        "atom_depthwise2d": (one, torch.randn(batch, 1, 1, 1), torch.randn(1, 9), 3),
+        "masked_conv2d": (one, torch.randn(1, 1, 3, 3), None, torch.ones(batch, 1, 1, 1), 1, 1),
+    }[name]
+
+
+@pytest.mark.parametrize("batch", [0, 1])
+@every_op
+def test_least_sizes_run_in_the_runtime(name, batch, tmp_path):
+    call = OpCall(OPS[name], complete(OPS[name], small_args(name, batch)))
+    tensors = [a for a in call.args if isinstance(a, Tensor)]
+    y = lower_call(call.op.overload, call.args, tmp_path)(*tensors)
+    assert y.shape == call.exact.shape == (batch, 1, 1, 1)
+    assert (np.abs(y - call.exact) <= call.rounding).all()
+
+
+@pytest.fixture(scope="module")
+def sliced(tmp_path_factory):
+    """Return a program of one op, and its inputs."""
+    folder = tmp_path_factory.mktemp("sliced")
+    inputs = torch.rand(1, 4, 6, 8), torch.randn(1, 36, 3, 4)
+    call = Call(torch.ops.edgedyn.sliced_depthwise2d, (*inputs, None, 3))
+    artifact = lower({"forward": torch.export.export(call, inputs)}, folder, "fp32")
+    return folder / artifact.programs["forward"], inputs
+
+
+def test_strided_arrays_are_put_in_order(sliced):
+    path, (x, grid) = sliced
+    run = load(path)
+    y = run(x.numpy(), grid.numpy())[0]
+    turned = np.ascontiguousarray(x.numpy().transpose(0, 2, 3, 1)).transpose(0, 3, 1, 2)
+    assert not turned.flags.c_contiguous
+    assert np.array_equal(run(turned, grid.numpy())[0], y)
+    assert np.array_equal(run(x.numpy().repeat(2, axis=3)[..., ::2], grid.numpy())[0], y)
+
+
+@pytest.mark.parametrize("form", ["transposed", "every second"])
+def test_runtime_refuses_strided_tensors(form, sliced):
+    path, (x, grid) = sliced
+    strided = {
+        "transposed": x.transpose(2, 3).contiguous().transpose(2, 3),
+        "every second": x.repeat_interleave(2, dim=3)[..., ::2],
+    }[form]
+    method = Runtime.get().load_program(path).load_method("forward")
+    with pytest.raises(RuntimeError):
+        method.execute([strided, grid])
+
+
+@pytest.mark.parametrize(
+    ("x", "grid"),
+    [
+        (np.zeros((1, 4, 6, 9), np.float32), np.zeros((1, 36, 3, 4), np.float32)),
+        (np.zeros((1, 4, 6, 8), np.float32), np.zeros((1, 36, 4, 4), np.float32)),
+        (np.zeros((2, 4, 6, 8), np.float32), np.zeros((2, 36, 3, 4), np.float32)),
+        (np.zeros((4, 6, 8), np.float32), np.zeros((1, 36, 3, 4), np.float32)),
+        (np.zeros((1, 4, 6, 8), np.float64), np.zeros((1, 36, 3, 4), np.float32)),
+        (np.zeros((1, 4, 6, 8), np.int8), np.zeros((1, 36, 3, 4), np.float32)),
+        (np.zeros((1, 4, 6, 8), np.float32), np.zeros((1, 36, 3, 4), np.float16)),
+    ],
+    ids=lambda array: f"{array.dtype}{list(array.shape)}",
+)
+def test_other_shapes_and_types_than_the_program_s_are_refused(x, grid, sliced):
+    with pytest.raises(BundleError, match=r"ExecuTorch cannot run .* Expected the shapes"):
+        load(sliced[0])(x, grid)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16], ids=str)
+@every_op
+def test_program_of_another_type_is_refused_when_it_runs(name, dtype, tmp_path):
+    args = tuple(a.to(dtype) if isinstance(a, Tensor) else a for a in GOOD[name])
+    with pytest.raises(BundleError, match="ExecuTorch cannot run"):
+        lower_call(OPS[name].overload, args, tmp_path)(*(a for a in args if isinstance(a, Tensor)))

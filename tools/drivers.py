@@ -1,0 +1,199 @@
+"""The programs in tools/driver: build them, give them calls of ops, read what they computed.
+
+They call a kernel directly: a thousand calls take a second or two, and lowering one program a third of one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import struct
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from edgedyn.targets.executorch import kernels
+
+SOURCES = Path(__file__).parent / "driver"
+_LETTERS = {torch.float32: "f", torch.float64: "d", torch.float16: "e", torch.int8: "b"}
+
+
+class Job(NamedTuple):
+    """One call.
+
+    Attributes:
+        name: of the kernel in ExecuTorch's registry, or of the op.
+        values: its arguments; the last one is the output and holds what stands there before.
+        shift: bytes that each tensor lies behind a 64-byte line.
+    """
+
+    name: str
+    values: tuple[Any, ...]
+    shift: int = 0
+
+
+class Result(NamedTuple):
+    """What a call left: y, or why there is none; ``message`` is what the runtime logged."""
+
+    y: np.ndarray | None
+    message: str
+
+
+class DriverStoppedError(Exception):
+    """The program ended before its last job: a crash, or what a sanitizer found."""
+
+    def __init__(self, index: int, words: str) -> None:
+        super().__init__(f"job {index} ended the process: {words}")
+        self.index, self.words = index, words
+
+
+def build_kernel_driver(sanitize: str = "") -> Path:
+    """Return ``run_kernels``; with a sanitizer (``address,undefined`` or ``thread``) the kernels are in it.
+
+    Raises:
+        TargetMissingError: as for the kernels.
+    """
+    folder = _folder(kernels.library_path().parent.name, sanitize)
+    program = folder / "run_kernels"
+    if not program.is_file():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            kernels.configure_and_build(SOURCES, Path(place), f"-DSANITIZE={sanitize}")
+            folder.mkdir(exist_ok=True)
+            (Path(place) / program.name).replace(program)
+    return program
+
+
+def build_formula_driver(sanitize: str = "") -> Path:
+    """Return ``run_formulas``, which needs a C++ compiler and nothing else.
+
+    Raises:
+        FileNotFoundError: without the compiler g++.
+    """
+    folder = _folder("formulas", sanitize)
+    program = folder / "run_formulas"
+    if not program.is_file():
+        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+            built = Path(place) / program.name
+            flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+            flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
+            sources = ["-I", kernels.SOURCES, SOURCES / "run_formulas.cpp", "-o", built]
+            subprocess.run(["g++", *flags, *sources], check=True)
+            folder.mkdir(exist_ok=True)
+            built.replace(program)
+    return program
+
+
+def _folder(*names: str) -> Path:
+    """Return the cache of programs made of these sources and what the names stand for."""
+    content = hashlib.sha256(" ".join((*names, platform.platform())).encode())
+    for path in sorted(SOURCES.iterdir()) + sorted(kernels.SOURCES.rglob("*.h")):
+        content.update(path.name.encode() + path.read_bytes())
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgedyn"
+    cache.mkdir(parents=True, exist_ok=True)
+    return cache / f"driver-{content.hexdigest()[:16]}"
+
+
+def instruction_sets(program: Path) -> list[str]:
+    """Return what ``run_kernels`` can choose here, best first."""
+    return subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
+
+
+def run_jobs(program: Path, jobs: Sequence[Job], *words: object) -> list[Result]:
+    """Run all jobs in one process.
+
+    Args:
+        program: one that ``build_..._driver`` returned.
+        jobs: the calls.
+        words: further arguments: threads, instruction set, library.
+
+    Raises:
+        DriverStoppedError: with the job and the program's last words.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        given, found = Path(folder) / "jobs", Path(folder) / "results"
+        with given.open("wb") as file:
+            for job in jobs:
+                _write_job(file, job)
+        command = [program, given, found, *words]
+        # no leaks: nothing else may trace a process where one is traced already, as in many containers
+        environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+        done = subprocess.run(
+            [*map(str, command)], capture_output=True, text=True, check=False, env=environment
+        )
+        results = _read_results(found, jobs) if found.exists() else []
+    if done.returncode or len(results) != len(jobs):
+        raise DriverStoppedError(len(results), f"exit {done.returncode}: {done.stderr[:4000]}")
+    return results
+
+
+def run_kernels(jobs: Sequence[Job], *, threads: int = 2, target: str = "best") -> list[Result]:
+    """Run jobs through the library that ``edgedyn ops build`` makes."""
+    return run_jobs(build_kernel_driver(), jobs, threads, target, kernels.build())
+
+
+def run_sanitized(jobs: Sequence[Job], sanitize: str, *, threads: int = 2) -> list[Result]:
+    """Run jobs through kernels that were compiled with a sanitizer."""
+    return run_jobs(build_kernel_driver(sanitize), jobs, threads, "best")
+
+
+def _write_job(file: BinaryIO, job: Job) -> None:
+    _write_text(file, job.name.encode())
+    file.write(struct.pack("q", len(job.values)))
+    for value in job.values:
+        if value is None:
+            file.write(b"n")
+        elif isinstance(value, bool):
+            file.write(struct.pack("=cb", b"b", value))
+        elif isinstance(value, int):
+            file.write(struct.pack("=cq", b"i", value))
+        elif isinstance(value, float):
+            file.write(struct.pack("=cd", b"d", value))
+        elif isinstance(value, str):
+            file.write(b"s")
+            _write_text(file, value.encode())
+        else:
+            _write_tensor(file, value, job.shift)
+
+
+def _write_tensor(file: BinaryIO, tensor: Tensor, shift: int) -> None:
+    file.write(b"t" + _LETTERS[tensor.dtype].encode())
+    for numbers in (tensor.shape, tensor.stride()):
+        file.write(struct.pack(f"{1 + len(numbers)}q", len(numbers), *numbers))
+    file.write(struct.pack("q", shift))
+    order = sorted(range(tensor.dim()), key=lambda axis: -tensor.stride(axis))
+    _write_text(file, tensor.permute(order).contiguous().numpy().tobytes())
+
+
+def _write_text(file: BinaryIO, text: bytes) -> None:
+    file.write(struct.pack("q", len(text)) + text)
+
+
+def _read_results(path: Path, jobs: Sequence[Job]) -> list[Result]:
+    data, at, results = path.read_bytes(), 0, []
+
+    def number() -> int:
+        nonlocal at
+        at += 8
+        return int.from_bytes(data[at - 8 : at], "little", signed=True)
+
+    def text() -> bytes:
+        nonlocal at
+        size = number()
+        at += size
+        return data[at - size : at]
+
+    while at < len(data):
+        status, message = number(), text().decode()
+        sizes = [number() for _ in range(number())]
+        element = np.int8 if jobs[len(results)].values[-1].dtype == torch.int8 else np.float32
+        content = text()
+        y = np.frombuffer(content, element).reshape(sizes) if status == 0 else None
+        results.append(Result(y, message if status >= 0 else f"memory: {message}"))
+    return results

@@ -1,0 +1,135 @@
+"""A call of an op, what it has to give, and how far rounding may take a kernel from that.
+
+A sum of n float32 terms, each a product of a few factors, is off by at most (n + roundings a term) * 2^-24 *
+sum |terms|, in whatever order it is made (Higham, Accuracy and Stability, section 3.1).
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from drivers import Job, Result
+from torch import Tensor
+
+from edgedyn import ops
+
+OPS = ops.load_all()
+_UNIT = 2.0**-24  # half the distance between 1 and the next float32
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """Affine INT8 of x and of y: real = (stored - zero_point) * scale."""
+
+    x_scale: float
+    x_zero_point: int
+    y_scale: float
+    y_zero_point: int
+
+
+@dataclass(frozen=True, eq=False)
+class OpCall:
+    """An op with all its arguments; the values of x are integers where they are INT8."""
+
+    op: ops.Op
+    args: tuple[Any, ...]
+    int8: Quantization | None = None
+    shift: int = 0
+
+    def kernel_job(self) -> Job:
+        """Return the call of the op's kernel."""
+        x, *rest = self.args
+        y = torch.full(self.exact.shape, 77, dtype=torch.int8 if self.int8 else torch.float32)
+        if self.int8 is None:
+            return Job(f"edgedyn::{self.op.name}.out", (x, *rest, y), self.shift)
+        q = self.int8
+        values = (x.to(torch.int8), q.x_scale, q.x_zero_point, *rest, q.y_scale, q.y_zero_point, y)
+        return Job(f"edgedyn::{self.op.name}_int8.out", values, self.shift)
+
+    def formula_job(self) -> Job:
+        """Return the call of the op's formula."""
+        return Job(self.op.name, (*self.args, torch.full(self.exact.shape, 77.0)), self.shift)
+
+    @functools.cached_property
+    def exact(self) -> np.ndarray:
+        """What the op's definition gives in float64."""
+        return self.op.overload(*self._real_args()).numpy()
+
+    @functools.cached_property
+    def rounding(self) -> np.ndarray:
+        """The most by which float32 may miss ``exact``, at every output."""
+        # infinities and NaN add nothing to an output that is finite
+        tensors = (a.nan_to_num(0, 0, 0).abs() if isinstance(a, Tensor) else a for a in self._real_args())
+        x, *rest = tensors
+        rest = ["none" if a in ("relu", "relu6") else a for a in rest]
+        if self.op.name == "sliced_depthwise2d":
+            # 1 - weight is off by as much as weight: each cell counts whole, whatever its weight
+            rest[:2] = [a if a is None or not a.numel() else F.max_pool2d(a, 3, 1, 1) for a in rest[:2]]
+        terms = self.op.overload(x, *rest).numpy()
+        return (_terms(self.op.name, self.args) + 16) * _UNIT * terms + 1e-37
+
+    def discrepancy(self, result: Result) -> str:
+        """Return what is wrong with a result, or nothing."""
+        if result.y is None:
+            return result.message or "failed without a word"
+        if result.y.shape != self.exact.shape:
+            return f"shape {result.y.shape}, expected {self.exact.shape}"
+        with np.errstate(invalid="ignore", over="ignore"):
+            wrong = self._wrong_int8(result.y) if self.int8 else self._wrong(result.y)
+        if not wrong.any():
+            return ""
+        at = tuple(map(int, np.argwhere(wrong)[0]))
+        expected = self._steps()[at] if self.int8 else self.exact[at]
+        return (
+            f"{result.y[at]} at {at} of {self.exact.shape}, expected {expected:.9g}; {wrong.sum()} are wrong"
+        )
+
+    def _wrong(self, y: np.ndarray) -> np.ndarray:
+        is_finite = np.isfinite(self.exact)
+        same = (y == self.exact) | (np.isnan(y) & np.isnan(self.exact))
+        return ~np.where(is_finite, np.abs(y - self.exact) <= self.rounding, same)
+
+    def _steps(self) -> np.ndarray:
+        assert self.int8 is not None
+        return np.clip(self.exact / self.int8.y_scale + self.int8.y_zero_point, -128, 127)
+
+    def _wrong_int8(self, y: np.ndarray) -> np.ndarray:
+        """Allow half a step, what moved the real value, and two roundings of a value of up to 256 steps."""
+        assert self.int8 is not None
+        allowed = 0.5 + self.rounding / self.int8.y_scale + 4 * _UNIT * 256
+        # NaN has no INT8
+        return np.where(np.isnan(self.exact), False, ~(np.abs(y - self._steps()) <= allowed))
+
+    def _real_args(self) -> tuple[Any, ...]:
+        x, *rest = (a.double() if isinstance(a, Tensor) else a for a in self.args)
+        if self.int8 is not None:
+            x = (x - self.int8.x_zero_point) * self.int8.x_scale
+        return (x, *rest)
+
+
+def _terms(name: str, args: tuple[Any, ...]) -> int:
+    """Return how many terms stand in one output's sum, sums within terms included."""
+    if name == "masked_conv2d":
+        return args[1][0].numel() + 1
+    taps = args[3] ** 2
+    return taps + (args[2].shape[0] if name == "atom_depthwise2d" else 0)
+
+
+def complete(op: ops.Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Return the arguments with the schema's defaults behind them."""
+    return (*args, *(a.default_value for a in op.overload._schema.arguments[len(args) :]))
+
+
+def to_int8(call: OpCall, zero_points: tuple[int, int] = (11, -50), steps: float = 90) -> OpCall:
+    """Return the INT8 twin of a float call: the largest x takes 100 steps, the largest y ``steps``."""
+    x, *rest = call.args
+    y = np.abs(call.exact[np.isfinite(call.exact)]).max(initial=0)
+    x_scale = float(x.abs().max()) / 100 if x.numel() else 1.0
+    stored = ((x / x_scale).round() + zero_points[0]).clamp(-128, 127)
+    q = Quantization(x_scale, zero_points[0], float(y) / steps or 1.0, zero_points[1])
+    return OpCall(call.op, (stored, *rest), q, call.shift)
