@@ -49,6 +49,8 @@ BOUNDARIES: dict[str, list[tuple[Any, ...]]] = {
         *(_sliced(h, 5) for h in around(4, 8, 128)),
         *(_sliced(3, w) for w in around(16, 256)),
         *(_sliced(3, 40, cells=cells) for cells in around(4, 8, 16, 40)),
+        # the pixels of a vector of 4, 8 or 16 floats span one cell more than it has lanes
+        *(_sliced(3, width, cells=cells) for width, cells in ((24, 32), (21, 24), (30, 32))),
         *(_sliced(9, w, side=1) for w in around(4, 16)),
         *(_sliced(5, 7, side=side) for side in (5, 21)),
     ],

@@ -44,6 +44,13 @@ def test_formula_equals_the_oracle_at_random_shapes_and_special_values(name, dri
     assert discrepancies(driver, calls) == []
 
 
+@pytest.mark.parametrize("bend", ["relu", "relu6"])
+def test_activation_keeps_nan(bend, driver):
+    x = torch.tensor([[[[float("nan"), -1, 0, 7]]]])
+    args = (x, torch.ones(1, 1, 1, 1), None, torch.ones(1, 1, 1, 4), 1, 0, 1, 1, bend)
+    assert discrepancies(driver, [OpCall(OPS["masked_conv2d"], args)]) == []
+
+
 def masked_job(mask_rows: int) -> Job:
     x, weight, y = torch.ones(1, 2, 4, 5), torch.ones(3, 2, 1, 1), torch.zeros(1, 3, 4, 5)
     return Job("masked_conv2d", (x, weight, None, torch.ones(1, 1, mask_rows, 5), 1, 0, 1, 1, "none", y))

@@ -85,6 +85,19 @@ def test_refusing_reads_and_writes_nothing_that_it_may_not():
     assert [result.y for result in run_sanitized(jobs, "address,undefined")] == [None] * len(jobs)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("bend", ["relu", "relu6"])
+def test_activation_keeps_nan_where_the_mask_is_set(bend, groups):
+    x = torch.rand(1, 2, 1, 9) * 20 - 10
+    x[0, 1, 0, 3:5] = float("nan")
+    mask = torch.ones(1, 1, 1, 9)
+    mask[..., 4] = 0
+    args = (x, torch.ones(2, 2 // groups, 1, 1), None, mask, 1, 0, 1, groups, bend)
+    call = OpCall(OPS["masked_conv2d"], args)
+    assert np.isnan(call.exact).sum() == 2 // groups
+    assert call.discrepancy(run_kernels([call.kernel_job()])[0]) == ""
+
+
 def small_args(name: str, batch: int) -> tuple[Any, ...]:
     """Return arguments whose extents are 1, but for the batch and a grid larger than the image."""
     one = torch.rand(batch, 1, 1, 1)

@@ -5,6 +5,9 @@
 Both run through ExecuTorch with its own pool of two threads, in turn, for several rounds; the ratio is that
 of the medians over all rounds, its spread the largest less the smallest ratio of a round. Tensors are random:
 only shapes cost time, but for masks, which are blobs as masks of photos are.
+
+Where valgrind is, each is also counted: millions of instructions of one run on one thread, the figure that
+repeats on a busy machine. Valgrind knows no AVX-512: these are the AVX2 instructions of ours and of XNNPACK.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+import drivers
 import measurement
 import numpy as np
 import torch
@@ -48,26 +52,35 @@ class Call(nn.Module):
         self.forward = function
 
 
+class Lowered(NamedTuple):
+    """A program, its inputs, and what runs it on them."""
+
+    path: Path
+    inputs: Sequence[Tensor]
+    run: Callable[[], object]
+
+
 class Row(NamedTuple):
     """Two programs, what makes each, and the ratio that the first has to reach."""
 
     what: str
     limit: float
-    network: Callable[[Path], Callable[[], object]]
-    yardstick: Callable[[Path], Callable[[], object]]
+    network: Callable[[Path], Lowered]
+    yardstick: Callable[[Path], Lowered]
 
 
-def on_runtime(given: Given, kernels: str = "fused", **forms: str) -> Callable[[Path], Callable[[], object]]:
-    """Return what lowers a network into a folder and gives a function that runs it."""
+def on_runtime(given: Given, kernels: str = "fused", **forms: str) -> Callable[[Path], Lowered]:
+    """Return what lowers a network into a folder."""
 
-    def make(folder: Path) -> Callable[[], object]:
+    def make(folder: Path) -> Lowered:
         module, inputs = given
         target = targets.load("executorch", kernels)
         program = torch.export.export(module.eval(), inputs)
         chosen = choose_forms(program, target, forms)
         program = expand(expand(program, chosen, "before_quantize"), chosen, "after_quantize")
         artifact = target.lower({"forward": program}, folder, "fp32")
-        return run_method(folder / artifact.programs["forward"], inputs)
+        path = folder / artifact.programs["forward"]
+        return Lowered(path, inputs, run_method(path, inputs))
 
     return make
 
@@ -177,14 +190,14 @@ def residual(*, is_sparse: bool, active: float, size: int = 64) -> Given:
     return Residual(is_sparse=is_sparse), (torch.rand(1, 96, size, size), mask, dilated)
 
 
-def mallenet(kernels: str) -> Callable[[Path], Callable[[], object]]:
+def mallenet(kernels: str) -> Callable[[Path], Lowered]:
     """Return what lowers mallenet-s for a whole photo of 1024 x 1024."""
 
-    def make(folder: Path) -> Callable[[], object]:
+    def make(folder: Path) -> Lowered:
         overrides = [f"kernels={kernels}", "input.shape=[1, 3, 1024, 1024]"]
         lower_recipe(load_recipe(ROOT / "recipes/mallenet-s.phone.fp32.yaml", overrides), folder)
         run, x = load_lowered(folder), np.random.default_rng(0).random((1, 3, 1024, 1024), dtype=np.float32)
-        return lambda: run(x)
+        return Lowered(next(folder.glob("*.pte")), (torch.from_numpy(x),), lambda: run(x))
 
     return make
 
@@ -242,8 +255,9 @@ def measure(row: Row, rounds: int, runs: int) -> dict[str, Any]:
             programs.append(make(Path(folder) / name))
         times: list[list[list[float]]] = [[], []]
         for _ in range(rounds):
-            for run, results in zip(programs, times, strict=True):
-                results.append(time_runs(run, runs))
+            for program, results in zip(programs, times, strict=True):
+                results.append(time_runs(program.run, runs))
+        counts = [count_millions(program) for program in programs]
     ours, yardstick = (float(np.median(results)) for results in times)
     ratios = [np.median(a) / np.median(b) for a, b in zip(*times, strict=True)]
     return {
@@ -253,7 +267,14 @@ def measure(row: Row, rounds: int, runs: int) -> dict[str, Any]:
         "ratio": round(ours / yardstick, 3),
         "limit": row.limit,
         "spread": round(float(max(ratios) - min(ratios)), 3),
+        "instructions": counts[0],
+        "yardstick_instructions": counts[1],
     }
+
+
+def count_millions(program: Lowered) -> float | None:
+    count = drivers.count_instructions(program.path, program.inputs)
+    return None if count is None else round(count / 1e6, 3)
 
 
 def time_runs(run: Callable[[], object], runs: int) -> list[float]:
@@ -269,11 +290,15 @@ def time_runs(run: Callable[[], object], runs: int) -> list[float]:
 def show(rows: list[dict[str, Any]]) -> None:
     """Print the table."""
     table = Table(box=None)
-    for column in ("what", "ms", "yardstick\nms", "ratio", "limit", "spread"):
+    for column in (
+        *("what", "ms", "yardstick\nms", "ratio", "limit", "spread"),
+        *("million\ninstructions", "yardstick's"),
+    ):
         table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
     for row in rows:
-        table.add_row(*map(str, row.values()), style=None if row["ratio"] <= row["limit"] else "bold")
-    Console(width=100).print(table)
+        shown = ("" if value is None else str(value) for value in row.values())
+        table.add_row(*shown, style=None if row["ratio"] <= row["limit"] else "bold")
+    Console(width=130).print(table)
 
 
 if __name__ == "__main__":

@@ -15,11 +15,10 @@
 #include <executorch/runtime/platform/runtime.h>
 
 #include <cstdio>
-#include <numeric>
 #include <thread>
 
 #include "hwy/highway.h"
-#include "jobs.h"
+#include "tensors.h"
 
 namespace {
 int64_t threads = 1;
@@ -44,42 +43,15 @@ bool parallel_for(const int64_t begin, const int64_t end, const int64_t,
 
 namespace {
 
+using edgedyn::driver::Held;
 using edgedyn::driver::Job;
-using edgedyn::driver::JobTensor;
 using edgedyn::driver::Value;
-using executorch::aten::ScalarType;
 using executorch::aten::Tensor;
-using executorch::aten::TensorImpl;
 using executorch::runtime::EValue;
 
 void Log(et_timestamp_t, et_pal_log_level_t, const char*, const char*, size_t, const char* message, size_t length) {
   messages.append(message, length).append("\n");
 }
-
-ScalarType TypeOf(char letter) {
-  switch (letter) {
-    case 'd': return ScalarType::Double;
-    case 'e': return ScalarType::Half;
-    case 'b': return ScalarType::Char;
-    default: return ScalarType::Float;
-  }
-}
-
-// A tensor and the lists that it points to.
-struct Held {
-  explicit Held(const JobTensor& t)
-      : sizes(t.sizes.begin(), t.sizes.end()), strides(t.strides.begin(), t.strides.end()), order(t.sizes.size()) {
-    std::iota(order.begin(), order.end(), 0);
-    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return strides[a] > strides[b]; });
-    impl = std::make_unique<TensorImpl>(TypeOf(t.type), sizes.size(), sizes.data(), t.buffer.data(), order.data(),
-                                        strides.data(), executorch::aten::TensorShapeDynamism::DYNAMIC_BOUND);
-  }
-
-  std::vector<TensorImpl::SizesType> sizes;
-  std::vector<TensorImpl::StridesType> strides;
-  std::vector<TensorImpl::DimOrderType> order;
-  std::unique_ptr<TensorImpl> impl;
-};
 
 // The arguments of one call, as the runtime holds them.
 struct Stack {
