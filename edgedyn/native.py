@@ -30,6 +30,7 @@ class Product:
         mend: what a machine needs to build it, for the error.
         options: of CMake.
         facts: what else decides what it is: versions, paths of packages.
+        target: of CMake, where not all is wanted.
     """
 
     what: str
@@ -39,6 +40,7 @@ class Product:
     mend: str
     options: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()
+    target: str = "all"
 
     def path(self) -> Path:
         """Return where it stands or would stand."""
@@ -55,11 +57,9 @@ class Product:
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=path.parent.parent) as folder:
-            made = ("-B", folder, "-DCMAKE_BUILD_TYPE=Release", *self.options)
-            for command in (
-                ("-S", self.project, *made),
-                ("--build", folder, "--parallel", os.cpu_count() or 1),
-            ):
+            configure = ("-S", self.project, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", *self.options)
+            compile_it = ("--build", folder, "--target", self.target, "--parallel", os.cpu_count() or 1)
+            for command in (configure, compile_it):
                 if wrong := _cmake(*command):
                     raise TargetMissingError(f"{self.what} cannot be built here: {wrong} {self.mend}")
             (Path(folder) / self.file).replace(path)  # whole or not at all, whoever else builds

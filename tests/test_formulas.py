@@ -11,10 +11,10 @@ from op_calls import OPS, OpCall, complete
 from random_calls import describe, random_call
 from torch import Tensor
 
-from edgedyn.targets.executorch import kernels
+from edgedyn import native
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-FORMULAS = sorted(path.parent.name for path in kernels.SOURCES.glob("*/formula.h"))
+FORMULAS = sorted(path.parent.name for path in native.SOURCES.glob("*/formula.h"))
 
 
 @pytest.fixture(scope="module")

@@ -21,11 +21,12 @@ from drivers import (
 from op_calls import OpCall
 from random_calls import DRAWS, describe, random_call
 
+from edgedyn import native
 from edgedyn.errors import TargetMissingError
 from edgedyn.targets.executorch import kernels
 
 SEED, COUNT = 0, 50
-OPS = [name for name in DRAWS if (kernels.SOURCES / name / "kernel_executorch.cpp").is_file()]
+OPS = [name for name in DRAWS if (native.SOURCES / name / "kernel_executorch.cpp").is_file()]
 every_op = pytest.mark.parametrize("name", OPS)
 
 

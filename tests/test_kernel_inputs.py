@@ -10,14 +10,14 @@ import pytest
 import torch
 from drivers import Job, run_kernels, run_sanitized
 from executorch.runtime import Runtime
+from lowered_calls import lower_call
 from op_calls import OPS, OpCall, complete, to_int8
 from refused_calls import GOOD, REFUSED
-from test_kernels import Call, lower_call
 from torch import Tensor
 
+from edgedyn import native
 from edgedyn.errors import BundleError, TargetMissingError
 from edgedyn.targets.executorch import kernels
-from edgedyn.targets.executorch.lower import lower
 from edgedyn.targets.executorch.run import load
 
 every_op = pytest.mark.parametrize("name", GOOD)
@@ -65,7 +65,7 @@ def test_broken_precondition_is_refused_with_its_words(name, words, changes):
 @every_op
 def test_every_precondition_in_the_source_is_broken_by_a_call(name):
     """Each text in a check; those of a helper are joined to it by %s."""
-    source = (kernels.SOURCES / name / "kernel_executorch.cpp").read_text()
+    source = (native.SOURCES / name / "kernel_executorch.cpp").read_text()
     texts = r'return "(expected .+?)";|nullptr : "(expected .+?)"|EDGEDYN_CHECK\((.+?);\n'
     checks = re.findall(texts, source, re.S)
     found = [a or b or "".join(re.findall(r'"(.*?)"', c, re.S)).split(": ", 1)[1] for a, b, c in checks]
@@ -124,9 +124,8 @@ def sliced(tmp_path_factory):
     """Return a program of one op, and its inputs."""
     folder = tmp_path_factory.mktemp("sliced")
     inputs = torch.rand(1, 4, 6, 8), torch.randn(1, 36, 3, 4)
-    call = Call(torch.ops.edgedyn.sliced_depthwise2d, (*inputs, None, 3))
-    artifact = lower({"forward": torch.export.export(call, inputs)}, folder, "fp32")
-    return folder / artifact.programs["forward"], inputs
+    call = torch.ops.edgedyn.sliced_depthwise2d, (*inputs, None, 3)
+    return lower_calls(Calls(call), folder), inputs
 
 
 def test_strided_arrays_are_put_in_order(sliced):

@@ -5,15 +5,13 @@ They call a kernel directly: a thousand calls take a second or two, and lowering
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
 import shutil
 import struct
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from importlib.metadata import version
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -21,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from edgedyn import native
 from edgedyn.targets.executorch import kernels
 
 SOURCES = Path(__file__).parent / "driver"
@@ -62,7 +61,7 @@ def build_kernel_driver(sanitize: str = "") -> Path:
     Raises:
         TargetMissingError: as for the kernels.
     """
-    return _build("run_kernels", kernels.library_path().parent.name, sanitize)
+    return _build("run_kernels", sanitize)
 
 
 def build_program_runner() -> Path:
@@ -71,18 +70,16 @@ def build_program_runner() -> Path:
     Raises:
         TargetMissingError: as for the kernels.
     """
-    return _build("run_program", f"executorch {version('executorch')}", "")
+    return _build("run_program", "")
 
 
-def _build(name: str, basis: str, sanitize: str) -> Path:
-    folder = _folder(basis, name, sanitize)
-    program = folder / name
-    if not program.is_file():
-        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
-            kernels.configure_and_build(SOURCES, Path(place), f"-DSANITIZE={sanitize}", target=name)
-            folder.mkdir(exist_ok=True)
-            (Path(place) / name).replace(program)
-    return program
+def _build(name: str, sanitize: str) -> Path:
+    library = kernels.product()
+    made_of = (*_sources(), *(library.sources if sanitize else ()))
+    options = (*library.options, f"-DSANITIZE={sanitize}")
+    return replace(
+        library, what=name, project=SOURCES, file=name, target=name, sources=made_of, options=options
+    ).build()
 
 
 def build_formula_driver(sanitize: str = "") -> Path:
@@ -91,28 +88,21 @@ def build_formula_driver(sanitize: str = "") -> Path:
     Raises:
         FileNotFoundError: without the compiler g++.
     """
-    folder = _folder("formulas", sanitize)
-    program = folder / "run_formulas"
+    flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
+    flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
+    program = native.cached_path("run_formulas", _sources(), *flags)
     if not program.is_file():
-        with tempfile.TemporaryDirectory(dir=folder.parent) as place:
+        program.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=program.parent) as place:
             built = Path(place) / program.name
-            flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
-            flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
-            sources = ["-I", kernels.SOURCES, SOURCES / "run_formulas.cpp", "-o", built]
+            sources = ["-I", native.SOURCES, SOURCES / "run_formulas.cpp", "-o", built]
             subprocess.run(["g++", *flags, *sources], check=True)
-            folder.mkdir(exist_ok=True)
             built.replace(program)
     return program
 
 
-def _folder(*names: str) -> Path:
-    """Return the cache of programs made of these sources and what the names stand for."""
-    content = hashlib.sha256(" ".join((*names, platform.platform())).encode())
-    for path in sorted(SOURCES.iterdir()) + sorted(kernels.SOURCES.rglob("*.h")):
-        content.update(path.name.encode() + path.read_bytes())
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgedyn"
-    cache.mkdir(parents=True, exist_ok=True)
-    return cache / f"driver-{content.hexdigest()[:16]}"
+def _sources() -> tuple[Path, ...]:
+    return (*sorted(SOURCES.iterdir()), *native.find_sources("*.h"))
 
 
 def instruction_sets(program: Path) -> list[str]:
