@@ -10,7 +10,7 @@ import pytest
 import torch
 from drivers import Job, run_kernels, run_sanitized
 from executorch.runtime import Runtime
-from lowered_calls import lower_call
+from lowered_calls import Calls, lower_call, lower_calls
 from op_calls import OPS, OpCall, complete, to_int8
 from refused_calls import GOOD, REFUSED
 from torch import Tensor
