@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from small_plugins import KEPT, OPS, compile_plugins, find_headers, make_fields, values_of
+from small_plugins import OPS, compile_plugins, find_headers, make_fields, values_of
 
 from edgedyn import cli, doctor, native
 from edgedyn.errors import TargetMissingError
-from edgedyn.targets.tensorrt import plugin_library, run
+from edgedyn.targets.tensorrt import cuda_kernels, plugin_library, run
 from edgedyn.targets.tensorrt.signatures import SIGNATURES, node_type
 
 
@@ -24,9 +24,12 @@ def trt():
 class Driver:
     """What of pycuda.driver is asked for: there is no GPU."""
 
-    @staticmethod
-    def Device(index: int) -> None:  # noqa: N802
-        return None
+    class Device:
+        def __init__(self, index: int) -> None:
+            pass
+
+        def compute_capability(self) -> tuple[int, int]:
+            return 8, 7
 
 
 def cached_library() -> Path:
@@ -62,12 +65,14 @@ def test_nvidia_s_registry_loads_the_library_and_makes_its_plugins(tmp_path, trt
 def test_plugins_in_python_serve_where_the_library_cannot_be_built(tmp_path, trt, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native.shutil, "which", lambda *a, **k: None)
-    monkeypatch.setattr(plugin_library, "_kernels_of", lambda device: KEPT.append)  # there is no GPU
+    built: list[str] = []
+    monkeypatch.setattr(cuda_kernels, "build", built.append)
     plugin_library.register.cache_clear()
     registered = plugin_library.register(trt, Driver)
     registry = trt.get_plugin_registry()
     try:
         assert [creator.op for creator in registered] == list(SIGNATURES)
+        assert built == ["sm_87"]
         for creator in registered:
             assert registry.get_creator(creator.name, "1", "edgedyn") is creator
         plugin_library.register.cache_clear()

@@ -21,7 +21,7 @@ from small_plugins import (
 
 from edgedyn import ops
 from edgedyn.errors import ModelError
-from edgedyn.targets.tensorrt.plugins import Launched, make_creators
+from edgedyn.targets.tensorrt.plugins import make_creators
 from edgedyn.targets.tensorrt.signatures import SIGNATURES, node_type
 
 pytestmark = pytest.mark.tensorrt_rtx
@@ -34,13 +34,13 @@ def trt():
 
 
 @pytest.fixture
-def launched() -> list[Launched]:
+def launched() -> list[tuple[Any, ...]]:
     return []
 
 
 @pytest.fixture
 def creators(trt, launched) -> dict[str, Any]:
-    return {creator.name: creator for creator in make_creators(trt, launched.append)}
+    return {creator.name: creator for creator in make_creators(trt, lambda *a, **k: launched.append((a, k)))}
 
 
 def make_plugin(trt: Any, creators: dict[str, Any], op: ops.Op, args: Any, kind: str) -> Any:
@@ -145,14 +145,17 @@ def test_python_plugin_launches_the_kernel_with_the_schema_s_arguments(
     (call,) = launched
     order = [k for k in SIGNATURES[op.name].node_order() if tensors_of(op, args)[k] is not None]
     expected = dict(zip(order, zip(pointers, shapes, strict=True), strict=True))
-    assert call == Launched(
-        op.name,
-        kind,
-        tuple(expected.get(k) for k in range(len(SIGNATURES[op.name].inputs))),
-        tuple(values_of(op, args).values()),
-        200,
-        (0.5, 0.25) if kind == "int8" else (),
-        300,
+    x_scale, y_scale = (0.5, 0.25) if kind == "int8" else (1.0, 1.0)
+    assert call == (
+        (op.name, kind),
+        {
+            "inputs": [expected.get(k) for k in range(len(SIGNATURES[op.name].inputs))],
+            "attributes": tuple(values_of(op, args).values()),
+            "output": 200,
+            "of_x": (x_scale, 0),
+            "of_y": (y_scale, 0),
+            "stream": 300,
+        },
     )
 
 

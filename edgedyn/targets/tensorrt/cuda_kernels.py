@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 from edgedyn import native
 from edgedyn.errors import ModelError, TargetMissingError
+from edgedyn.targets.tensorrt.signatures import SIGNATURES
 
 LIBRARY = "libedgedyn_ops_cuda.so"
 TYPES = ("float32", "float16", "int8")
 COMPILE = ("-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-fPIC", f"-I{native.SOURCES}")
-_CHOICES = {"mul": 0, "add": 1, "none": 0, "relu": 1, "relu6": 2}
 _INVALID_VALUE = 1
 _MEND = (
     "They need nvcc 12 or newer and a C++17 compiler: JetPack has both; elsewhere install the CUDA toolkit "
@@ -158,7 +158,9 @@ def call(
         if array is not None:
             given.inputs[k] = array.pointer
             given.shapes[k][: len(array.shape)] = list(array.shape)
-    values = [_CHOICES[value] if isinstance(value, str) else int(value) for value in attributes]
+    choices = SIGNATURES[op].attributes.values()
+    named = zip(attributes, choices, strict=True)
+    values = [known.index(value) if isinstance(value, str) else int(value) for value, known in named]
     given.attributes[: len(values)] = values
     given.of_x, given.of_y = (_Quantization(*q, 1 / q.scale if q.scale else 0) for q in (of_x, of_y))
     error = getattr(load(library), f"edgedyn_{op}")(ctypes.byref(given))

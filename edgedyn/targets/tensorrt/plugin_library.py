@@ -15,7 +15,8 @@ from typing import Any
 
 from edgedyn import native
 from edgedyn.errors import TargetMissingError
-from edgedyn.targets.tensorrt.plugins import Launched, make_creators
+from edgedyn.targets.tensorrt import cuda_kernels
+from edgedyn.targets.tensorrt.plugins import make_creators
 
 _SOURCES = ("*.h", "*.cuh", "kernel_cuda.cu", "plugin_tensorrt.cpp", "plugin.cpp", "CMakeLists.txt")
 _MEND = (
@@ -61,7 +62,8 @@ def register(trt: Any, cuda: Any) -> tuple[Any, ...]:
     try:
         library = build()
     except TargetMissingError:
-        creators = make_creators(trt, _kernels_of(cuda.Device(0)))
+        kernels = cuda_kernels.build("sm_{}{}".format(*cuda.Device(0).compute_capability()))
+        creators = make_creators(trt, functools.partial(cuda_kernels.call, kernels))
         refused = [creator.name for creator in creators if not registry.register_creator(creator, "edgedyn")]
         if refused:
             raise TargetMissingError(
@@ -76,26 +78,3 @@ def register(trt: Any, cuda: Any) -> tuple[Any, ...]:
             "its own headers. Delete the file and run: edgedyn plugin build"
         )
     return (handle,)
-
-
-def _kernels_of(device: Any) -> Any:
-    """Return what launches our kernels on a device; compiled first where necessary."""
-    from edgedyn.targets.tensorrt import cuda_kernels
-
-    library = cuda_kernels.build("sm_{}{}".format(*device.compute_capability()))
-
-    def launch(given: Launched) -> None:
-        affine = [cuda_kernels.Affine(scale) for scale in given.scales] or [cuda_kernels.Affine()] * 2
-        cuda_kernels.call(
-            library,
-            given.op,
-            given.dtype,
-            inputs=[None if array is None else cuda_kernels.Array(*array) for array in given.inputs],
-            attributes=given.attributes,
-            output=given.output,
-            of_x=affine[0],
-            of_y=affine[1],
-            stream=given.stream,
-        )
-
-    return launch

@@ -7,38 +7,15 @@ them. The plugins in C++ (``plugin_library``) are free of both. Device side: ``t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from edgedyn.errors import ModelError
+from edgedyn.targets.tensorrt.cuda_kernels import Affine, Array
 from edgedyn.targets.tensorrt.signatures import NAMESPACE, SCALES, SIGNATURES, VERSION, node_type
 
-Launch = Callable[["Launched"], None]
-
-
-@dataclass(frozen=True)
-class Launched:
-    """One call of a kernel, in the terms of ``ops/cuda.h``.
-
-    Attributes:
-        op: name of the op.
-        dtype: of x and y: ``float32``, ``float16`` or ``int8``.
-        inputs: pointer and shape of each tensor of the schema, None for an optional one that is absent.
-        attributes: the other arguments of the schema.
-        output: pointer to y.
-        scales: of x and y where they are INT8.
-        stream: handle of the CUDA stream.
-    """
-
-    op: str
-    dtype: str
-    inputs: tuple[tuple[int, tuple[int, ...]] | None, ...]
-    attributes: tuple[int, ...]
-    output: int
-    scales: tuple[float, ...]
-    stream: int
+Launch = Callable[..., None]  # ``cuda_kernels.call`` of a library
 
 
 def make_creators(trt: Any, launch: Launch) -> list[Any]:
@@ -46,7 +23,7 @@ def make_creators(trt: Any, launch: Launch) -> list[Any]:
 
     Args:
         trt: the module ``tensorrt``, or ``tensorrt_rtx``, which has the same classes.
-        launch: starts a kernel on its stream.
+        launch: starts a kernel on its stream; called as ``cuda_kernels.call`` is behind its library.
     """
     plugin_class = _plugin_class(trt, launch)
     return [_creator_class(trt, plugin_class)(op) for op in SIGNATURES]
@@ -148,17 +125,17 @@ def _plugin_class(trt: Any, launch: Launch) -> type:
             stream: int,
         ) -> None:
             described = zip(inputs, input_desc, strict=True)
-            given = [(pointer, tuple(description.dims)) for pointer, description in described]
+            given = [Array(pointer, tuple(description.dims)) for pointer, description in described]
+            of_x, of_y = (Affine(scale) for scale in self.scales or (1.0, 1.0))
             launch(
-                Launched(
-                    self.op,
-                    np.dtype(trt.nptype(input_desc[0].type)).name,
-                    tuple(SIGNATURES[self.op].arrange(given)),
-                    self.attributes,
-                    outputs[0],
-                    self.scales,
-                    stream,
-                )
+                self.op,
+                np.dtype(trt.nptype(input_desc[0].type)).name,
+                inputs=SIGNATURES[self.op].arrange(given),
+                attributes=self.attributes,
+                output=outputs[0],
+                of_x=of_x,
+                of_y=of_y,
+                stream=stream,
             )
 
     return Plugin
