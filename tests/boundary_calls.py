@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from op_calls import OPS, OpCall, complete, to_int8
+from kernel_check import with_defaults
+from op_calls import OPS, OpCall, to_int8
 from torch import Tensor
 
 _GENERATOR = torch.Generator().manual_seed(3)
@@ -81,6 +82,6 @@ BOUNDARIES: dict[str, list[tuple[Any, ...]]] = {
 def boundary_calls(name: str) -> Iterator[OpCall]:
     """Yield each call with float32 and with INT8, all tensors one element behind a 64-byte line."""
     for args in BOUNDARIES[name]:
-        call = OpCall(OPS[name], complete(OPS[name], args), shift=4)
+        call = OpCall(OPS[name], with_defaults(OPS[name], args), shift=4)
         yield call
         yield to_int8(call)

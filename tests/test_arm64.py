@@ -65,7 +65,7 @@ def int8_outputs(tmp_path_factory):
 def test_float_kernel_computes_what_it_computes_on_x86(float_outputs, name):
     x86, arm64 = float_outputs[name]
     assert arm64.shape == x86.shape
-    # each is within 32 roundings of the exact sum (test_kernels); a sum may be in another order there
+    # each is within this of the exact sum (test_kernels); a sum may be in another order there
     assert (np.abs(arm64 - x86) <= 2 * rounding(*CASES[name]).numpy()).all()
     assert len(np.unique(x86)) > min(10, x86.size // 2)
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 from drivers import Job, run_kernels, run_sanitized
 from executorch.runtime import Runtime
+from kernel_check import with_defaults
 from lowered_calls import Calls, lower_call, lower_calls
-from op_calls import OPS, OpCall, complete, to_int8
+from op_calls import OPS, OpCall, to_int8
 from refused_calls import GOOD, REFUSED
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def _compiler():
 
 
 def good_call(name: str, *, is_int8: bool = False) -> OpCall:
-    call = OpCall(OPS[name], complete(OPS[name], GOOD[name]))
+    call = OpCall(OPS[name], with_defaults(OPS[name], GOOD[name]))
     return to_int8(call) if is_int8 else call
 
 
@@ -112,7 +113,7 @@ def small_args(name: str, batch: int) -> tuple[Any, ...]:
 @pytest.mark.parametrize("batch", [0, 1])
 @every_op
 def test_least_sizes_run_in_the_runtime(name, batch, tmp_path):
-    call = OpCall(OPS[name], complete(OPS[name], small_args(name, batch)))
+    call = OpCall(OPS[name], with_defaults(OPS[name], small_args(name, batch)))
     tensors = [a for a in call.args if isinstance(a, Tensor)]
     y = lower_call(call.op.overload, call.args, tmp_path)(*tensors)
     assert y.shape == call.exact.shape == (batch, 1, 1, 1)

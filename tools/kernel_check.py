@@ -9,11 +9,13 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from edgedyn.ops import Op
 
 TYPES = ("float32", "float16", "int8")
+UNIT = 2.0**-24  # half the distance between 1 and the next float32
 
 
 def to_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -25,16 +27,27 @@ def with_defaults(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (*args, *(a.default_value for a in op.overload._schema.arguments[len(args) :]))
 
 
-def magnitude(op: Op, args: tuple[Any, ...]) -> Tensor:
-    """Return sum |terms| at every output: the op of absolute values; an activation would hide it."""
-    values = [a.double().abs() if isinstance(a, Tensor) else a for a in args]
-    return op.overload(*("none" if a in ("relu", "relu6") else a for a in values))  # type: ignore[no-any-return]
-
-
 def rounding(op: Op, args: tuple[Any, ...]) -> Tensor:
-    """Return how far sums in float32 may be off."""
-    # each of the 3 factors of a term, the term, and up to 600 sums of them: sqrt(600) roundings stand out
-    return 32 * torch.finfo(torch.float32).eps * magnitude(op, args) + 1e-30
+    """Return the most by which float32 may miss the exact result, at every output.
+
+    A sum of n float32 terms, each a product of a few factors, is off by at most (n + roundings a term)
+    * 2^-24 * sum |terms|, in whatever order it is made (Higham, Accuracy and Stability, section 3.1).
+    """
+    # infinities and NaN add nothing to an output that is finite
+    x, *rest = (a.double().nan_to_num(0, 0, 0).abs() if isinstance(a, Tensor) else a for a in args)
+    rest = ["none" if a in ("relu", "relu6") else a for a in rest]  # an activation would hide terms
+    if op.name == "sliced_depthwise2d":
+        # 1 - weight is off by as much as weight: each cell counts whole, whatever its weight
+        rest[:2] = [a if a is None or not a.numel() else F.max_pool2d(a, 3, 1, 1) for a in rest[:2]]
+    return (_terms(op.name, args) + 16) * UNIT * op.overload(x, *rest) + 1e-37  # type: ignore[no-any-return]
+
+
+def _terms(name: str, args: tuple[Any, ...]) -> int:
+    """Return how many terms stand in one output's sum, sums within terms included."""
+    if name == "masked_conv2d":
+        return args[1][0].numel() + 1
+    taps = args[3] ** 2
+    return taps + (args[2].shape[0] if name == "atom_depthwise2d" else 0)
 
 
 def int8_call(op: Op, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:

@@ -1,8 +1,4 @@
-"""A call of an op, what it has to give, and how far rounding may take a kernel from that.
-
-A sum of n float32 terms, each a product of a few factors, is off by at most (n + roundings a term) * 2^-24 *
-sum |terms|, in whatever order it is made (Higham, Accuracy and Stability, section 3.1).
-"""
+"""A call of an op for the drivers, what it has to give, and what is wrong with what a driver gave."""
 
 from __future__ import annotations
 
@@ -12,14 +8,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from drivers import Job, Result
+from kernel_check import UNIT, rounding
 from torch import Tensor
 
 from edgedyn import ops
 
 OPS = ops.load_all()
-_UNIT = 2.0**-24  # half the distance between 1 and the next float32
 
 
 @dataclass(frozen=True)
@@ -63,15 +58,7 @@ class OpCall:
     @functools.cached_property
     def rounding(self) -> np.ndarray:
         """The most by which float32 may miss ``exact``, at every output."""
-        # infinities and NaN add nothing to an output that is finite
-        tensors = (a.nan_to_num(0, 0, 0).abs() if isinstance(a, Tensor) else a for a in self._real_args())
-        x, *rest = tensors
-        rest = ["none" if a in ("relu", "relu6") else a for a in rest]
-        if self.op.name == "sliced_depthwise2d":
-            # 1 - weight is off by as much as weight: each cell counts whole, whatever its weight
-            rest[:2] = [a if a is None or not a.numel() else F.max_pool2d(a, 3, 1, 1) for a in rest[:2]]
-        terms = self.op.overload(x, *rest).numpy()
-        return (_terms(self.op.name, self.args) + 16) * _UNIT * terms + 1e-37
+        return rounding(self.op, self._real_args()).numpy()
 
     def discrepancy(self, result: Result) -> str:
         """Return what is wrong with a result, or nothing."""
@@ -101,7 +88,7 @@ class OpCall:
     def _wrong_int8(self, y: np.ndarray) -> np.ndarray:
         """Allow half a step, what moved the real value, and two roundings of a value of up to 256 steps."""
         assert self.int8 is not None
-        allowed = 0.5 + self.rounding / self.int8.y_scale + 4 * _UNIT * 256
+        allowed = 0.5 + self.rounding / self.int8.y_scale + 4 * UNIT * 256
         # NaN has no INT8
         return np.where(np.isnan(self.exact), False, ~(np.abs(y - self._steps()) <= allowed))
 
@@ -110,19 +97,6 @@ class OpCall:
         if self.int8 is not None:
             x = (x - self.int8.x_zero_point) * self.int8.x_scale
         return (x, *rest)
-
-
-def _terms(name: str, args: tuple[Any, ...]) -> int:
-    """Return how many terms stand in one output's sum, sums within terms included."""
-    if name == "masked_conv2d":
-        return args[1][0].numel() + 1
-    taps = args[3] ** 2
-    return taps + (args[2].shape[0] if name == "atom_depthwise2d" else 0)
-
-
-def complete(op: ops.Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Return the arguments with the schema's defaults behind them."""
-    return (*args, *(a.default_value for a in op.overload._schema.arguments[len(args) :]))
 
 
 def to_int8(call: OpCall, zero_points: tuple[int, int] = (11, -50), steps: float = 90) -> OpCall:
