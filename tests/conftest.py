@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import platform
+import shutil
+import subprocess
 
 import pytest
 
@@ -21,6 +23,26 @@ def _shared_provenance():
         yield
 
 
+def _require_compiler(compiler: str, package: str) -> None:
+    """Skip without a compiler that finds Highway; with one, sources that it refuses are a failure."""
+    found = shutil.which(compiler)
+    if found is None:
+        pytest.skip(f"there is no {compiler}: apt-get install {package}")
+    source = '#include "hwy/highway.h"'
+    read = [found, "-E", "-x", "c++", "-", "-o", os.devnull]
+    if subprocess.run(read, input=source, text=True, capture_output=True, check=False).returncode:
+        pytest.skip(f"{compiler} finds no Highway: apt-get install libhwy-dev")
+
+
+@pytest.fixture(scope="session")
+def library():
+    """Compile our kernels for ExecuTorch and load them."""
+    from edgedyn.targets.executorch import kernels
+
+    _require_compiler("c++", "g++")
+    return kernels.load()
+
+
 @pytest.fixture(scope="session")
 def arm64():
     """Compile the runner for ARM64, where there are the tools and the package."""
@@ -29,7 +51,11 @@ def arm64():
 
     if platform.machine() != "x86_64":
         pytest.skip(f"compares ARM64 with x86_64, and this machine is {platform.machine()}")
+    _require_compiler("aarch64-linux-gnu-g++", "g++-aarch64-linux-gnu")
+    if shutil.which("qemu-aarch64-static") is None:
+        pytest.skip("there is no emulator: apt-get install qemu-user-static")
     try:
-        return runner.build(runner.ARM64)
+        runner.arm64_package()
     except TargetMissingError as error:
         pytest.skip(str(error))
+    return runner.build(runner.ARM64)

@@ -16,18 +16,7 @@ import typer
 from drivers import DriverStoppedError, Job, Result
 from random_calls import random_call
 
-from edgedyn.errors import TargetMissingError
-from edgedyn.targets.executorch import kernels
-
 OP = "atom_depthwise2d"
-
-
-@pytest.fixture
-def _compiler():
-    try:
-        kernels.build()
-    except TargetMissingError as error:
-        pytest.skip(str(error))
 
 
 def test_call_that_ends_the_process_hides_no_other_failure():
@@ -50,7 +39,7 @@ def test_call_that_ends_the_process_hides_no_other_failure():
     assert dict(found)[deadly] == "heap-buffer-overflow"
 
 
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("library")
 def test_fuzz_goes_on_where_it_stopped(tmp_path):
     out = tmp_path / "fuzz.json"
     for rounds in (1, 2):
@@ -65,7 +54,7 @@ def test_fuzz_goes_on_where_it_stopped(tmp_path):
         fuzz_ops.main(seconds=0, seed=6, op=OP, out=out)
 
 
-@pytest.mark.usefixtures("_compiler")
+@pytest.mark.usefixtures("library")
 @pytest.mark.skipif(shutil.which("valgrind") is None, reason="no valgrind")
 def test_instruction_counts_repeat(tmp_path):
     program = bench_ops.on_runtime(bench_ops.static(4, 32), "stock")(tmp_path)

@@ -22,20 +22,13 @@ from op_calls import OpCall
 from random_calls import DRAWS, describe, random_call
 
 from edgedyn import native
-from edgedyn.errors import TargetMissingError
-from edgedyn.targets.executorch import kernels
 
 SEED, COUNT = 0, 50
 OPS = [name for name in DRAWS if (native.SOURCES / name / "kernel_executorch.cpp").is_file()]
 every_op = pytest.mark.parametrize("name", OPS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiler():
-    try:
-        kernels.build()
-    except TargetMissingError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("library")
 
 
 @functools.cache

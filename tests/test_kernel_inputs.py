@@ -17,19 +17,13 @@ from refused_calls import GOOD, REFUSED
 from torch import Tensor
 
 from edgedyn import native
-from edgedyn.errors import BundleError, TargetMissingError
-from edgedyn.targets.executorch import kernels
+from edgedyn.errors import BundleError
 from edgedyn.targets.executorch.run import load
 
 every_op = pytest.mark.parametrize("name", GOOD)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _compiler():
-    try:
-        kernels.load()
-    except TargetMissingError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("library")
 
 
 def good_call(name: str, *, is_int8: bool = False) -> OpCall:

@@ -32,13 +32,7 @@ every_case = pytest.mark.parametrize(("op", "args"), CASES)
 every_op = pytest.mark.parametrize("op", OPS.values(), ids=OPS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def library():
-    """Compile the kernels, where there is a compiler."""
-    try:
-        return kernels.load()
-    except TargetMissingError as error:
-        pytest.skip(str(error))
+pytestmark = pytest.mark.usefixtures("library")
 
 
 def run_kernel(overload: Any, args: tuple[Any, ...], folder: Any) -> np.ndarray:

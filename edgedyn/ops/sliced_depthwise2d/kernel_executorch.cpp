@@ -53,38 +53,28 @@ HWY_BEFORE_NAMESPACE();
 namespace edgedyn {
 namespace HWY_NAMESPACE {
 
-// The sum over taps at one vector of pixels between two grid rows, of which it takes `above` and `below`.
+// Sums over taps at one vector of pixels between two grid rows, of which it takes `above` and `below`.
 template <typename T>
-struct SlicedSum {
-  Vector value;
-
-  HWY_INLINE void Clear() { value = hn::Zero(Floats()); }
-  // The kernel first: an infinite pixel then meets one kernel, not two of two signs.
-  HWY_INLINE void Add(Vector upper, Vector lower, Vector pixels, Vector above, Vector below) {
-    value = hn::MulAdd(hn::MulAdd(lower, below, hn::Mul(upper, above)), pixels, value);
-  }
-  HWY_INLINE Vector Total(Vector, Vector) const { return value; }
-};
-
-// INT8 pixels are finite: a sum for each grid row, put together once, is 2 operations a tap and not 3.
+constexpr int kSums = 1;
 template <>
-struct SlicedSum<int8_t> {
-  Vector of_upper, of_lower;
+constexpr int kSums<int8_t> = 2;  // INT8 pixels are finite: a sum for each grid row is 2 operations a tap, not 3
 
-  HWY_INLINE void Clear() { of_upper = of_lower = hn::Zero(Floats()); }
-  HWY_INLINE void Add(Vector upper, Vector lower, Vector pixels, Vector, Vector) {
-    of_upper = hn::MulAdd(upper, pixels, of_upper), of_lower = hn::MulAdd(lower, pixels, of_lower);
-  }
-  HWY_INLINE Vector Total(Vector above, Vector below) const {
-    return hn::MulAdd(of_lower, below, hn::Mul(of_upper, above));
-  }
-};
+// The kernel first: an infinite pixel then meets one kernel, not two of two signs.
+HWY_INLINE void AddTap(Vector upper, Vector lower, Vector pixels, Vector above, Vector below, Vector (&sums)[1]) {
+  sums[0] = hn::MulAdd(hn::MulAdd(lower, below, hn::Mul(upper, above)), pixels, sums[0]);
+}
+HWY_INLINE void AddTap(Vector upper, Vector lower, Vector pixels, Vector, Vector, Vector (&sums)[2]) {
+  sums[0] = hn::MulAdd(upper, pixels, sums[0]), sums[1] = hn::MulAdd(lower, pixels, sums[1]);
+}
+
+HWY_INLINE Vector Total(const Vector (&sums)[1], Vector, Vector) { return sums[0]; }
+HWY_INLINE Vector Total(const Vector (&sums)[2], Vector above, Vector below) {
+  return hn::MulAdd(sums[1], below, hn::Mul(sums[0], above));
+}
 
 // One strip of one filter's channels.
 template <typename T>
 class SlicedFilter {
-  using Sum = SlicedSum<T>;
-
  public:
   SlicedFilter(const SlicedArguments<T>& a, const SlicedStrip& strip, int64_t b, int64_t filter, int64_t left,
                float* scratch)
@@ -181,11 +171,13 @@ class SlicedFilter {
     const int64_t offset = (strip_.tables - 1) * strip_.columns, count = count_, width = p_.width;
     const Quantization of_y = a_.of_y;
     for (int64_t j = 0; j < count; j += hn::Lanes(d)) {
-      Sum sum[kRows];
-      for (Sum& one : sum) one.Clear();
-      is_common ? Sum3x3(block, j, sum) : SumAny(block, j, sum);
+      Vector sums[kRows][kSums<T>];
       for (int r = 0; r < kRows; ++r) {
-        Vector total = sum[r].Total(block.above[r], block.below[r]);
+        for (Vector& sum : sums[r]) sum = hn::Zero(d);
+      }
+      is_common ? Sum3x3(block, j, sums) : SumAny(block, j, sums);
+      for (int r = 0; r < kRows; ++r) {
+        Vector total = Total(sums[r], block.above[r], block.below[r]);
         if (a_.offset) {
           total = hn::MulAdd(hn::LoadU(d, upper_ + offset + j), block.above[r], total);
           total = hn::MulAdd(hn::LoadU(d, lower_ + offset + j), block.below[r], total);
@@ -197,7 +189,7 @@ class SlicedFilter {
 
   // A column of taps at a time: a row of pixels is loaded once for the up to three output rows that read it.
   template <int kRows>
-  HWY_INLINE void Sum3x3(const Block<kRows>& block, int64_t j, Sum (&sum)[kRows]) const {
+  HWY_INLINE void Sum3x3(const Block<kRows>& block, int64_t j, Vector (&sums)[kRows][kSums<T>]) const {
     const Floats d;
     for (int dx = 0; dx < 3; ++dx) {
       Vector upper[3], lower[3];
@@ -209,14 +201,14 @@ class SlicedFilter {
         const Vector pixels = hn::LoadU(d, block.tile + i * block.tile_width + j + dx);
         for (int dy = 0; dy < 3; ++dy) {
           const int r = i - dy;
-          if (r >= 0 && r < kRows) sum[r].Add(upper[dy], lower[dy], pixels, block.above[r], block.below[r]);
+          if (r >= 0 && r < kRows) AddTap(upper[dy], lower[dy], pixels, block.above[r], block.below[r], sums[r]);
         }
       }
     }
   }
 
   template <int kRows>
-  HWY_INLINE void SumAny(const Block<kRows>& block, int64_t j, Sum (&sum)[kRows]) const {
+  HWY_INLINE void SumAny(const Block<kRows>& block, int64_t j, Vector (&sums)[kRows][kSums<T>]) const {
     const Floats d;
     const float* upper = upper_ + j;
     const float* lower = lower_ + j;
@@ -225,7 +217,8 @@ class SlicedFilter {
       for (int64_t dx = 0; dx < p_.side; ++dx, x += p_.dilation, upper += block.columns, lower += block.columns) {
         const Vector of_upper = hn::LoadU(d, upper), of_lower = hn::LoadU(d, lower);
         for (int r = 0; r < kRows; ++r) {
-          sum[r].Add(of_upper, of_lower, hn::LoadU(d, x + r * block.tile_width), block.above[r], block.below[r]);
+          const Vector pixels = hn::LoadU(d, x + r * block.tile_width);
+          AddTap(of_upper, of_lower, pixels, block.above[r], block.below[r], sums[r]);
         }
       }
     }
