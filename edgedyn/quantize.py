@@ -52,6 +52,8 @@ _KEPT_FLOAT = {
     "mul": "product of two activations",
     "clamp": "follows a product of two activations",
     "upsample_bilinear2d": "slices generated kernels, or resizes a float stream",
+    "bmm": "interpolates generated kernels",
+    "mm": "interpolates generated kernels",
     "prelu": "its runtime kernel is float; it stands between Q/DQ pairs",
     "cat": "joins float streams",
     "max_pool2d": "its input is a float stream",
@@ -61,6 +63,7 @@ _KEPT_FLOAT = {
 _KEPT_BY_RECIPE = "kept in float by the recipe (quantize.keep_float)"
 _KEPT_ALWAYS = "decides or normalises: float32 in every precision"
 _NO_RULE = "no INT8 rule for this operator"
+_GENERATED = "filters with generated kernels, which stay float"
 # operators that are no view of their input and yet compute nothing
 _MOVES_ONLY = {
     "_to_copy",
@@ -330,7 +333,9 @@ def _account(
         elif _is_fused(node):
             continue
         elif name := _float_operator(node):
-            kept[name, reasons.get(node.name, _KEPT_FLOAT.get(name, _NO_RULE))] += 1
+            is_ours = getattr(node.target, "namespace", "") == "edgedyn"
+            reason = _GENERATED if is_ours else _KEPT_FLOAT.get(name, _NO_RULE)
+            kept[name, reasons.get(node.name, reason)] += 1
         elif str(node.target).startswith("quantized_decomposed.quantize_per_tensor"):
             table.append(
                 {"tensor": str(node.args[0]), "scale": float(node.args[1]), "zero_point": int(node.args[2])}

@@ -197,3 +197,11 @@ def test_special_values_arrive_where_the_oracle_has_them(op, tmp_path):
         exact = op.overload(*spoiled).numpy()
         assert np.array_equal(np.isfinite(y), np.isfinite(exact)), (place, value)
         assert np.array_equal(np.isnan(y), np.isnan(exact)), (place, value)
+
+
+def test_float_op_of_ours_is_counted_with_its_reason():
+    network, inputs = Between(is_read_twice=True).eval(), (torch.rand(1, 3, 12, 14), torch.randn(1, 36, 3, 4))
+    program = torch.export.export(network, inputs)
+    done = to_int8(program, inputs, scheme=EXECUTORCH.int8, section=QuantizeSection(), samples=[inputs])
+    reasons = {row["node"]: row["reason"] for row in done.float_nodes}
+    assert reasons["sliced_depthwise2d"] == "filters with generated kernels, which stay float"

@@ -9,7 +9,6 @@ lies between 2 or 3 rows of the grid and takes the product with these alone.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from edgedyn.ops.shifting import cut, sum_taps, take
@@ -58,7 +57,7 @@ class _Bands:
         self.count = -(-padded // self.rows)
         self.below = self.count * self.rows - padded
         pixels = torch.arange(width, device=x.device)
-        self.columns = _hats(self._locate(pixels, width, grid.shape[3]), 0, grid.shape[3]).to(x)
+        self.columns = _hats(self._locate(pixels, width, grid.shape[3]), 0, grid.shape[3]).t().to(x)
 
     def pick(self, cells: Tensor, shift: int) -> tuple[Tensor, Tensor]:
         """Pick the few rows of the grid that each band reads, for maps whose row r is of pixel row r - shift.
@@ -73,12 +72,12 @@ class _Bands:
         few = min(gh, int((self.rows - 1) * step) + 3)
         first = position[:, :1].floor().clamp(max=gh - few)
         chosen = (first + torch.arange(few, device=cells.device)).flatten()
-        picked = F.linear(cells.transpose(2, 3), _hats(chosen, 0, gh).to(cells)).transpose(2, 3)
+        picked = _multiply(cells.transpose(2, 3), _hats(chosen, 0, gh).t().to(cells)).transpose(2, 3)
         return picked, _hats(position, first[:, :, None], few).to(cells)
 
     def interpolate(self, picked: Tensor, weights: Tensor, first: int, count: int) -> Tensor:
         """Return the maps of some of the picked channels, (B, count, bands * rows, W)."""
-        rows = F.linear(take(picked, 1, first, count), self.columns)
+        rows = _multiply(take(picked, 1, first, count), self.columns)
         b, width = rows.shape[0], rows.shape[3]
         few = weights.shape[2]
         maps = torch.bmm(weights.repeat(b * count, 1, 1), rows.reshape(b * count * self.count, few, width))
@@ -91,6 +90,11 @@ class _Bands:
         else:
             position = (pixel.double() + 0.5) * (cells / size) - 0.5
         return position.clamp(0, cells - 1)
+
+
+def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
+    """Multiply the last axis of (B, C, h, n) by (n, w); a linear layer would be quantized."""
+    return torch.mm(x.reshape(-1, x.shape[3]), matrix).reshape(*x.shape[:3], matrix.shape[1])
 
 
 def _hats(position: Tensor, first: Tensor | int, cells: int) -> Tensor:

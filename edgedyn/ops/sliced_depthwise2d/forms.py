@@ -47,6 +47,6 @@ def _upsample(cells: Tensor, x: Tensor, align_corners: bool) -> Tensor:
 
 FORMS = (
     FUSED,
-    Form("banded_shift_mac", banded_shift_mac, frozenset({"in_order"}), expand="after_quantize"),
+    Form("banded_shift_mac", banded_shift_mac, frozenset({"in_order"})),
     Form("resize_shift_mac", resize_shift_mac),
 )
