@@ -93,6 +93,7 @@ def _cmake(*arguments: object) -> str | None:
     done = subprocess.run([found, *map(str, arguments)], capture_output=True, text=True, check=False)
     if not done.returncode:
         return None
-    words = [line.strip() for line in (done.stderr + done.stdout).splitlines() if line.strip()]
+    lines = (line.strip() for line in (done.stderr + done.stdout).splitlines())
+    words = [line for line in lines if line and not line.startswith("--")]  # what went well begins with --
     wrong = next((k for k, line in enumerate(words) if "error" in line.lower()), 0)
     return " ".join(words[wrong : wrong + 4])

@@ -215,6 +215,12 @@ ROWS = (
     Row("sliced_depthwise2d int8 : static int8", 1.0, on_runtime(sliced_int8()), on_runtime(static_int8())),
     Row("sliced_depthwise2d stock form : static", 3.0, on_runtime(sliced(), "stock"), on_runtime(static())),
     Row("decoupled_depthwise2d f32 : static", 1.0, on_runtime(decoupled()), on_runtime(static(64, 256))),
+    Row(
+        "decoupled_depthwise2d stock form : shift_mac",
+        None,
+        on_runtime(decoupled(), "stock"),
+        on_runtime(decoupled(), "stock", decoupled_depthwise2d="shift_mac"),
+    ),
     Row("atom_depthwise2d f32 : bases_first", 0.4, on_runtime(atoms()), on_runtime(atoms(), "stock")),
     *(
         Row(
