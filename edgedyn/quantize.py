@@ -27,6 +27,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from edgedyn.errors import CalibrationError, RecipeError
+from edgedyn.ops import is_ours
 from edgedyn.quantized_graph import center, explicit_padding, halve, separate_readers, unshare_constants
 from edgedyn.recipe import QuantizeSection
 from edgedyn.targets import Int8Scheme
@@ -333,8 +334,7 @@ def _account(
         elif _is_fused(node):
             continue
         elif name := _float_operator(node):
-            is_ours = getattr(node.target, "namespace", "") == "edgedyn"
-            reason = _GENERATED if is_ours else _KEPT_FLOAT.get(name, _NO_RULE)
+            reason = _GENERATED if is_ours(node) else _KEPT_FLOAT.get(name, _NO_RULE)
             kept[name, reasons.get(node.name, reason)] += 1
         elif str(node.target).startswith("quantized_decomposed.quantize_per_tensor"):
             table.append(

@@ -115,3 +115,16 @@ def small_mallenet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), LAYERS["kernels"](), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)
     ).eval()
+
+
+class FilterBetween(nn.Module):
+    """Convolution, filter, convolution; the filter's y is also read in float where ``is_read_twice``."""
+
+    def __init__(self, *, is_read_twice: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.is_read_twice = is_read_twice
+
+    def forward(self, x: Tensor, grid: Tensor) -> Tensor:
+        y = torch.ops.edgedyn.sliced_depthwise2d(self.first(x), grid, None, 3)
+        return y + self.second(y) if self.is_read_twice else self.second(y)

@@ -13,7 +13,7 @@ import torch
 from executorch.runtime import Runtime
 from kernel_check import INT8_LIMIT, exact_int8, int8_call, rounding, to_double
 from lowered_calls import EXAMPLES, OPS, Calls, lower_call, lower_calls
-from small_networks import LAYERS
+from small_networks import LAYERS, FilterBetween
 from torch import Tensor, nn
 
 from edgedyn import cli, inspection, native, ops, pipeline, session, targets
@@ -59,23 +59,10 @@ def test_int8_kernel_rounds_what_the_oracle_rounds(op, args, tmp_path):
     assert len(np.unique(y)) > min(10, y.size // 2)
 
 
-class Between(nn.Module):
-    """A dynamic filter between two convolutions, and in ``is_read_twice`` also added to what follows it."""
-
-    def __init__(self, *, is_read_twice: bool) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.is_read_twice = is_read_twice
-
-    def forward(self, x: Tensor, grid: Tensor) -> Tensor:
-        y = torch.ops.edgedyn.sliced_depthwise2d(self.first(x), grid, None, 3)
-        return y + self.second(y) if self.is_read_twice else self.second(y)
-
-
 @pytest.mark.parametrize("is_read_twice", [False, True])
 def test_op_between_int8_tensors_becomes_its_int8_twin(is_read_twice, tmp_path):
     torch.manual_seed(4)
-    network = Between(is_read_twice=is_read_twice).eval()
+    network = FilterBetween(is_read_twice=is_read_twice).eval()
     inputs = torch.rand(1, 3, 12, 14), torch.randn(1, 36, 3, 4)
     program = torch.export.export(network, inputs)
     scheme = EXECUTORCH.int8
@@ -200,7 +187,10 @@ def test_special_values_arrive_where_the_oracle_has_them(op, tmp_path):
 
 
 def test_float_op_of_ours_is_counted_with_its_reason():
-    network, inputs = Between(is_read_twice=True).eval(), (torch.rand(1, 3, 12, 14), torch.randn(1, 36, 3, 4))
+    network, inputs = (
+        FilterBetween(is_read_twice=True).eval(),
+        (torch.rand(1, 3, 12, 14), torch.randn(1, 36, 3, 4)),
+    )
     program = torch.export.export(network, inputs)
     done = to_int8(program, inputs, scheme=EXECUTORCH.int8, section=QuantizeSection(), samples=[inputs])
     reasons = {row["node"]: row["reason"] for row in done.float_nodes}

@@ -10,8 +10,9 @@ import numpy as np
 import onnx
 import pytest
 import torch
+from kernel_check import INT8_LIMIT, exact_int8, int8_call
 from small_builds import NEEDS_RTX
-from small_networks import LAYERS
+from small_networks import LAYERS, FilterBetween
 from torch import Tensor, nn
 
 from edgedyn import inspection, ops, pipeline, session, targets
@@ -23,6 +24,7 @@ from edgedyn.targets.tensorrt import nodes, signatures
 from edgedyn.targets.tensorrt.run import expanded_path, host_path, load, runtime_name
 from edgedyn.targets.tensorrt.signatures import SIGNATURES, node_type
 
+CENTRED = (0, 0)  # the zero points that TensorRT takes
 ROOT = Path(__file__).parents[1]
 OPS = ops.load_all()
 EQUIPPED = targets.load("tensorrt", "fused")
@@ -70,15 +72,6 @@ def attributes_of(node: onnx.NodeProto) -> dict[str, Any]:
     return {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
 
 
-def int8_call(op: ops.Op, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-    """Return the INT8 twin and its arguments: scales of these values, zero points 0."""
-    x, *rest = args
-    rest += [a.default_value for a in op.overload._schema.arguments[len(args) :]]
-    x_scale, y_scale = float(x.abs().max()) / 100, float(op.overload(*args).abs().max()) / 90
-    stored = (x / x_scale).round().clamp(-128, 127).to(torch.int8)
-    return getattr(torch.ops.edgedyn, f"{op.name}_int8").default, (stored, x_scale, 0, *rest, y_scale, 0)
-
-
 @every_op
 def test_signature_says_what_the_schema_says(op):
     signature, arguments = SIGNATURES[op.name], op.overload._schema.arguments
@@ -117,7 +110,7 @@ def test_output_of_a_signature_has_the_shape_of_the_op(op, args):
 def test_node_carries_inputs_attributes_and_types(op, args, kind):
     overload, given = op.overload, args
     if kind == "int8":
-        overload, given = int8_call(op, args)
+        overload, given = int8_call(op, args, CENTRED)
     elif kind == "float16":
         given = tuple(a.half() if isinstance(a, Tensor) else a for a in args)
     model = export_call(overload, given)
@@ -170,37 +163,21 @@ def test_expanded_node_computes_the_op(op, args, tmp_path):
 
 @first_case
 def test_expanded_int8_node_rounds_what_the_op_rounds(op, args, tmp_path):
-    twin, given = int8_call(op, args)
+    twin, given = int8_call(op, args, CENTRED)
     model = export_call(twin, given)
     kinds = Counter(node.op_type for node in nodes.expand_nodes(model).graph.node)
     assert (kinds["DequantizeLinear"], kinds["QuantizeLinear"]) == (1, 1)
     y = run_expanded(model, given, tmp_path)
-    double = (a.double() if isinstance(a, Tensor) else a for a in given[3:-2])
-    exact = op.overload(given[0].double() * given[1], *double).numpy() / given[-2]
     assert y.dtype == np.int8
-    # half a step is a tie; float32 moves values of up to 256 steps by some 1e-4 of one
-    assert np.abs(y - exact.clip(-128, 127)).max() <= 0.5 + 1e-3
+    assert np.abs(y - exact_int8(op, given).numpy()).max() <= INT8_LIMIT
     assert len(np.unique(y)) > min(10, y.size // 2)
-
-
-class Between(nn.Module):
-    """Convolution, filter, convolution; the filter's y is also read in float where ``is_read_twice``."""
-
-    def __init__(self, *, is_read_twice: bool) -> None:
-        super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
-        self.is_read_twice = is_read_twice
-
-    def forward(self, x: Tensor, grid: Tensor) -> Tensor:
-        y = torch.ops.edgedyn.sliced_depthwise2d(self.first(x), grid, None, 3)
-        return y + self.second(y) if self.is_read_twice else self.second(y)
 
 
 @pytest.mark.parametrize("engine", ["torchao", "nncf"])
 @pytest.mark.parametrize("is_read_twice", [False, True])
 def test_filter_is_int8_where_all_that_reads_it_is(engine, is_read_twice, tmp_path):
     torch.manual_seed(4)
-    network = Between(is_read_twice=is_read_twice).eval()
+    network = FilterBetween(is_read_twice=is_read_twice).eval()
     inputs = torch.rand(1, 3, 12, 14), torch.randn(1, 36, 3, 4)
     program = to_int8(
         torch.export.export(network, inputs),

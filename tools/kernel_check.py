@@ -50,16 +50,19 @@ def _terms(name: str, args: tuple[Any, ...]) -> int:
     return taps + (args[2].shape[0] if name == "atom_depthwise2d" else 0)
 
 
-def int8_call(op: Op, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+def int8_call(
+    op: Op, args: tuple[Any, ...], zero_points: tuple[int, int] = (11, -50)
+) -> tuple[Any, tuple[Any, ...]]:
     """Return the INT8 twin of an op and arguments for it: scales of these values, zero points off centre."""
+    of_x, of_y = zero_points
     x, *rest = with_defaults(op, args)
     # a tensor without a value, or of zeros, still has a scale
     x_scale, y = float(x.abs().amax()) / 100 if x.numel() else 1.0, op.overload(*args)
     y_scale = float(y.abs().amax()) / 90 if y.numel() else 1.0  # some values saturate behind the zero point
     x_scale, y_scale = x_scale or 1.0, y_scale or 1.0
-    stored = ((x / x_scale).round() + 11).clamp(-128, 127).to(torch.int8)
+    stored = ((x / x_scale).round() + of_x).clamp(-128, 127).to(torch.int8)
     twin = getattr(torch.ops.edgedyn, f"{op.name}_int8").default
-    return twin, (stored, x_scale, 11, *rest, y_scale, -50)
+    return twin, (stored, x_scale, of_x, *rest, y_scale, of_y)
 
 
 def exact_int8(op: Op, given: tuple[Any, ...]) -> Tensor:

@@ -114,6 +114,11 @@ def _without_defaults(arguments: str) -> str:
     return re.sub(r"=[^,]+", "", arguments)
 
 
+def is_ours(node: torch.fx.Node) -> bool:
+    """Tell whether a node of a program calls an op of ours, or its INT8 twin."""
+    return node.op == "call_function" and getattr(node.target, "namespace", "") == "edgedyn"
+
+
 def load_all() -> dict[str, Op]:
     """Return every op by name."""
     folders = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)

@@ -23,11 +23,7 @@ _PAIR = torch.ops.quantized_decomposed
 
 def calls_kernels(program: ExportedProgram) -> bool:
     """Whether a program calls an op of ours."""
-    return any(_is_ours(node) for node in program.graph.nodes)
-
-
-def _is_ours(node: fx.Node) -> bool:
-    return node.op == "call_function" and getattr(node.target, "namespace", "") == "edgedyn"
+    return any(ops.is_ours(node) for node in program.graph.nodes)
 
 
 def fuse_int8(program: ExportedProgram) -> ExportedProgram:

@@ -41,7 +41,7 @@ def with_nodes(program: ExportedProgram) -> ExportedProgram:
     if not calls_kernels(program):
         return program
     fused = fuse_int8(program)
-    called = {node.target for node in fused.graph.nodes if getattr(node.target, "namespace", "") == "edgedyn"}
+    called = {node.target for node in fused.graph.nodes if ops.is_ours(node)}
     table = {overload: functools.partial(_node, overload) for overload in called}
     return fused.run_decompositions(table)  # type: ignore[no-any-return]
 
