@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from edgedyn import ops, targets
 from edgedyn.errors import ModelError, NoFormError, RecipeError
-from edgedyn.ops.sliced_depthwise2d import oracle, sliced_depthwise2d
+from edgedyn.ops import shifting
+from edgedyn.ops.sliced_depthwise2d import banded, oracle, sliced_depthwise2d
 
 OPS = ops.load_all()
 CASES = {f"{name}-{k}": (op, args) for name, op in OPS.items() for k, args in enumerate(op.examples())}
@@ -19,7 +20,7 @@ ORDINARY = [
     pytest.param(op, form, args, id=f"{form.name}-{case}")
     for case, (op, args) in CASES.items()
     for form in op.forms
-    if not form.requires
+    if form.fn is not None
 ]
 EXECUTORCH = targets.load("executorch")
 OP = OPS["sliced_depthwise2d"]
@@ -73,7 +74,7 @@ def test_op_and_its_forms_take_an_empty_batch(op, args):
     assert op.overload(*empty).shape == expected
     assert capture(op, empty)[0].graph_signature.user_outputs
     for form in op.forms:
-        if form.fn is not None and not form.requires:
+        if form.fn is not None:
             assert form.fn(*empty).shape == expected, form.name
 
 
@@ -127,6 +128,30 @@ def test_oracle_equals_the_formula_at_single_pixels(op, args):
 
 @pytest.mark.parametrize(("op", "form", "args"), ORDINARY)
 def test_form_equals_op_in_float64(op, form, args):
+    args = to_double(args)
+    torch.testing.assert_close(form.fn(*args), op.overload(*args), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("channels", [1, 7, 9, 32])
+def test_channels_are_cut_once_each_into_few_runs(channels):
+    for elements in (1, shifting.RUN_ELEMENTS // 3, 2 * shifting.RUN_ELEMENTS):
+        runs = shifting.cut(channels, elements)
+        assert [c for run in runs for c in run] == list(range(channels))
+        assert len(runs) <= shifting.MOST_RUNS
+    blocks = shifting.cut(2 * channels, 2 * shifting.RUN_ELEMENTS, within=channels)
+    assert [c for run in blocks for c in run] == list(range(2 * channels))
+    assert all(run[0] // channels == run[-1] // channels for run in blocks)
+
+
+@pytest.mark.parametrize(("band", "most_runs"), [(1, 1), (3, 2), (4, 5), (32, 8)])
+@pytest.mark.parametrize(
+    ("op", "form", "args"), [case for case in ORDINARY if "in_order" in case.values[1].requires]
+)
+def test_form_equals_op_however_it_is_cut(op, form, args, band, most_runs, monkeypatch):
+    """The examples are too small to be cut as a feature map is: into bands of rows, and runs of channels."""
+    monkeypatch.setattr(banded, "BAND", band)
+    monkeypatch.setattr(shifting, "RUN_ELEMENTS", 1)
+    monkeypatch.setattr(shifting, "MOST_RUNS", most_runs)
     args = to_double(args)
     torch.testing.assert_close(form.fn(*args), op.overload(*args), rtol=1e-12, atol=1e-12)
 

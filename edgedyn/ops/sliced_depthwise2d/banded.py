@@ -70,7 +70,7 @@ class _Bands:
         position = self._locate(pixels, self.height, gh).view(self.count, -1)
         step = (gh - 1) / max(self.height - 1, 1) if self.align_corners else gh / self.height
         few = min(gh, int((self.rows - 1) * step) + 3)
-        first = position[:, :1].floor().clamp(max=gh - few)
+        first = position[:, :1].floor()  # a row past the last has no weight
         chosen = (first + torch.arange(few, device=cells.device)).flatten()
         picked = _multiply(cells.transpose(2, 3), _hats(chosen, 0, gh).t().to(cells)).transpose(2, 3)
         return picked, _hats(position, first[:, :, None], few).to(cells)
