@@ -70,7 +70,8 @@ def cases() -> list:
 
 
 def overrides(name: str, kernels: str, smaller: tuple[str, ...]) -> list[str]:
-    found = [f"kernels={kernels}", "input.shape=[1, 3, 32, 32]", "tile.overlap=0"]
+    side = 64 if "hourglass" in name else 32  # the hourglass halves its image six times
+    found = [f"kernels={kernels}", f"input.shape=[1, 3, {side}, {side}]", "tile.overlap=0"]
     found += [f"model.{change}" for change in smaller]
     if "joint" in name:
         found.append("guide.shape=[1, 3, 64, 64]")
