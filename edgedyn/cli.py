@@ -7,6 +7,7 @@ Exit codes: 0 ok, 1 a check failed, 2 wrong recipe or usage, 3 target or depende
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,7 +36,12 @@ BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="directory ma
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe value, a.b=c")
 ]
-Force = Annotated[bool, typer.Option("--force", help="replace what stands at the output")]
+Force = Annotated[
+    bool,
+    typer.Option(
+        "--force", help="replace what stands at the output; use a calibration table of something else"
+    ),
+]
 Trust = Annotated[bool, typer.Option("--trust", help="allow weights that are a pickle (tensors only)")]
 Seed = Annotated[int, typer.Option("--seed", help="seed of torch's random numbers")]
 
@@ -88,6 +94,34 @@ def build(
             OUT.print("the network has no dynamic layer: it was deployed as a static one")
         OUT.print(f"report: {out / 'report.html'}", soft_wrap=True)
     _exit_unless(built.report.ok)
+
+
+@app.command()
+def calibrate(
+    recipe: RecipePath,
+    out: Annotated[Path, typer.Option("-o", "--out", help="the table, a JSON file; new")],
+    overrides: Set = None,
+    as_json: AsJson = False,
+    force: Force = False,
+    trust: Trust = False,
+) -> None:
+    """Write only the calibration table, which builds reuse: quantize.table in the recipe names it."""
+    from edgedyn.recipe import load_recipe
+
+    parsed = load_recipe(recipe, overrides or [])
+    with quiet_libraries(), progress_bars() as advance:
+        from edgedyn import pipeline
+
+        table = pipeline.calibrate(parsed, out, force=force, trust=trust, progress=advance)
+    kinds: Counter[str] = Counter(entry.kind for entries in table.programs.values() for entry in entries)
+    if as_json:
+        print_json({"table": str(out), "images": table.images, "tensors": dict(kinds), "key": table.key})
+        return
+    found = ", ".join(f"{count} of class {kind}" for kind, count in sorted(kinds.items()))
+    OUT.print(
+        f"{kinds.total()} tensors ({found}) on {table.images['samples']} samples of {table.images['name']}"
+    )
+    OUT.print(f"table: {out}", soft_wrap=True)
 
 
 @app.command()

@@ -2,7 +2,7 @@
 
     vectors/        the first and the noisiest sample, with what the quantized program makes of them
     manifest        tensors, forms, versions, digests, measured facts; ``edgedyn.bundle`` adds the files
-    recipe.yaml, report.json, calibration.json
+    recipe.yaml, report.json, calibration.json and .safetensors
 
 Everything is read from what the build measured; nothing is run here.
 """
@@ -65,7 +65,7 @@ def describe(
     if recipe.precision == "int8" and calibration is not None:
         facts["int8_mac_share"] = min(part.quantized.int8_mac_share for part in _variants(converted))
         facts["float_nodes"] = _float_nodes(converted)
-        facts["calibration"] = _describe_calibration(recipe, calibration)
+        facts["calibration"] = _describe_calibration(recipe, calibration, converted.misfit)
     if converted.capacities is not None:
         facts["capacities"] = converted.capacities
     meaning = TASKS[recipe.task].output
@@ -115,15 +115,19 @@ def _float_nodes(converted: Converted) -> list[dict[str, Any]]:
     ]
 
 
-def _describe_calibration(recipe: Recipe, calibration: CalibrationSet) -> dict[str, Any]:
+def _describe_calibration(recipe: Recipe, calibration: CalibrationSet, misfit: str) -> dict[str, Any]:
+    method = recipe.quantize
     return {
         "set": calibration.name,
         "licence": calibration.licence,
         "images": len(calibration.files),
         "samples": calibration.samples,
         "noise": calibration.noise.model_dump(),
-        "engine": recipe.quantize.engine,
-        "bias_correction": recipe.quantize.bias_correction if recipe.quantize.engine == "nncf" else "none",
+        "ranges": method.ranges.model_dump(),
+        "equalized": method.equalize,
+        "rounding": method.rounding,
+        "bias_correction": method.bias_correction,
+        **({"forced": misfit} if misfit else {}),
     }
 
 
@@ -149,26 +153,14 @@ def write_texts(
     recipe: Recipe,
     report: ValidationReport,
     converted: Converted,
-    calibration: CalibrationSet | None,
     latency_ms: dict[str, float],
 ) -> None:
-    """Write the recipe, the rows and the calibration table, for people and programs."""
+    """Write the recipe, the rows and, of INT8, the calibration table, for people and programs."""
     (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     rows = {"ok": report.ok, "rows": [row.to_json() for row in report.rows], "latency_ms": latency_ms}
     _write_json(staging / "report.json", rows)
-    table: dict[str, Any] = {"set": None, "tensors": []}
-    if recipe.precision == "int8" and calibration is not None:
-        table = {
-            "set": calibration.name,
-            "digest": calibration.digest(),
-            "files": [{"name": path.name, "sha256": digest} for path, digest in calibration.files],
-            "tensors": [
-                row if name == FORWARD else {"program": name, **row}
-                for name, part in converted.parts.items()
-                for row in part.quantized.table
-            ],
-        }
-    _write_json(staging / "calibration.json", table)
+    if converted.table is not None:
+        converted.table.write(staging / "calibration.json")
 
 
 def _write_json(path: Path, values: object) -> None:

@@ -23,12 +23,14 @@ from edgedyn import ops, quantize
 from edgedyn.errors import CalibrationError, EdgedynError, ModelError
 from edgedyn.layers import canonicalize, find_dynamic, float32_classes, recognise
 from edgedyn.manifest import FORWARD, Routing
+from edgedyn.recipe_table import find_table, make_table, part_of, table_key
 from edgedyn.routing import RoutedModel, part_inputs, parts, routing_of
 from edgedyn.tasks import TASKS
 from edgedyn.weights import settle_norms
 
 if TYPE_CHECKING:
     from edgedyn.calibration import CalibrationSet, Sample
+    from edgedyn.calibration_table import CalibrationTable
     from edgedyn.ops import Form, Op
     from edgedyn.recipe import Recipe
     from edgedyn.targets import Target
@@ -65,6 +67,8 @@ class Converted:
         routing: how the variants are chosen between; None where there is one program.
         capacities: positions that the quick variant evaluates by layer; None where nothing is split so.
         dynamic_layers: dotted paths; none in a static network, which deploys as well.
+        table: what calibration found out; None for a float precision.
+        misfit: what of the table's key does not fit the recipe, where it was used all the same.
     """
 
     reference: nn.Module
@@ -72,6 +76,8 @@ class Converted:
     routing: Routing | None
     capacities: dict[str, int] | None
     dynamic_layers: tuple[str, ...] = ()
+    table: CalibrationTable | None = None
+    misfit: str = ""
 
     @property
     def programs(self) -> dict[str, ExportedProgram]:
@@ -90,10 +96,13 @@ def convert(
     calibration: CalibrationSet | None,
     example: Sample,
     *,
+    force: bool = False,
     trust: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Converted:
-    """Bring the recipe's network to the programs that the target lowers; nothing is written.
+    """Bring the recipe's network to the programs that the target lowers.
+
+    Nothing is written but the calibration table, where the recipe names one that does not exist.
 
     Args:
         recipe: what to convert.
@@ -101,29 +110,50 @@ def convert(
         calibration: the set that INT8 observes, a network without weights takes its BatchNorm statistics
             from, and capacities are measured on; None where none of them is needed.
         example: an input of the recipe's shape, to export with.
+        force: use the recipe's calibration table also where it is of something else.
         trust: allow weights that are a pickle of tensors.
         progress: called with (what is done, steps done, steps in all).
     """
     progress("rewrite layers", 0, 1)
-    needed = recipe.precision == "int8" or recipe.route.capacity is not None or not recipe.is_trained
-    drawn = draw_tensors(recipe, calibration) if calibration and needed else []
-    reference = load_reference(recipe, drawn, trust=trust)
-    capacities = count_capacities(reference, drawn, recipe.route.capacity)
+    is_int8 = recipe.precision == "int8"
+    needed = is_int8 or recipe.route.capacity is not None or not recipe.is_trained
+    drawn = (
+        list(calibration.draw(recipe.input_shapes(), TASKS[recipe.task])) if calibration and needed else []
+    )
+    tensors = [to_tensors(sample) for sample in drawn]
+    reference = load_reference(recipe, tensors, trust=trust)
+    capacities = count_capacities(reference, tensors, recipe.route.capacity)
     canonical = rewrite(reference, capacities)
-    inputs = part_inputs(canonical, tuple(torch.from_numpy(x) for x in example.inputs))
+    inputs = part_inputs(canonical, to_tensors(example))
     # every part before the first is calibrated: what a target cannot run is refused at once
-    expanded = {
-        name: _expand_part(module, inputs[name], target, recipe) for name, module in parts(canonical).items()
-    }
+    captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
+    expanded = {name: _expand(program, target, recipe) for name, program in captured.items()}
     progress("rewrite layers", 1, 1)
-    observed = [part_inputs(canonical, x) for x in drawn] if recipe.precision == "int8" else None
+    key = table_key(recipe, calibration, captured, expanded) if is_int8 and calibration else {}
+    table, misfit = find_table(recipe, key, force=force) if key else (None, "")
+    observed = [part_inputs(canonical, x) for x in tensors] if key and table is None else []
+    sources = [sample.source for sample in drawn]
     finished = {}
     for name, (forms, program) in expanded.items():
-        samples = None if observed is None else [given[name] for given in observed]
-        label = "calibrate" if name == FORWARD else f"calibrate {name}"
-        finished[name] = _finish_part(forms, program, inputs[name], recipe, target, samples, label, progress)
+        given = [x[name] for x in observed]
+        known = None if table is None else part_of(table, name)
+        generated = quantize.find_generators(quantize.fold(captured[name])) if key else frozenset()
+        label = _label(progress, name)
+        finished[name] = _finish_part(
+            forms, program, inputs[name], recipe, target, given, sources, generated, known, label
+        )
+    if key and calibration and table is None:
+        made = {
+            name: part.quantized.calibrated for name, part in finished.items() if part.quantized.calibrated
+        }
+        table = make_table(recipe, calibration, key, made)
     dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(reference)))
-    return Converted(reference, finished, routing_of(canonical), capacities, dynamic)
+    return Converted(reference, finished, routing_of(canonical), capacities, dynamic, table, misfit)
+
+
+def _label(progress: Progress, name: str) -> Progress:
+    """Name the program that a step is of, where there are several."""
+    return progress if name == FORWARD else lambda what, done, total: progress(f"{what} {name}", done, total)
 
 
 def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Module:
@@ -136,11 +166,10 @@ def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Modul
     return RoutedModel(None, {"capacity": with_capacity(canonical, capacities), "dense": canonical})
 
 
-def _expand_part(
-    module: nn.Module, inputs: tuple[Tensor, ...], target: Target, recipe: Recipe
+def _expand(
+    captured: ExportedProgram, target: Target, recipe: Recipe
 ) -> tuple[dict[Op, Form], ExportedProgram]:
-    """Capture one static network and expand our ops."""
-    captured = capture(module, inputs)
+    """Choose the forms of one program and expand our ops."""
     forms = ops.choose_forms(captured, target, recipe.forms)
     return forms, ops.expand(captured, forms, "before_quantize")
 
@@ -151,13 +180,15 @@ def _finish_part(
     inputs: tuple[Tensor, ...],
     recipe: Recipe,
     target: Target,
-    samples: list[tuple[Tensor, ...]] | None,
-    label: str,
+    samples: list[tuple[Tensor, ...]],
+    sources: list[str],
+    generated: frozenset[str],
+    calibrated: quantize.Calibrated | None,
     progress: Progress,
 ) -> Part:
     """Bring one expanded program to the recipe's precision."""
     float32 = float32_classes()
-    if samples is None:
+    if recipe.precision != "int8":
         quantized = quantize.to_float(expanded, inputs, recipe.precision, float32)
     else:
         assert target.int8 is not None  # a target that lists int8 says how
@@ -167,12 +198,15 @@ def _finish_part(
             scheme=target.int8,
             section=recipe.quantize,
             samples=samples,
+            sources=sources,
+            calibrated=calibrated,
+            generated=generated,
             float32=float32,
             kernels={op.overload for op, form in forms.items() if form.fn is None},
-            progress=lambda done, total: progress(label, done, total),
+            progress=progress,
         )
     program = ops.expand(quantized.program, forms, "after_quantize")
-    if samples is not None:  # forms that are expanded only now bring float convolutions of their own
+    if recipe.precision == "int8":  # forms that are expanded only now bring float convolutions of their own
         share, nodes = quantize.int8_share(program)
         quantized = replace(quantized, int8_mac_share=share, multiply_add_nodes=nodes)
     return Part(inputs, forms, expanded, quantized, program)
@@ -225,8 +259,12 @@ def count_capacities(
 
 def draw_tensors(recipe: Recipe, images: CalibrationSet) -> list[tuple[Tensor, ...]]:
     """Draw a set's samples as tensors of the recipe's inputs."""
-    samples = images.draw(recipe.input_shapes(), TASKS[recipe.task])
-    return [tuple(torch.from_numpy(x) for x in sample.inputs) for sample in samples]
+    return [to_tensors(sample) for sample in images.draw(recipe.input_shapes(), TASKS[recipe.task])]
+
+
+def to_tensors(sample: Sample) -> tuple[Tensor, ...]:
+    """Return a sample's inputs as tensors."""
+    return tuple(torch.from_numpy(x) for x in sample.inputs)
 
 
 def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:

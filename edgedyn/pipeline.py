@@ -25,7 +25,7 @@ from edgedyn.calibration import CalibrationSet, open_set, refuse_overlap
 from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
 from edgedyn.conversion import Converted, Progress, capture, convert, rewrite
 from edgedyn.dispatch import Decision, Dispatcher, load_programs
-from edgedyn.errors import CalibrationError, RecipeError, TargetMissingError
+from edgedyn.errors import CalibrationError, RecipeError, TargetMissingError, UsageError
 from edgedyn.provenance import shared_provenance
 from edgedyn.quantized_graph import widen_like
 from edgedyn.report import write_report
@@ -35,10 +35,11 @@ from edgedyn.validate import Outputs, Row, ValidationReport
 
 if TYPE_CHECKING:
     from edgedyn.calibration import Sample
+    from edgedyn.calibration_table import CalibrationTable
     from edgedyn.recipe import Recipe
     from edgedyn.targets import Run, Target
 
-__all__ = ["Build", "build", "capture", "convert", "load_sets", "load_target"]
+__all__ = ["Build", "build", "calibrate", "capture", "convert", "load_sets", "load_target"]
 _EXACT_SAMPLES = 1  # float64 comparison of whole networks; the rewrite does not depend on the image
 
 
@@ -93,7 +94,7 @@ def build(
     refuse_existing(out, force=force)
     target = load_target(recipe)
     calibration, samples = load_sets(recipe)
-    converted = convert(recipe, target, calibration, samples[0], trust=trust, progress=progress)
+    converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
     with staging_folder(out) as staging:
         progress("lower", 0, 1)
         artifact = target.lower(converted.programs, staging, recipe.precision)
@@ -111,7 +112,7 @@ def build(
         write_vectors(staging, outputs, recipe)
         manifest = describe(recipe, artifact, converted, calibration, outputs, latency_ms, report.ok)
         manifest["facts"] |= decided.facts
-        write_texts(staging, recipe, report, converted, calibration, latency_ms)
+        write_texts(staging, recipe, report, converted, latency_ms)
         files = sorted(set(artifact.programs.values()))
         write_report(
             staging,
@@ -124,6 +125,43 @@ def build(
         )
         bundle = write_bundle(out, staging, manifest, force=force)
     return Build(bundle, report, latency_ms)
+
+
+def calibrate(
+    recipe: Recipe,
+    out: Path,
+    *,
+    force: bool = False,
+    trust: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> CalibrationTable:
+    """Write the calibration table of an INT8 recipe, whole or not at all; nothing is lowered.
+
+    Args:
+        recipe: what to calibrate; a table that it names is not looked at.
+        out: the table, a JSON file; weights that calibration changes stand beside it as safetensors.
+        force: replace a table that stands there.
+        trust: allow weights that are a pickle of tensors.
+        progress: called with (what is done, steps done, steps in all).
+
+    Raises:
+        RecipeError: for a recipe of another precision.
+        UsageError: when something stands at ``out``.
+    """
+    if recipe.precision != "int8":
+        raise RecipeError(
+            f"recipe {recipe.name!r} has precision {recipe.precision!r}; only int8 has a calibration table. "
+            "Set precision: int8."
+        )
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists. Choose another name, or pass --force to replace it.")
+    fresh = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"table": None})})
+    calibration, samples = load_sets(fresh)
+    target = load_target(fresh)
+    table = convert(fresh, target, calibration, samples[0], trust=trust, progress=progress).table
+    assert table is not None  # of INT8 there is one
+    table.write(out)
+    return table
 
 
 def load_target(recipe: Recipe) -> Target:

@@ -51,13 +51,37 @@ class InputSection(_Section):
     meaning: str = "sRGB image, RGB order, 0 black, 1 white"
 
 
+Estimator = Literal["minmax", "percentile", "mse", "entropy"]
+
+
+class RangeSection(_Section):
+    """How the INT8 range of a tensor is found, by what the tensor is."""
+
+    feature: Estimator = Field(default="minmax", description="feature maps")
+    kernel: Estimator = Field(default="minmax", description="generated kernels, where they are INT8")
+    weight: Literal["minmax", "mse"] = Field(default="minmax", description="each output channel by itself")
+    percentile: float = Field(
+        default=99.99, gt=50, le=100, description="share of values inside, where an estimator is percentile"
+    )
+
+
 class QuantizeSection(_Section):
     """How INT8 is made."""
 
-    engine: Literal["nncf", "torchao"] = "torchao"
-    bias_correction: Literal["none", "fast", "full"] = Field(default="fast", description="NNCF only")
+    ranges: RangeSection = RangeSection()
+    equalize: bool = Field(default=True, description="scale channels between convolutions to one range")
+    rounding: Literal["nearest", "reconstruct"] = Field(
+        default="reconstruct",
+        description="of weights: each to the nearest, or so that layers keep their outputs",
+    )
+    bias_correction: Literal["none", "fast", "full"] = Field(
+        default="none", description="NNCF's; reconstruction sets biases itself"
+    )
     keep_float: list[str] = Field(
         default=[], description="dotted layer paths that stay float; * matches any part"
+    )
+    table: str | None = Field(
+        default=None, description="calibration table, reused where it exists, written where it does not"
     )
 
 
@@ -251,7 +275,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path}: {error}. Keys are plain names.") from error
 
 
-_PATH_KEYS = {"model.weights", "calibration", "validation"}
+_PATH_KEYS = {"model.weights", "calibration", "validation", "quantize.table"}
 
 
 def _override(values: dict[str, Any], override: str) -> None:
@@ -260,7 +284,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     parts = key.split(".")
     if not equals or not all(parts):
         raise RecipeError(
-            f"--set {override!r} is not of the form key=value, for instance quantize.engine=torchao."
+            f"--set {override!r} is not of the form key=value, for instance quantize.rounding=nearest."
         )
     try:
         value = yaml.safe_load(text)

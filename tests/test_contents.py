@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -36,11 +37,11 @@ def make_outputs(*samples: tuple[float, str], device_error: float = 0.0) -> Outp
     return Outputs(made, images, images, device)
 
 
-def describe(outputs: Outputs, *overrides: str, ok: bool = True) -> dict:
+def describe(outputs: Outputs, *overrides: str, ok: bool = True, converted: Converted = CONVERTED) -> dict:
     recipe = load_recipe(RECIPE, [*overrides])
     calibration = open_set(recipe.path(recipe.calibration))
     artifact = Artifact({"forward": "model.pte"}, {"delegates": 1})
-    return contents.describe(recipe, artifact, CONVERTED, calibration, outputs, {}, ok)
+    return contents.describe(recipe, artifact, converted, calibration, outputs, {}, ok)
 
 
 def test_pictures_show_each_noise_level_and_different_images():
@@ -83,18 +84,27 @@ def test_manifest_carries_the_verdict(ok):
     assert describe(make_outputs((15, "a")), ok=ok)["ok"] is ok
 
 
-@pytest.mark.parametrize(("engine", "correction"), [("nncf", "full"), ("torchao", "none")])
-def test_bias_correction_is_named_only_where_the_engine_has_it(engine, correction):
-    overrides = [f"quantize.engine={engine}", "quantize.bias_correction=full"]
-    facts = describe(make_outputs((15, "a")), *overrides)["facts"]
-    assert facts["calibration"]["engine"] == engine
-    assert facts["calibration"]["bias_correction"] == correction
+@pytest.mark.parametrize(
+    ("misfit", "forced"), [("", None), ("a table of another graph", "a table of another graph")]
+)
+def test_method_of_calibration_is_named_and_what_was_forced(misfit, forced):
+    overrides = ["quantize.rounding=nearest", "quantize.bias_correction=full", "quantize.ranges.feature=mse"]
+    facts = describe(make_outputs((15, "a")), *overrides, converted=replace(CONVERTED, misfit=misfit))[
+        "facts"
+    ]
+    told = facts["calibration"]
+    assert (told["rounding"], told["bias_correction"], told["ranges"]["feature"]) == (
+        "nearest",
+        "full",
+        "mse",
+    )
+    assert told.get("forced") == forced
     assert facts["delegates"] == 1
 
 
 def test_numbers_that_json_lacks_are_written_as_text(tmp_path):
     report = ValidationReport((Row("expanded:canonical", "sqnr_db", math.inf, {"at_least": 200.0}, 2),))
-    contents.write_texts(tmp_path, load_recipe(RECIPE), report, CONVERTED, None, {"median": 1.5})
+    contents.write_texts(tmp_path, load_recipe(RECIPE), report, CONVERTED, {"median": 1.5})
     text = (tmp_path / "report.json").read_text()
     written = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert written["rows"][0]["value"] == "inf"

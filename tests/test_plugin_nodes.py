@@ -173,9 +173,8 @@ def test_expanded_int8_node_rounds_what_the_op_rounds(op, args, tmp_path):
     assert len(np.unique(y)) > min(10, y.size // 2)
 
 
-@pytest.mark.parametrize("engine", ["torchao", "nncf"])
 @pytest.mark.parametrize("is_read_twice", [False, True])
-def test_filter_is_int8_where_all_that_reads_it_is(engine, is_read_twice, tmp_path):
+def test_filter_is_int8_where_all_that_reads_it_is(is_read_twice, tmp_path):
     torch.manual_seed(4)
     network = FilterBetween(is_read_twice=is_read_twice).eval()
     inputs = torch.rand(1, 3, 12, 14), torch.randn(1, 36, 3, 4)
@@ -183,7 +182,7 @@ def test_filter_is_int8_where_all_that_reads_it_is(engine, is_read_twice, tmp_pa
         torch.export.export(network, inputs),
         inputs,
         scheme=EQUIPPED.int8,
-        section=QuantizeSection(engine=engine),
+        section=QuantizeSection(),
         samples=[inputs],
         kernels={OPS["sliced_depthwise2d"].overload},
     ).program

@@ -40,11 +40,9 @@ def test_name_folder_and_defaults_come_from_the_file(tmp_path):
     recipe = load_recipe(write(tmp_path))
     assert recipe.name == "net.executorch.int8"
     assert recipe.path("photos") == tmp_path / "photos"
-    assert (recipe.quantize.engine, recipe.quantize.bias_correction, recipe.tile.overlap) == (
-        "torchao",
-        "fast",
-        32,
-    )
+    method = recipe.quantize
+    assert (method.rounding, method.bias_correction, method.table) == ("reconstruct", "none", None)
+    assert recipe.tile.overlap == 32
     assert recipe.calibration is None
 
 
@@ -88,8 +86,8 @@ def test_recipe_cannot_be_changed(tmp_path):
             ["unknown key 'taget'", "did you mean 'target'?", "Known here: name, model, task, input"],
         ),
         (
-            {"quantize": {"engin": "nncf"}},
-            ["'quantize.engin'", "did you mean 'engine'?", "bias_correction, keep_float"],
+            {"quantize": {"roundin": "nearest"}},
+            ["'quantize.roundin'", "did you mean 'rounding'?", "bias_correction, keep_float"],
         ),
         ({"zzzzzz": 1}, ["unknown key 'zzzzzz'; Known here:"]),
         ({"target": 3}, ["target is 3", "string", "Mend this value"]),
@@ -97,7 +95,12 @@ def test_recipe_cannot_be_changed(tmp_path):
         ({"input": {"shape": "1x3x32x32"}}, ["input.shape is '1x3x32x32'", "list"]),
         ({"input": {}}, ["the key 'input.shape' is missing. Add it."]),
         ({"precision": "int4"}, ["precision is 'int4'", "'fp32', 'fp16' or 'int8'"]),
-        ({"quantize": {"engine": "magic"}}, ["quantize.engine is 'magic'", "'nncf' or 'torchao'"]),
+        ({"quantize": {"rounding": "up"}}, ["quantize.rounding is 'up'", "'nearest' or 'reconstruct'"]),
+        (
+            {"quantize": {"ranges": {"percentile": 50}}},
+            ["quantize.ranges.percentile is 50", "greater than 50"],
+        ),
+        ({"quantize": {"ranges": {"percentile": 101}}}, ["percentile is 101", "less than or equal to 100"]),
         ({"tile": {"overlap": -1}}, ["tile.overlap is -1", "greater than or equal to 0"]),
         ({"tile": {"overlap": "32"}}, ["tile.overlap is '32'", "integer"]),
         ({"precision": "int4", "target": 3}, ["(1 more problems follow.)"]),
@@ -137,7 +140,7 @@ def test_file_that_is_no_recipe_is_refused(tmp_path, content, word):
 
 def test_set_replaces_and_adds_values_of_any_type(tmp_path):
     overrides = [
-        "quantize.engine=torchao",
+        "quantize.rounding=nearest",
         "quantize.keep_float=[tail, levels.*]",
         "forms.sliced_depthwise2d=fused",
         "input.shape=[1, 3, 64, 96]",
@@ -146,7 +149,7 @@ def test_set_replaces_and_adds_values_of_any_type(tmp_path):
         "input.meaning=a=b",
     ]
     recipe = load_recipe(write(tmp_path), overrides)
-    assert recipe.quantize.engine == "torchao"
+    assert recipe.quantize.rounding == "nearest"
     assert recipe.quantize.keep_float == ["tail", "levels.*"]
     assert recipe.forms == {"sliced_depthwise2d": "fused"}
     assert recipe.input.shape == [1, 3, 64, 96]
@@ -173,10 +176,10 @@ def test_other_weights_on_the_command_line_are_not_held_to_the_file_s_digest(tmp
     assert load_recipe(path, both).model.sha256 == load_recipe(path, both[::-1]).model.sha256 == "abc"
 
 
-@pytest.mark.parametrize("override", ["quantize.engine", "=3", "a..b=1", ".a=1", ""])
+@pytest.mark.parametrize("override", ["quantize.rounding", "=3", "a..b=1", ".a=1", ""])
 def test_set_without_key_or_value_is_refused(tmp_path, override):
     text = refused(write(tmp_path), override)
-    assert f"--set {override!r} is not of the form key=value, for instance quantize.engine=torchao" in text
+    assert f"--set {override!r} is not of the form key=value, for instance quantize.rounding=nearest" in text
 
 
 def test_set_below_a_plain_value_is_refused(tmp_path):

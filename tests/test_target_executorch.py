@@ -46,14 +46,19 @@ def capture(net: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
     return ops.expand(program, ops.choose_forms(program, TARGET, {}), "before_quantize")
 
 
-def to_int8(net: nn.Module, x: Tensor, engine: str = "torchao") -> quantize.Quantized:
+def to_int8(net: nn.Module, x: Tensor) -> quantize.Quantized:
     return quantize.to_int8(
         capture(net, x),
         (x,),
         scheme=TARGET.int8,
-        section=QuantizeSection(engine=engine),
+        section=QuantizeSection(),
         samples=[(make_input(seed, tuple(x.shape)),) for seed in (23, 24)],
     )
+
+
+def last_step(program: torch.export.ExportedProgram) -> float:
+    """Return the step of the last tensor that a program quantizes."""
+    return [n.args[1] for n in program.graph.nodes if ".quantize_per_tensor" in str(n.target)][-1]
 
 
 def lower_and_run(program: torch.export.ExportedProgram, folder: Path, precision: str, x: Tensor):
@@ -138,15 +143,15 @@ def assert_within_steps(y: np.ndarray, expected: np.ndarray, step: float) -> Non
     assert np.abs(expected).max() > 10 * step
 
 
-@pytest.mark.parametrize(("layer", "engine"), [("affine", "nncf"), ("kernels", "torchao")])
-def test_dynamic_layer_in_int8(tmp_path, layer, engine):
+@pytest.mark.parametrize("layer", ["affine", "kernels"])
+def test_dynamic_layer_in_int8(tmp_path, layer):
     net, x = make_net(lambda: LayerNet(LAYERS[layer]())), make_input(shape=(1, 3, 32, 48))
-    result = to_int8(net, x, engine)
+    result = to_int8(net, x)
     delegates, portable, y, expected = lower_and_run(result.program, tmp_path, "int8", x)
     assert result.int8_mac_share == 1
     assert set(portable) == PORTABLE[layer]
     assert delegates == 1 or layer == "kernels"
-    assert_within_steps(y, expected, result.table[-1]["scale"])
+    assert_within_steps(y, expected, last_step(result.program))
     with torch.no_grad():
         assert np.abs(y - net(x).numpy()).max() > 1e-4, "nothing was quantized"
 
@@ -183,20 +188,18 @@ PATTERNS = {
     "reflect_pad": (lambda net, y: F.pad(y, (0, 3, 0, 2), mode="reflect"), 4),
     "same_convolution_twice": (lambda net, y: 4.0 * net.b(5.0 * torch.sigmoid(net.b(y))), 4),
 }
-NNCF_TOO = ["max_pool", "same_convolution_twice"]
-CASES = [(name, "torchao") for name in PATTERNS] + [(name, "nncf") for name in NNCF_TOO]
 PORTABLE_BY_DESIGN = {
     "reflect_pad"
 }  # index arithmetic: deployed sizes are multiples, where nothing is padded
 
 
-@pytest.mark.parametrize(("name", "engine"), CASES)
-def test_int8_pattern_runs_and_computes_what_the_program_says(tmp_path, name, engine):
+@pytest.mark.parametrize("name", PATTERNS)
+def test_int8_pattern_runs_and_computes_what_the_program_says(tmp_path, name):
     net, x = make_net(Between, *PATTERNS[name]), make_input()
-    result = to_int8(net, x, engine)
+    result = to_int8(net, x)
     delegates, portable, y, expected = lower_and_run(result.program, tmp_path, "int8", x)
     assert result.int8_mac_share == 1
-    assert_within_steps(y, expected, result.table[-1]["scale"])
+    assert_within_steps(y, expected, last_step(result.program))
     if name not in PORTABLE_BY_DESIGN:
         assert (delegates, portable) == (1, {})
 

@@ -1,0 +1,200 @@
+"""The calibration table: of every tensor what calibration saw, and the INT8 steps that follow. A text file.
+
+    NAME.json          the key, the image set, and for each program its tensors, one a line
+    NAME.safetensors   beside it, where calibration changed weights or biases: their new values
+
+A table belongs to what its key says: network, graph, forms, images, transform, method, versions. Each tensor
+has the sha256 of its own line, so that one edited by hand is found and named. Standard library, numpy and
+safetensors only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load, save
+
+from edgedyn.errors import CalibrationError
+from edgedyn.files import replace_file
+from edgedyn.histogram import Histogram
+
+FORMAT = 1
+Kind = Literal["weight", "feature", "kernel", "decision"]
+_AGAIN = "Calibrate again: edgedyn calibrate RECIPE -o FILE"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor.
+
+    Attributes:
+        name: layer and operator that it comes from.
+        kind: weight, feature map, generated kernel, or what a decision is made of.
+        histogram: of all its values on the calibration samples.
+        estimator: how its range was found.
+        affine: (scale, zero point) for runtimes of affine activations; None for weights and decisions.
+        symmetric: scale where the zero point is 0.
+        channels: scales of a weight, one an output channel; or of a kernel, one a tap.
+    """
+
+    name: str
+    kind: Kind
+    histogram: Histogram
+    estimator: str = ""
+    affine: tuple[float, int] | None = None
+    symmetric: float | None = None
+    channels: tuple[float, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values, with the digest of all others."""
+        values: dict[str, Any] = {
+            "name": self.name,
+            "class": self.kind,
+            "estimator": self.estimator,
+            "affine": None if self.affine is None else list(self.affine),
+            "symmetric": self.symmetric,
+            "channels": list(self.channels),
+            "histogram": self.histogram.to_json(),
+        }
+        return {**values, "sha256": _digest(values)}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Entry:
+        """Read what ``to_json`` gives; KeyError, TypeError or ValueError for anything else."""
+        affine = values["affine"]
+        return cls(
+            values["name"],
+            values["class"],
+            Histogram.from_json(values["histogram"]),
+            values["estimator"],
+            None if affine is None else (float(affine[0]), int(affine[1])),
+            values["symmetric"],
+            tuple(values["channels"]),
+        )
+
+
+@dataclass(frozen=True)
+class CalibrationTable:
+    """Everything that calibration found out.
+
+    Attributes:
+        key: what the table belongs to, by field.
+        images: name, licence and files of the set.
+        programs: program -> its tensors in the order of its graph.
+        constants: ``program/tensor`` -> new value of a weight or bias; float32.
+    """
+
+    key: Mapping[str, Any]
+    images: Mapping[str, Any]
+    programs: Mapping[str, tuple[Entry, ...]]
+    constants: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+
+    def refuse_other(self, key: Mapping[str, Any], path: Path) -> None:
+        """Refuse to be used for anything else than what it was made of.
+
+        Raises:
+            CalibrationError: naming the first field that differs, what the table has and what is wanted.
+        """
+        for name in {**self.key, **key}:
+            found, wanted = self.key.get(name), key.get(name)
+            if found != wanted:
+                raise CalibrationError(
+                    f"calibration table {path} is of another {name}: {_difference(found, wanted)}. {_AGAIN}, "
+                    "or pass --force to use it as it is; the report will say so."
+                )
+
+    def write(self, path: Path) -> None:
+        """Write the table, and its constants beside it; each file is whole or not there."""
+        weights = save({name: np.ascontiguousarray(x) for name, x in sorted(self.constants.items())})
+        beside = path.with_suffix(".safetensors")
+        if self.constants:
+            replace_file(beside, weights)
+        head = {
+            "format": FORMAT,
+            "key": dict(self.key),
+            "images": dict(self.images),
+            "constants": hashlib.sha256(weights).hexdigest() if self.constants else "",
+        }
+        lines = [json.dumps(head, indent=1)[:-2] + ',\n "programs": {']
+        for number, (program, entries) in enumerate(self.programs.items()):
+            rows = ",\n".join(f"   {json.dumps(entry.to_json())}" for entry in entries)
+            comma = "," if number + 1 < len(self.programs) else ""
+            lines.append(f"  {json.dumps(program)}: [\n{rows}\n  ]{comma}")
+        replace_file(path, "\n".join([*lines, " }\n}\n"]).encode())
+        if not self.constants:
+            beside.unlink(missing_ok=True)
+
+
+def read_table(path: Path) -> CalibrationTable:
+    """Read a table and verify every digest in it.
+
+    Raises:
+        CalibrationError: when it is missing, damaged, of another format, or edited: the tensor is named.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        if values["format"] != FORMAT:
+            raise CalibrationError(
+                f"calibration table {path} has format {values['format']}; this version reads {FORMAT}. "
+                f"{_AGAIN}."
+            )
+        programs = {}
+        for program, rows in values["programs"].items():
+            for row in rows:
+                given = row.pop("sha256")
+                if _digest(row) != given:
+                    raise CalibrationError(
+                        f"calibration table {path}: the entry {row.get('name')!r} of program {program!r} "
+                        f"was edited: its sha256 is {_digest(row)}, it says {given}. The recipe sets ranges "
+                        f"(quantize.ranges). {_AGAIN}."
+                    )
+            programs[program] = tuple(Entry.from_json(row) for row in rows)
+        constants = _read_constants(path.with_suffix(".safetensors"), values["constants"])
+        return CalibrationTable(values["key"], values["images"], programs, constants)
+    except OSError as error:
+        raise CalibrationError(
+            f"calibration table {path} cannot be read ({error.strerror}). {_AGAIN}."
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise CalibrationError(
+            f"calibration table {path} is damaged ({type(error).__name__}: {error}). {_AGAIN}."
+        ) from error
+
+
+def _read_constants(path: Path, expected: str) -> dict[str, np.ndarray]:
+    if not expected:
+        return {}
+    data = path.read_bytes()
+    found = hashlib.sha256(data).hexdigest()
+    if found != expected:
+        raise CalibrationError(
+            f"{path}, the weights of a calibration table, has sha256 {found}; the table says {expected}. "
+            f"{_AGAIN}."
+        )
+    try:
+        return dict(load(data))
+    except SafetensorError as error:
+        raise CalibrationError(f"{path} is not a safetensors file: {error}. {_AGAIN}.") from error
+
+
+def _digest(values: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _refuse_constant(name: str) -> float:
+    raise ValueError(f"the value {name} is not a number")
+
+
+def _difference(found: Any, wanted: Any) -> str:
+    """Say where two values of a field differ; in dictionaries the first part that does."""
+    if isinstance(found, dict) and isinstance(wanted, dict):
+        part = next(name for name in {**found, **wanted} if found.get(name) != wanted.get(name))
+        return f"{part} was {found.get(part)!r}, now {wanted.get(part)!r}"
+    return f"it was {found!r}, now {wanted!r}"

@@ -1,0 +1,141 @@
+"""From an expanded float program to the program that a target is given: folded, then INT8, half or float.
+
+    fold -> equalize, observe, choose ranges, round weights (calibrate.py) -> Q/DQ pairs (convert.py)
+
+Calibration is one step, and what it finds out is one value (``Calibrated``, the calibration table's part of a
+program): given that, the same INT8 program is made without an image.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from edgedyn.quantize.accounting import account, int8_share
+from edgedyn.quantize.calibrate import Calibrated, calibrate, restore, steps_of
+from edgedyn.quantize.nodes import (
+    COUNTED_OPS,
+    MULTIPLY_ADD_OPS,
+    belongs_to,
+    fold,
+    module_path,
+    multiply_adds,
+)
+from edgedyn.quantize.plan import find_generators, make_plan
+from edgedyn.quantized_graph import halve, separate_readers
+from edgedyn.targets import Int8Scheme
+
+if TYPE_CHECKING:
+    from edgedyn.recipe import QuantizeSection
+
+__all__ = [
+    "COUNTED_OPS",
+    "MULTIPLY_ADD_OPS",
+    "Calibrated",
+    "Quantized",
+    "find_generators",
+    "fold",
+    "int8_share",
+    "module_path",
+    "multiply_adds",
+    "to_float",
+    "to_int8",
+]
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A program ready for lowering, and what was done to it.
+
+    Attributes:
+        program: BatchNorm folded; INT8 as ``quantized_decomposed`` Q/DQ pairs, half, or float32.
+        int8_mac_share: multiply-adds of convolutions and linear layers that run in INT8, as a share of all.
+        multiply_add_nodes: how many there are.
+        float_nodes: ``{"node", "count", "reason"}`` of what stays float.
+        calibrated: what its INT8 steps and weights were made of; None for a float program.
+    """
+
+    program: ExportedProgram
+    int8_mac_share: float = 0.0
+    multiply_add_nodes: int = 0
+    float_nodes: tuple[dict[str, object], ...] = ()
+    calibrated: Calibrated | None = field(default=None, repr=False)
+
+
+def to_float(
+    program: ExportedProgram,
+    inputs: tuple[Tensor, ...],
+    precision: str,
+    float32: Collection[str] = frozenset(),
+) -> Quantized:
+    """Return the folded program in float32 or float16; modules of the classes ``float32`` stay float32."""
+    module = fold(program)
+    if precision == "fp16":
+        # a copy: the program shares its tensors with the module, and halving would change both
+        module, inputs = copy.deepcopy(module), tuple(x.half() for x in inputs)
+        halve(module, {node for node in module.graph.nodes if belongs_to(node, float32)})
+    return Quantized(torch.export.export(module, inputs))
+
+
+def to_int8(
+    program: ExportedProgram,
+    inputs: tuple[Tensor, ...],
+    *,
+    scheme: Int8Scheme,
+    section: QuantizeSection,
+    samples: Sequence[tuple[Tensor, ...]] = (),
+    sources: Sequence[str] = (),
+    calibrated: Calibrated | None = None,
+    float32: Collection[str] = frozenset(),
+    kernels: Collection[Any] = frozenset(),
+    generated: Collection[str] = frozenset(),
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None,
+) -> Quantized:
+    """Calibrate on the samples, unless what calibration found out is given, and convert to INT8.
+
+    Args:
+        program: expanded float program.
+        inputs: one set of example inputs, for the shapes.
+        scheme: how the target annotates INT8.
+        section: the recipe's ``quantize`` section.
+        samples: calibration inputs, each a tuple of tensors of the program's shapes.
+        sources: where each sample comes from, for errors.
+        calibrated: of the same program, from a calibration table; no sample is looked at.
+        float32: names of module classes that are never quantized.
+        kernels: overloads of our ops that the target computes in INT8 where x is.
+        generated: names of the tensors that are generated kernels, from ``find_generators``.
+        progress: called with (what is done, steps done, steps in all).
+
+    Raises:
+        CalibrationError: when there are neither samples nor what calibration found out.
+        RecipeError: when a pattern of ``keep_float`` matches no layer.
+    """
+    module = fold(program)
+    plan = make_plan(module, scheme=scheme, keep_float=section.keep_float, float32=float32, kernels=kernels)
+    if calibrated is None:
+        calibrated = calibrate(
+            module,
+            plan,
+            scheme=scheme,
+            section=section,
+            samples=samples,
+            sources=sources,
+            generated=generated,
+            progress=progress,
+        )
+    else:
+        restore(module, calibrated)
+    from edgedyn.quantize.convert import insert_steps
+
+    steps = steps_of(calibrated.entries, scheme)
+    with torch.no_grad():
+        converted = insert_steps(module, plan, steps, scheme)
+    separate_readers(converted)
+    exported = torch.export.export(converted, inputs)
+    return Quantized(exported, *int8_share(exported), account(converted, plan.reasons), calibrated)

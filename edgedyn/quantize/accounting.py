@@ -1,0 +1,116 @@
+"""What of a program is INT8, and what stays float for which reason."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from edgedyn.ops import is_ours
+from edgedyn.quantize.nodes import (
+    COUNTED_OPS,
+    FUSED_ACTIVATIONS,
+    MULTIPLY_ADD_OPS,
+    is_int8,
+    module_path,
+    multiply_adds,
+)
+
+_KEPT_FLOAT = {
+    "add": "sum of a residual stream: one 8-bit step a block would add up",
+    "sub": "sum of a residual stream: one 8-bit step a block would add up",
+    "mul": "product of two activations",
+    "clamp": "follows a product of two activations",
+    "upsample_bilinear2d": "slices generated kernels, or resizes a float stream",
+    "bmm": "interpolates generated kernels",
+    "mm": "interpolates generated kernels",
+    "prelu": "its runtime kernel is float; it stands between Q/DQ pairs",
+    "cat": "joins float streams",
+    "max_pool2d": "its input is a float stream",
+    "avg_pool2d": "its input is a float stream",
+    "batch_norm": "could not be folded into a convolution",
+}
+KEPT_BY_RECIPE = "kept in float by the recipe (quantize.keep_float)"
+KEPT_ALWAYS = "decides or normalises: float32 in every precision"
+_NO_RULE = "no INT8 rule for this operator"
+_GENERATED = "filters with generated kernels, which stay float"
+# operators that are no view of their input and yet compute nothing
+_MOVES_ONLY = {
+    "_to_copy",
+    "_unsafe_view",
+    "channel_shuffle",
+    "clone",
+    "detach",
+    "dropout",
+    "flip",
+    "full_like",
+    "lift_fresh_copy",
+    "ones_like",
+    "pixel_shuffle",
+    "pixel_unshuffle",
+    "repeat",
+    "repeat_interleave",
+    "roll",
+    "tile",
+    "zeros_like",
+}
+
+
+def account(module: fx.GraphModule, reasons: Mapping[str, str]) -> tuple[dict[str, object], ...]:
+    """List what stays float: ``{"node", "count", "reason"}``.
+
+    Args:
+        module: a program with Q/DQ pairs.
+        reasons: of layers that could be INT8 and are not, by node name.
+    """
+    kept: Counter[tuple[str, str]] = Counter()
+    for node in module.graph.nodes:
+        if node.target in COUNTED_OPS:
+            if not is_int8(node):
+                kept[module_path(node) or node.name, reasons.get(node.name, _NO_RULE)] += 1
+        elif name := None if _is_fused(node) else _float_operator(node):
+            reason = _GENERATED if is_ours(node) else _KEPT_FLOAT.get(name, _NO_RULE)
+            kept[name, reasons.get(node.name, reason)] += 1
+    return tuple({"node": node, "count": count, "reason": reason} for (node, reason), count in kept.items())
+
+
+def _is_fused(node: fx.Node) -> bool:
+    """Whether a node is an activation inside an INT8 convolution."""
+    source = node.args[0] if node.target in FUSED_ACTIVATIONS else None
+    if not isinstance(source, fx.Node) or source.target not in MULTIPLY_ADD_OPS:
+        return False
+    quantizes = all(".quantize_per_tensor" in str(user.target) for user in node.users)
+    return quantizes and all("dequantize" in str(x.target) for x in source.args[:2])  # type: ignore[union-attr]
+
+
+def moves_only(node: fx.Node) -> bool:
+    """Whether a node computes nothing: a view of its input, or its values at other places."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    name = target._schema.name.partition("::")[2].removesuffix("_")
+    return bool(target.is_view) or name in _MOVES_ONLY
+
+
+def _float_operator(node: fx.Node) -> str | None:
+    """Return the name of the operator that a node computes in float, or None where it only moves values."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace == "quantized_decomposed":
+        return None
+    if moves_only(node) or not target._schema.returns or not node.all_input_nodes:
+        return None  # an alias of its input, an assertion, a constant
+    value = node.meta.get("val")
+    if isinstance(value, Tensor) and not value.is_floating_point():
+        return None
+    return str(target._schema.name.partition("::")[2].removesuffix("_"))  # relu_ works in place
+
+
+def int8_share(program: ExportedProgram) -> tuple[float, int]:
+    """Return the share of multiply-adds that a program computes in INT8, and how many nodes have some."""
+    nodes = [node for node in program.graph.nodes if node.target in COUNTED_OPS]
+    costs = {node: multiply_adds(node) for node in nodes}
+    quantized = sum(cost for node, cost in costs.items() if is_int8(node))
+    return (quantized / sum(costs.values()) if costs else 0.0), len(nodes)

@@ -1,0 +1,100 @@
+"""Bias correction by NNCF: the mean that rounding takes from a layer's output goes into its bias.
+
+NNCF's algorithms (fast: a layer at a time, on means of its input; full: on the network with all earlier
+layers quantized) run on our steps, not on ranges of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import io
+import itertools
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import nncf
+import numpy as np
+from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
+from nncf.common.utils.backend import BackendType
+from nncf.quantization.algorithms.algorithm import Algorithm
+from nncf.quantization.algorithms.bias_correction.algorithm import BIAS_CORRECTION_THRESHOLD, BiasCorrection
+from nncf.quantization.algorithms.fast_bias_correction.algorithm import (
+    FAST_BIAS_CORRECTION_THRESHOLD,
+    FastBiasCorrection,
+)
+from nncf.quantization.algorithms.pipeline import Pipeline
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+
+from edgedyn.quantize.convert import insert_steps
+from edgedyn.quantize.nodes import bias_of
+from edgedyn.quantize.plan import Plan, Steps
+from edgedyn.targets import Int8Scheme
+
+
+class _OurSteps(Algorithm):  # type: ignore[misc]
+    """The step of an NNCF pipeline that quantizes: with steps that are known."""
+
+    def __init__(self, quantize: Callable[[fx.GraphModule], fx.GraphModule]) -> None:
+        self._quantize = quantize
+
+    @property
+    def available_backends(self) -> list[BackendType]:
+        return [BackendType.TORCH_FX]
+
+    def apply(self, model: fx.GraphModule, *rest: Any, **more: Any) -> fx.GraphModule:
+        return self._quantize(copy.deepcopy(model))
+
+    def get_statistic_points(self, *rest: Any) -> StatisticPointsContainer:
+        return StatisticPointsContainer()
+
+
+def correct_biases(
+    module: fx.GraphModule,
+    plan: Plan,
+    steps: Steps,
+    scheme: Int8Scheme,
+    samples: Sequence[tuple[Tensor, ...]],
+    how: Literal["fast", "full"],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, np.ndarray]:
+    """Return the corrected biases of the INT8 layers by ``layer.bias``; layers without a bias get none.
+
+    Args:
+        module: a folded float program.
+        plan: its INT8 layers.
+        steps: of their tensors.
+        scheme: how the target annotates INT8.
+        samples: calibration inputs.
+        how: fast or full.
+        progress: called with (samples seen, samples); the samples are read several times.
+    """
+
+    def quantize(model: fx.GraphModule) -> fx.GraphModule:
+        quantized = insert_steps(model, plan, steps, scheme, fold=False)
+        # NNCF reads the shape of every node
+        FakeTensorProp(quantized, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*samples[0])
+        return quantized
+
+    reads = itertools.count(1)
+
+    def read(sample: tuple[Tensor, ...]) -> Any:
+        progress(min(next(reads), len(samples)), len(samples))
+        return sample[0] if len(sample) == 1 else sample
+
+    chosen = (
+        FastBiasCorrection(len(samples), FAST_BIAS_CORRECTION_THRESHOLD)
+        if how == "fast"
+        else BiasCorrection(len(samples), BIAS_CORRECTION_THRESHOLD)
+    )
+    nncf.set_log_level(logging.ERROR)
+    with contextlib.redirect_stdout(
+        io.StringIO()
+    ):  # its progress bars; standard output is the command's result
+        corrected = Pipeline([[_OurSteps(quantize), chosen]]).run(module, nncf.Dataset(list(samples), read))
+    nodes = {node.name: node for node in corrected.graph.nodes}
+    biases = {site: bias_of(corrected, nodes[site.node.name]) for site in plan.sites}
+    return {site.bias: bias.numpy() for site, bias in biases.items() if bias is not None}

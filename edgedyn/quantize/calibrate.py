@@ -1,0 +1,216 @@
+"""From a folded float program and images to the INT8 steps of its tensors, and the weights that go with them.
+
+    equalize -> observe -> choose ranges -> round the weights
+
+Everything that follows from images is in what is returned, the entries of the calibration table and the
+constants that changed: with them ``restore`` and ``steps_of`` make the same INT8 program without an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from edgedyn.calibration_table import Entry, Kind
+from edgedyn.errors import CalibrationError
+from edgedyn.histogram import Histogram
+from edgedyn.quantize.equalize import equalize, find_pairs
+from edgedyn.quantize.lockstep import Lockstep
+from edgedyn.quantize.nodes import bias_of, set_constant, weight_of
+from edgedyn.quantize.plan import Plan, Site, Steps, find_sites, name_tensors
+from edgedyn.quantize.rounding import convolution_arguments, measure_moments, reconstruct
+from edgedyn.quantize.statistics import observe
+from edgedyn.ranges import ESTIMATORS, step_of
+from edgedyn.targets import Int8Scheme
+
+if TYPE_CHECKING:
+    from edgedyn.recipe import QuantizeSection
+
+Progress = Callable[[str, int, int], None]
+_WEAKEST = 2.0**-12  # channel of a weight, against the strongest: one of zeros has a step, too
+_WIDTHS = np.linspace(1, 0.6, 41)  # shares of a channel's largest weight that ``mse`` tries as its range
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """What calibration found out about one program.
+
+    Attributes:
+        entries: its tensors, in the order of its graph.
+        constants: new weights and biases by ``layer.weight``, ``layer.bias``: int8 codes of a reconstructed
+            weight, whose scales are in its entry; else float32.
+    """
+
+    entries: tuple[Entry, ...]
+    constants: Mapping[str, np.ndarray]
+
+
+def calibrate(
+    module: fx.GraphModule,
+    plan: Plan,
+    *,
+    scheme: Int8Scheme,
+    section: QuantizeSection,
+    samples: Sequence[tuple[Tensor, ...]],
+    sources: Sequence[str] = (),
+    generated: Collection[str] = frozenset(),
+    progress: Progress = lambda what, done, total: None,
+) -> Calibrated:
+    """Observe a folded program on calibration samples; the module keeps the weights that this gives it.
+
+    Args:
+        module: changed in place: equalized, and with the weights that rounding chose.
+        plan: what is INT8 on the target that the weights are rounded for.
+        scheme: of that target. Ranges are found for every scheme.
+        section: the recipe's ``quantize`` section.
+        samples: inputs of the program.
+        sources: where each sample comes from, for errors.
+        generated: names of the tensors that are generated kernels.
+        progress: called with (what is done, steps done, steps in all).
+
+    Raises:
+        CalibrationError: without samples, or for a sample that brings NaN or infinite values.
+    """
+    _refuse_samples(samples, sources)
+    changed = equalize(module, find_pairs(module), samples) if section.equalize else []
+    sites = find_sites(module)
+    constants = _changed_constants(module, [site for site in sites if site.node in changed])
+    found = observe(
+        module,
+        name_tensors(module, sites),
+        samples,
+        sources=sources,
+        progress=lambda done, total: progress("observe", done, total),
+    )
+    entries = {
+        name: _entry(name, "kernel" if name in generated else "feature", histogram, section)
+        for name, histogram in found.items()
+    }
+    entries |= {site.weight: _weight_entry(module, site, section) for site in sites}
+    steps = steps_of(tuple(entries.values()), scheme)
+    if section.rounding == "reconstruct":
+        constants |= _reconstruct(module, plan, steps, scheme, samples, progress)
+        restore(module, Calibrated(tuple(entries.values()), constants))
+    if section.bias_correction != "none":
+        from edgedyn.quantize.bias_correction import correct_biases
+
+        constants |= correct_biases(
+            module,
+            plan,
+            steps,
+            scheme,
+            samples,
+            section.bias_correction,
+            lambda done, total: progress("correct biases", done, total),
+        )
+    calibrated = Calibrated(tuple(entries.values()), constants)
+    restore(module, calibrated)
+    return calibrated
+
+
+def _refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]) -> None:
+    if not samples:
+        raise CalibrationError(
+            "there are no calibration samples; INT8 needs at least one image. Mend the set."
+        )
+    for index, sample in enumerate(samples):
+        bad = sum(int((~torch.isfinite(x)).sum()) for x in sample)
+        if bad:
+            raise CalibrationError(
+                f"calibration sample {index}, {sources[index] if sources else 'of a program'}: {bad} values "
+                "are NaN or infinite; a range needs finite ones. Take the file out of the set, or mend it."
+            )
+
+
+def restore(module: fx.GraphModule, calibrated: Calibrated) -> None:
+    """Give a folded program the weights and biases that calibration chose."""
+    scales = {entry.name: entry.channels for entry in calibrated.entries}
+    for site in find_sites(module):
+        for index, name in ((1, site.weight), (2, site.bias)):
+            value = calibrated.constants.get(name)
+            if value is None:
+                continue
+            tensor = torch.from_numpy(np.ascontiguousarray(value))
+            if tensor.dtype == torch.int8:
+                column = torch.tensor(scales[name]).reshape(-1, *[1] * (tensor.dim() - 1))
+                tensor = tensor.float() * column
+            set_constant(module, site.node, index, tensor)
+    module.recompile()
+
+
+def steps_of(entries: Sequence[Entry], scheme: Int8Scheme) -> Steps:
+    """Return the steps of all tensors for a target's scheme."""
+    tensors, weights = {}, {}
+    for entry in entries:
+        if entry.kind == "weight":
+            weights[entry.name] = torch.tensor(entry.channels)
+        elif entry.affine is not None and entry.symmetric is not None:
+            tensors[entry.name] = (entry.symmetric, 0) if scheme.symmetric else entry.affine
+    return Steps(tensors, weights)
+
+
+def _entry(name: str, kind: Kind, histogram: Histogram, section: QuantizeSection) -> Entry:
+    method = section.ranges.kernel if kind == "kernel" else section.ranges.feature
+    options = {"share": section.ranges.percentile} if method == "percentile" else {}
+    affine = step_of(*ESTIMATORS[method](histogram, symmetric=False, **options), symmetric=False)
+    symmetric, _ = step_of(*ESTIMATORS[method](histogram, symmetric=True, **options), symmetric=True)
+    return Entry(name, kind, histogram, method, affine, symmetric)
+
+
+def _weight_entry(module: fx.GraphModule, site: Site, section: QuantizeSection) -> Entry:
+    weight = weight_of(module, site.node)
+    flat = weight.flatten(1).double()
+    largest = flat.abs().amax(1)
+    largest = largest.clamp(min=max(float(largest.max()) * _WEAKEST, _WEAKEST))
+    scales = largest / 127
+    if section.ranges.weight == "mse":
+        tried = [largest * share / 127 for share in _WIDTHS]
+        errors = torch.stack([_rounding_error(flat, scale) for scale in tried])
+        scales = torch.stack(tried).gather(0, errors.argmin(0)[None])[0]
+    channels = tuple(float(scale) for scale in scales.float())
+    return Entry(
+        site.weight, "weight", Histogram.of(weight.numpy()), section.ranges.weight, channels=channels
+    )
+
+
+def _rounding_error(weight: Tensor, scales: Tensor) -> Tensor:
+    rounded = torch.clamp(torch.round(weight / scales[:, None]), -127, 127) * scales[:, None]
+    return ((weight - rounded) ** 2).sum(1)
+
+
+def _reconstruct(
+    module: fx.GraphModule,
+    plan: Plan,
+    steps: Steps,
+    scheme: Int8Scheme,
+    samples: Sequence[tuple[Tensor, ...]],
+    progress: Progress,
+) -> dict[str, np.ndarray]:
+    """Round the weights of every INT8 layer, first to last; return codes and biases."""
+    constants: dict[str, np.ndarray] = {}
+
+    def change(site: Site, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        weight = weight_of(module, site.node)
+        is_linear = site.node.target is torch.ops.aten.linear.default
+        groups = 1 if is_linear else convolution_arguments(site.node)[3]
+        scales = steps.weights[site.weight]
+        codes, bias = reconstruct(weight, scales, measure_moments(site.node, inputs, outputs, groups))
+        constants[site.weight] = codes.to(torch.int8).numpy()
+        constants[site.bias] = bias.float().numpy()
+        column = scales.reshape(-1, *[1] * (weight.dim() - 1))
+        return codes.float() * column, bias.float()
+
+    lockstep = Lockstep(module, plan, steps, scheme)
+    lockstep.run(samples, change, lambda done, total: progress("round weights", done, total))
+    return constants
+
+
+def _changed_constants(module: fx.GraphModule, sites: Sequence[Site]) -> dict[str, np.ndarray]:
+    constants = {site.weight: weight_of(module, site.node).numpy() for site in sites}
+    biases = {site.bias: bias_of(module, site.node) for site in sites}
+    return constants | {name: bias.numpy() for name, bias in biases.items() if bias is not None}

@@ -1,0 +1,109 @@
+"""Channel equalization: the channels of a feature map are scaled to one range, and back by the next layer.
+
+    y_c = f(w_c x + b_c),  z = sum_c v_c y_c      with f(s y) = s f(y)
+    w_c, b_c -> s_c w_c, s_c b_c;  v_c -> v_c / s_c      s_c = max_c max |y_c| / max |y_c|
+
+A tensor has one INT8 step, set by its largest channel; here every channel uses all of the steps. That is the
+cross-layer equalization of Nagel et al. 2019 ("Data-free quantization through weight equalization and bias
+correction") with measured ranges of activations in place of those of weights: the rows w_c have a scale
+each, and what the columns v_c lose, reconstruction of their rounding brings back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, set_constant, weight_of
+from edgedyn.quantize.rounding import convolution_arguments
+
+_LARGEST = 32.0  # a channel that is hardly ever used would take the steps of the next layer's weights
+_HOMOGENEOUS = {
+    torch.ops.aten.relu.default,
+    torch.ops.aten.relu_.default,
+    torch.ops.aten.prelu.default,
+    torch.ops.aten.leaky_relu.default,
+}
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two convolutions with nothing but an activation between them, which nobody else reads.
+
+    Attributes:
+        first: the convolution that writes the map.
+        between: the map that is scaled: what ``second`` reads.
+        second: the convolution that reads it.
+    """
+
+    first: fx.Node
+    between: fx.Node
+    second: fx.Node
+
+
+def find_pairs(module: fx.GraphModule) -> list[Pair]:
+    """Return every pair of convolutions that can be equalized exactly."""
+    pairs = []
+    for first in module.graph.nodes:
+        if not _is_convolution(first) or len(first.users) != 1:
+            continue
+        between = next(iter(first.users))
+        between = between if between.target in _HOMOGENEOUS else first
+        second = next(iter(between.users)) if len(between.users) == 1 else None
+        if second is None or not _is_convolution(second) or second.args[0] is not between:
+            continue
+        if convolution_arguments(second)[3] in (1, between.meta["val"].shape[1]):  # dense, or depthwise
+            pairs.append(Pair(first, between, second))
+    return pairs
+
+
+def equalize(
+    module: fx.GraphModule, pairs: Sequence[Pair], samples: Sequence[tuple[Tensor, ...]]
+) -> list[fx.Node]:
+    """Scale the channels between pairs of convolutions; return the convolutions that were changed.
+
+    Exact but for one float32 rounding a weight.
+    """
+    largest: dict[fx.Node, Tensor] = {}
+
+    class Maxima(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n in wanted:
+                here = value.abs().amax((0, 2, 3))
+                largest[n] = torch.maximum(largest[n], here) if n in largest else here
+            return value
+
+    wanted = {pair.between for pair in pairs}
+    with torch.no_grad():
+        for sample in samples:
+            Maxima(module).run(*sample)
+    for pair in pairs:
+        _scale(module, pair, largest[pair.between])
+    return list(dict.fromkeys(node for pair in pairs for node in (pair.first, pair.second)))
+
+
+def _scale(module: fx.GraphModule, pair: Pair, largest: Tensor) -> None:
+    top = largest.max()
+    if top == 0:
+        return
+    factor = top / largest.clamp(min=top / _LARGEST)
+    column = factor[:, None, None, None]
+    set_constant(module, pair.first, 1, weight_of(module, pair.first) * column)
+    bias = bias_of(module, pair.first)
+    if bias is not None:
+        set_constant(module, pair.first, 2, bias * factor)
+    weight = weight_of(module, pair.second)
+    if convolution_arguments(pair.second)[3] > 1:
+        weight = weight / column.repeat_interleave(weight.shape[0] // len(factor), dim=0)
+    else:
+        weight = weight / factor[None, :, None, None]
+    set_constant(module, pair.second, 1, weight)
+
+
+def _is_convolution(node: fx.Node) -> bool:
+    return node.target in MULTIPLY_ADD_OPS and node.target is not torch.ops.aten.linear.default

@@ -1,0 +1,113 @@
+"""Run a program twice side by side, in float and with the INT8 steps up to here, a node at a time.
+
+What is changed at a layer, its rounded weights, is seen by every later layer: each one is fitted to the
+errors that reach it.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from edgedyn.quantize.plan import Plan, Site, Steps
+from edgedyn.targets import Int8Scheme
+
+
+def quantize_dequantize(x: Tensor, step: tuple[float, int]) -> Tensor:
+    """Round a tensor to its INT8 steps, as the Q/DQ pair of a program does."""
+    pair = torch.ops.quantized_decomposed
+    arguments = (*step, -128, 127, torch.int8)
+    return pair.dequantize_per_tensor(pair.quantize_per_tensor(x, *arguments), *arguments)  # type: ignore
+
+
+Change = Callable[[Site, list[Tensor], list[Tensor]], tuple[Tensor, Tensor | None]]
+
+
+class Lockstep:
+    """A folded program and its INT8 steps.
+
+    Args:
+        module: left as it is.
+        plan: its INT8 layers.
+        steps: of the tensors that they read and, where the scheme wants it, write.
+        scheme: how the target annotates INT8.
+    """
+
+    def __init__(self, module: fx.GraphModule, plan: Plan, steps: Steps, scheme: Int8Scheme) -> None:
+        self.module = module
+        self.sites = {site.node: site for site in plan.sites}
+        self.read = {site.node: steps.of(site.x) for site in plan.sites}
+        self.read |= {call: steps.of(x) for call, x in plan.kernels.items()}
+        self.written = {site.last: steps.of(site.y) for site in plan.sites if scheme.outputs}
+        self.last_reader = {x: node for node in module.graph.nodes for x in node.all_input_nodes}
+
+    @torch.no_grad()
+    def run(
+        self,
+        samples: Sequence[tuple[Tensor, ...]],
+        change: Change,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Walk through the graph with all samples at once; their values are held as long as they are needed.
+
+        Args:
+            samples: inputs of the program.
+            change: ``change(site, inputs, outputs)`` returns the weight and bias that the layer has in INT8:
+                inputs as INT8 brings them, outputs as float wants them, before the activation; one a sample.
+            progress: called with (layers done, layers).
+
+        Returns:
+            The first output of the program, (float, INT8), for each sample.
+        """
+        values: dict[fx.Node, list[tuple[Any, Any]]] = {}
+        given, done = iter(zip(*samples, strict=True)), 0
+        for node in self.module.graph.nodes:
+            if node.op == "placeholder":
+                values[node] = [(x, x) for x in next(given)]
+            elif node.op == "get_attr":
+                constant = operator.attrgetter(str(node.target))(self.module)
+                values[node] = [(constant, constant)] * len(samples)
+            elif node.op == "output":
+                first = pytree.tree_leaves(node.args[0])[0]
+                return values[first]
+            else:
+                values[node] = self._call(node, values, len(samples), change)
+                if node in self.sites:
+                    done += 1
+                    progress(done, len(self.sites))
+            for source in node.all_input_nodes:
+                if self.last_reader[source] is node:
+                    del values[source]
+        raise AssertionError("a graph ends with its output")
+
+    def _call(
+        self, node: fx.Node, values: Mapping[fx.Node, list[tuple[Any, Any]]], count: int, change: Change
+    ) -> list[tuple[Any, Any]]:
+        arguments = [[_arguments(node, values, k, world) for k in range(count)] for world in (0, 1)]
+        float_, int8 = arguments
+        if node in self.read:
+            int8 = [([quantize_dequantize(a[0], self.read[node]), *a[1:]], kw) for a, kw in int8]
+        wanted = [node.target(*a, **kw) for a, kw in float_]  # type: ignore[operator]
+        if node in self.sites:
+            weight, bias = change(self.sites[node], [a[0] for a, _ in int8], wanted)
+            int8 = [([a[0], weight, bias, *a[3:]], kw) for a, kw in int8]
+        found = [node.target(*a, **kw) for a, kw in int8]  # type: ignore[operator]
+        if node in self.written:
+            found = [quantize_dequantize(y, self.written[node]) for y in found]
+        return list(zip(wanted, found, strict=True))
+
+
+def _arguments(
+    node: fx.Node, values: Mapping[fx.Node, list[tuple[Any, Any]]], sample: int, world: int
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return what a node is called with for a sample, in float (0) or in INT8 (1)."""
+
+    def find(argument: fx.Node) -> Any:
+        return values[argument][sample][world]
+
+    return list(fx.node.map_arg(node.args, find)), dict(fx.node.map_arg(node.kwargs, find))

@@ -1,0 +1,118 @@
+"""What the nodes of a folded program are: convolutions, the activations fused into them, their layers."""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Collection
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+
+from edgedyn.quantized_graph import explicit_padding, unshare_constants
+
+MULTIPLY_ADD_OPS = {
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.linear.default,
+    torch.ops.aten.convolution.default,
+}
+FUSED_ACTIVATIONS = {
+    torch.ops.aten.relu.default,
+    torch.ops.aten.relu_.default,
+    torch.ops.aten.relu6.default,
+    torch.ops.aten.relu6_.default,
+    torch.ops.aten.hardtanh.default,
+    torch.ops.aten.hardtanh_.default,
+}
+# those, and the convolutions that no target has in INT8
+COUNTED_OPS = MULTIPLY_ADD_OPS | {torch.ops.aten.conv2d.padding, torch.ops.aten.conv_transpose2d.input}
+
+
+def fold(program: ExportedProgram) -> fx.GraphModule:
+    """Fold every BatchNorm that follows a convolution into it; exact up to rounding of the weights.
+
+    Convolutions called several times get a weight a call, because each may meet another BatchNorm.
+    """
+    from torchao.quantization.pt2e.utils import _fuse_conv_bn_
+
+    module = program.module(
+        check_guards=False
+    )  # shapes are fixed, and who runs the nodes knows operators only
+    assert isinstance(module, fx.GraphModule)
+    explicit_padding(module)
+    unshare_constants(module, MULTIPLY_ADD_OPS)
+    _fuse_conv_bn_(module)
+    return module
+
+
+def module_path(node: fx.Node) -> str:
+    """Return the dotted path of the module that a node was traced from, or the empty string."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [path for path, _ in stack.values()]
+    return str(paths[-1]) if paths else ""
+
+
+def belongs_to(node: fx.Node, classes: Collection[str]) -> bool:
+    """Whether a node was traced from inside a module of one of the classes, ``package.module.Class``."""
+    stack = node.meta.get("nn_module_stack") or {}
+    return any(kind in classes or getattr(kind, "__qualname__", "") in classes for _, kind in stack.values())
+
+
+def fused_activation(node: fx.Node) -> fx.Node | None:
+    """Return the ReLU or clamp that a runtime computes with the convolution: its only reader.
+
+    Quantized in front of it, half of the 8-bit range would hold values that it sets to zero.
+    """
+    reader = next(iter(node.users)) if len(node.users) == 1 else None
+    return reader if reader is not None and reader.target in FUSED_ACTIVATIONS else None
+
+
+def is_int8(node: fx.Node) -> bool:
+    """Whether a convolution or linear layer reads dequantized values and weights only."""
+    return all(isinstance(x, fx.Node) and "dequantize" in str(x.target) for x in node.args[:2])
+
+
+def multiply_adds(node: fx.Node) -> int:
+    """Count the multiply-adds of a convolution or linear node from its shapes."""
+    weight, out = node.args[1].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    if node.target is torch.ops.aten.conv_transpose2d.input:
+        out = node.args[0].meta["val"]  # type: ignore[union-attr]  # each input value meets a whole kernel
+    if node.target is torch.ops.aten.linear.default:
+        return int(weight.numel() * math.prod(out.shape[:-1]))
+    return int(weight[0].numel() * out.numel())
+
+
+def weight_of(module: fx.GraphModule, node: fx.Node) -> Tensor:
+    """Return the weight of a convolution or linear layer."""
+    value: Tensor = operator.attrgetter(str(node.args[1].target))(module)  # type: ignore[union-attr]
+    return value.detach()
+
+
+def bias_of(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
+    """Return the bias of a convolution or linear layer, or None where it has none."""
+    argument = node.args[2] if len(node.args) > 2 else None
+    if not isinstance(argument, fx.Node):
+        return None
+    value: Tensor = operator.attrgetter(str(argument.target))(module)
+    return value.detach()
+
+
+def set_constant(module: fx.GraphModule, node: fx.Node, index: int, value: Tensor) -> None:
+    """Give a convolution or linear layer another weight (1) or bias (2), its first bias too.
+
+    The old tensor is left to the program that the module was made of, which shares it.
+    """
+    old = node.args[index] if len(node.args) > index else None
+    name = f"{node.name}_{'weight' if index == 1 else 'bias'}_calibrated"
+    module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
+    if isinstance(old, fx.Node) and old.target == name:
+        return
+    with module.graph.inserting_before(node):
+        constant = module.graph.get_attr(name)
+    constant.meta = {**(old.meta if isinstance(old, fx.Node) else {}), "val": value.detach()}
+    node.args = (*node.args[:index], constant, *node.args[index + 1 :])
+    if isinstance(old, fx.Node) and not old.users:
+        module.graph.erase_node(old)
+        folder, _, leaf = str(old.target).rpartition(".")
+        delattr(module.get_submodule(folder), leaf)

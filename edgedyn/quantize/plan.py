@@ -1,0 +1,202 @@
+"""Which tensors of a folded program are INT8, and by which steps.
+
+    x -> Q/DQ -> conv(int8 weights, one scale a channel) [-> Q/DQ -> PReLU -> Q/DQ -> conv ...] -> float adds
+
+Only convolutions and linear layers are INT8, with the PReLU between them where the runtime keeps it so.
+Residual sums, products of two activations, generated kernels and slicing stay float: the residual stream is
+where an 8-bit step would be paid at every block.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, fx
+
+from edgedyn.errors import CalibrationError, RecipeError
+from edgedyn.ops import is_ours, load_all
+from edgedyn.quantize.accounting import KEPT_ALWAYS, KEPT_BY_RECIPE, moves_only
+from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, belongs_to, fused_activation, module_path
+from edgedyn.targets import Int8Scheme
+
+
+@dataclass(frozen=True)
+class Site:
+    """A convolution or linear layer, at one of its calls.
+
+    Attributes:
+        name: dotted path of the layer; ``#2`` follows where it is called again.
+        node: the call.
+        last: the call, or the activation behind it that a runtime fuses.
+        x: name of the tensor that it reads.
+    """
+
+    name: str
+    node: fx.Node
+    last: fx.Node
+    x: str
+
+    @property
+    def y(self) -> str:
+        """Name of the tensor that it writes, behind the activation."""
+        return f"{self.name}.output"
+
+    @property
+    def weight(self) -> str:
+        """Name of its weight."""
+        return f"{self.name}.weight"
+
+    @property
+    def bias(self) -> str:
+        """Name of its bias."""
+        return f"{self.name}.bias"
+
+
+def find_sites(module: fx.GraphModule) -> list[Site]:
+    """Return every convolution and linear layer of a folded program, in the order of the graph.
+
+    A tensor is named by the layer that writes it, else by the first that reads it: these names are the same
+    in whichever form our ops are.
+    """
+    seen: Counter[str] = Counter()
+    names: dict[fx.Node, str] = {}
+    sites = []
+    for node in module.graph.nodes:
+        if node.target in MULTIPLY_ADD_OPS:
+            path = module_path(node) or node.name
+            seen[path] += 1
+            name = path if seen[path] == 1 else f"{path}#{seen[path]}"
+            x = names.setdefault(node.args[0], f"{name}.input")
+            site = Site(name, node, fused_activation(node) or node, x)
+            names[site.last] = site.y
+            sites.append(site)
+    return sites
+
+
+def name_tensors(module: fx.GraphModule, sites: Sequence[Site]) -> dict[str, fx.Node]:
+    """Return what INT8 layers read or write on any target, and the x of every op of ours, by name."""
+    tensors: dict[str, fx.Node] = {}
+    for site in sites:
+        tensors |= {site.x: site.node.args[0], site.y: site.last}  # type: ignore[dict-item]
+    known = {node: name for name, node in tensors.items()}
+    for node in module.graph.nodes:
+        if is_ours(node):
+            x = node.args[0]
+            tensors[known.setdefault(x, f"{module_path(node) or node.name}.input")] = x
+    return tensors
+
+
+def find_generators(module: fx.GraphModule) -> frozenset[str]:
+    """Name the tensors that are generated kernels: what a layer writes straight into an op of ours.
+
+    Args:
+        module: a folded program with our ops as nodes.
+    """
+    written = {site.last: site.y for site in find_sites(module)}
+    found = set()
+    for node in filter(is_ours, module.graph.nodes):
+        op = next(op for op in load_all().values() if op.overload is node.target)
+        for argument, value in zip(op.overload._schema.arguments, node.args, strict=False):
+            while isinstance(value, fx.Node) and argument.name in op.generated:
+                if value in written:
+                    found.add(written[value])
+                    break
+                sources = value.all_input_nodes if moves_only(value) else []
+                value = sources[0] if len(sources) == 1 else None
+    return frozenset(found)
+
+
+@dataclass(frozen=True)
+class Steps:
+    """Scales and zero points by name of a tensor.
+
+    Attributes:
+        tensors: of activations: (scale, zero point), one of each for the whole tensor.
+        weights: of weights: float32 scales, one an output channel; their zero points are 0.
+    """
+
+    tensors: Mapping[str, tuple[float, int]]
+    weights: Mapping[str, Tensor]
+
+    def of(self, tensor: str) -> tuple[float, int]:
+        """Return the step of an activation.
+
+        Raises:
+            CalibrationError: when it has none: the table was made where nobody read or wrote this tensor.
+        """
+        if tensor not in self.tensors:
+            raise CalibrationError(
+                f"the calibration table has no step for the tensor {tensor!r}: it was made for other forms "
+                "of our ops. Calibrate again with this recipe, or give it the table's kernels and forms."
+            )
+        return self.tensors[tensor]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is computed in INT8.
+
+    Attributes:
+        sites: convolutions and linear layers.
+        kernels: calls of our ops that get their x in INT8, with the name of x.
+        reasons: of what stays float, by node name.
+    """
+
+    sites: tuple[Site, ...]
+    kernels: Mapping[fx.Node, str]
+    reasons: Mapping[str, str]
+
+
+def make_plan(
+    module: fx.GraphModule,
+    *,
+    scheme: Int8Scheme,
+    keep_float: Sequence[str] = (),
+    float32: Collection[str] = frozenset(),
+    kernels: Collection[Any] = frozenset(),
+) -> Plan:
+    """Decide what is INT8.
+
+    Where convolutions have no quantized output, a kernel's x gets its step only in front of readers that
+    quantize y as well: an 8-bit rounding that saves no float feature map would be paid for nothing.
+
+    Args:
+        module: a folded program.
+        scheme: how the target annotates INT8.
+        keep_float: patterns of layer paths that stay float.
+        float32: names of module classes that are never quantized.
+        kernels: overloads of our ops that the target computes in INT8 where x is.
+
+    Raises:
+        RecipeError: when a pattern matches no layer.
+    """
+    found = find_sites(module)
+    reasons = dict.fromkeys(_matching(found, keep_float), KEPT_BY_RECIPE)
+    reasons |= {node.name: KEPT_ALWAYS for node in module.graph.nodes if belongs_to(node, float32)}
+    sites = tuple(site for site in found if site.node.name not in reasons)
+    chosen = {site.node for site in sites}
+    tensors = {node: name for name, node in name_tensors(module, found).items()}
+    calls = [] if scheme.outputs else [node for node in module.graph.nodes if node.target in kernels]
+    fed = {node: tensors[node.args[0]] for node in calls if chosen.issuperset(node.users)}
+    return Plan(sites, fed, reasons)
+
+
+def _matching(sites: Sequence[Site], patterns: Sequence[str]) -> list[str]:
+    """Name the nodes whose layer path matches a pattern (``*`` as in file names)."""
+    paths = [module_path(site.node) for site in sites]
+    for pattern in patterns:
+        if not fnmatch.filter(paths, pattern):
+            near = ", ".join(paths[:8])
+            raise RecipeError(
+                f"quantize.keep_float: {pattern!r} matches no layer; found {len(paths)} convolutions and "
+                f"linear layers, the first are {near}. Use a dotted path; * matches any part."
+            )
+    return [
+        site.node.name
+        for site, path in zip(sites, paths, strict=True)
+        if any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+    ]

@@ -1,0 +1,130 @@
+"""The calibration table of a recipe: what it belongs to, where it is kept, and how it is made.
+
+    model       network, arguments, digest of the weights
+    graph       what each program could have in INT8, before our ops are expanded
+    forms       of our ops, where they bring convolutions of their own
+    data        digest of the image set: files, noise, samples, seed
+    transform   task and shapes: how an image becomes an input
+    method      the recipe's quantize section
+    versions    of the tools that calibrate
+
+The target is no part of its key: one table holds the steps for affine and for symmetric runtimes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from torch.export import ExportedProgram
+
+from edgedyn.calibration_table import CalibrationTable, read_table
+from edgedyn.errors import CalibrationError
+from edgedyn.quantize import Calibrated, fold
+from edgedyn.quantize.plan import find_sites
+
+if TYPE_CHECKING:
+    from edgedyn.calibration import CalibrationSet
+    from edgedyn.ops import Form, Op
+    from edgedyn.recipe import Recipe
+
+_TOOLS = ("torch", "torchao", "nncf", "numpy")
+
+
+def table_key(
+    recipe: Recipe,
+    images: CalibrationSet,
+    captured: Mapping[str, ExportedProgram],
+    expanded: Mapping[str, tuple[dict[Op, Form], ExportedProgram]],
+) -> dict[str, Any]:
+    """Return the key of the table of a recipe's programs.
+
+    Args:
+        recipe: names model, task and method.
+        images: the calibration set.
+        captured: the programs with our ops as nodes.
+        expanded: the forms of these ops, and the programs before they are quantized.
+    """
+    graphs = {name: _digest(program) for name, program in captured.items()}
+    forms = {
+        op.name: form.name
+        for name, (chosen, program) in expanded.items()
+        if _digest(program) != graphs[name]
+        for op, form in chosen.items()
+        if form.expand == "before_quantize"
+    }
+    model = {"network": recipe.model.network, "arguments": recipe.model.arguments}
+    weights = recipe.weights_digest() or f"seed {recipe.model.seed}"
+    return {
+        "model": {**model, "weights": weights},
+        "graph": graphs,
+        "forms": forms,
+        "data": images.digest(),
+        "transform": {"task": recipe.task, "shapes": [list(shape) for shape in recipe.input_shapes()]},
+        "method": recipe.quantize.model_dump(exclude={"table"}),
+        "versions": {name: version(name) for name in _TOOLS},
+    }
+
+
+def find_table(
+    recipe: Recipe, key: Mapping[str, Any], *, force: bool = False
+) -> tuple[CalibrationTable | None, str]:
+    """Read the table that the recipe names, where there is one already.
+
+    Args:
+        recipe: ``quantize.table`` names the file.
+        key: what the table must be of.
+        force: take it also where it is of something else.
+
+    Returns:
+        The table or None, and what of its key does not fit: empty unless it was forced.
+
+    Raises:
+        CalibrationError: when it is damaged, was edited, or is of something else: the field is named.
+    """
+    if recipe.quantize.table is None or not (path := recipe.path(recipe.quantize.table)).exists():
+        return None, ""
+    table = read_table(path)
+    try:
+        table.refuse_other(key, path)
+    except CalibrationError as error:
+        if not force:
+            raise
+        return table, str(error)
+    return table, ""
+
+
+def make_table(
+    recipe: Recipe, images: CalibrationSet, key: Mapping[str, Any], programs: Mapping[str, Calibrated]
+) -> CalibrationTable:
+    """Put what calibration found out about every program into one table; write it where the recipe says."""
+    files = [{"name": path.name, "sha256": digest} for path, digest in images.files]
+    table = CalibrationTable(
+        key,
+        {"name": images.name, "licence": images.licence, "samples": images.samples, "files": files},
+        {name: calibrated.entries for name, calibrated in programs.items()},
+        {
+            f"{name}/{x}": value
+            for name, calibrated in programs.items()
+            for x, value in calibrated.constants.items()
+        },
+    )
+    if recipe.quantize.table is not None:
+        table.write(recipe.path(recipe.quantize.table))
+    return table
+
+
+def part_of(table: CalibrationTable, program: str) -> Calibrated:
+    """Return what a table holds of one program."""
+    prefix = f"{program}/"
+    constants = {n.removeprefix(prefix): x for n, x in table.constants.items() if n.startswith(prefix)}
+    return Calibrated(table.programs.get(program, ()), constants)
+
+
+def _digest(program: ExportedProgram) -> str:
+    """Return the digest of what could be INT8: layers, the tensors that they read and write, and shapes."""
+    rows = [[site.name, site.x, list(site.node.meta["val"].shape)] for site in find_sites(fold(program))]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

@@ -1,0 +1,99 @@
+"""Channel equalization: the network stays what it was, and its channels share one range."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from edgedyn.quantize.equalize import equalize, find_pairs
+from edgedyn.quantize.nodes import fold
+
+
+def spread(net: nn.Sequential) -> nn.Sequential:
+    """Give the channels between convolutions ranges that differ by orders of magnitude."""
+    with torch.no_grad():
+        for layer in net:
+            if isinstance(layer, nn.Conv2d):
+                layer.weight *= torch.logspace(0, 2, layer.out_channels)[:, None, None, None]
+    return net.eval()
+
+
+NETS = {
+    "relu": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+    "prelu": lambda: nn.Sequential(nn.Conv2d(3, 8, 3), nn.PReLU(8), nn.Conv2d(8, 4, 3, bias=False)),
+    "nothing": lambda: nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.Conv2d(8, 4, 1)),
+    "depthwise": lambda: nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), nn.Conv2d(8, 16, 3, groups=8)),
+    "three": lambda: nn.Sequential(
+        nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 6, 3), nn.ReLU(inplace=True), nn.Conv2d(6, 4, 3)
+    ),
+}
+
+
+@pytest.mark.parametrize("name", NETS)
+def test_channels_get_one_range_and_the_network_stays(name):
+    torch.manual_seed(1)
+    net, x = spread(NETS[name]()).double(), torch.randn(2, 3, 12, 13).double()
+    samples = [(part,) for part in x.split(1)]
+    module = fold(torch.export.export(net, samples[0]))
+    pairs = find_pairs(module)
+    assert len(pairs) == (2 if name == "three" else 1)
+    wanted = net(x)
+    equalize(module, pairs, samples)
+    module.recompile()
+    y = torch.cat([module(*sample) for sample in samples])
+    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+
+    class Ranges(torch.fx.Interpreter):
+        def run_node(self, n):
+            value = super().run_node(n)
+            for pair in pairs:
+                if n is pair.between:
+                    found.setdefault(n, []).append(value.abs().amax((0, 2, 3)))
+            return value
+
+    found: dict[torch.fx.Node, list[Tensor]] = {}
+    for sample in samples:
+        Ranges(module).run(*sample)
+    for maxima in found.values():
+        largest = torch.stack(maxima).amax(0)
+        limited = largest < 0.999 * largest.max()  # by the limit of 32
+        torch.testing.assert_close(largest[~limited], largest.max().expand((~limited).sum()))
+        assert limited.sum() < len(largest) / 2
+
+
+class Joined(nn.Module):
+    """Maps that someone else reads, or that go through what is not homogeneous."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = (nn.Conv2d(4, 4, 1) for _ in range(4))
+        self.grouped = nn.Conv2d(4, 4, 1, groups=2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.a(x))
+        y = y + self.b(y)
+        y = self.c(nn.functional.relu6(self.d(y)))
+        return self.grouped(y)
+
+
+def test_maps_that_others_read_or_that_do_not_scale_are_left_alone():
+    module = fold(torch.export.export(Joined().eval(), (torch.randn(1, 4, 5, 6),)))
+    assert find_pairs(module) == []
+
+
+def test_dead_channel_takes_no_more_than_the_limit():
+    torch.manual_seed(2)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU(), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        net[0].weight[1] = 0
+        net[0].bias[1] = -1
+    x = torch.rand(1, 3, 6, 7)
+    module = fold(torch.export.export(net, (x,)))
+    with torch.no_grad():
+        expected = net(x)
+        equalize(module, find_pairs(module), [(x,)])
+        module.recompile()
+        torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-6)
+    weights = [p for name, p in module.named_parameters() if "weight" in name and p.shape[0] == 2]
+    assert torch.isfinite(weights[-1]).all()

@@ -1,0 +1,150 @@
+"""A recipe's calibration table: made once, reused to the bit, shared by both targets, else refused."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from edgedyn import pipeline, quantize
+from edgedyn.calibration_table import read_table
+from edgedyn.conversion import Converted
+from edgedyn.errors import CalibrationError, RecipeError
+from edgedyn.recipe import Recipe, load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SMALL = ["model.network=small_networks:small_mallenet", "model.weights=null", "model.arguments={}"]
+SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]"]
+
+
+def recipe(folder: Path, *overrides: str, target: str = "phone") -> Recipe:
+    table = f"quantize.table={folder / 'table.json'}"
+    return load_recipe(RECIPES / f"mallenet-s.{target}.int8.yaml", [*SMALL, table, *overrides])
+
+
+def convert(given: Recipe, *, force: bool = False) -> Converted:
+    calibration, samples = pipeline.load_sets(given)
+    return pipeline.convert(given, pipeline.load_target(given), calibration, samples[0], force=force)
+
+
+def bits(made: Converted) -> tuple[str, list[bytes]]:
+    program = made.parts["forward"].program
+    return program.graph_module.code, [
+        t.numpy().tobytes()
+        for t in (*(t.detach() for t in program.state_dict.values()), *program.constants.values())
+    ]
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory) -> tuple[Path, Converted]:
+    folder = tmp_path_factory.mktemp("first")
+    return folder, convert(recipe(folder))
+
+
+@pytest.fixture
+def no_statistics(monkeypatch):
+    """Let nothing be observed."""
+    monkeypatch.setattr(quantize, "calibrate", lambda *_, **__: pytest.fail("observed samples"))
+
+
+def test_second_conversion_observes_nothing_and_is_the_same_to_the_bit(first, no_statistics):
+    folder, made = first
+    again = convert(recipe(folder))
+    assert bits(again) == bits(made)
+    assert made.misfit == again.misfit == ""
+
+
+def test_calibrating_again_gives_the_same_table(first, tmp_path):
+    folder, _ = first
+    convert(recipe(tmp_path))
+    for name in ("table.json", "table.safetensors"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_table_of_the_phone_serves_the_jetson(first, no_statistics):
+    folder, _ = first
+    made = convert(recipe(folder, target="jetson"))
+    program = made.parts["forward"].program
+    steps = [n.args[1:3] for n in program.graph.nodes if ".quantize_per_tensor" in str(n.target)]
+    known = {np.float32(entry.symmetric) for entry in made.table.programs["forward"] if entry.symmetric}
+    assert steps
+    assert {zero_point for _, zero_point in steps} == {0}
+    assert {np.float32(scale) for scale, _ in steps} <= known
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.seed=5", "of another model: weights was 'seed 0', now 'seed 5'"),
+        ("calibration={}", "of another data"),
+        ("input.shape=[1, 3, 48, 32]", "of another graph|of another transform: shapes"),
+        ("quantize.ranges.feature=mse", "of another method: ranges was .*'minmax'.*, now .*'mse'"),
+        ("quantize.keep_float=[tail]", "of another method: keep_float"),
+    ],
+)
+def test_table_of_something_else_is_refused_by_its_field_unless_forced(first, override, words):
+    folder, _ = first
+    override = override.replace("{}", str(RECIPES.parent / "calib/skimage-clean.yaml"))
+    with pytest.raises(CalibrationError, match=words) as caught:
+        convert(recipe(folder, override))
+    assert caught.value.exit_code == 5
+
+
+def test_forced_table_is_used_and_recorded(first, no_statistics):
+    folder, _ = first
+    made = convert(recipe(folder, "quantize.ranges.feature=mse"), force=True)
+    assert "is of another method" in made.misfit
+
+
+def test_sample_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    draw = pipeline.CalibrationSet.draw
+
+    def spoilt(self, *arguments):
+        for index, sample in enumerate(draw(self, *arguments)):
+            if index == 2 and self.name == "skimage":
+                sample.inputs[0][0, 0, 3, 4] = np.nan
+            yield sample
+
+    monkeypatch.setattr(pipeline.CalibrationSet, "draw", spoilt)
+    with pytest.raises(CalibrationError, match=r"sample 2, retina\.jpg: 1 values are NaN or infinite"):
+        convert(recipe(tmp_path))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_table_holds_every_class_and_its_constants(first):
+    folder, _ = first
+    table = read_table(folder / "table.json")
+    kinds = {entry.kind for entry in table.programs["forward"]}
+    assert kinds == {"feature", "weight", "kernel"}
+    codes = [x for x in table.constants.values() if x.dtype == np.int8]
+    assert codes
+    assert all(np.abs(x).max() <= 127 for x in codes)
+    assert torch.tensor([x.size for x in codes]).sum() > 1000
+
+
+def test_command_writes_the_table_that_a_conversion_writes(first, tmp_path, monkeypatch):
+    folder, _ = first
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    sets = [word for override in SMALL for word in ("--set", override)]
+    command = [sys.executable, "-m", "edgedyn.cli", "calibrate", str(RECIPES / "mallenet-s.phone.int8.yaml")]
+    command += ["-o", str(tmp_path / "table.json"), "--json", *sets]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    printed = json.loads(done.stdout)
+    assert printed["images"]["name"] == "skimage"
+    assert printed["tensors"].keys() == {"feature", "weight", "kernel"}
+    for name in ("table.json", "table.safetensors"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
+    assert again.returncode == 2
+    assert "table.json exists" in again.stderr.replace("\n", " ")
+
+
+def test_float_recipe_has_nothing_to_calibrate(tmp_path):
+    given = load_recipe(RECIPES / "mallenet-s.phone.fp32.yaml", SMALL[:-1])
+    with pytest.raises(RecipeError, match="has precision 'fp32'; only int8 has a calibration table"):
+        pipeline.calibrate(given, tmp_path / "table.json")
