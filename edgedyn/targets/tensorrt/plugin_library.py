@@ -64,7 +64,7 @@ def register(trt: Any, cuda: Any) -> tuple[Any, ...]:
     except TargetMissingError:
         kernels = cuda_kernels.build("sm_{}{}".format(*cuda.Device(0).compute_capability()))
         creators = make_creators(trt, functools.partial(cuda_kernels.call, kernels))
-        refused = [creator.name for creator in creators if not registry.register_creator(creator, "edgedyn")]
+        refused = sorted(c.name for c in creators if not registry.register_creator(c, "edgedyn"))
         if refused:
             raise TargetMissingError(
                 f"TensorRT {trt.__version__} refuses the plugins {', '.join(refused)}; expected none of that "
