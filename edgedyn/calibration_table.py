@@ -88,7 +88,8 @@ class CalibrationTable:
         key: what the table belongs to, by field.
         images: name, licence and files of the set.
         programs: program -> its tensors in the order of its graph.
-        constants: ``program/tensor`` -> new value of a weight or bias; float32.
+        constants: ``program/tensor`` -> new value of a weight or bias: float32, or int8 codes of a weight
+            whose scales are in its entry.
     """
 
     key: Mapping[str, Any]

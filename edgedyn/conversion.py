@@ -135,12 +135,17 @@ def convert(
     sources = [sample.source for sample in drawn]
     finished = {}
     for name, (forms, program) in expanded.items():
-        given = [x[name] for x in observed]
-        known = None if table is None else part_of(table, name)
-        generated = quantize.find_generators(quantize.fold(captured[name])) if key else frozenset()
-        label = _label(progress, name)
         finished[name] = _finish_part(
-            forms, program, inputs[name], recipe, target, given, sources, generated, known, label
+            forms,
+            program,
+            inputs[name],
+            recipe,
+            target,
+            samples=[x[name] for x in observed],
+            sources=sources,
+            calibrated=None if table is None else part_of(table, name),
+            generated=quantize.find_generators(quantize.fold(captured[name])) if key else frozenset(),
+            progress=_label(progress, name),
         )
     if key and calibration and table is None:
         made = {
@@ -180,10 +185,11 @@ def _finish_part(
     inputs: tuple[Tensor, ...],
     recipe: Recipe,
     target: Target,
-    samples: list[tuple[Tensor, ...]],
-    sources: list[str],
-    generated: frozenset[str],
+    *,
+    samples: Sequence[tuple[Tensor, ...]],
+    sources: Sequence[str],
     calibrated: quantize.Calibrated | None,
+    generated: frozenset[str],
     progress: Progress,
 ) -> Part:
     """Bring one expanded program to the recipe's precision."""

@@ -91,9 +91,8 @@ def correct_biases(
         else BiasCorrection(len(samples), BIAS_CORRECTION_THRESHOLD)
     )
     nncf.set_log_level(logging.ERROR)
-    with contextlib.redirect_stdout(
-        io.StringIO()
-    ):  # its progress bars; standard output is the command's result
+    # its progress bars: standard output is the command's result
+    with contextlib.redirect_stdout(io.StringIO()):
         corrected = Pipeline([[_OurSteps(quantize), chosen]]).run(module, nncf.Dataset(list(samples), read))
     nodes = {node.name: node for node in corrected.graph.nodes}
     biases = {site: bias_of(corrected, nodes[site.node.name]) for site in plan.sites}

@@ -94,12 +94,13 @@ def calibrate(
     entries |= {site.weight: _weight_entry(module, site, section) for site in sites}
     steps = steps_of(tuple(entries.values()), scheme)
     if section.rounding == "reconstruct":
-        constants |= _reconstruct(module, plan, steps, scheme, samples, progress)
-        restore(module, Calibrated(tuple(entries.values()), constants))
+        rounded = _reconstruct(module, plan, steps, scheme, samples, progress)
+        restore(module, Calibrated(tuple(entries.values()), rounded))
+        constants |= rounded
     if section.bias_correction != "none":
         from edgedyn.quantize.bias_correction import correct_biases
 
-        constants |= correct_biases(
+        corrected = correct_biases(
             module,
             plan,
             steps,
@@ -108,9 +109,9 @@ def calibrate(
             section.bias_correction,
             lambda done, total: progress("correct biases", done, total),
         )
-    calibrated = Calibrated(tuple(entries.values()), constants)
-    restore(module, calibrated)
-    return calibrated
+        restore(module, Calibrated((), corrected))
+        constants |= corrected
+    return Calibrated(tuple(entries.values()), constants)
 
 
 def _refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]) -> None:

@@ -13,13 +13,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
 from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, set_constant, weight_of
 from edgedyn.quantize.rounding import convolution_arguments
+from edgedyn.quantize.statistics import look
 
 _LARGEST = 32.0  # a channel that is hardly ever used would take the steps of the next layer's weights
 _HOMOGENEOUS = {
@@ -66,31 +66,23 @@ def equalize(
 ) -> list[fx.Node]:
     """Scale the channels between pairs of convolutions; return the convolutions that were changed.
 
-    Exact but for one float32 rounding a weight.
+    Exact but for one float32 rounding a weight. A map of zeros has no range, and its pair stays.
     """
-    largest: dict[fx.Node, Tensor] = {}
+    largest = {pair.between: torch.zeros(pair.between.meta["val"].shape[1]) for pair in pairs}
 
-    class Maxima(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if n in wanted:
-                here = value.abs().amax((0, 2, 3))
-                largest[n] = torch.maximum(largest[n], here) if n in largest else here
-            return value
+    def widen(node: fx.Node, value: Tensor) -> None:
+        largest[node] = torch.maximum(largest[node], value.abs().amax((0, 2, 3)))
 
-    wanted = {pair.between for pair in pairs}
-    with torch.no_grad():
-        for sample in samples:
-            Maxima(module).run(*sample)
-    for pair in pairs:
+    for sample in samples:
+        look(module, largest, sample, widen)
+    scaled = [pair for pair in pairs if largest[pair.between].any()]
+    for pair in scaled:
         _scale(module, pair, largest[pair.between])
-    return list(dict.fromkeys(node for pair in pairs for node in (pair.first, pair.second)))
+    return list(dict.fromkeys(node for pair in scaled for node in (pair.first, pair.second)))
 
 
 def _scale(module: fx.GraphModule, pair: Pair, largest: Tensor) -> None:
     top = largest.max()
-    if top == 0:
-        return
     factor = top / largest.clamp(min=top / _LARGEST)
     column = factor[:, None, None, None]
     set_constant(module, pair.first, 1, weight_of(module, pair.first) * column)

@@ -36,9 +36,8 @@ def fold(program: ExportedProgram) -> fx.GraphModule:
     """
     from torchao.quantization.pt2e.utils import _fuse_conv_bn_
 
-    module = program.module(
-        check_guards=False
-    )  # shapes are fixed, and who runs the nodes knows operators only
+    # without guards: shapes are fixed, and who runs the nodes knows operators only
+    module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     explicit_padding(module)
     unshare_constants(module, MULTIPLY_ADD_OPS)

@@ -97,9 +97,10 @@ def find_generators(module: fx.GraphModule) -> frozenset[str]:
         module: a folded program with our ops as nodes.
     """
     written = {site.last: site.y for site in find_sites(module)}
+    ops = {op.overload: op for op in load_all().values()}
     found = set()
     for node in filter(is_ours, module.graph.nodes):
-        op = next(op for op in load_all().values() if op.overload is node.target)
+        op = ops[node.target]
         for argument, value in zip(op.overload._schema.arguments, node.args, strict=False):
             while isinstance(value, fx.Node) and argument.name in op.generated:
                 if value in written:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,25 @@ from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
+
+
+def look(
+    module: fx.GraphModule,
+    nodes: Collection[fx.Node],
+    sample: tuple[Tensor, ...],
+    see: Callable[[fx.Node, Tensor], None],
+) -> None:
+    """Run a program on one sample and call ``see(node, value)`` for each of the nodes, in their order."""
+
+    class Looking(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n in nodes:
+                see(n, value)
+            return value
+
+    with torch.no_grad():
+        Looking(module).run(*sample)
 
 
 def observe(
@@ -34,29 +53,18 @@ def observe(
     """
     names = {node: name for name, node in tensors.items()}
     found: dict[str, Histogram] = {}
+    source = ""
+
+    def count(node: fx.Node, value: Tensor) -> None:
+        name = names[node]
+        try:
+            histogram = Histogram.of(value.numpy())
+        except CalibrationError as error:
+            raise CalibrationError(f"{source}, tensor {name!r}: {error}") from error
+        found[name] = found[name] + histogram if name in found else histogram
+
     for index, sample in enumerate(samples):
         source = sources[index] if sources else f"sample {index}"
-        for name, histogram in _observe_one(module, names, sample, source).items():
-            found[name] = found[name] + histogram if name in found else histogram
+        look(module, names, sample, count)
         progress(index + 1, len(samples))
-    return found
-
-
-def _observe_one(
-    module: fx.GraphModule, names: Mapping[fx.Node, str], sample: tuple[Tensor, ...], source: str
-) -> dict[str, Histogram]:
-    found = {}
-
-    class Observer(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> Any:
-            value = super().run_node(n)
-            if n in names:
-                try:
-                    found[names[n]] = Histogram.of(value.numpy())
-                except CalibrationError as error:
-                    raise CalibrationError(f"{source}, tensor {names[n]!r}: {error}") from error
-            return value
-
-    with torch.no_grad():
-        Observer(module).run(*sample)
     return found
