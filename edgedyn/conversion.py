@@ -23,7 +23,7 @@ from edgedyn import ops, quantize
 from edgedyn.errors import CalibrationError, EdgedynError, ModelError
 from edgedyn.layers import canonicalize, find_dynamic, float32_classes, recognise
 from edgedyn.manifest import FORWARD, Routing
-from edgedyn.recipe_table import find_table, make_table, part_of, table_key
+from edgedyn.recipe_table import find_table, make_exams, make_table, part_of, table_key
 from edgedyn.routing import RoutedModel, part_inputs, parts, routing_of
 from edgedyn.tasks import TASKS
 from edgedyn.weights import settle_norms
@@ -98,6 +98,8 @@ def convert(
     *,
     force: bool = False,
     trust: bool = False,
+    sensitivity: bool = False,
+    ablation: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Converted:
     """Bring the recipe's network to the programs that the target lowers.
@@ -112,6 +114,8 @@ def convert(
         example: an input of the recipe's shape, to export with.
         force: use the recipe's calibration table also where it is of something else.
         trust: allow weights that are a pickle of tensors.
+        sensitivity: measure what INT8 costs in each layer, also where the recipe sets no ``max_drop_db``.
+        ablation: measure also what each switch of the method is worth.
         progress: called with (what is done, steps done, steps in all).
     """
     progress("rewrite layers", 0, 1)
@@ -133,6 +137,9 @@ def convert(
     table, misfit = find_table(recipe, key, force=force) if key else (None, "")
     observed = [part_inputs(canonical, x) for x in tensors] if key and table is None else []
     sources = [sample.source for sample in drawn]
+    exams = {}
+    if observed and calibration and (sensitivity or ablation or recipe.quantize.max_drop_db is not None):
+        exams = make_exams(recipe, calibration, canonical, key, ablates=ablation)
     finished = {}
     for name, (forms, program) in expanded.items():
         finished[name] = _finish_part(
@@ -143,6 +150,7 @@ def convert(
             target,
             samples=[x[name] for x in observed],
             sources=sources,
+            exam=exams.get(name),
             calibrated=None if table is None else part_of(table, name),
             generated=quantize.find_generators(quantize.fold(captured[name])) if key else frozenset(),
             progress=_label(progress, name),
@@ -188,6 +196,7 @@ def _finish_part(
     *,
     samples: Sequence[tuple[Tensor, ...]],
     sources: Sequence[str],
+    exam: quantize.Exam | None,
     calibrated: quantize.Calibrated | None,
     generated: frozenset[str],
     progress: Progress,
@@ -205,6 +214,7 @@ def _finish_part(
             section=recipe.quantize,
             samples=samples,
             sources=sources,
+            exam=exam,
             calibrated=calibrated,
             generated=generated,
             float32=float32,

@@ -133,6 +133,8 @@ def calibrate(
     *,
     force: bool = False,
     trust: bool = False,
+    sensitivity: bool = False,
+    ablation: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> CalibrationTable:
     """Write the calibration table of an INT8 recipe, whole or not at all; nothing is lowered.
@@ -142,6 +144,8 @@ def calibrate(
         out: the table, a JSON file; weights that calibration changes stand beside it as safetensors.
         force: replace a table that stands there.
         trust: allow weights that are a pickle of tensors.
+        sensitivity: measure what INT8 costs in each layer; ``CalibrationTable.precision`` has it.
+        ablation: measure also what each switch of the method is worth; ``CalibrationTable.ablation`` has it.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
@@ -158,7 +162,16 @@ def calibrate(
     fresh = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"table": None})})
     calibration, samples = load_sets(fresh)
     target = load_target(fresh)
-    table = convert(fresh, target, calibration, samples[0], trust=trust, progress=progress).table
+    table = convert(
+        fresh,
+        target,
+        calibration,
+        samples[0],
+        trust=trust,
+        sensitivity=sensitivity,
+        ablation=ablation,
+        progress=progress,
+    ).table
     assert table is not None  # of INT8 there is one
     table.write(out)
     return table

@@ -80,6 +80,11 @@ class QuantizeSection(_Section):
     keep_float: list[str] = Field(
         default=[], description="dotted layer paths that stay float; * matches any part"
     )
+    max_drop_db: float | None = Field(
+        default=None,
+        gt=0,
+        description="PSNR that INT8 may cost on the calibration images: layers stay float until it does",
+    )
     table: str | None = Field(
         default=None, description="calibration table, reused where it exists, written where it does not"
     )

@@ -16,15 +16,23 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from edgedyn.calibration_table import CalibrationTable, read_table
-from edgedyn.errors import CalibrationError
-from edgedyn.quantize import Calibrated, fold
+from edgedyn.errors import CalibrationError, RecipeError
+from edgedyn.manifest import ROUTER
+from edgedyn.quantize import Calibrated, Exam, fold
 from edgedyn.quantize.plan import find_sites
+from edgedyn.recall import Recall
+from edgedyn.routing import part_inputs, parts
+from edgedyn.tasks import TASKS
 
 if TYPE_CHECKING:
     from edgedyn.calibration import CalibrationSet
@@ -111,17 +119,67 @@ def make_table(
             for name, calibrated in programs.items()
             for x, value in calibrated.constants.items()
         },
+        {name: c.precision for name, c in programs.items() if c.precision},
+        {name: c.ablation for name, c in programs.items() if c.ablation},
     )
     if recipe.quantize.table is not None:
         table.write(recipe.path(recipe.quantize.table))
     return table
 
 
+def make_exams(
+    recipe: Recipe,
+    images: CalibrationSet,
+    canonical: nn.Module,
+    key: Mapping[str, Any],
+    *,
+    ablates: bool = False,
+) -> dict[str, Exam]:
+    """Return what INT8 is judged on in each program that gives a picture, while its precision is chosen.
+
+    The images are the calibration set's, with other crops and other noise than those that are observed.
+
+    Args:
+        recipe: its ``max_drop_db`` is the limit.
+        images: the calibration set.
+        canonical: the network, which says what each of its parts is given.
+        key: of the calibration table: what is measured belongs to it, whatever the limit.
+        ablates: whether each switch of the method is also tried the other way.
+
+    Raises:
+        RecipeError: for a task without truth.
+    """
+    task = TASKS[recipe.task]
+    if not task.has_truth:
+        raise RecipeError(
+            f"quantize.max_drop_db is PSNR against the truth, and the task {recipe.task!r} has none. Choose "
+            "float layers by quantize.keep_float; limits.sqnr_db is what is demanded of the outputs."
+        )
+    drawn = list(replace(images, seed=images.seed + 1).draw(recipe.input_shapes(), task))
+    given = [part_inputs(canonical, tuple(map(torch.from_numpy, sample.inputs))) for sample in drawn]
+    method = {**key["method"], "max_drop_db": None}
+    facts = json.dumps({**key, "method": method, "target": recipe.target, "kernels": recipe.kernels})
+    return {
+        name: Exam(
+            [x[name] for x in given],
+            [sample.truth for sample in drawn],
+            [sample.sigma for sample in drawn],
+            recipe.quantize.max_drop_db,
+            recipe.limits.int8_share,
+            ablates,
+            Recall(name + facts, sorted(Path(__file__).parent.glob("quantize/*.py"))),
+        )
+        for name in parts(canonical)
+        if name != ROUTER
+    }
+
+
 def part_of(table: CalibrationTable, program: str) -> Calibrated:
     """Return what a table holds of one program."""
     prefix = f"{program}/"
     constants = {n.removeprefix(prefix): x for n, x in table.constants.items() if n.startswith(prefix)}
-    return Calibrated(table.programs.get(program, ()), constants)
+    precision, ablation = table.precision.get(program), table.ablation.get(program, {})
+    return Calibrated(table.programs.get(program, ()), constants, precision, ablation)
 
 
 def _digest(program: ExportedProgram) -> str:

@@ -9,18 +9,18 @@ constants that changed: with them ``restore`` and ``steps_of`` make the same INT
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from edgedyn.calibration_table import Entry, Kind
+from edgedyn.calibration_table import Entry, Kind, Precision
 from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
 from edgedyn.quantize.equalize import equalize, find_pairs
-from edgedyn.quantize.lockstep import Lockstep
+from edgedyn.quantize.lockstep import Lockstep, round_weight
 from edgedyn.quantize.nodes import bias_of, set_constant, weight_of
 from edgedyn.quantize.plan import Plan, Site, Steps, find_sites, name_tensors
 from edgedyn.quantize.rounding import convolution_arguments, measure_moments, reconstruct
@@ -44,29 +44,47 @@ class Calibrated:
         entries: its tensors, in the order of its graph.
         constants: new weights and biases by ``layer.weight``, ``layer.bias``: int8 codes of a reconstructed
             weight, whose scales are in its entry; else float32.
+        precision: which layers stay float because of what INT8 costs; None where that was not measured.
+        ablation: PSNR drop by what was changed in the method, dB, where that was measured.
+    """
+
+    entries: tuple[Entry, ...]
+    constants: Mapping[str, np.ndarray]
+    precision: Precision | None = None
+    ablation: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the layers that stay float because of what INT8 costs."""
+        return self.precision.kept if self.precision else ()
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A folded program after its images were seen, and before a weight is rounded: the same for every plan.
+
+    Attributes:
+        entries: its tensors, in the order of its graph.
+        constants: weights and biases that equalization changed, float32, by name.
     """
 
     entries: tuple[Entry, ...]
     constants: Mapping[str, np.ndarray]
 
 
-def calibrate(
+def observe_program(
     module: fx.GraphModule,
-    plan: Plan,
     *,
-    scheme: Int8Scheme,
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]],
     sources: Sequence[str] = (),
     generated: Collection[str] = frozenset(),
     progress: Progress = lambda what, done, total: None,
-) -> Calibrated:
-    """Observe a folded program on calibration samples; the module keeps the weights that this gives it.
+) -> Observed:
+    """Equalize a folded program, observe it on calibration samples and choose the range of every tensor.
 
     Args:
-        module: changed in place: equalized, and with the weights that rounding chose.
-        plan: what is INT8 on the target that the weights are rounded for.
-        scheme: of that target. Ranges are found for every scheme.
+        module: changed in place where channels are equalized.
         section: the recipe's ``quantize`` section.
         samples: inputs of the program.
         sources: where each sample comes from, for errors.
@@ -92,10 +110,35 @@ def calibrate(
         for name, histogram in found.items()
     }
     entries |= {site.weight: _weight_entry(module, site, section) for site in sites}
-    steps = steps_of(tuple(entries.values()), scheme)
+    return Observed(tuple(entries.values()), constants)
+
+
+def round_program(
+    module: fx.GraphModule,
+    plan: Plan,
+    observed: Observed,
+    *,
+    scheme: Int8Scheme,
+    section: QuantizeSection,
+    samples: Sequence[tuple[Tensor, ...]],
+    progress: Progress = lambda what, done, total: None,
+) -> Calibrated:
+    """Choose the INT8 weights and the biases of an observed program, which keeps them.
+
+    Args:
+        module: changed in place.
+        plan: what is INT8 on the target that the weights are rounded for.
+        observed: of the same program. It has ranges for every scheme.
+        scheme: of that target.
+        section: the recipe's ``quantize`` section.
+        samples: inputs of the program.
+        progress: called with (what is done, steps done, steps in all).
+    """
+    steps = steps_of(observed.entries, scheme)
+    constants = dict(observed.constants)
     if section.rounding == "reconstruct":
         rounded = _reconstruct(module, plan, steps, scheme, samples, progress)
-        restore(module, Calibrated(tuple(entries.values()), rounded))
+        restore(module, Calibrated(observed.entries, rounded))
         constants |= rounded
     if section.bias_correction != "none":
         from edgedyn.quantize.bias_correction import correct_biases
@@ -111,7 +154,7 @@ def calibrate(
         )
         restore(module, Calibrated((), corrected))
         constants |= corrected
-    return Calibrated(tuple(entries.values()), constants)
+    return Calibrated(observed.entries, constants)
 
 
 def _refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]) -> None:
@@ -180,8 +223,7 @@ def _weight_entry(module: fx.GraphModule, site: Site, section: QuantizeSection) 
 
 
 def _rounding_error(weight: Tensor, scales: Tensor) -> Tensor:
-    rounded = torch.clamp(torch.round(weight / scales[:, None]), -127, 127) * scales[:, None]
-    return ((weight - rounded) ** 2).sum(1)
+    return ((weight - round_weight(weight, scales)) ** 2).sum(1)
 
 
 def _reconstruct(
