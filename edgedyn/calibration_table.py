@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -81,6 +81,35 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """One thing that a network can decide, and how many calibration samples it decided so.
+
+    Attributes:
+        decision: ``variant``, ``mask`` (active anywhere) or ``density`` (active share of all masks).
+        name: of the variant, the layer with the mask, or the band, ``25-50%``; of masks in a variant its name
+            and a colon stand in front.
+        taken: samples that take it.
+        samples: all of them.
+        needed: samples that the recipe demands; 0 where it only reports.
+        least: smallest density of a mask.
+        most: largest density of a mask.
+    """
+
+    decision: str
+    name: str
+    taken: int
+    samples: int
+    needed: int = 0
+    least: float | None = None
+    most: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values, with the digest of all others."""
+        values = asdict(self)
+        return {**values, "sha256": _digest(values)}
+
+
+@dataclass(frozen=True)
 class CalibrationTable:
     """Everything that calibration found out.
 
@@ -90,12 +119,14 @@ class CalibrationTable:
         programs: program -> its tensors in the order of its graph.
         constants: ``program/tensor`` -> new value of a weight or bias: float32, or int8 codes of a weight
             whose scales are in its entry.
+        coverage: how often the samples take each outcome of what the network decides.
     """
 
     key: Mapping[str, Any]
     images: Mapping[str, Any]
     programs: Mapping[str, tuple[Entry, ...]]
     constants: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    coverage: tuple[Outcome, ...] = ()
 
     def refuse_other(self, key: Mapping[str, Any], path: Path) -> None:
         """Refuse to be used for anything else than what it was made of.
@@ -123,7 +154,8 @@ class CalibrationTable:
             "images": dict(self.images),
             "constants": hashlib.sha256(weights).hexdigest() if self.constants else "",
         }
-        lines = [json.dumps(head, indent=1)[:-2] + ',\n "programs": {']
+        outcomes = ",".join(f"\n  {json.dumps(outcome.to_json())}" for outcome in self.coverage)
+        lines = [json.dumps(head, indent=1)[:-2] + f',\n "coverage": [{outcomes}],\n "programs": {{']
         for number, (program, entries) in enumerate(self.programs.items()):
             rows = ",\n".join(f"   {json.dumps(entry.to_json())}" for entry in entries)
             comma = "," if number + 1 < len(self.programs) else ""
@@ -149,16 +181,15 @@ def read_table(path: Path) -> CalibrationTable:
         programs = {}
         for program, rows in values["programs"].items():
             for row in rows:
-                given = row.pop("sha256")
-                if _digest(row) != given:
-                    raise CalibrationError(
-                        f"calibration table {path}: the entry {row.get('name')!r} of program {program!r} "
-                        f"was edited: its sha256 is {_digest(row)}, it says {given}. The recipe sets ranges "
-                        f"(quantize.ranges). {_AGAIN}."
-                    )
+                what = f"the entry {row.get('name')!r} of program {program!r}"
+                _refuse_edited(path, row, what, "The recipe sets ranges (quantize.ranges)")
             programs[program] = tuple(Entry.from_json(row) for row in rows)
+        for row in values["coverage"]:
+            what = f"the coverage of {row.get('decision')} {row.get('name')!r}"
+            _refuse_edited(path, row, what, "The recipe says what is demanded (quantize.coverage)")
+        coverage = tuple(Outcome(**row) for row in values["coverage"])
         constants = _read_constants(path.with_suffix(".safetensors"), values["constants"])
-        return CalibrationTable(values["key"], values["images"], programs, constants)
+        return CalibrationTable(values["key"], values["images"], programs, constants, coverage)
     except OSError as error:
         raise CalibrationError(
             f"calibration table {path} cannot be read ({error.strerror}). {_AGAIN}."
@@ -167,6 +198,16 @@ def read_table(path: Path) -> CalibrationTable:
         raise CalibrationError(
             f"calibration table {path} is damaged ({type(error).__name__}: {error}). {_AGAIN}."
         ) from error
+
+
+def _refuse_edited(path: Path, row: dict[str, Any], what: str, instead: str) -> None:
+    """Take the digest off a row of a table, and refuse a row that it does not fit."""
+    given = row.pop("sha256")
+    if _digest(row) != given:
+        raise CalibrationError(
+            f"calibration table {path}: {what} was edited: its sha256 is {_digest(row)}, it says {given}. "
+            f"{instead}. {_AGAIN}."
+        )
 
 
 def _read_constants(path: Path, expected: str) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -115,12 +116,17 @@ def calibrate(
         table = pipeline.calibrate(parsed, out, force=force, trust=trust, progress=advance)
     kinds: Counter[str] = Counter(entry.kind for entries in table.programs.values() for entry in entries)
     if as_json:
-        print_json({"table": str(out), "images": table.images, "tensors": dict(kinds), "key": table.key})
+        covered = [asdict(outcome) for outcome in table.coverage]
+        facts = {"images": table.images, "tensors": dict(kinds), "coverage": covered, "key": table.key}
+        print_json({"table": str(out), **facts})
         return
     found = ", ".join(f"{count} of class {kind}" for kind, count in sorted(kinds.items()))
     OUT.print(
         f"{kinds.total()} tensors ({found}) on {table.images['samples']} samples of {table.images['name']}"
     )
+    for o in table.coverage:
+        density = "" if o.least is None else f", {o.least:.0%} to {o.most:.0%} of it"
+        OUT.print(f"{o.decision} {o.name}: {o.taken} of {o.samples} samples{density}", soft_wrap=True)
     OUT.print(f"table: {out}", soft_wrap=True)
 
 
@@ -300,8 +306,6 @@ def compile_bundle(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what is installed, what each target lacks, and the command that mends it."""
-    from dataclasses import asdict
-
     from edgedyn import doctor as examiner
 
     findings = examiner.examine()

@@ -95,6 +95,7 @@ def to_int8(
     float32: Collection[str] = frozenset(),
     kernels: Collection[Any] = frozenset(),
     generated: Collection[str] = frozenset(),
+    is_router: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Quantized:
     """Calibrate on the samples, unless what calibration found out is given, and convert to INT8.
@@ -110,6 +111,7 @@ def to_int8(
         float32: names of module classes that are never quantized.
         kernels: overloads of our ops that the target computes in INT8 where x is.
         generated: names of the tensors that are generated kernels, from ``find_generators``.
+        is_router: whether the program's first output is compared, so that what computes it stays float.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
@@ -117,7 +119,14 @@ def to_int8(
         RecipeError: when a pattern of ``keep_float`` matches no layer.
     """
     module = fold(program)
-    plan = make_plan(module, scheme=scheme, keep_float=section.keep_float, float32=float32, kernels=kernels)
+    plan = make_plan(
+        module,
+        scheme=scheme,
+        keep_float=section.keep_float,
+        float32=float32,
+        kernels=kernels,
+        is_router=is_router,
+    )
     if calibrated is None:
         calibrated = calibrate(
             module,
