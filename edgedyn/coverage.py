@@ -8,8 +8,8 @@ Measured with the float network, before anything is calibrated. What no sample d
 INT8 ranges would be those of zeros, or of other images. So a recipe of trained weights is refused, with the
 samples that come nearest.
 
-A variant is calibrated on the samples that pick it, where these are as many as the recipe demands, else on
-all: ranges of other images waste steps, but ranges of too few clip, which costs far more.
+A variant is calibrated on the samples that pick it, where they are enough (``own``), else on all: ranges of
+other images waste steps, but ranges of too few images clip, which costs far more.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def cover(
         else:
             met, logits[ROUTER] = _ask_router(canonical, [x[ROUTER] for x in observed], sources, needed)
         own = {m.outcome.name: tuple(np.flatnonzero(m.taken).tolist()) for m in met}
-        chosen |= {k: v for k, v in own.items() if len(v) >= section.samples > 0 and quick in ("", k)}
+        chosen |= {k: v for k, v in own.items() if len(v) >= section.own and quick in ("", k)}
     for name, program in programs.items():
         if name != quick and find_decisions(program)[0]:
             samples = [(sources[i], observed[i][name]) for i in chosen[name]]
@@ -232,8 +232,8 @@ def _refuse_unmet(met: Sequence[_Met], needed: int) -> None:
         f"the calibration set feeds {len(met) - len(unmet)} of {len(met)} outcomes of what the network "
         f"decides; the recipe demands {needed} samples of each (quantize.coverage.samples). {told}. "
         "Add images like the nearest, at more crops and noise levels"
-        f"{states if any(m.outcome.decision == 'density' for m in unmet) else ''}, or demand fewer: with 0 "
-        "nothing is demanded, and every variant is calibrated on all samples."
+        f"{states if any(m.outcome.decision == 'density' for m in unmet) else ''}, or demand fewer samples; "
+        "0 demands nothing."
     )
 
 

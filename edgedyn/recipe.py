@@ -71,8 +71,13 @@ class CoverageSection(_Section):
     samples: int = Field(
         default=4,
         ge=0,
-        description="that must take each variant, have each mask active, and fall in each band; a variant "
-        "with as many is calibrated on its own alone. 0 demands nothing; untrained networks only report",
+        description="that must take each variant, have each mask active, and fall in each band; 0 demands "
+        "nothing, and of a network without weights nothing is demanded",
+    )
+    own: int = Field(
+        default=16,
+        ge=1,
+        description="from so many on a variant is calibrated on its own samples, else on all",
     )
     bands: list[float] = Field(
         default=[0.0, 1.0],
