@@ -107,8 +107,9 @@ def cover(
         if name != quick and find_decisions(program)[0]:
             samples = [(sources[i], observed[i][name]) for i in chosen[name]]
             front = f"{name}: " if met and not quick else ""
-            found, logits[name] = _look_at_masks(program, samples, section.bands, needed, front)
+            found, compared = _look_at_masks(program, samples, section.bands, needed, front)
             met += found
+            logits[name] = (*logits.get(name, ()), *compared)  # a router may have masks, too
     _refuse_unmet(met, needed)
     return Coverage(tuple(m.outcome for m in met), logits, chosen)
 

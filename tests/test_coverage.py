@@ -190,6 +190,23 @@ def test_masks_of_a_variant_are_seen_on_the_samples_that_it_is_calibrated_on():
     assert list(found.logits) == ["router", "w0", "w1", "w2"]
 
 
+def test_router_with_a_mask_of_its_own_has_the_logits_of_both():
+    model = RoutedModel(nn.Sequential(BrightParts(), make_routed().router), {k: plain() for k in "abc"})
+    found = cover(model, half_bright(0), half_bright(4), is_trained=False)
+    assert [entry.name for entry in found.logits["router"]] == ["logits", "0.logits"]
+    assert taken(found)["mask router: 0"] == 1
+
+
+def test_layer_that_compares_twice_has_a_name_for_each_time():
+    class Two(BrightParts):
+        def forward(self, x):
+            y = self.head(x)
+            return x + (y >= 0.5).to(x.dtype) + (y < 0.5).to(x.dtype)
+
+    found = cover(Two(), half_bright(8), is_trained=False)
+    assert [(o.name, o.taken) for o in found.outcomes[:2]] == [("(the network)", 1), ("(the network)#2", 0)]
+
+
 def rows_above_zero(count: int) -> np.ndarray:
     image = np.full((1, 3, 8, 10), -1, np.float32)
     image[:, :, :count] = 1
