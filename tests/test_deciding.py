@@ -199,3 +199,13 @@ def by_floor(net, x):
 )
 def test_last_layers_in_front_of_a_decision_are_found(rule, expected):
     assert paths(rule) == expected
+
+
+def test_layers_behind_a_router_are_found_where_a_variant_takes_its_logits_too():
+    def route(net, x):
+        logits = net.a(x).mean((2, 3)) + net.b(x).mean((2, 3))
+        return logits, net.c(x) * logits.sum()
+
+    module = quantize.fold(torch.export.export(Deciding(route).eval(), (torch.rand(1, 3, 8, 10),)))
+    layers = find_deciding_layers(module, is_router=True)
+    assert sorted(quantize.module_path(node) for node in layers) == ["a", "b"]
