@@ -81,7 +81,6 @@ def find_deciding_layers(module: fx.GraphModule, *, is_router: bool = False) -> 
     if is_router:
         end = next(node for node in module.graph.nodes if node.op == "output")
         compared.add(end.args[0][0] if isinstance(end.args[0], tuple | list) else end.args[0])
-        cone.add(end)
     layers = []
     for node in reversed(module.graph.nodes):
         if node.op != "call_function" or not (node in compared or cone.intersection(node.users)):
