@@ -136,6 +136,34 @@ class Precision:
 
 
 @dataclass(frozen=True)
+class Outcome:
+    """One thing that a network can decide, and how many calibration samples it decided so.
+
+    Attributes:
+        decision: ``variant``, ``mask`` (active anywhere) or ``density`` (active share of all masks).
+        name: of the variant, the layer with the mask, or the band, ``25-50%``; of masks in a variant its name
+            and a colon stand in front.
+        taken: samples that take it.
+        samples: all of them.
+        needed: samples that the recipe demands; 0 where it only reports.
+        least: smallest density of a mask.
+        most: largest density of a mask.
+    """
+
+    decision: str
+    name: str
+    taken: int
+    samples: int
+    needed: int = 0
+    least: float | None = None
+    most: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values, with the digest of all others."""
+        return _sealed(asdict(self))
+
+
+@dataclass(frozen=True)
 class CalibrationTable:
     """Everything that calibration found out.
 
@@ -147,6 +175,7 @@ class CalibrationTable:
             whose scales are in its entry.
         precision: program -> which layers stay float because of what INT8 costs, where that was measured.
         ablation: program -> PSNR drop by what was changed in the method, dB, where that was measured.
+        coverage: how often the samples take each outcome of what the network decides.
     """
 
     key: Mapping[str, Any]
@@ -155,6 +184,7 @@ class CalibrationTable:
     constants: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
     precision: Mapping[str, Precision] = field(default_factory=dict)
     ablation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    coverage: tuple[Outcome, ...] = ()
 
     def refuse_other(self, key: Mapping[str, Any], path: Path) -> None:
         """Refuse to be used for anything else than what it was made of.
@@ -184,7 +214,8 @@ class CalibrationTable:
             "precision": {name: _sealed(p.to_json()) for name, p in self.precision.items()},
             "ablation": {name: _sealed(dict(drops)) for name, drops in self.ablation.items()},
         }
-        lines = [json.dumps(head, indent=1)[:-2] + ',\n "programs": {']
+        outcomes = ",".join(f"\n  {json.dumps(outcome.to_json())}" for outcome in self.coverage)
+        lines = [json.dumps(head, indent=1)[:-2] + f',\n "coverage": [{outcomes}],\n "programs": {{']
         for number, (program, entries) in enumerate(self.programs.items()):
             rows = ",\n".join(f"   {json.dumps(entry.to_json())}" for entry in entries)
             comma = "," if number + 1 < len(self.programs) else ""
@@ -219,9 +250,13 @@ def read_table(path: Path) -> CalibrationTable:
         precision = {name: Precision.from_json(row) for name, row in values["precision"].items()}
         for program, row in values["ablation"].items():
             _refuse_edited(path, row, f"the ablation of program {program!r}", "It is measured, never written")
+        for row in values["coverage"]:
+            what = f"the coverage of {row.get('decision')} {row.get('name')!r}"
+            _refuse_edited(path, row, what, "The recipe says what is demanded (quantize.coverage)")
+        coverage = tuple(Outcome(**row) for row in values["coverage"])
         constants = _read_constants(path.with_suffix(".safetensors"), values["constants"])
         key, images, ablation = values["key"], values["images"], values["ablation"]
-        return CalibrationTable(key, images, programs, constants, precision, ablation)
+        return CalibrationTable(key, images, programs, constants, precision, ablation, coverage)
     except OSError as error:
         raise CalibrationError(
             f"calibration table {path} cannot be read ({error.strerror}). {_AGAIN}."

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -131,9 +132,11 @@ def calibrate(
         )
     kinds: Counter[str] = Counter(entry.kind for entries in table.programs.values() for entry in entries)
     if as_json:
+        covered = [asdict(outcome) for outcome in table.coverage]
         precision = {name: p.to_json() for name, p in table.precision.items()}
-        values = {"table": str(out), "images": table.images, "tensors": dict(kinds), "key": table.key}
-        print_json({**values, "precision": precision, "ablation": dict(table.ablation)})
+        facts = {"images": table.images, "tensors": dict(kinds), "coverage": covered, "key": table.key}
+        facts |= {"precision": precision, "ablation": dict(table.ablation)}
+        print_json({"table": str(out), **facts})
         return
     for name, measured in table.precision.items():
         _print_precision(name, measured)
@@ -144,6 +147,9 @@ def calibrate(
     OUT.print(
         f"{kinds.total()} tensors ({found}) on {table.images['samples']} samples of {table.images['name']}"
     )
+    for o in table.coverage:
+        density = "" if o.least is None else f", {o.least:.0%} to {o.most:.0%} of it"
+        OUT.print(f"{o.decision} {o.name}: {o.taken} of {o.samples} samples{density}", soft_wrap=True)
     OUT.print(f"table: {out}", soft_wrap=True)
 
 
@@ -344,8 +350,6 @@ def compile_bundle(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what is installed, what each target lacks, and the command that mends it."""
-    from dataclasses import asdict
-
     from edgedyn import doctor as examiner
 
     findings = examiner.examine()

@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgedyn import ops, quantize
+from edgedyn.coverage import cover
 from edgedyn.errors import CalibrationError, EdgedynError, ModelError
 from edgedyn.layers import canonicalize, find_dynamic, float32_classes, recognise
-from edgedyn.manifest import FORWARD, Routing
+from edgedyn.manifest import FORWARD, ROUTER, Routing
 from edgedyn.recipe_table import find_table, make_exams, make_table, part_of, table_key
 from edgedyn.routing import RoutedModel, part_inputs, parts, routing_of
 from edgedyn.tasks import TASKS
@@ -136,30 +137,33 @@ def convert(
     key = table_key(recipe, calibration, captured, expanded) if is_int8 and calibration else {}
     table, misfit = find_table(recipe, key, force=force) if key else (None, "")
     observed = [part_inputs(canonical, x) for x in tensors] if key and table is None else []
-    sources = [sample.source for sample in drawn]
     exams = {}
     if observed and calibration and (sensitivity or ablation or recipe.quantize.max_drop_db is not None):
         exams = make_exams(recipe, calibration, canonical, key, ablates=ablation)
+    programs = {name: program for name, (_, program) in expanded.items()}
+    covered = cover(canonical, programs, observed, drawn=drawn, recipe=recipe) if observed else None
     finished = {}
     for name, (forms, program) in expanded.items():
+        chosen = covered.chosen[name] if covered else ()
         finished[name] = _finish_part(
             forms,
             program,
             inputs[name],
             recipe,
             target,
-            samples=[x[name] for x in observed],
-            sources=sources,
             exam=exams.get(name),
+            samples=[observed[i][name] for i in chosen],
+            sources=[drawn[i].source for i in chosen],
             calibrated=None if table is None else part_of(table, name),
             generated=quantize.find_generators(quantize.fold(captured[name])) if key else frozenset(),
+            is_router=name == ROUTER,
             progress=_label(progress, name),
         )
-    if key and calibration and table is None:
+    if calibration and covered:
         made = {
             name: part.quantized.calibrated for name, part in finished.items() if part.quantized.calibrated
         }
-        table = make_table(recipe, calibration, key, made)
+        table = make_table(recipe, calibration, key, made, covered)
     dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(reference)))
     return Converted(reference, finished, routing_of(canonical), capacities, dynamic, table, misfit)
 
@@ -199,6 +203,7 @@ def _finish_part(
     exam: quantize.Exam | None,
     calibrated: quantize.Calibrated | None,
     generated: frozenset[str],
+    is_router: bool,
     progress: Progress,
 ) -> Part:
     """Bring one expanded program to the recipe's precision."""
@@ -219,6 +224,7 @@ def _finish_part(
             generated=generated,
             float32=float32,
             kernels={op.overload for op, form in forms.items() if form.fn is None},
+            is_router=is_router,
             progress=progress,
         )
     program = ops.expand(quantized.program, forms, "after_quantize")

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgedyn import decisions, ops, targets, validate
+from edgedyn import coverage, decisions, ops, targets, validate
 from edgedyn.bundle import Bundle, refuse_existing, staging_folder, write_bundle
 from edgedyn.calibration import CalibrationSet, open_set, refuse_overlap
 from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
@@ -105,6 +105,7 @@ def build(
         rows = exactness_rows(converted, outputs, recipe)
         quantized = {name: part.quantized for name, part in converted.parts.items()}
         rows += validate.rows(outputs, recipe, quantized, rounding=rows[0].value)
+        rows += coverage.rows(converted.table.coverage) if converted.table else []
         rows += [*decided.rows, *artifact.rows]
         rows = rows if recipe.is_trained else validate.report_only(rows)
         report = ValidationReport(tuple(rows))

@@ -65,10 +65,38 @@ class RangeSection(_Section):
     )
 
 
+class CoverageSection(_Section):
+    """How often the calibration samples must meet each outcome of what the network decides."""
+
+    samples: int = Field(
+        default=4,
+        ge=0,
+        description="that must take each variant, have each mask active, and fall in each band; 0 demands "
+        "nothing, and of a network without weights nothing is demanded",
+    )
+    own: int = Field(
+        default=16,
+        ge=1,
+        description="from so many on a variant is calibrated on its own samples, else on all",
+    )
+    bands: list[float] = Field(
+        default=[0.0, 1.0],
+        min_length=2,
+        description="edges of the mask densities that must be met: low < active share of a sample <= high",
+    )
+
+    @model_validator(mode="after")
+    def _bands_increase(self) -> CoverageSection:
+        if self.bands != sorted(set(self.bands)) or not 0 <= self.bands[0] < self.bands[-1] <= 1:
+            raise ValueError(f"bands is {self.bands}; expected edges that increase, from 0 to 1 at most")
+        return self
+
+
 class QuantizeSection(_Section):
     """How INT8 is made."""
 
     ranges: RangeSection = RangeSection()
+    coverage: CoverageSection = CoverageSection()
     equalize: bool = Field(default=True, description="scale channels between convolutions to one range")
     rounding: Literal["nearest", "reconstruct"] = Field(
         default="reconstruct",
@@ -118,8 +146,11 @@ class LimitSection(_Section):
     )
     sqnr_db: float = Field(default=15.0, description="signal to error that a task without truth must keep")
     answers: float = Field(default=0.9, description="share of answers that deployment may not change")
-    gate: float = Field(default=0.9, description="share of images that must keep their variant")
-    mask_flips: float = Field(default=0.05, description="share of mask positions that may change")
+    gate: float = Field(default=0.995, description="share of images that must keep their variant")
+    mask_flips: float = Field(default=0.005, description="share of mask positions that may change")
+    flipped_margin: float = Field(
+        default=0.25, description="largest distance to the other side, in rms, that a decision may cross"
+    )
 
 
 class Recipe(_Section):

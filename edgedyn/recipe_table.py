@@ -36,6 +36,7 @@ from edgedyn.tasks import TASKS
 
 if TYPE_CHECKING:
     from edgedyn.calibration import CalibrationSet
+    from edgedyn.coverage import Coverage
     from edgedyn.ops import Form, Op
     from edgedyn.recipe import Recipe
 
@@ -106,14 +107,18 @@ def find_table(
 
 
 def make_table(
-    recipe: Recipe, images: CalibrationSet, key: Mapping[str, Any], programs: Mapping[str, Calibrated]
+    recipe: Recipe,
+    images: CalibrationSet,
+    key: Mapping[str, Any],
+    programs: Mapping[str, Calibrated],
+    covered: Coverage,
 ) -> CalibrationTable:
     """Put what calibration found out about every program into one table; write it where the recipe says."""
     files = [{"name": path.name, "sha256": digest} for path, digest in images.files]
     table = CalibrationTable(
         key,
         {"name": images.name, "licence": images.licence, "samples": images.samples, "files": files},
-        {name: calibrated.entries for name, calibrated in programs.items()},
+        {name: (*found.entries, *covered.logits.get(name, ())) for name, found in programs.items()},
         {
             f"{name}/{x}": value
             for name, calibrated in programs.items()
@@ -121,6 +126,7 @@ def make_table(
         },
         {name: c.precision for name, c in programs.items() if c.precision},
         {name: c.ablation for name, c in programs.items() if c.ablation},
+        covered.outcomes,
     )
     if recipe.quantize.table is not None:
         table.write(recipe.path(recipe.quantize.table))

@@ -119,6 +119,8 @@ _QUALITY = (
     "answer_agreement",
     "mask_flip_rate",
     "gate_agreement",
+    "largest_flipped_margin",
+    "largest_flipped_gate_margin",
 )
 
 

@@ -99,6 +99,7 @@ def to_int8(
     kernels: Collection[Any] = frozenset(),
     generated: Collection[str] = frozenset(),
     exam: Exam | None = None,
+    is_router: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Quantized:
     """Calibrate on the samples, unless what calibration found out is given, and convert to INT8.
@@ -115,6 +116,7 @@ def to_int8(
         kernels: overloads of our ops that the target computes in INT8 where x is.
         generated: names of the tensors that are generated kernels, from ``find_generators``.
         exam: what the cost of INT8 is measured on, layer by layer; with a limit, layers stay float for it.
+        is_router: whether the program's first output is compared, so that what computes it stays float.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
@@ -125,9 +127,14 @@ def to_int8(
     from edgedyn.quantize.convert import insert_steps
 
     def plan(module: fx.GraphModule, kept: Sequence[str]) -> Plan:
-        keep_float = section.keep_float
         return make_plan(
-            module, scheme=scheme, keep_float=keep_float, float32=float32, kernels=kernels, kept=kept
+            module,
+            scheme=scheme,
+            keep_float=section.keep_float,
+            float32=float32,
+            kernels=kernels,
+            kept=kept,
+            is_router=is_router,
         )
 
     module = fold(program)
