@@ -64,7 +64,7 @@ def table_key(
         "forms": forms,
         "data": images.digest(),
         "transform": {"task": recipe.task, "shapes": [list(shape) for shape in recipe.input_shapes()]},
-        "method": recipe.quantize.model_dump(exclude={"table"}),
+        "method": recipe.quantize.model_dump(exclude={"table", "samples"}),
         "versions": {name: version(name) for name in _TOOLS},
     }
 
