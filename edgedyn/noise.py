@@ -29,8 +29,8 @@ _KEYS: dict[str, list[set[str]]] = {
     "none": [set()],
 }
 _CLIP_HINT = (
-    "; clip: false leaves noisy values outside [0, 1], clip: true cuts them: say what the network was trained "
-    "with"
+    "; clip: false leaves noisy values outside [0, 1], clip: true cuts them: say which of the two the "
+    "network was trained with"
 )
 
 

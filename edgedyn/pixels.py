@@ -26,8 +26,8 @@ from edgedyn.imaging import IMAGE_SUFFIXES, read_image
 _ARRAYS = (".npy", ".npz")
 # what a folder's images are known by; .raw to be refused by name, since it needs a manifest
 SUFFIXES = frozenset({*IMAGE_SUFFIXES, *_ARRAYS, ".raw"})
-# Unclipped noise of sigma 255 stays within 4 of the image; what lies beyond is on the scale of 0 to 255.
-_LOWEST, _HIGHEST = -4.0, 5.0
+# Unclipped noise of sigma 255 stays within 6 of the image; what lies beyond is on the scale of 0 to 255.
+_LOWEST, _HIGHEST = -6.0, 7.0
 _MEND = "It belongs to an image set: remove it there, or replace it."
 
 
