@@ -7,15 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pydantic import ValidationError
 from small_sets import NOISE, draw, entry, refused, save_image, write_pairs, write_set
 
 from edgedyn import metrics
-from edgedyn.calibration import open_set, refuse_other_clipping
+from edgedyn.calibration import Sample, open_set, refuse_other_clipping
 from edgedyn.errors import CalibrationError
 from edgedyn.noise import NoiseSection
 from edgedyn.recipe import load_recipe
-from edgedyn.validate import to_hwc
+from edgedyn.validate import _by_condition, to_hwc
 
 ROOT = Path(__file__).parents[1]
 SENSOR = {"kind": "poisson-gaussian", "gain": [0.01], "read_noise": [0.02], "clip": False}
@@ -222,3 +223,19 @@ def test_real_noise_for_clean_photos_is_refused(tmp_path):
         CalibrationError, match="noise is 'real', and the set 'waves' has noise of kind 'gaussian'"
     ):
         open_set(write_set(tmp_path)).with_noise(NoiseSection(kind="real"))
+
+
+def test_constant_noisy_photo_of_a_pair_is_refused_by_name(tmp_path):
+    Image.new("RGB", (70, 90), (51, 51, 51)).save(tmp_path / "flat.png")
+    files = [{**entry(tmp_path / "flat.png"), "clean": entry(save_image(tmp_path / "a.png"))}]
+    text = refused(open_set, write_set(tmp_path, names=(), noise={"kind": "real"}, files=files))
+    assert "flat.png is constant (0.200)" in text
+
+
+def test_rows_put_samples_of_one_noise_model_together():
+    image = np.zeros((1, 1, 8, 8), np.float32)
+    drawn = [Sample((image,), image, sigma, "a", "sigma=5..50") for sigma in (30.0, 10.0)]
+    assert _by_condition([*drawn, Sample((image,), image, 20.0, "b")]) == {
+        "sigma=5..50": [1, 0],
+        "sigma=20": [2],
+    }

@@ -1,4 +1,4 @@
-"""The sets of a recipe: its own noise in place of theirs, how many samples it asks for, and a set from Python."""
+"""The sets of a recipe: its own noise in place of theirs, how many samples it asks for, sets from Python."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from edgedyn import CalibrationSet, pipeline
 from edgedyn.calibration_table import read_table
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.recipe import Recipe, load_recipe
+from edgedyn.recipe_table import table_key
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["model.network=small_networks:small_mallenet", "model.weights=null", "model.arguments={}"]
 SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]"]
+SMALL += ["quantize.rounding=nearest"]  # the quick one: nothing here looks at weights
 ONE_LEVEL = ["noise.sigma=[25.0]", "noise.clip=false"]
 
 
@@ -139,3 +141,17 @@ def test_file_that_is_not_finite_is_named_before_anything_is_calibrated(tmp_path
     with pytest.raises(CalibrationError, match=r"b\.npy holds 64 values that are NaN or infinite"):
         pipeline.calibrate(recipe(f"calibration={folder}"), tmp_path / "table.json")
     assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
+def test_number_of_samples_that_a_recipe_asks_for_is_no_part_of_the_method(tmp_path):
+    """What is drawn is in the digest of the data: asking for what the set gives anyway changes nothing."""
+    given = recipe("quantize.samples=7")
+    images, _ = pipeline.load_sets(given)
+    assert table_key(given, images, {}, {}) == table_key(recipe(), images, {}, {})
+
+
+def test_build_takes_a_set_from_python(tmp_path):
+    """Refused by what it holds: so it is this set that the build looks at, before anything else is done."""
+    flat = [np.full((64, 96, 3), 0.5, np.float32)]
+    with pytest.raises(CalibrationError, match=r"images\[0\] is constant \(0\.500\)"):
+        pipeline.build(recipe(), tmp_path / "bundle", calibration=CalibrationSet.of(flat, samples=1))
