@@ -124,9 +124,9 @@ def _describe_calibration(recipe: Recipe, calibration: CalibrationSet, misfit: s
     return {
         "set": calibration.name,
         "licence": calibration.licence,
-        "images": len(calibration.files),
+        "images": len(calibration.images),
         "samples": calibration.samples,
-        "noise": calibration.noise.model_dump(),
+        "noise": calibration.noise.to_json(),
         "ranges": method.ranges.model_dump(),
         "equalized": method.equalize,
         "rounding": method.rounding,

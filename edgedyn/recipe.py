@@ -13,12 +13,13 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgedyn.errors import RecipeError
+from edgedyn.noise import NoiseSection
 from edgedyn.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -113,6 +114,11 @@ class QuantizeSection(_Section):
         gt=0,
         description="PSNR that INT8 may cost on the calibration images: layers stay float until it does",
     )
+    samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="calibration samples, each of another image; by default what the set says",
+    )
     table: str | None = Field(
         default=None, description="calibration table, reused where it exists, written where it does not"
     )
@@ -171,6 +177,9 @@ class Recipe(_Section):
     quantize: QuantizeSection = QuantizeSection()
     calibration: str | None = Field(default=None, description="set manifest or folder; needed for int8")
     validation: str = Field(description="set manifest or folder, disjoint from the calibration set")
+    noise: NoiseSection | None = Field(
+        default=None, description="in place of both sets' own, for a network of one noise level"
+    )
     limits: LimitSection = LimitSection()
     tile: TileSection = TileSection()
     folder: str = "."
@@ -362,7 +371,6 @@ def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]
     """Return the keys that a (nested) section knows."""
     for part in location:
         field = model.model_fields.get(str(part))
-        nested = field.annotation if field else None
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            model = nested
+        kinds = [field.annotation, *get_args(field.annotation)] if field else []  # X, and X | None
+        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
     return [key for key in model.model_fields if key != "folder"]

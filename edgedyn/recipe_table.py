@@ -73,7 +73,7 @@ def table_key(
         "forms": forms,
         "data": images.digest(),
         "transform": {"task": recipe.task, "shapes": [list(shape) for shape in recipe.input_shapes()]},
-        "method": recipe.quantize.model_dump(exclude={"table"}),
+        "method": recipe.quantize.model_dump(exclude={"table", "samples"}),
         "versions": {name: version(name) for name in _TOOLS},
     }
 
@@ -153,6 +153,7 @@ def make_exams(
         ablates: whether each switch of the method is also tried the other way.
 
     Raises:
+        CalibrationError: for a set without truth.
         RecipeError: for a task without truth.
     """
     task = TASKS[recipe.task]
@@ -160,6 +161,11 @@ def make_exams(
         raise RecipeError(
             f"quantize.max_drop_db is PSNR against the truth, and the task {recipe.task!r} has none. Choose "
             "float layers by quantize.keep_float; limits.sqnr_db is what is demanded of the outputs."
+        )
+    if not images.has_truth:
+        raise CalibrationError(
+            f"quantize.max_drop_db is PSNR against the truth, and calibration set {images.name!r} has noisy "
+            "photos without clean ones. Add clean: to the manifest, or choose by quantize.keep_float."
         )
     drawn = list(replace(images, seed=images.seed + 1).draw(recipe.input_shapes(), task))
     given = [part_inputs(canonical, tuple(map(torch.from_numpy, sample.inputs))) for sample in drawn]
@@ -169,7 +175,7 @@ def make_exams(
         name: Exam(
             [x[name] for x in given],
             [sample.truth for sample in drawn],
-            [sample.sigma for sample in drawn],
+            [sample.condition for sample in drawn],
             recipe.quantize.max_drop_db,
             recipe.limits.int8_share,
             ablates,

@@ -62,7 +62,7 @@ def exam(net, inputs) -> Exam:
     with torch.no_grad():
         outputs = [net(*x).numpy() for x in inputs]
     truths = [y + 0.003 * rng.standard_normal(y.shape).astype(np.float32) for y in outputs]
-    return Exam(inputs, truths, [15.0, 50.0, 15.0, 50.0])
+    return Exam(inputs, truths, ["sigma=15", "sigma=50", "sigma=15", "sigma=50"])
 
 
 def make(net, inputs, target="tensorrt", section=PLAIN, **more) -> quantize.Quantized:

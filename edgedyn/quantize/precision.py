@@ -46,7 +46,7 @@ class Exam:
     Attributes:
         inputs: of the program, a tuple of tensors a sample.
         truths: what the output should be, (1, C, H, W) a sample.
-        levels: noise level of each sample.
+        levels: name of each sample's noise level.
         limit_db: PSNR that INT8 may cost; None where only its cost is asked for.
         least_share: multiply-adds that have to stay INT8, as a share of all.
         ablates: whether each switch of the method is also tried the other way.
@@ -55,7 +55,7 @@ class Exam:
 
     inputs: Sequence[tuple[Tensor, ...]]
     truths: Sequence[np.ndarray]
-    levels: Sequence[float]
+    levels: Sequence[str]
     limit_db: float | None = None
     least_share: float = 0.0
     ablates: bool = False
@@ -65,7 +65,7 @@ class Exam:
         """Return the mean PSNR of outputs at each noise level, dB."""
         found: dict[str, list[float]] = {}
         for level, y, truth in zip(self.levels, outputs, self.truths, strict=True):
-            found.setdefault(f"{level:g}", []).append(metrics.psnr_db(y.numpy(), truth))
+            found.setdefault(level, []).append(metrics.psnr_db(y.numpy(), truth))
         return {level: float(np.mean(values)) for level, values in found.items()}
 
     def float_psnr_db(self, module: fx.GraphModule) -> Measured:
