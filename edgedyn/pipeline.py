@@ -212,7 +212,7 @@ def load_sets(
     """Open the calibration set, and draw the validation samples of a disjoint set.
 
     Args:
-        recipe: names the sets; its ``noise`` takes the place of theirs.
+        recipe: names the sets; its noise takes the place of theirs.
         calibration: in place of the recipe's.
 
     Raises:
@@ -220,7 +220,7 @@ def load_sets(
             share an image or differ in their clipping rule.
     """
     validation = open_set(recipe.path(recipe.validation))
-    asked = recipe.quantize.samples
+    asked, noise = recipe.quantize.samples, recipe.noise_of_sets
     if calibration is None and recipe.calibration is not None:
         calibration = open_set(recipe.path(recipe.calibration), most=max(MOST_SAMPLES, asked or 0))
     if calibration is None and recipe.precision == "int8":
@@ -231,8 +231,8 @@ def load_sets(
     if calibration is not None:
         refuse_overlap(calibration, validation)
         calibration = calibration if asked is None else calibration.take(asked)
-        calibration = calibration if recipe.noise is None else calibration.with_noise(recipe.noise)
-    validation = validation if recipe.noise is None else validation.with_noise(recipe.noise)
+        calibration = calibration if noise is None else calibration.with_noise(noise)
+    validation = validation if noise is None else validation.with_noise(noise)
     if calibration is not None:
         refuse_other_clipping(calibration, validation)
     task = TASKS[recipe.task]

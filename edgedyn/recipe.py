@@ -178,7 +178,8 @@ class Recipe(_Section):
     calibration: str | None = Field(default=None, description="set manifest or folder; needed for int8")
     validation: str = Field(description="set manifest or folder, disjoint from the calibration set")
     noise: NoiseSection | None = Field(
-        default=None, description="in place of both sets' own, for a network of one noise level"
+        default=None,
+        description="in place of both sets' own; of a network that is told sigma in its arguments, that one",
     )
     limits: LimitSection = LimitSection()
     tile: TileSection = TileSection()
@@ -220,6 +221,14 @@ class Recipe(_Section):
         if self.model.weights is None:
             return ""
         return hashlib.sha256(self.path(self.model.weights).read_bytes()).hexdigest()
+
+    @property
+    def noise_of_sets(self) -> NoiseSection | None:
+        """What both sets add to their images, or None for what they say themselves."""
+        told = self.model.arguments.get("sigma")
+        if self.noise is None and isinstance(told, int | float):
+            return NoiseSection(sigma=[float(told)], clip=False)
+        return self.noise
 
     @property
     def is_trained(self) -> bool:

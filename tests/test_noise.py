@@ -131,7 +131,7 @@ def test_sets_of_different_clipping_rules_are_refused_naming_both(tmp_path):
 def test_network_trained_on_unclipped_noise_loses_on_clipped_noise():
     """The trap that the rule is for, with our own weights: mallenet-s at sigma 50.
 
-    28.30 dB against 26.02 dB, and pictures 6 levels too bright, on nine crops of 128 x 128.
+    28.30 dB against 26.02 dB, and pictures 6 levels too bright, where sigma is 50 in that set at 128 x 128.
     """
     network = load_recipe(ROOT / "recipes/mallenet-s.phone.fp32.yaml").load_model()
     images = open_set(ROOT / "calib/skimage-validation.yaml")

@@ -155,3 +155,16 @@ def test_build_takes_a_set_from_python(tmp_path):
     flat = [np.full((64, 96, 3), 0.5, np.float32)]
     with pytest.raises(CalibrationError, match=r"images\[0\] is constant \(0\.500\)"):
         pipeline.build(recipe(), tmp_path / "bundle", calibration=CalibrationSet.of(flat, samples=1))
+
+
+def test_network_that_is_told_its_noise_level_is_calibrated_and_validated_at_it():
+    path = RECIPES / "ffdnet-color.phone.int8.yaml"
+    small = ["model.weights=null", "input.shape=[1, 3, 32, 48]", "tile.overlap=0"]
+    for overrides, wanted in (
+        ([], 25.0),
+        (["model.arguments.sigma=15.0"], 15.0),
+        (["noise={kind: gaussian, sigma: [40.0], clip: false}"], 40.0),
+    ):
+        calibration, samples = pipeline.load_sets(load_recipe(path, [*small, *overrides]))
+        assert {sample.sigma for sample in samples} == {wanted}
+        assert {sample.sigma for sample in calibration.draw([(1, 3, 32, 48)])} == {wanted}

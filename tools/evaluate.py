@@ -61,7 +61,7 @@ def main(
     results: dict[str, dict[str, Any]] = {name: {} for name in settings}
     programs: dict[str, Dispatcher] = {}
     for sigma in map(float, sigmas.split(",")):
-        told = [f"{level_key}={sigma}", f"noise.sigma=[{sigma}]"] if level_key else []
+        told = [f"{level_key}={sigma}"] if level_key else []
         for name, values in settings.items():
             if name not in programs or told:
                 programs[name], results[name]["int8_mac_share"] = deploy(recipe, [*values, *told], trust)
