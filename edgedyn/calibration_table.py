@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from edgedyn.errors import CalibrationError
-from edgedyn.files import replace_file
+from edgedyn.files import replace_files
 from edgedyn.histogram import Histogram
 
 FORMAT = 1
@@ -112,11 +112,12 @@ class CalibrationTable:
                 )
 
     def write(self, path: Path) -> None:
-        """Write the table, and its constants beside it; each file is whole or not there."""
+        """Write the table, and its constants beside it.
+
+        Whoever interrupts this leaves the old table, the new one, or none: never one with other constants.
+        """
         weights = save({name: np.ascontiguousarray(x) for name, x in sorted(self.constants.items())})
         beside = path.with_suffix(".safetensors")
-        if self.constants:
-            replace_file(beside, weights)
         head = {
             "format": FORMAT,
             "key": dict(self.key),
@@ -128,7 +129,8 @@ class CalibrationTable:
             rows = ",\n".join(f"   {json.dumps(entry.to_json())}" for entry in entries)
             comma = "," if number + 1 < len(self.programs) else ""
             lines.append(f"  {json.dumps(program)}: [\n{rows}\n  ]{comma}")
-        replace_file(path, "\n".join([*lines, " }\n}\n"]).encode())
+        text = "\n".join([*lines, " }\n}\n"]).encode()
+        replace_files({beside: weights, path: text} if self.constants else {path: text})
         if not self.constants:
             beside.unlink(missing_ok=True)
 

@@ -1,7 +1,7 @@
 """The command line: verb first, recipe or bundle first. Results on stdout, progress on stderr.
 
 Exit codes: 0 ok, 1 a check failed, 2 wrong recipe or usage, 3 target or dependency not available here,
-4 model or layer not supported, 5 calibration refused.
+4 model or layer not supported, 5 calibration refused, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ Trust = Annotated[bool, typer.Option("--trust", help="allow weights that are a p
 Seed = Annotated[int, typer.Option("--seed", help="seed of torch's random numbers")]
 
 
+_INTERRUPTED = 130
+
+
 def main() -> None:
     """Run the command line; every refusal becomes one message and its exit code."""
     sys.path.append(str(Path.cwd()))  # model.network may name a module that lies here
@@ -55,6 +58,10 @@ def main() -> None:
         ERR.print(f"error {type(error).__name__}: ", style="bold red", end="")
         ERR.print(str(error), soft_wrap=True)
         sys.exit(error.exit_code)
+    except SystemExit as leaving:
+        if leaving.code == _INTERRUPTED:  # what typer makes of Ctrl-C
+            ERR.print("interrupted: every file that stands is whole; the same command starts again")
+        raise
 
 
 @app.command()
