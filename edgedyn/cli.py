@@ -107,6 +107,12 @@ def build(
 def calibrate(
     recipe: RecipePath,
     out: Annotated[Path, typer.Option("-o", "--out", help="the table, a JSON file; new")],
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="also float ONNX and calibration cache, for TensorRT up to 10 without Q/DQ"
+        ),
+    ] = None,
     overrides: Set = None,
     as_json: AsJson = False,
     force: Force = False,
@@ -119,7 +125,7 @@ def calibrate(
     with quiet_libraries(), progress_bars() as advance:
         from edgedyn import pipeline
 
-        table = pipeline.calibrate(parsed, out, force=force, trust=trust, progress=advance)
+        table = pipeline.calibrate(parsed, out, cache=cache, force=force, trust=trust, progress=advance)
     kinds: Counter[str] = Counter(entry.kind for entries in table.programs.values() for entry in entries)
     if as_json:
         print_json({"table": str(out), "images": table.images, "tensors": dict(kinds), "key": table.key})
@@ -129,6 +135,8 @@ def calibrate(
         f"{kinds.total()} tensors ({found}) on {table.images['samples']} samples of {table.images['name']}"
     )
     OUT.print(f"table: {out}", soft_wrap=True)
+    if cache is not None:
+        OUT.print(f"calibration cache: {cache}", soft_wrap=True)
 
 
 @app.command()

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgedyn import decisions, ops, targets, validate
+from edgedyn import decisions, implicit, ops, targets, validate
 from edgedyn.bundle import Bundle, refuse_existing, staging_folder, write_bundle
 from edgedyn.calibration import CalibrationSet, open_set, refuse_overlap
 from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
@@ -131,6 +131,7 @@ def calibrate(
     recipe: Recipe,
     out: Path,
     *,
+    cache: Path | None = None,
     force: bool = False,
     trust: bool = False,
     progress: Progress = lambda what, done, total: None,
@@ -140,13 +141,14 @@ def calibrate(
     Args:
         recipe: what to calibrate; a table that it names is not looked at.
         out: the table, a JSON file; weights that calibration changes stand beside it as safetensors.
-        force: replace a table that stands there.
+        cache: folder for TensorRT's calibration cache and its float ONNX, see ``edgedyn.implicit``.
+        force: replace what stands there.
         trust: allow weights that are a pickle of tensors.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
-        RecipeError: for a recipe of another precision.
-        UsageError: when something stands at ``out``.
+        RecipeError: for a recipe of another precision, or one that has no calibration cache.
+        UsageError: when something stands at ``out`` or ``cache``.
     """
     if recipe.precision != "int8":
         raise RecipeError(
@@ -155,13 +157,17 @@ def calibrate(
         )
     if out.exists() and not force:
         raise UsageError(f"{out} exists. Choose another name, or pass --force to replace it.")
+    if cache is not None:
+        implicit.refuse_caches(recipe, cache, force=force)
     fresh = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"table": None})})
     calibration, samples = load_sets(fresh)
     target = load_target(fresh)
-    table = convert(fresh, target, calibration, samples[0], trust=trust, progress=progress).table
-    assert table is not None  # of INT8 there is one
-    table.write(out)
-    return table
+    converted = convert(fresh, target, calibration, samples[0], trust=trust, progress=progress)
+    assert converted.table is not None  # of INT8 there is one
+    converted.table.write(out)
+    if cache is not None:
+        implicit.write_caches(fresh, converted, cache)
+    return converted.table
 
 
 def load_target(recipe: Recipe) -> Target:
