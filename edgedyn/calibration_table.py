@@ -41,7 +41,10 @@ class Entry:
         estimator: how its range was found.
         affine: (scale, zero point) for runtimes of affine activations; None for weights and decisions.
         symmetric: scale where the zero point is 0.
-        channels: scales of a weight, one an output channel; or of a kernel, one a tap.
+        channels: scales of a weight, one an output channel; of a generated kernel with a step a tap what each
+            tap's step is of the tensor's.
+        spread: of a generated kernel: how far it depends on content, and how far on the image as a whole, see
+            ``edgedyn.quantize.generated``.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Entry:
     affine: tuple[float, int] | None = None
     symmetric: float | None = None
     channels: tuple[float, ...] = ()
+    spread: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, with the digest of all others."""
@@ -61,6 +65,7 @@ class Entry:
             "affine": None if self.affine is None else list(self.affine),
             "symmetric": self.symmetric,
             "channels": list(self.channels),
+            "spread": list(self.spread),
             "histogram": self.histogram.to_json(),
         }
         return {**values, "sha256": _digest(values)}
@@ -77,6 +82,7 @@ class Entry:
             None if affine is None else (float(affine[0]), int(affine[1])),
             values["symmetric"],
             tuple(values["channels"]),
+            tuple(values["spread"]),
         )
 
 

@@ -69,6 +69,10 @@ class QuantizeSection(_Section):
     """How INT8 is made."""
 
     ranges: RangeSection = RangeSection()
+    generated: Literal["float", "tensor", "tap"] = Field(
+        default="tensor",
+        description="generated kernels where outputs are INT8: float, a step a tensor, or a step a tap",
+    )
     equalize: bool = Field(default=True, description="scale channels between convolutions to one range")
     rounding: Literal["nearest", "reconstruct"] = Field(
         default="reconstruct",

@@ -118,6 +118,14 @@ def small_mallenet() -> nn.Module:
     ).eval()
 
 
+def small_affine_net() -> nn.Module:
+    """Return a denoiser of one affine MalleConv between two convolutions."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), small_affine(), nn.Conv2d(8, 3, 3, padding=1))
+    nn.init.ones_(net[1].gate)
+    return net.eval()
+
+
 class ColourGate(nn.Module):
     """Logits of two variants: the mean of the first colour, and that of the second."""
 

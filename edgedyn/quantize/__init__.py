@@ -14,11 +14,12 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from edgedyn.quantize.accounting import account, int8_share
-from edgedyn.quantize.calibrate import Calibrated, calibrate, restore, steps_of
+from edgedyn.quantize.accounting import KEPT_TAPS, account, int8_share
+from edgedyn.quantize.calibrate import Calibrated, calibrate, restore, steps_of, taps_of, without_taps
+from edgedyn.quantize.generated import TAPS, undo_taps
 from edgedyn.quantize.nodes import (
     COUNTED_OPS,
     MULTIPLY_ADD_OPS,
@@ -27,7 +28,7 @@ from edgedyn.quantize.nodes import (
     module_path,
     multiply_adds,
 )
-from edgedyn.quantize.plan import find_generators, make_plan
+from edgedyn.quantize.plan import Plan, find_generators, make_plan
 from edgedyn.quantized_graph import halve, separate_readers
 from edgedyn.targets import Int8Scheme
 
@@ -109,19 +110,31 @@ def to_int8(
         calibrated: of the same program, from a calibration table; no sample is looked at.
         float32: names of module classes that are never quantized.
         kernels: overloads of our ops that the target computes in INT8 where x is.
-        generated: names of the tensors that are generated kernels, from ``find_generators``.
+        generated: names of the tensors that are generated kernels, from ``find_generators``; a table says it.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
         CalibrationError: when there are neither samples nor what calibration found out.
         RecipeError: when a pattern of ``keep_float`` matches no layer.
     """
-    module = fold(program)
-    plan = make_plan(module, scheme=scheme, keep_float=section.keep_float, float32=float32, kernels=kernels)
+    if calibrated is not None:
+        generated = {entry.name for entry in calibrated.entries if entry.kind == "kernel"}
+
+    def prepare() -> tuple[fx.GraphModule, Plan]:
+        module = fold(program)
+        kept = generated if section.generated == "float" else ()
+        return module, make_plan(
+            module,
+            scheme=scheme,
+            keep_float=section.keep_float,
+            float32=float32,
+            kernels=kernels,
+            generated=kept,
+        )
+
     if calibrated is None:
         calibrated = calibrate(
-            module,
-            plan,
+            *prepare(),
             scheme=scheme,
             section=section,
             samples=samples,
@@ -129,13 +142,17 @@ def to_int8(
             generated=generated,
             progress=progress,
         )
-    else:
-        restore(module, calibrated)
+    # from here on a table and a calibration are the same
+    module, plan = prepare()
+    chosen = calibrated if scheme.outputs else without_taps(calibrated)
+    undo_taps(module, taps_of(chosen.entries))
+    restore(module, chosen)
+    reasons = {**plan.reasons, **{node.name: KEPT_TAPS for node in module.graph.nodes if TAPS in node.meta}}
     from edgedyn.quantize.convert import insert_steps
 
-    steps = steps_of(calibrated.entries, scheme)
+    steps = steps_of(chosen.entries, scheme)
     with torch.no_grad():
         converted = insert_steps(module, plan, steps, scheme)
     separate_readers(converted)
     exported = torch.export.export(converted, inputs)
-    return Quantized(exported, *int8_share(exported), account(converted, plan.reasons), calibrated)
+    return Quantized(exported, *int8_share(exported), account(converted, reasons), calibrated)

@@ -19,7 +19,7 @@ from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.ops import is_ours, load_all
-from edgedyn.quantize.accounting import KEPT_ALWAYS, KEPT_BY_RECIPE, moves_only
+from edgedyn.quantize.accounting import KEPT_ALWAYS, KEPT_BY_RECIPE, KEPT_GENERATED, moves_only
 from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, belongs_to, fused_activation, module_path
 from edgedyn.targets import Int8Scheme
 
@@ -159,6 +159,7 @@ def make_plan(
     keep_float: Sequence[str] = (),
     float32: Collection[str] = frozenset(),
     kernels: Collection[Any] = frozenset(),
+    generated: Collection[str] = frozenset(),
 ) -> Plan:
     """Decide what is INT8.
 
@@ -171,12 +172,15 @@ def make_plan(
         keep_float: patterns of layer paths that stay float.
         float32: names of module classes that are never quantized.
         kernels: overloads of our ops that the target computes in INT8 where x is.
+        generated: names of generated kernels that are to stay float, where outputs are quantized at all.
 
     Raises:
         RecipeError: when a pattern matches no layer.
     """
     found = find_sites(module)
     reasons = dict.fromkeys(_matching(found, keep_float), KEPT_BY_RECIPE)
+    if scheme.outputs:
+        reasons |= {site.node.name: KEPT_GENERATED for site in found if site.y in generated}
     reasons |= {node.name: KEPT_ALWAYS for node in module.graph.nodes if belongs_to(node, float32)}
     sites = tuple(site for site in found if site.node.name not in reasons)
     chosen = {site.node for site in sites}
