@@ -80,6 +80,20 @@ def test_scaled_taps_have_one_range_and_their_readers_find_what_they_found():
         )
 
 
+def test_tap_that_is_always_zero_stays_finite_and_takes_no_more_than_the_limit():
+    net, samples = make_net(), make_samples()
+    with torch.no_grad():
+        net[1].coefficients.weight[[2, 10]] = 0
+        net[1].coefficients.bias[[2, 10]] = 0
+        net[1].norm.bias[2] = 0
+    module = quantize.fold(expanded(net))
+    sites = find_generating(module, KERNELS)
+    factors = scale_taps(module, sites, measure_content(module, sites, samples))
+    assert factors["1.scales.0.output"][2] == 1 / 1024
+    with torch.no_grad():
+        torch.testing.assert_close(module(*samples[0]), net(*samples[0]), rtol=0, atol=1e-5)  # float32
+
+
 def test_step_a_tap_is_finer_than_a_step_a_tensor_and_coarser_than_float():
     net, errors = make_net(spread=100), {}
     x = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(14))
