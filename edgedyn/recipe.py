@@ -70,7 +70,7 @@ class QuantizeSection(_Section):
 
     ranges: RangeSection = RangeSection()
     generated: Literal["float", "tensor", "tap"] = Field(
-        default="tensor",
+        default="float",
         description="generated kernels where outputs are INT8: float, a step a tensor, or a step a tap",
     )
     equalize: bool = Field(default=True, description="scale channels between convolutions to one range")
