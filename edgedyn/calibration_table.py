@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from edgedyn.errors import CalibrationError
-from edgedyn.files import replace_file
+from edgedyn.files import replace_files
 from edgedyn.histogram import Histogram
 
 FORMAT = 2
@@ -41,7 +41,10 @@ class Entry:
         estimator: how its range was found.
         affine: (scale, zero point) for runtimes of affine activations; None for weights and decisions.
         symmetric: scale where the zero point is 0.
-        channels: scales of a weight, one an output channel; or of a kernel, one a tap.
+        channels: scales of a weight, one an output channel; of a generated kernel with a step a tap what each
+            tap's step is of the tensor's.
+        spread: of a generated kernel: how far it depends on content, and how far on the image as a whole, see
+            ``edgedyn.quantize.generated``.
     """
 
     name: str
@@ -51,6 +54,7 @@ class Entry:
     affine: tuple[float, int] | None = None
     symmetric: float | None = None
     channels: tuple[float, ...] = ()
+    spread: tuple[float, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, with the digest of all others."""
@@ -61,6 +65,7 @@ class Entry:
             "affine": None if self.affine is None else list(self.affine),
             "symmetric": self.symmetric,
             "channels": list(self.channels),
+            "spread": list(self.spread),
             "histogram": self.histogram.to_json(),
         }
         return _sealed(values)
@@ -77,6 +82,7 @@ class Entry:
             None if affine is None else (float(affine[0]), int(affine[1])),
             values["symmetric"],
             tuple(values["channels"]),
+            tuple(values["spread"]),
         )
 
 
@@ -201,11 +207,12 @@ class CalibrationTable:
                 )
 
     def write(self, path: Path) -> None:
-        """Write the table, and its constants beside it; each file is whole or not there."""
+        """Write the table, and its constants beside it.
+
+        Whoever interrupts this leaves the old table, the new one, or none: never one with other constants.
+        """
         weights = save({name: np.ascontiguousarray(x) for name, x in sorted(self.constants.items())})
         beside = path.with_suffix(".safetensors")
-        if self.constants:
-            replace_file(beside, weights)
         head = {
             "format": FORMAT,
             "key": dict(self.key),
@@ -220,7 +227,8 @@ class CalibrationTable:
             rows = ",\n".join(f"   {json.dumps(entry.to_json())}" for entry in entries)
             comma = "," if number + 1 < len(self.programs) else ""
             lines.append(f"  {json.dumps(program)}: [\n{rows}\n  ]{comma}")
-        replace_file(path, "\n".join([*lines, " }\n}\n"]).encode())
+        text = "\n".join([*lines, " }\n}\n"]).encode()
+        replace_files({beside: weights, path: text} if self.constants else {path: text})
         if not self.constants:
             beside.unlink(missing_ok=True)
 

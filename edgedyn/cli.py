@@ -1,7 +1,7 @@
 """The command line: verb first, recipe or bundle first. Results on stdout, progress on stderr.
 
 Exit codes: 0 ok, 1 a check failed, 2 wrong recipe or usage, 3 target or dependency not available here,
-4 model or layer not supported, 5 calibration refused.
+4 model or layer not supported, 5 calibration refused, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -48,6 +48,9 @@ Trust = Annotated[bool, typer.Option("--trust", help="allow weights that are a p
 Seed = Annotated[int, typer.Option("--seed", help="seed of torch's random numbers")]
 
 
+_INTERRUPTED = 130
+
+
 def main() -> None:
     """Run the command line; every refusal becomes one message and its exit code."""
     sys.path.append(str(Path.cwd()))  # model.network may name a module that lies here
@@ -57,6 +60,10 @@ def main() -> None:
         ERR.print(f"error {type(error).__name__}: ", style="bold red", end="")
         ERR.print(str(error), soft_wrap=True)
         sys.exit(error.exit_code)
+    except SystemExit as leaving:
+        if leaving.code == _INTERRUPTED:  # what typer makes of Ctrl-C
+            ERR.print("interrupted: every file that stands is whole; the same command starts again")
+        raise
 
 
 @app.command()
@@ -102,6 +109,12 @@ def build(
 def calibrate(
     recipe: RecipePath,
     out: Annotated[Path, typer.Option("-o", "--out", help="the table, a JSON file; new")],
+    cache: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR", help="also float ONNX and calibration cache, for TensorRT up to 10 without Q/DQ"
+        ),
+    ] = None,
     overrides: Set = None,
     as_json: AsJson = False,
     force: Force = False,
@@ -126,6 +139,7 @@ def calibrate(
             out,
             force=force,
             trust=trust,
+            cache=cache,
             sensitivity=sensitivity,
             ablation=ablation,
             progress=advance,
@@ -151,6 +165,8 @@ def calibrate(
         density = "" if o.least is None else f", {o.least:.0%} to {o.most:.0%} of it"
         OUT.print(f"{o.decision} {o.name}: {o.taken} of {o.samples} samples{density}", soft_wrap=True)
     OUT.print(f"table: {out}", soft_wrap=True)
+    if cache is not None:
+        OUT.print(f"calibration cache: {cache}", soft_wrap=True)
 
 
 def _print_precision(program: str, measured: Precision) -> None:

@@ -70,6 +70,7 @@ def describe(
             facts["precision"] = {name: found.to_json() for name, found in table.precision.items()}
             facts["ablation"] = {name: dict(found) for name, found in table.ablation.items()}
         facts["calibration"] = _describe_calibration(recipe, calibration, converted.misfit)
+        facts["generated_kernels"] = _generated_kernels(converted)
     if converted.capacities is not None:
         facts["capacities"] = converted.capacities
     meaning = TASKS[recipe.task].output
@@ -106,6 +107,20 @@ def _origin(recipe: Recipe) -> str:
     return f"not trained: initial values of seed {recipe.model.seed}, BatchNorm statistics of real images"
 
 
+def _generated_kernels(converted: Converted) -> dict[str, dict[str, float]]:
+    """Return how far each generated kernel depends on the image, by program and layer."""
+    programs = converted.table.programs if converted.table is not None else {}
+    return {
+        entry.name if program == FORWARD else f"{program}: {entry.name}": {
+            "spread": entry.spread[0],
+            "between_images": entry.spread[1],
+        }
+        for program, entries in programs.items()
+        for entry in entries
+        if entry.spread
+    }
+
+
 def _variants(converted: Converted) -> list[Part]:
     return [part for name, part in converted.parts.items() if name != ROUTER]
 
@@ -128,6 +143,7 @@ def _describe_calibration(recipe: Recipe, calibration: CalibrationSet, misfit: s
         "samples": calibration.samples,
         "noise": calibration.noise.to_json(),
         "ranges": method.ranges.model_dump(),
+        "generated": method.generated,
         "equalized": method.equalize,
         "rounding": method.rounding,
         "bias_correction": method.bias_correction,

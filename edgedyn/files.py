@@ -1,7 +1,7 @@
 """Files that are whole or not there, and JSON that every parser reads. Device side: standard library only.
 
 A file is written as a part beside its place, synced to the disk, then renamed: beside it, because a rename is
-atomic only inside one file system.
+atomic only inside one file system. Of several that belong together one stands for all and comes last.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import math
 import os
 import secrets
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +27,39 @@ def replace_file(path: Path, data: bytes) -> None:
     Raises:
         UsageError: if the file cannot be written; what was there is untouched.
     """
-    part = sibling(path, "part")
+    replace_files({path: data})
+
+
+def replace_files(files: Mapping[Path, bytes]) -> None:
+    """Write files that belong together; the last one stands for all, and readers begin with it.
+
+    All are written as part files first. Of several the last one is then taken away, the others are renamed,
+    and it is renamed after them: wherever this is interrupted, the last file is there with the others as it
+    means them, or it is not there.
+
+    Args:
+        files: path -> bytes; what stands there is replaced.
+
+    Raises:
+        UsageError: if a file cannot be written; where that shows before the renames, nothing has changed.
+    """
+    parts = {path: sibling(path, "part") for path in files}
+    path = last = list(files)[-1]
     try:
-        with part.open("xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
+        for path, part in parts.items():
+            with part.open("xb") as file:
+                file.write(files[path])
+                file.flush()
+                os.fsync(file.fileno())
+        if len(files) > 1:
+            last.unlink(missing_ok=True)
+        for path, part in parts.items():
+            part.replace(path)
     except OSError as error:
         raise UsageError(f"cannot write {path}: {error}. Choose another place, or make room.") from error
     finally:
-        part.unlink(missing_ok=True)
+        for part in parts.values():
+            part.unlink(missing_ok=True)
 
 
 def sibling(path: Path, suffix: str) -> Path:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgedyn import coverage, decisions, ops, targets, validate
+from edgedyn import coverage, decisions, implicit, ops, targets, validate
 from edgedyn.bundle import Bundle, refuse_existing, staging_folder, write_bundle
 from edgedyn.calibration import (
     MOST_SAMPLES,
@@ -141,6 +141,7 @@ def calibrate(
     out: Path,
     *,
     calibration: CalibrationSet | None = None,
+    cache: Path | None = None,
     force: bool = False,
     trust: bool = False,
     sensitivity: bool = False,
@@ -153,15 +154,16 @@ def calibrate(
         recipe: what to calibrate; a table that it names is not looked at.
         out: the table, a JSON file; weights that calibration changes stand beside it as safetensors.
         calibration: in place of the recipe's calibration set.
-        force: replace a table that stands there.
+        cache: folder for TensorRT's calibration cache and its float ONNX, see ``edgedyn.implicit``.
+        force: replace what stands there.
         trust: allow weights that are a pickle of tensors.
         sensitivity: measure what INT8 costs in each layer; ``CalibrationTable.precision`` has it.
         ablation: measure also what each switch of the method is worth; ``CalibrationTable.ablation`` has it.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
-        RecipeError: for a recipe of another precision.
-        UsageError: when something stands at ``out``.
+        RecipeError: for a recipe of another precision, or one that has no calibration cache.
+        UsageError: when something stands at ``out`` or ``cache``.
     """
     if recipe.precision != "int8":
         raise RecipeError(
@@ -170,10 +172,12 @@ def calibrate(
         )
     if out.exists() and not force:
         raise UsageError(f"{out} exists. Choose another name, or pass --force to replace it.")
+    if cache is not None:
+        implicit.refuse_caches(recipe, cache, force=force)
     fresh = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"table": None})})
     calibration, samples = load_sets(fresh, calibration)
     target = load_target(fresh)
-    table = convert(
+    converted = convert(
         fresh,
         target,
         calibration,
@@ -182,10 +186,12 @@ def calibrate(
         sensitivity=sensitivity,
         ablation=ablation,
         progress=progress,
-    ).table
-    assert table is not None  # of INT8 there is one
-    table.write(out)
-    return table
+    )
+    assert converted.table is not None  # of INT8 there is one
+    converted.table.write(out)
+    if cache is not None:
+        implicit.write_caches(fresh, converted, cache)
+    return converted.table
 
 
 def load_target(recipe: Recipe) -> Target:

@@ -98,6 +98,10 @@ class QuantizeSection(_Section):
 
     ranges: RangeSection = RangeSection()
     coverage: CoverageSection = CoverageSection()
+    generated: Literal["float", "tensor", "tap"] = Field(
+        default="float",
+        description="generated kernels where outputs are INT8: float, a step a tensor, or a step a tap",
+    )
     equalize: bool = Field(default=True, description="scale channels between convolutions to one range")
     rounding: Literal["nearest", "reconstruct"] = Field(
         default="reconstruct",

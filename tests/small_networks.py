@@ -12,6 +12,7 @@ from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
 from edgedyn.layers.malleconv import AffineMalleConv, MalleConv
+from edgedyn.routing import RoutedModel
 
 SHAPE = (2, 3, 10, 14)
 
@@ -115,6 +116,31 @@ def small_mallenet() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(3, 8, 3, padding=1), LAYERS["kernels"](), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)
     ).eval()
+
+
+def small_affine_net() -> nn.Module:
+    """Return a denoiser of one affine MalleConv between two convolutions."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), small_affine(), nn.Conv2d(8, 3, 3, padding=1))
+    nn.init.ones_(net[1].gate)
+    return net.eval()
+
+
+class ColourGate(nn.Module):
+    """Logits of two variants: the mean of the first colour, and that of the second."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean((2, 3))[:, :2]
+
+
+def small_routed() -> nn.Module:
+    """Return a denoiser of two widths and a gate without convolutions."""
+    torch.manual_seed(0)
+    variants = {
+        name: nn.Sequential(nn.Conv2d(3, width, 3, padding=1), nn.ReLU(), nn.Conv2d(width, 3, 3, padding=1))
+        for name, width in (("narrow", 4), ("wide", 6))
+    }
+    return RoutedModel(ColourGate(), variants).eval()
 
 
 class FilterBetween(nn.Module):

@@ -12,7 +12,9 @@ import pytest
 
 from edgedyn import contents
 from edgedyn.calibration import Sample, open_set
+from edgedyn.calibration_table import CalibrationTable, Entry
 from edgedyn.conversion import Converted, Part
+from edgedyn.histogram import Histogram
 from edgedyn.quantize import Quantized
 from edgedyn.recipe import load_recipe
 from edgedyn.targets import Artifact
@@ -42,6 +44,17 @@ def describe(outputs: Outputs, *overrides: str, ok: bool = True, converted: Conv
     calibration = open_set(recipe.path(recipe.calibration))
     artifact = Artifact({"forward": "model.pte"}, {"delegates": 1})
     return contents.describe(recipe, artifact, converted, calibration, outputs, {}, ok)
+
+
+def test_spread_of_generated_kernels_is_named_by_program():
+    seen = Histogram.of(np.ones(3))
+    kernel = Entry("level.output", "kernel", seen, "minmax", (0.1, 0), 0.1, spread=(0.5, 0.25))
+    entries = (Entry("level.input", "feature", seen, "minmax", (0.1, 0), 0.1), kernel)
+    for name, expected in (("forward", "level.output"), ("wide", "wide: level.output")):
+        converted = replace(CONVERTED, table=CalibrationTable({}, {}, {name: entries}))
+        facts = describe(make_outputs((15, "a")), converted=converted)["facts"]
+        assert facts["generated_kernels"] == {expected: {"spread": 0.5, "between_images": 0.25}}
+    assert describe(make_outputs((15, "a")))["facts"]["generated_kernels"] == {}
 
 
 def test_pictures_show_each_noise_level_and_different_images():

@@ -80,7 +80,7 @@ def measured(net, inputs, exam) -> quantize.Quantized:
 def rounded_by(net, inputs, target):
     module, scheme = quantize.fold(torch.export.export(net, inputs[0])), SCHEMES[target]
 
-    def plan(module, kept):
+    def plan(section, module, kept):
         return make_plan(module, scheme=scheme, kept=kept)
 
     trials = Trials(module, plan, scheme, inputs, (), frozenset(), lambda *_: None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +19,11 @@ from edgedyn.conversion import Converted
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.recipe import Recipe, load_recipe
 
-RECIPES = Path(__file__).parents[1] / "recipes"
+ROOT = Path(__file__).parents[1]
+RECIPES = ROOT / "recipes"
 SMALL = ["model.network=small_networks:small_mallenet", "model.weights=null", "model.arguments={}"]
 SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]"]
+SMALL += ["quantize.generated=tensor"]  # so that every convolution is INT8
 
 
 def recipe(folder: Path, *overrides: str, target: str = "phone") -> Recipe:
@@ -129,7 +133,7 @@ def test_table_holds_every_class_and_its_constants(first):
 
 def test_command_writes_the_table_that_a_conversion_writes(first, tmp_path, monkeypatch):
     folder, _ = first
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent))
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{ROOT}")
     sets = [word for override in SMALL for word in ("--set", override)]
     command = [sys.executable, "-m", "edgedyn.cli", "calibrate", str(RECIPES / "mallenet-s.phone.int8.yaml")]
     command += ["-o", str(tmp_path / "table.json"), "--json", *sets]
@@ -142,6 +146,69 @@ def test_command_writes_the_table_that_a_conversion_writes(first, tmp_path, monk
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert again.returncode == 2
     assert "table.json exists" in again.stderr.replace("\n", " ")
+
+
+STOPPED = """
+import os, signal, sys
+from pathlib import Path
+from edgedyn import cli
+
+{hook}
+sys.argv = ["edgedyn", *sys.argv[1:]]
+cli.main()
+"""
+# of the two renames of a table the second never happens; its weights stand there already
+KILL = """
+replace = Path.replace
+def die(self, to):
+    if to.suffix == ".json":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return replace(self, to)
+Path.replace = die
+"""
+INTERRUPT = """
+from edgedyn import quantize
+def interrupt(*arguments, **options):
+    os.kill(os.getpid(), signal.SIGINT)
+quantize.calibrate = interrupt
+"""
+
+
+def stop(folder: Path, monkeypatch, hook: str, *command: str) -> subprocess.CompletedProcess[str]:
+    """Run a command that stops itself on the way, as a power cut or Ctrl-C does."""
+    monkeypatch.setenv("PYTHONPATH", f"{Path(__file__).parent}{os.pathsep}{ROOT}")
+    sets = [word for override in SMALL for word in ("--set", override)]
+    line = [sys.executable, "-c", STOPPED.format(hook=hook), *command, *sets]
+    return subprocess.run(line, capture_output=True, text=True, cwd=folder, check=False)
+
+
+def test_killed_calibration_leaves_no_table_and_the_next_run_starts_clean(first, tmp_path, monkeypatch):
+    folder, made = first
+    command = ["calibrate", str(RECIPES / "mallenet-s.phone.int8.yaml"), "-o", "table.json"]
+    # what stands there is of something else: with its weights replaced it must not be taken for a table
+    for name in ("table.json", "table.safetensors"):
+        (tmp_path / name).write_bytes((folder / name).read_bytes()[:-1])
+    killed = stop(tmp_path, monkeypatch, KILL, *command, "--force")
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "table.json").exists()
+    weights = (tmp_path / "table.safetensors").read_bytes()
+    assert weights == (folder / "table.safetensors").read_bytes()
+    (tmp_path / "table.safetensors").write_bytes(weights[:-1])
+    assert bits(convert(recipe(tmp_path))) == bits(made)
+    for name in ("table.json", "table.safetensors"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "build"])
+def test_interrupted_command_says_so_and_leaves_nothing(tmp_path, monkeypatch, verb):
+    table = ["--set", f"quantize.table={tmp_path / 'table.json'}"]
+    command = [verb, str(RECIPES / "mallenet-s.phone.int8.yaml"), "-o", str(tmp_path / "out"), *table]
+    stopped = stop(tmp_path, monkeypatch, INTERRUPT, *command)
+    assert stopped.returncode == 130
+    assert stopped.stderr.strip().startswith("interrupted: every file that stands is whole")
+    assert "Traceback" not in stopped.stderr
+    assert stopped.stdout == ""
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_float_recipe_has_nothing_to_calibrate(tmp_path):

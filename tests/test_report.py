@@ -224,6 +224,7 @@ def test_facts_are_shown_where_given_and_only_there(tmp_path):
         ],
         "check_build": {"scratch": "335 MB", "refused": 0, "ok": True},
         "calibration": {"set": "denoise-16", "images": 16, "noise": "sigma 25", "engine": "nncf"},
+        "generated_kernels": {"levels.0.output": {"spread": 0.614, "between_images": 0.2}},
         "delegated_nodes": 37,
     }
     text = " ".join(Page(write(tmp_path, facts=facts)).text.split())
@@ -235,6 +236,8 @@ def test_facts_are_shown_where_given_and_only_there(tmp_path):
         "generated kernels 2 nodes: levels.0 , levels.1",
         "Check build with TensorRT scratch 335 MB refused 0 ok yes",
         "Calibration set denoise-16 images 16 noise sigma 25 engine nncf",
+        "Generated kernels, their deviation from the mean kernel "
+        "levels.0.output 61% of its rms; 20% from image to image",
         "Further facts delegated_nodes 37",
     ):
         assert said.replace(" , ", ", ").replace(" ", "") in text.replace(" ", ""), said
@@ -246,6 +249,7 @@ def test_facts_are_shown_where_given_and_only_there(tmp_path):
         "stays in float",
         "Check build",
         "Calibration",
+        "Generated",
         "Further",
     ):
         assert heading not in bare, heading

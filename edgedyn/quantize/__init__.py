@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from edgedyn.quantize.accounting import account, int8_share
-from edgedyn.quantize.calibrate import Calibrated, restore, steps_of
+from edgedyn.quantize.accounting import KEPT_TAPS, account, int8_share
+from edgedyn.quantize.calibrate import Calibrated, restore, steps_of, taps_of, without_taps
+from edgedyn.quantize.generated import TAPS, undo_taps
 from edgedyn.quantize.nodes import (
     COUNTED_OPS,
     MULTIPLY_ADD_OPS,
@@ -114,9 +115,9 @@ def to_int8(
         calibrated: of the same program, from a calibration table; no sample is looked at.
         float32: names of module classes that are never quantized.
         kernels: overloads of our ops that the target computes in INT8 where x is.
-        generated: names of the tensors that are generated kernels, from ``find_generators``.
         exam: what the cost of INT8 is measured on, layer by layer; with a limit, layers stay float for it.
         is_router: whether the program's first output is compared, so that what computes it stays float.
+        generated: names of the tensors that are generated kernels, from ``find_generators``; a table says it.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
@@ -126,26 +127,34 @@ def to_int8(
     """
     from edgedyn.quantize.convert import insert_steps
 
-    def plan(module: fx.GraphModule, kept: Sequence[str]) -> Plan:
+    if calibrated is not None:
+        generated = {entry.name for entry in calibrated.entries if entry.kind == "kernel"}
+
+    def plan(section: QuantizeSection, module: fx.GraphModule, kept: Sequence[str]) -> Plan:
         return make_plan(
             module,
             scheme=scheme,
             keep_float=section.keep_float,
             float32=float32,
             kernels=kernels,
+            generated=generated if section.generated == "float" else (),
             kept=kept,
             is_router=is_router,
         )
 
     module = fold(program)
-    plan(module, ())  # refuses what the recipe got wrong before anything is observed
+    plan(section, module, ())  # refuses what the recipe got wrong before anything is observed
     if calibrated is None:
         trials = Trials(module, plan, scheme, samples, sources, generated, progress)
         calibrated = calibrate(trials, section, exam)
-    restore(module, calibrated)
-    chosen, steps = plan(module, calibrated.kept), steps_of(calibrated.entries, scheme)
+    # from here on a table and a calibration are the same
+    final = calibrated if scheme.outputs else without_taps(calibrated)
+    undo_taps(module, taps_of(final.entries))
+    restore(module, final)
+    chosen, steps = plan(section, module, final.kept), steps_of(final.entries, scheme)
+    reasons = {**chosen.reasons, **{n.name: KEPT_TAPS for n in module.graph.nodes if TAPS in n.meta}}
     with torch.no_grad():
         converted = insert_steps(module, chosen, steps, scheme)
     separate_readers(converted)
     exported = torch.export.export(converted, inputs)
-    return Quantized(exported, *int8_share(exported), account(converted, chosen.reasons), calibrated)
+    return Quantized(exported, *int8_share(exported), account(converted, reasons), calibrated)

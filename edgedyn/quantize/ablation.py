@@ -21,6 +21,7 @@ _SWITCHES: dict[str, tuple[Any, ...]] = {
     "equalize": (False, True),
     "rounding": ("nearest", "reconstruct"),
     "bias_correction": ("none", "fast", "full"),
+    "generated": ("float", "tensor", "tap"),
     "ranges.feature": ("minmax", "percentile", "mse", "entropy"),
     "ranges.weight": ("minmax", "mse"),
 }

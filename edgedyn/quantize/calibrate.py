@@ -9,7 +9,7 @@ constants that changed: with them ``restore`` and ``steps_of`` make the same INT
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,7 @@ from edgedyn.calibration_table import Entry, Kind, Precision
 from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
 from edgedyn.quantize.equalize import equalize, find_pairs
+from edgedyn.quantize.generated import Content, find_generating, measure_content, scale_taps
 from edgedyn.quantize.lockstep import Lockstep, round_weight
 from edgedyn.quantize.nodes import bias_of, set_constant, weight_of
 from edgedyn.quantize.plan import Plan, Site, Steps, find_sites, name_tensors
@@ -96,8 +97,11 @@ def observe_program(
     """
     _refuse_samples(samples, sources)
     changed = equalize(module, find_pairs(module), samples) if section.equalize else []
+    writing = find_generating(module, generated)
+    content = measure_content(module, writing, samples)
+    taps = scale_taps(module, writing, content) if section.generated == "tap" else {}
     sites = find_sites(module)
-    constants = _changed_constants(module, [site for site in sites if site.node in changed])
+    constants = _changed_constants(module, [x for x in sites if x.node in changed or x.y in taps])
     found = observe(
         module,
         name_tensors(module, sites),
@@ -109,6 +113,7 @@ def observe_program(
         name: _entry(name, "kernel" if name in generated else "feature", histogram, section)
         for name, histogram in found.items()
     }
+    entries |= {name: _kernel_entry(entries[name], seen, taps.get(name)) for name, seen in content.items()}
     entries |= {site.weight: _weight_entry(module, site, section) for site in sites}
     return Observed(tuple(entries.values()), constants)
 
@@ -198,12 +203,41 @@ def steps_of(entries: Sequence[Entry], scheme: Int8Scheme) -> Steps:
     return Steps(tensors, weights)
 
 
+def taps_of(entries: Sequence[Entry]) -> dict[str, Tensor]:
+    """Return the factors that give the taps of generated kernels their size back, by name of the kernel."""
+    return {e.name: torch.tensor(e.channels) for e in entries if e.kind == "kernel" and e.channels}
+
+
+def without_taps(calibrated: Calibrated) -> Calibrated:
+    """Return the same for a runtime of float kernels: every tap of them in its own size again."""
+    taps = {name.removesuffix(".output"): f.numpy() for name, f in taps_of(calibrated.entries).items()}
+    constants, entries = dict(calibrated.constants), []
+    for entry in calibrated.entries:
+        layer, _, what = entry.name.rpartition(".")
+        factors = taps.get(layer)
+        if factors is not None and what == "weight":
+            scales = tuple(float(x) for x in np.asarray(entry.channels, np.float32) * factors)
+            entries.append(replace(entry, channels=scales))
+            for name in (entry.name, f"{layer}.bias"):
+                value = constants.get(name)
+                if value is not None and value.dtype != np.int8:
+                    constants[name] = value * factors.reshape(-1, *[1] * (value.ndim - 1))
+        else:
+            entries.append(replace(entry, channels=()) if factors is not None else entry)
+    return replace(calibrated, entries=tuple(entries), constants=constants)
+
+
 def _entry(name: str, kind: Kind, histogram: Histogram, section: QuantizeSection) -> Entry:
     method = section.ranges.kernel if kind == "kernel" else section.ranges.feature
     options = {"share": section.ranges.percentile} if method == "percentile" else {}
     affine = step_of(*ESTIMATORS[method](histogram, symmetric=False, **options), symmetric=False)
     symmetric, _ = step_of(*ESTIMATORS[method](histogram, symmetric=True, **options), symmetric=True)
     return Entry(name, kind, histogram, method, affine, symmetric)
+
+
+def _kernel_entry(entry: Entry, content: Content, taps: Tensor | None) -> Entry:
+    channels = () if taps is None else tuple(float(factor) for factor in taps)
+    return replace(entry, channels=channels, spread=(content.spread, content.between_images))
 
 
 def _weight_entry(module: fx.GraphModule, site: Site, section: QuantizeSection) -> Entry:

@@ -19,7 +19,13 @@ from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.ops import is_ours, load_all
-from edgedyn.quantize.accounting import KEPT_ALWAYS, KEPT_BY_RECIPE, KEPT_FOR_QUALITY, moves_only
+from edgedyn.quantize.accounting import (
+    KEPT_ALWAYS,
+    KEPT_BY_RECIPE,
+    KEPT_FOR_QUALITY,
+    KEPT_GENERATED,
+    moves_only,
+)
 from edgedyn.quantize.deciding import find_deciding_layers
 from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, belongs_to, fused_activation, module_path
 from edgedyn.targets import Int8Scheme
@@ -162,6 +168,7 @@ def make_plan(
     kernels: Collection[Any] = frozenset(),
     kept: Sequence[str] = (),
     is_router: bool = False,
+    generated: Collection[str] = frozenset(),
 ) -> Plan:
     """Decide what is INT8.
 
@@ -176,6 +183,7 @@ def make_plan(
         kernels: overloads of our ops that the target computes in INT8 where x is.
         kept: names of layers that stay float because of what INT8 costs there.
         is_router: whether the first output is compared.
+        generated: names of generated kernels that are to stay float, where outputs are quantized at all.
 
     Raises:
         RecipeError: when a pattern matches no layer.
@@ -183,6 +191,8 @@ def make_plan(
     found = find_sites(module)
     reasons = {site.node.name: KEPT_FOR_QUALITY for site in found if site.name in kept}
     reasons |= dict.fromkeys(_matching(found, keep_float), KEPT_BY_RECIPE)
+    if scheme.outputs:
+        reasons |= {site.node.name: KEPT_GENERATED for site in found if site.y in generated}
     reasons |= {node.name: KEPT_ALWAYS for node in module.graph.nodes if belongs_to(node, float32)}
     deciding = find_deciding_layers(module, is_router=is_router)
     reasons |= {node.name: KEPT_ALWAYS for node in deciding}

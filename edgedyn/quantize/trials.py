@@ -25,7 +25,7 @@ class Trials:
 
     Attributes:
         module: the folded float program; left as it is.
-        plan: says for a copy of it which layers are INT8, but for those that are named.
+        plan: says by a section, for a copy of the module, which layers are INT8 but for those that are named.
         scheme: how the target annotates INT8.
         samples: calibration inputs.
         sources: where each sample comes from, for errors.
@@ -34,7 +34,7 @@ class Trials:
     """
 
     module: fx.GraphModule
-    plan: Callable[[fx.GraphModule, Sequence[str]], Plan]
+    plan: Callable[[QuantizeSection, fx.GraphModule, Sequence[str]], Plan]
     scheme: Int8Scheme
     samples: Sequence[tuple[Tensor, ...]]
     sources: Sequence[str]
@@ -59,7 +59,7 @@ class Trials:
     ) -> Rounded:
         """Round the weights of an observed program, which is left as it is."""
         made = copy.deepcopy(module)
-        plan = self.plan(made, kept)
+        plan = self.plan(section, made, kept)
         calibrated = round_program(
             made,
             plan,

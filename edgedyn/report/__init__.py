@@ -41,6 +41,7 @@ _FACTS_SHOWN = frozenset(
         "latency_ms",
         "int8_mac_share",
         "float_nodes",
+        "generated_kernels",
         "check_build",
         "calibration",
         "weights",
@@ -75,9 +76,10 @@ def write_report(
         facts: what was measured besides the rows. Each may be absent: ``programs`` {file: bytes},
             ``latency_ms`` {median, p95, runs}, ``int8_mac_share`` (a fraction), ``float_nodes``
             [{node, reason}], ``check_build`` and ``calibration`` {name: value}, ``weights`` (where they are
-            from), ``decisions`` and ``routes`` (histograms of margins: ``edges``, ``all``, ``changed``),
-            ``precision`` and ``ablation`` (of a calibration table: {program: what was measured}).
-            Others are listed at the end.
+            from), ``precision`` and ``ablation`` (of a calibration table: {program: what was measured}),
+            ``generated_kernels`` {name: {spread, between_images}} (shares of a kernel's rms, see
+            ``edgedyn.quantize.generated``), ``decisions`` and ``routes`` (histograms of margins:
+            ``edges``, ``all``, ``changed``). Others are listed at the end.
 
     Raises:
         UsageError: for a verdict that the rows contradict, a row or a manifest without a required key, a
@@ -256,11 +258,20 @@ def _sections(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterable
     counted = {k: v for k, v in facts.get("routes", {}).items() if not isinstance(v, dict)}
     yield "Routing", _texts({**manifest.get("routing", {}), **counted})
     yield "Calibration", _texts(facts.get("calibration", {}))
+    yield "Generated kernels, their deviation from the mean kernel", _kernels(facts)
     yield "Check build with TensorRT", _texts(facts.get("check_build", {}))
     yield "Tool versions", _texts(manifest.get("versions", {}))
     yield "Weights", _texts({"from": facts["weights"]} if "weights" in facts else {})
     yield "Digests", _texts(manifest.get("digests", {}))
     yield "Further facts", _texts({key: facts[key] for key in sorted(set(facts) - _FACTS_SHOWN)})
+
+
+def _kernels(facts: Mapping[str, Any]) -> dict[str, str]:
+    """Say of each generated kernel which share of it depends on content."""
+    return {
+        name: f"{seen['spread']:.0%} of its rms; {seen['between_images']:.0%} from image to image"
+        for name, seen in facts.get("generated_kernels", {}).items()
+    }
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:

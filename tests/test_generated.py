@@ -1,0 +1,231 @@
+"""Generated kernels: how far they depend on the image, a step for each tap, or float."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_networks import LAYERS
+from torch import Tensor, nn
+
+from edgedyn import ops, pipeline, quantize, targets
+from edgedyn.conversion import Converted
+from edgedyn.layers import canonicalize
+from edgedyn.quantize.generated import find_generating, measure_content, scale_taps
+from edgedyn.recipe import QuantizeSection, load_recipe
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+SMALL = ["model.network=small_networks:small_affine_net", "model.weights=null", "model.arguments={}"]
+SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]"]
+KERNELS = {"1.scales.0.output", "1.offsets.0.output"}
+
+
+def make_samples(count: int = 3) -> list[tuple[Tensor, ...]]:
+    generator = torch.Generator().manual_seed(13)
+    return [(torch.rand(1, 3, 32, 48, generator=generator) ** (k + 1),) for k in range(count)]
+
+
+def make_net(*, spread: float = 1.0) -> nn.Sequential:
+    """Return a network whose taps have sizes from 1 to ``spread``."""
+    torch.manual_seed(21)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), LAYERS["affine"](), nn.Conv2d(8, 3, 3, padding=1))
+    with torch.no_grad():
+        net[1].gate.fill_(1)
+        sizes = spread ** torch.linspace(0, 1, 8).repeat(2)
+        net[1].coefficients.weight.mul_(sizes[:, None, None, None])
+        net[1].coefficients.bias.mul_(sizes)
+    return net.eval()
+
+
+def captured(net: nn.Module) -> torch.export.ExportedProgram:
+    return torch.export.export(canonicalize(net), make_samples()[0], strict=False)
+
+
+def expanded(net: nn.Module, target: str = "executorch") -> torch.export.ExportedProgram:
+    program = captured(net)
+    forms = ops.choose_forms(program, targets.load(target), {})
+    return ops.expand(ops.expand(program, forms, "before_quantize"), forms, "after_quantize")
+
+
+def to_int8(net: nn.Module, generated: str, target: str = "executorch") -> quantize.Quantized:
+    names = quantize.find_generators(quantize.fold(captured(net)))
+    assert names == KERNELS
+    return quantize.to_int8(
+        expanded(net, target),
+        make_samples()[0],
+        scheme=targets.load(target).int8,
+        section=QuantizeSection(generated=generated, rounding="nearest"),
+        samples=make_samples(),
+        generated=names,
+    )
+
+
+def test_scaled_taps_have_one_range_and_their_readers_find_what_they_found():
+    net, samples = make_net(spread=100), make_samples()
+    module = quantize.fold(expanded(net))
+    sites = find_generating(module, KERNELS)
+    content = measure_content(module, sites, samples)
+    assert scale_taps(module, sites, content).keys() == KERNELS
+    with torch.no_grad():
+        for x in samples:  # float32 rounding of weights and of what undoes them, on values around 1
+            torch.testing.assert_close(module(*x), net(*x), rtol=0, atol=1e-5)
+    after = measure_content(module, find_generating(module, KERNELS), samples)
+    for name in KERNELS:
+        assert content[name].largest.max() / content[name].largest.min() > 10
+        torch.testing.assert_close(
+            after[name].largest, content[name].largest.max().expand(8), rtol=1e-5, atol=0
+        )
+
+
+def test_tap_that_is_always_zero_stays_finite_and_takes_no_more_than_the_limit():
+    net, samples = make_net(), make_samples()
+    with torch.no_grad():
+        net[1].coefficients.weight[[2, 10]] = 0
+        net[1].coefficients.bias[[2, 10]] = 0
+        net[1].norm.bias[2] = 0
+    module = quantize.fold(expanded(net))
+    sites = find_generating(module, KERNELS)
+    factors = scale_taps(module, sites, measure_content(module, sites, samples))
+    assert factors["1.scales.0.output"][2] == 1 / 1024
+    with torch.no_grad():
+        torch.testing.assert_close(module(*samples[0]), net(*samples[0]), rtol=0, atol=1e-5)  # float32
+
+
+def test_step_a_tap_is_finer_than_a_step_a_tensor_and_coarser_than_float():
+    net, errors = make_net(spread=100), {}
+    x = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(14))
+    with torch.no_grad():
+        for generated in ("tensor", "tap", "float"):
+            y = to_int8(net, generated).program.module()(x)
+            errors[generated] = float((y - net(x)).square().mean())
+    assert errors["float"] < errors["tap"] < errors["tensor"]
+
+
+@pytest.mark.parametrize(("target", "count"), [("executorch", 2), ("tensorrt", 0)])
+def test_float_kernels_are_accounted_where_outputs_would_be_int8(target, count):
+    rows = [row for row in to_int8(make_net(), "float", target).float_nodes if "generated)" in row["reason"]]
+    assert [row["node"] for row in rows] == ["1.scales.0", "1.offsets.0"][:count]
+
+
+def test_runtime_of_float_kernels_has_no_products_and_the_same_steps():
+    """A weight's codes do not change with the size of its rows, nor does what it computes."""
+    programs = {g: to_int8(make_net(spread=100), g, "tensorrt").program for g in ("tensor", "tap")}
+    calls = {
+        g: Counter(str(n.target) for n in p.graph.nodes if n.op == "call_function")
+        for g, p in programs.items()
+    }
+    assert calls["tap"] == calls["tensor"]
+    x = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(14))
+    with torch.no_grad():
+        a, b = (p.module()(x) for p in programs.values())
+    torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # of values around 1
+
+
+def test_products_of_taps_are_accounted_as_such():
+    rows = to_int8(make_net(), "tap").float_nodes
+    (row,) = [row for row in rows if "taps" in row["reason"]]
+    assert (row["node"], row["count"]) == ("mul", 2)
+
+
+class Generator(nn.Module):
+    """Kernels of a given layer, for an op of ours and, where it is read twice, for a convolution."""
+
+    def __init__(self, layer: nn.Module, *, is_read_twice: bool = False) -> None:
+        super().__init__()
+        self.layer = layer
+        self.reader = nn.Conv2d(6, 3, 1) if is_read_twice else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        grid = self.layer(x[:, :, ::8, ::8])
+        y = torch.ops.edgedyn.sliced_depthwise2d(x, grid[:, :3], grid[:, 3:], 1)
+        return y if self.reader is None else y + self.reader(grid).mean((2, 3), keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("net", "scaled"),
+    [
+        (Generator(nn.Conv2d(3, 6, 1)), 1),
+        (Generator(nn.Sequential(nn.Conv2d(3, 6, 1, bias=False), nn.ReLU())), 1),
+        (Generator(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Hardtanh(-2, 2))), 0),
+        (Generator(nn.Conv2d(3, 6, 1), is_read_twice=True), 0),
+    ],
+    ids=["convolution", "relu", "clamp", "read_by_a_convolution"],
+)
+def test_only_taps_that_can_be_scaled_exactly_are(net, scaled):
+    torch.manual_seed(22)
+    for parameter in net.parameters():
+        nn.init.normal_(parameter)
+    samples = make_samples()
+    module = quantize.fold(torch.export.export(net.eval(), samples[0]))
+    with torch.no_grad():
+        expected = net(*samples[0])
+        sites = [site for site in find_generating(module, {"layer.output", "layer.0.output"})]
+        assert len(sites) == 1
+        assert len(scale_taps(module, sites, measure_content(module, sites, samples))) == scaled
+        torch.testing.assert_close(module(*samples[0]), expected, rtol=1e-5, atol=1e-5)  # float32, 6 terms
+
+
+def content_of(kernels: np.ndarray) -> tuple[float, float]:
+    """Measure what a network generates that copies kernels (N, C, gh, gw)."""
+    identity = nn.Conv2d(6, 6, 1, bias=False)
+    with torch.no_grad():
+        identity.weight.copy_(torch.eye(6)[:, :, None, None])
+    module = quantize.fold(torch.export.export(identity.eval(), (torch.zeros(1, *kernels.shape[1:]),)))
+    sites = find_generating(module, {"conv2d.output"})
+    samples = [(torch.from_numpy(x[None]),) for x in kernels]
+    (found,) = measure_content(module, sites, samples).values()
+    return found.spread, found.between_images
+
+
+def test_spread_is_what_its_definition_says():
+    kernels = np.random.default_rng(3).standard_normal((5, 6, 4, 3)).astype(np.float32) + 0.5
+    mean = kernels.mean((0, 2, 3), keepdims=True)
+    rms = np.sqrt((kernels**2).mean())
+    spread = np.sqrt(((kernels - mean) ** 2).mean()) / rms
+    images = np.sqrt(((kernels.mean((2, 3), keepdims=True) - mean) ** 2).mean()) / rms
+    np.testing.assert_allclose(content_of(kernels), (spread, images), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kernels", "expected"),
+    [
+        (np.broadcast_to(np.arange(1, 7)[:, None, None], (3, 6, 4, 3)), (0, 0)),
+        (np.broadcast_to(np.float32([-1, 0, 1])[:, None, None, None], (3, 6, 4, 3)), (1, 1)),
+        (np.broadcast_to(np.float32([-1, 0, 1]), (3, 6, 4, 3)), (1, 0)),
+        (np.zeros((3, 6, 4, 3)), (0, 0)),
+    ],
+    ids=["static", "by_image", "by_position", "zero"],
+)
+def test_spread_of_extreme_kernels(kernels, expected):
+    np.testing.assert_allclose(content_of(np.array(kernels, np.float32)), expected, atol=1e-6)
+
+
+def convert(folder: Path, generated: str) -> Converted:
+    overrides = [*SMALL, f"quantize.table={folder / 'table.json'}", f"quantize.generated={generated}"]
+    given = load_recipe(RECIPES / "mallenet-s.phone.int8.yaml", overrides)
+    calibration, samples = pipeline.load_sets(given)
+    return pipeline.convert(given, pipeline.load_target(given), calibration, samples[0])
+
+
+@pytest.mark.parametrize("generated", ["tap", "float"])
+def test_second_build_is_the_same_to_the_bit_and_the_runtime_computes_it(tmp_path, generated, monkeypatch):
+    first = convert(tmp_path, generated).parts["forward"].program
+    monkeypatch.setattr(quantize, "calibrate", lambda *_, **__: pytest.fail("observed samples"))
+    again = convert(tmp_path, generated)
+    second = again.parts["forward"].program
+    assert first.graph_module.code == second.graph_module.code
+    for name, tensor in {**first.state_dict, **first.constants}.items():
+        assert torch.equal(tensor, {**second.state_dict, **second.constants}[name])
+    entries = {entry.name: entry for entry in again.table.programs["forward"]}
+    for name in KERNELS:
+        assert len(entries[name].channels) == (8 if generated == "tap" else 0)
+        assert 0 < entries[name].spread[1] < entries[name].spread[0] < 1
+    target, x = targets.load("executorch"), make_samples()[0][0]
+    artifact = target.lower(again.programs, tmp_path, "int8")
+    (y,) = target.load(tmp_path / artifact.programs["forward"], "forward")(x.numpy())
+    error = np.abs(y - second.module()(x).numpy())
+    # the runtime rounds ties of the maps before it to the other side; a wrong tap is off by many steps
+    assert error.mean() < entries["2.output"].affine[0]
