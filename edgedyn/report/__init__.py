@@ -13,10 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from edgedyn.errors import UsageError
+from edgedyn.report.layers import CLOSES, OPENS, describe_layers, replace_layers
 from edgedyn.report.pictures import Picture, panels
 from edgedyn.report.text import TIMES, megabytes, number
 
-__all__ = ["FILE", "Picture", "write_report"]
+__all__ = ["FILE", "Picture", "insert_layers", "write_report"]
 
 FILE = "report.html"
 
@@ -45,6 +46,7 @@ _FACTS_SHOWN = frozenset(
         "weights",
         "decisions",
         "routes",
+        "operators",
     }
 )
 
@@ -81,7 +83,8 @@ def write_report(
     """
     _require(out, ok, rows, manifest)
     precision = str(manifest["precision"]).upper()
-    page = _template().render(
+    page = _template("page.html").render(
+        place_of_layers=f"{OPENS}{CLOSES}",
         title=title,
         ok=ok,
         notice=_notice(str(facts.get("weights", ""))),
@@ -98,6 +101,20 @@ def write_report(
         sections=[section for section in _sections(manifest, facts) if section[1]],
     )
     (out / FILE).write_text(page, encoding="utf-8")
+
+
+def insert_layers(page: str, values: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Return a report's page with the section of its layers; an earlier one is replaced.
+
+    Args:
+        page: a ``report.html``.
+        values: ``Comparison.to_json()`` and the ``machine`` that it was measured on.
+        row: the row that sums it up.
+
+    Raises:
+        BundleError: for a page of another version.
+    """
+    return replace_layers(page, _template("layers.html").render(describe_layers(values, row)))
 
 
 def _require(out: Path, ok: bool, rows: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
@@ -121,14 +138,14 @@ def _require(out: Path, ok: bool, rows: list[dict[str, Any]], manifest: dict[str
         )
 
 
-def _template() -> Any:
+def _template(name: str) -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def _verdict(ok: bool, rows: list[dict[str, Any]]) -> str:

@@ -1,0 +1,64 @@
+"""The process in which ``edgedyn bench`` runs a bundle: nothing else is in its memory. Device side: numpy."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedyn import session
+from edgedyn.dispatch import Dispatcher
+from edgedyn.terminal import quiet_libraries
+
+WARM_UP = 2
+
+
+def run_bundle(path: Path, runs: int) -> dict[str, Any]:
+    """Load and run a bundle's programs; return what ``bench.measure`` says."""
+    with quiet_libraries():
+        opened = session.open_session(path)
+        arrays = [np.load(path / name, allow_pickle=False) for name in opened.bundle.vectors[0].inputs]
+        loaded = status_bytes("VmRSS")
+        assert isinstance(opened.run, Dispatcher)
+        routing = opened.run.routing
+        names = routing.variants if routing else tuple(opened.bundle.programs)
+        megapixels = np.prod(arrays[0].shape[-2:]) / 1e6
+        programs = {}
+        for index, name in enumerate(names):
+            times = time_runs(opened.run.run, arrays, forced=index if routing else None, runs=runs)
+            programs[name] = {
+                "latency_ms": times,
+                "megapixels_per_second": float(megapixels / times["median"] * 1e3),
+            }
+    peak = status_bytes("VmHWM")
+    memory = None if loaded is None or peak is None else {"peak": peak, "running": max(0, peak - loaded)}
+    return {"programs": programs, "memory_bytes": memory, "runtime": session.runtime_name(opened.bundle)}
+
+
+def time_runs(
+    run: Callable[..., object], arrays: Sequence[np.ndarray], *, forced: int | None, runs: int
+) -> dict[str, float]:
+    """Time a variant on one tile; milliseconds."""
+    times = []
+    for index in range(WARM_UP + runs):
+        start = time.perf_counter()
+        run(*arrays, forced=forced)
+        if index >= WARM_UP:
+            times.append((time.perf_counter() - start) * 1e3)
+    return {"median": float(np.median(times)), "p95": float(np.percentile(times, 95)), "runs": runs}
+
+
+def status_bytes(key: str) -> int | None:
+    """Return a figure of this process where Linux tells it; getrusage's peak would be the parent's, too."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_bundle(Path(sys.argv[1]), int(sys.argv[2]))))
