@@ -19,7 +19,7 @@ import numpy as np
 from edgedyn.errors import BundleError
 from edgedyn.targets import Events
 
-Trace = Mapping[str, Sequence[Any]]  # what the events of a program are of: ``operators`` of the facts
+Trace = Sequence[Mapping[str, Any]]  # what the operators of a program are of: ``operators`` of the facts
 _WORTH = 1e-3  # share of a program's time that leaving a layer in float must save to be suggested
 
 
@@ -126,32 +126,49 @@ class Comparison:
 
 
 def attribute(events: Sequence[Events], trace: Trace) -> Times:
-    """Give the events of every run to the layers that they are of.
+    """Give the times of every run to the layers that they are of.
+
+    Between two layers the runtime may compute several conversions as one operator, or none at all: XNNPACK
+    makes a table of ``dequantize -> tanh -> quantize``. What is left of them is then shared out evenly.
 
     Args:
         events: of each run, in the runtime's order.
         trace: what they are of.
 
     Raises:
-        BundleError: when the runtime ran other operators than the program was lowered to.
+        BundleError: when the runtime ran other layers than the program was lowered to.
     """
-    for run in events:
-        found = {"layers": len(run.layers), "conversions": len(run.conversions)}
-        expected = {kind: len(trace[kind]) for kind in found}
-        if found != expected:
+    layers = [entry["layer"] for entry in trace if "layer" in entry]
+    made_for = _between_layers([None if "layer" in entry else entry["conversion"] for entry in trace])
+    taken = {name: np.zeros(len(events)) for name in layers}
+    converted = {name: np.zeros(len(events)) for gap in made_for for names in gap for name in names}
+    for index, run in enumerate(events):
+        times = [ms for kind, ms in run.operators if kind == "layer"]
+        if len(times) != len(layers):
             raise BundleError(
-                f"the runtime told of {found} operators, and the program was lowered to {expected}: times "
-                "cannot be given to layers. Build the bundle again with this runtime's version."
+                f"the runtime told of {len(times)} layers, and the program was lowered to {len(layers)}: "
+                "times cannot be given to layers. Build the bundle again with this runtime's version."
             )
-    conversions: defaultdict[str, Any] = defaultdict(float)
-    for index, layers in enumerate(trace["conversions"]):
-        for layer in layers:
-            conversions[layer] += np.array([run.conversions[index] for run in events]) / len(layers)
-    return Times(
-        np.array([run.whole for run in events]),
-        {row["layer"]: np.array([run.layers[i] for run in events]) for i, row in enumerate(trace["layers"])},
-        dict(conversions),
-    )
+        for name, ms in zip(layers, times, strict=True):
+            taken[name][index] = ms
+        gaps = _between_layers([None if kind == "layer" else ms for kind, ms in run.operators])
+        for gap, found in zip(made_for, gaps, strict=True):
+            shares = found if len(found) == len(gap) else [sum(found) / len(gap) for _ in gap]
+            for names, ms in zip(gap, shares, strict=True):
+                for name in names:
+                    converted[name][index] += ms / len(names)
+    return Times(np.array([run.whole for run in events]), taken, converted)
+
+
+def _between_layers(entries: Sequence[Any]) -> list[list[Any]]:
+    """Split what is listed at the layers, which are None."""
+    gaps: list[list[Any]] = [[]]
+    for entry in entries:
+        if entry is None:
+            gaps.append([])
+        else:
+            gaps[-1].append(entry)
+    return gaps
 
 
 def compare(
@@ -174,7 +191,8 @@ def compare(
                 f"program {name!r} and its float32 counterpart differ in the layers {odd[:5]}; expected one "
                 "network in two precisions. Build the bundle again with this version."
             )
-        rows += [_row(name, layer, float32[name], int8[name]) for layer in trace["layers"]]
+        layers = [entry for entry in trace if "layer" in entry]
+        rows += [_row(name, layer, float32[name], int8[name]) for layer in layers]
     return Comparison(
         tuple(rows),
         {name: float(np.median(times.whole)) for name, times in float32.items()},

@@ -27,7 +27,7 @@ def describe_layers(values: Mapping[str, Any], row: Mapping[str, Any]) -> dict[s
         for name, ms in values["int8_ms"].items()
     )
     facts = {key: values[key] for key in ("runs", "machine", "keep_float")}
-    return {**row, **facts, "whole": whole, "slower": slower, "all": rows}
+    return {**row, **facts, "value": number(row["value"]), "whole": whole, "slower": slower, "all": rows}
 
 
 def replace_layers(page: str, section: str) -> str:

@@ -60,13 +60,12 @@ class Events:
 
     Attributes:
         whole: the program.
-        layers: its convolutions and matrix products, in the order of ``layers`` in the artifact's facts.
-        conversions: between float and INT8, in the order of ``conversions`` there.
+        operators: ("layer" or "conversion", time) of its convolutions and matrix products, and of what it
+            converts between float and INT8, in the order in which they ran.
     """
 
     whole: float
-    layers: tuple[float, ...]
-    conversions: tuple[float, ...]
+    operators: tuple[tuple[str, float], ...]
 
 
 @dataclass(frozen=True)

@@ -34,19 +34,20 @@ _FUSED = {"aten.relu.default", "aten.hardtanh.default", "aten.clamp.default"}
 _PADS = {"aten.constant_pad_nd.default", "aten.pad.default"}
 
 
-def trace_operators(program: ExportedProgram) -> dict[str, list[Any]]:
+def trace_operators(program: ExportedProgram) -> list[dict[str, Any]]:
     """List the convolutions, matrix products and INT8 conversions of an edge program, as they run.
 
     Returns:
-        ``layers``: ``{"layer", "int8", "shape", "multiply_adds"}`` of each, the shape of its output; a layer
-        that is called again is ``name#2``. ``conversions``: the names of the layers that each is made for.
+        Of a layer ``{"layer", "int8", "shape", "multiply_adds"}``, the shape of its output; one that is
+        called again is ``name#2``. Of a conversion ``{"conversion": the layers that it is made for}``.
     """
     nodes = list(_nodes(program))
     names = _name_layers(nodes)
-    return {
-        "layers": [_describe(node, name) for node, name in names.items()],
-        "conversions": [_beneficiaries(node, names) for node in nodes if _is_conversion(node)],
-    }
+    return [
+        _describe(node, names[node]) if node in names else {"conversion": _beneficiaries(node, names)}
+        for node in nodes
+        if node in names or _is_conversion(node)
+    ]
 
 
 def _nodes(program: ExportedProgram) -> Iterator[Node]:

@@ -18,14 +18,14 @@ from edgedyn.targets import Events
 from edgedyn.targets.executorch.run import open_method, to_tensors
 
 _KINDS = {
-    "Convolution": "layers",
-    "Deconvolution": "layers",
-    "Fully Connected": "layers",
-    "native_call_convolution": "layers",
-    "native_call_linear": "layers",
-    "native_call_addmm": "layers",
-    "native_call_mm": "layers",
-    "Convert": "conversions",
+    "Convolution": "layer",
+    "Deconvolution": "layer",
+    "Fully Connected": "layer",
+    "native_call_convolution": "layer",
+    "native_call_linear": "layer",
+    "native_call_addmm": "layer",
+    "native_call_mm": "layer",
+    "Convert": "conversion",
 }
 _WHOLE = "Method::execute"
 
@@ -51,13 +51,7 @@ class Profiled:
         Raises:
             TargetMissingError: where the runtime was built without its event tracer.
         """
-        from executorch.devtools.etdump.serialize import deserialize_from_etdump_flatcc
-
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "events.etdp"
-            self._opened[1].write_etdump_result_to_file(str(path), "")
-            written = deserialize_from_etdump_flatcc(path.read_bytes()) if path.exists() else None
-        runs = [list(_times(block.events)) for block in (written.run_data if written else [])]
+        runs = self.read_operators()
         found = [_sort(run) for run in runs if any(name == _WHOLE for name, _ in run)]
         if not found:
             raise TargetMissingError(
@@ -65,6 +59,18 @@ class Profiled:
                 "expected the package of the index: pip install 'executorch==1.5.*'"
             )
         return found
+
+    def read_operators(self) -> list[list[tuple[str, float]]]:
+        """Return (name, milliseconds) of each operator as the runtime tells it, of every block of events."""
+        from executorch.devtools.etdump.serialize import deserialize_from_etdump_flatcc
+
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "events.etdp"
+            self._opened[1].write_etdump_result_to_file(str(path), "")
+            if not path.exists():
+                return []
+            written = deserialize_from_etdump_flatcc(path.read_bytes())
+        return [list(_times(block.events)) for block in written.run_data]
 
 
 def _times(events: object) -> Iterator[tuple[str, float]]:
@@ -77,11 +83,8 @@ def _times(events: object) -> Iterator[tuple[str, float]]:
 
 
 def _sort(run: list[tuple[str, float]]) -> Events:
-    found: dict[str, list[float]] = {"layers": [], "conversions": []}
-    for name, ms in run:
-        for start, kind in _KINDS.items():
-            if name.startswith(start):
-                found[kind].append(ms)
-                break
+    kinds = [
+        (next((_KINDS[start] for start in _KINDS if name.startswith(start)), ""), ms) for name, ms in run
+    ]
     whole = next(ms for name, ms in run if name == _WHOLE)
-    return Events(whole, tuple(found["layers"]), tuple(found["conversions"]))
+    return Events(whole, tuple((kind, ms) for kind, ms in kinds if kind))
