@@ -38,13 +38,14 @@ def bench(
     if as_json:
         print_json({**found, **({"per_layer": comparison.to_json()} if comparison else {})})
         return
-    _print_whole(found)
+    print_whole(found)
     if comparison:
-        _print_layers(comparison)
+        print_layers(comparison)
         OUT.print(f"report: {bundle / 'report.html'}", soft_wrap=True)
 
 
-def _print_whole(found: dict[str, Any]) -> None:
+def print_whole(found: dict[str, Any]) -> None:
+    """Print what ``bench.measure`` found."""
     for name, program in found["programs"].items():
         latency = program["latency_ms"]
         OUT.print(
@@ -60,7 +61,8 @@ def _print_whole(found: dict[str, Any]) -> None:
     OUT.print(f"ran with {found['runtime']}", soft_wrap=True)
 
 
-def _print_layers(comparison: Comparison) -> None:
+def print_layers(comparison: Comparison) -> None:
+    """Print the layers that INT8 is a choice of, in the order in which they run."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("INT8 layer", overflow="fold")
     for column in ("output", "MMAC", "float ms", "INT8 ms", "ratio", ""):

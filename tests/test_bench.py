@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -13,31 +14,26 @@ from typer.testing import CliRunner
 from edgedyn import bench, pipeline
 from edgedyn.bundle import open_bundle
 from edgedyn.cli import app
+from edgedyn.cli_bench import print_layers
 from edgedyn.errors import BundleError, TargetMissingError, UsageError
 from edgedyn.manifest import MANIFEST, canonical, seal
 from edgedyn.recipe import load_recipe
 from edgedyn.report import insert_layers
 from edgedyn.report.text import TIMES
+from edgedyn.speed import Comparison
+from edgedyn.validate import Row
 
 ROOT = Path(__file__).parents[1]
 SMALL = [
-    "model.network=small_networks:small_mallenet",
+    "model.network=small_networks:make_net",
     "model.arguments={}",
     "model.weights=null",
     "input.shape=[1, 3, 64, 64]",
     "tile.overlap=16",
     "quantize.rounding=nearest",
-    'quantize.keep_float=["0"]',
+    "quantize.keep_float=[tail]",
 ]
-INT8 = {
-    "1.predictor.0",
-    "1.predictor.1.pconv",
-    "1.predictor.1.pwconv1",
-    "1.predictor.1.pwconv2",
-    "1.expander",
-    "1.pwconv",
-    "3",
-}
+INT8 = {"head", "body"}
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +67,9 @@ class Text(HTMLParser):
     def handle_data(self, data: str) -> None:
         self.text += data
 
+    def handle_endtag(self, tag: str) -> None:
+        self.text += " " if tag in ("td", "th") else ""
+
 
 def text_of(page: str) -> str:
     return " ".join(Text(page).text.split())
@@ -93,8 +92,9 @@ def test_every_int8_layer_is_compared_once(compared):
     assert all(row.float_ms >= 0 and row.int8_ms >= row.conversion_ms for row in compared.layers)
     assert compared.runs == 3
     assert compared.float_ms.keys() == compared.int8_ms.keys() == {"forward"}
-    (last,) = (row for row in compared.layers if row.layer == "3")
-    assert (last.shape, last.multiply_adds) == ((1, 3, 64, 64), 8 * 9 * 3 * 64 * 64)
+    head, _, tail = compared.layers
+    assert (head.shape, head.multiply_adds) == ((1, 8, 64, 64), 3 * 9 * 8 * 64 * 64)
+    assert (tail.layer, tail.is_int8, tail.is_slower) == ("tail", False, False)
 
 
 def test_comparison_stands_in_the_bundle_once(bundle, compared):
@@ -133,8 +133,8 @@ def test_report_names_the_slower_layers_and_what_to_write_into_the_recipe(built)
             {**shared, "layer": "tail", "float_ms": 2.0, "int8_ms": 0.5, "is_int8": True, "is_slower": False},
         ],
     }
-    row = {"between": "int8:float", "metric": "slower_layers", "value": 1.0, "limit": {}, "samples": 2}
-    page = insert_layers((built / "report.html").read_text(), values, {**row, "passed": True})
+    row = Row("int8:float", "slower_layers", 1.0, {}, 2).to_json()
+    page = insert_layers((built / "report.html").read_text(), values, row)
     text, shape = text_of(page), TIMES.join("1846")
     assert "slower_layers: 1 of 2 INT8 layers" in text
     assert "3 ms in INT8, 4 ms in float32" in text
@@ -146,21 +146,47 @@ def test_report_names_the_slower_layers_and_what_to_write_into_the_recipe(built)
 
 
 def test_page_of_another_version_is_refused(compared):
+    row = Row("int8:float", "slower_layers", 0.0, {}, 2).to_json()
     with pytest.raises(BundleError, match="no place"):
-        insert_layers("<html></html>", compared.to_json() | {"machine": ""}, {})
+        insert_layers("<html></html>", compared.to_json() | {"machine": ""}, row)
 
 
-def test_command_prints_the_layers_and_the_same_as_json(bundle):
+def test_command_measures_and_writes_into_the_bundle(bundle):
     done = CliRunner().invoke(app, ["bench", str(bundle), "--per-layer", "--runs", "2", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
-    layers = [row["layer"] for row in found["per_layer"]["layers"] if row["is_int8"]]
-    assert sorted(layers) == sorted(INT8)
+    assert [row["layer"] for row in found["per_layer"]["layers"]] == ["head", "body", "tail"]
     assert found["programs"]["forward"]["latency_ms"]["runs"] == 2
+    written = json.loads((open_bundle(bundle).path / bench.FILE).read_text())
+    assert found["per_layer"] == {key: written[key] for key in found["per_layer"]}
+
+
+def test_command_without_the_flag_leaves_the_bundle_as_it_was(bundle):
+    before = (bundle / MANIFEST).read_bytes()
     done = CliRunner().invoke(app, ["bench", str(bundle), "--runs", "1"])
     assert done.exit_code == 0, done.output
-    assert "forward: " in done.stdout
-    assert "1.expander" not in done.stdout
+    assert "of 1 runs of one tile" in " ".join(done.stdout.split())
+    assert "ran with ExecuTorch" in done.stdout
+    assert (bundle / MANIFEST).read_bytes() == before
+
+
+def test_table_marks_the_slower_layers_and_says_what_to_write(compared, capsys):
+    head, body, tail = compared.layers
+    rows = (
+        replace(head, is_slower=True, float_ms=1.0, int8_ms=1.5, conversion_ms=0.25),
+        replace(body, is_slower=False, float_ms=2.0, int8_ms=0.5, conversion_ms=0.25),
+        tail,
+    )
+    print_layers(Comparison(rows, {"forward": 4.0}, {"forward": 3.0}, 7))
+    said = [" ".join(line.split()) for line in capsys.readouterr().out.splitlines()]
+    assert said[1:] == [
+        "head 8x64x64 0.88 1.000 1.500 1.50 slower",
+        "body 8x64x64 2.36 2.000 0.500 0.25",
+        "together 3.00 ms in float32, 2.00 ms in INT8, 0.50 ms of it conversions",
+        "forward: 4.00 ms in float32, 3.00 ms in INT8, in turns, median of 7",
+        "1 of 2 layers are slower in INT8 than in float32",
+        "quantize.keep_float, to add: [head]",
+    ]
 
 
 def test_runs_from_1(bundle):

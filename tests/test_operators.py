@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from edgedyn import quantize, targets
+from edgedyn.errors import TargetMissingError
 from edgedyn.recipe import QuantizeSection
 from edgedyn.speed import attribute
 from edgedyn.targets.executorch.profile import Profiled
@@ -27,13 +28,13 @@ class Kinds(nn.Module):
         self.left, self.also, self.right = (
             nn.Conv2d(8, 3, 3, padding=1),
             nn.Conv2d(8, 3, 1),
-            nn.Conv2d(8, 3, 1),
+            nn.Conv2d(3, 3, 1),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         y = torch.relu(self.depthwise(torch.relu(self.full(x))))  # one to the next in INT8
         y = torch.tanh(self.point(torch.tanh(self.point(y))))  # float between the calls
-        return x + self.left(y) + self.also(y) + self.right(y)
+        return x + self.also(y) + self.right(self.left(y))
 
 
 CALLS = ["full", "depthwise", "point", "point#2", "left", "also", "right"]
@@ -113,7 +114,7 @@ def test_shapes_and_multiply_adds_are_those_of_the_layers(lowered):
 
 def test_conversions_belong_to_the_layers_that_they_are_made_for(lowered):
     # full takes its input from float and hands INT8 to depthwise, which hands it to point; left and also
-    # read one INT8 map
+    # read one INT8 map; right reads in float what left writes
     found = conversions(lowered["int8"][0])
     assert found[:4] == [["full"], ["point"], ["point#2"], ["point#2"]]
     assert sorted(found[4:]) == [["also"], ["also", "left"], ["left"]]
@@ -131,3 +132,8 @@ def test_runtime_tells_as_many_operators_as_the_trace_names(lowered, precision):
     # what is inside takes no longer than the whole; operators are told in whole microseconds
     parts = sum(found.layers.values()) + sum(found.conversions.values(), np.zeros(3))
     assert (parts <= found.whole + 1e-3 * len(trace)).all()
+
+
+def test_runtime_that_tells_nothing_is_refused(lowered):
+    with pytest.raises(TargetMissingError, match="without its event tracer"):
+        run(lowered["fp32"][1], times=0).read()

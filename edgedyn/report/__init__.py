@@ -30,6 +30,7 @@ QUESTIONS = {
     "float:truth": "How good is the network before deployment?",
     "device:float": "Does the device say what the float network says?",
     "device:truth": "Is what runs on the device still a good network?",
+    "int8:float": "Is INT8 faster than float, layer by layer?",
     "decisions": "Do gates and masks still decide the same?",
 }
 
@@ -75,7 +76,7 @@ def write_report(
             ``latency_ms`` {median, p95, runs}, ``int8_mac_share`` (a fraction), ``float_nodes``
             [{node, reason}], ``check_build`` and ``calibration`` {name: value}, ``weights`` (where they are
             from), ``decisions`` and ``routes`` (histograms of margins: ``edges``, ``all``, ``changed``).
-            Others are listed at the end.
+            Others are listed at the end, but ``operators``, which is for ``insert_layers``'s measurement.
 
     Raises:
         UsageError: for a verdict that the rows contradict, a row or a manifest without a required key, a
@@ -114,7 +115,9 @@ def insert_layers(page: str, values: Mapping[str, Any], row: Mapping[str, Any]) 
     Raises:
         BundleError: for a page of another version.
     """
-    return replace_layers(page, _template("layers.html").render(describe_layers(values, row)))
+    shown = describe_layers(values, row)
+    section = _template("layers.html").render(shown, question=QUESTIONS[row["between"]])
+    return replace_layers(page, section)
 
 
 def _require(out: Path, ok: bool, rows: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
