@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
-import time
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,8 @@ import numpy as np
 
 from edgedyn import session
 from edgedyn.dispatch import Dispatcher
+from edgedyn.speed import time_runs
 from edgedyn.terminal import quiet_libraries
-
-WARM_UP = 2
 
 
 def run_bundle(path: Path, runs: int) -> dict[str, Any]:
@@ -30,7 +28,8 @@ def run_bundle(path: Path, runs: int) -> dict[str, Any]:
         megapixels = np.prod(arrays[0].shape[-2:]) / 1e6
         programs = {}
         for index, name in enumerate(names):
-            times = time_runs(opened.run.run, arrays, forced=index if routing else None, runs=runs)
+            variant = functools.partial(opened.run.run, forced=index if routing else None)
+            times = time_runs(variant, arrays, runs=runs)
             programs[name] = {
                 "latency_ms": times,
                 "megapixels_per_second": float(megapixels / times["median"] * 1e3),
@@ -38,19 +37,6 @@ def run_bundle(path: Path, runs: int) -> dict[str, Any]:
     peak = status_bytes("VmHWM")
     memory = None if loaded is None or peak is None else {"peak": peak, "running": max(0, peak - loaded)}
     return {"programs": programs, "memory_bytes": memory, "runtime": session.runtime_name(opened.bundle)}
-
-
-def time_runs(
-    run: Callable[..., object], arrays: Sequence[np.ndarray], *, forced: int | None, runs: int
-) -> dict[str, float]:
-    """Time a variant on one tile; milliseconds."""
-    times = []
-    for index in range(WARM_UP + runs):
-        start = time.perf_counter()
-        run(*arrays, forced=forced)
-        if index >= WARM_UP:
-            times.append((time.perf_counter() - start) * 1e3)
-    return {"median": float(np.median(times)), "p95": float(np.percentile(times, 95)), "runs": runs}
 
 
 def status_bytes(key: str) -> int | None:

@@ -9,6 +9,7 @@ lie apart. Device side: numpy only.
 
 from __future__ import annotations
 
+import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,7 +21,7 @@ from edgedyn.errors import BundleError
 from edgedyn.targets import Events
 
 Trace = Sequence[Mapping[str, Any]]  # what the operators of a program are of: ``operators`` of the facts
-_WORTH = 1e-3  # share of a program's time that leaving a layer in float must save to be suggested
+_WORTH = 1e-4  # share of a program's time that leaving a layer in float must save to be suggested
 
 
 @dataclass(frozen=True)
@@ -242,3 +243,16 @@ def run_in_turns(
             program.run(*arrays)
         progress(turn + 1, warm_up + runs)
     return [program.read()[-runs:] for program, _ in programs]
+
+
+def time_runs(
+    run: Callable[..., object], inputs: Sequence[np.ndarray], *, runs: int = 10, warm_up: int = 2
+) -> dict[str, float]:
+    """Time the program on one input on this machine; milliseconds."""
+    times = []
+    for index in range(warm_up + runs):
+        start = time.perf_counter()
+        run(*inputs)
+        if index >= warm_up:
+            times.append((time.perf_counter() - start) * 1e3)
+    return {"median": float(np.median(times)), "p95": float(np.percentile(times, 95)), "runs": runs}

@@ -97,3 +97,9 @@ def test_every_int8_layer_is_compared_with_float_in_every_program(built):
     assert set(found.int8_ms) == set(build.bundle.programs)
     named = [(row.program, row.layer) for row in found.int8_layers]
     assert len(set(named)) == len(named) >= 4, system
+
+
+def test_every_variant_is_timed(built):
+    bundle = built[2].bundle
+    variants = bundle.routing.variants if bundle.routing else ("forward",)
+    assert list(bench.measure(bundle.path, runs=1)["programs"]) == list(variants)
