@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from edgedyn import cli_native
+from edgedyn import cli_bench, cli_native
 from edgedyn.errors import EdgedynError, TargetMissingError, UsageError
 from edgedyn.terminal import ERR, OUT, AsJson, print_json, progress_bars, quiet_libraries
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 )
 app.add_typer(cli_native.ops, name="ops")
 app.add_typer(cli_native.plugin, name="plugin")
+app.command()(cli_bench.bench)
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, see: edgedyn list recipes")]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="directory made by edgedyn build")]

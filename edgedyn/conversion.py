@@ -132,7 +132,7 @@ def convert(
     inputs = part_inputs(canonical, to_tensors(example))
     # every part before the first is calibrated: what a target cannot run is refused at once
     captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
-    expanded = {name: _expand(program, target, recipe) for name, program in captured.items()}
+    expanded = {name: expand_part(program, target, recipe) for name, program in captured.items()}
     progress("rewrite layers", 1, 1)
     key = table_key(recipe, calibration, captured, expanded) if is_int8 and calibration else {}
     table, misfit = find_table(recipe, key, force=force) if key else (None, "")
@@ -183,7 +183,7 @@ def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Modul
     return RoutedModel(None, {"capacity": with_capacity(canonical, capacities), "dense": canonical})
 
 
-def _expand(
+def expand_part(
     captured: ExportedProgram, target: Target, recipe: Recipe
 ) -> tuple[dict[Op, Form], ExportedProgram]:
     """Choose the forms of one program and expand our ops."""

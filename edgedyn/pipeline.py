@@ -9,8 +9,6 @@ line once a part, its router and its variants, up to one bundle.
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -36,6 +34,7 @@ from edgedyn.provenance import shared_provenance
 from edgedyn.quantized_graph import widen_like
 from edgedyn.report import write_report
 from edgedyn.routing import parts
+from edgedyn.speed import time_runs
 from edgedyn.tasks import TASKS
 from edgedyn.validate import Outputs, Row, ValidationReport
 
@@ -312,16 +311,3 @@ def run_samples(
         outputs[name], decided[name] = [y for y, _ in results], [d for _, d in results]
         progress("validate", done, len(dispatchers))
     return Outputs(samples, **outputs, decided=decided, dispatchers=dispatchers)
-
-
-def time_runs(
-    run: Callable[..., object], inputs: Sequence[np.ndarray], *, runs: int = 10, warm_up: int = 2
-) -> dict[str, float]:
-    """Time the program on one input on this machine; milliseconds."""
-    times = []
-    for index in range(warm_up + runs):
-        start = time.perf_counter()
-        run(*inputs)
-        if index >= warm_up:
-            times.append((time.perf_counter() - start) * 1e3)
-    return {"median": float(np.median(times)), "p95": float(np.percentile(times, 95)), "runs": runs}

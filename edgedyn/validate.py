@@ -33,8 +33,8 @@ class Row:
 
     Attributes:
         between: ``canonical:reference``, ``expanded:canonical``, ``quantized:expanded``,
-            ``device:quantized``, ``float:truth``, ``device:truth``, ``device:float``, ``decisions``, or a
-            check of a toolchain.
+            ``device:quantized``, ``float:truth``, ``device:truth``, ``device:float``, ``int8:float``,
+            ``decisions``, or a check of a toolchain.
         metric: name with its unit, ``psnr_db``; a condition follows in brackets, ``psnr_db[sigma=25]``.
         value: the measurement.
         limit: ``{"at_least": x}``, ``{"at_most": x}``, or empty where the number is only reported.

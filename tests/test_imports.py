@@ -26,6 +26,7 @@ HEAVY = [
 ]
 DEVICE_SIDE = [
     "edgedyn",
+    "edgedyn.bench_process",
     "edgedyn.bundle",
     "edgedyn.errors",
     "edgedyn.files",
@@ -34,6 +35,7 @@ DEVICE_SIDE = [
     "edgedyn.metrics",
     "edgedyn.native",
     "edgedyn.session",
+    "edgedyn.speed",
     "edgedyn.targets",
     "edgedyn.targets.executorch",
     "edgedyn.targets.executorch.run",

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from small_builds import NEEDS_RTX, STAGES
 
-from edgedyn import pipeline, session
+from edgedyn import bench, pipeline, session
 from edgedyn.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -90,3 +90,19 @@ def test_report_says_that_the_network_is_not_trained(built):
     assert "not trained: initial values of seed 0" in page
     facts = json.loads((built[2].bundle.path / "manifest.json").read_text())["facts"]
     assert facts["weights"].startswith("not trained")
+
+
+def test_every_int8_layer_is_compared_with_float_in_every_program(built):
+    system, _, build = built
+    if build.bundle.precision != "int8":
+        pytest.skip("layers are compared where they are INT8, by the runtime of the phone")
+    found = bench.compare_with_float(build.bundle.path, runs=1)
+    assert set(found.int8_ms) == set(build.bundle.programs)
+    named = [(row.program, row.layer) for row in found.int8_layers]
+    assert len(set(named)) == len(named) >= 4, system
+
+
+def test_every_variant_is_timed(built):
+    bundle = built[2].bundle
+    variants = bundle.routing.variants if bundle.routing else ("forward",)
+    assert list(bench.measure(bundle.path, runs=1)["programs"]) == list(variants)

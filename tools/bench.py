@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from edgedyn.bench_process import status_bytes
 from edgedyn.terminal import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
@@ -191,7 +192,7 @@ def worker(kind: str, what: str, size: str, runs: int) -> None:
 
         _unsafe_reset_threadpool(THREADS)
     x = np.random.default_rng(0).random(tuple(map(int, size.split(","))), dtype=np.float32)
-    before = status_kib("VmRSS")
+    before = status_bytes("VmRSS")
     run = load(kind, what)
     times = []
     for index in range(2 + runs):
@@ -199,13 +200,7 @@ def worker(kind: str, what: str, size: str, runs: int) -> None:
         run(x)
         if index >= 2:
             times.append((time.perf_counter() - start) * 1e3)
-    print(json.dumps({"times_ms": times, "memory_mb": (status_kib("VmHWM") - before) / 1024}))
-
-
-def status_kib(key: str) -> int:
-    """Return a figure of this process from Linux; getrusage's peak would be inherited from the parent."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) for line in lines if line.startswith(key))
+    print(json.dumps({"times_ms": times, "memory_mb": (status_bytes("VmHWM") - before) / 2**20}))
 
 
 def load(kind: str, what: str) -> Callable[[np.ndarray], object]:

@@ -14,10 +14,11 @@ from typing import Any
 
 from edgedyn.errors import UsageError
 from edgedyn.report.curves import ablation_rows, precision_sections
+from edgedyn.report.layers import CLOSES, OPENS, describe_layers, replace_layers
 from edgedyn.report.pictures import Picture, panels
 from edgedyn.report.text import TIMES, megabytes, number
 
-__all__ = ["FILE", "Picture", "write_report"]
+__all__ = ["FILE", "Picture", "insert_layers", "write_report"]
 
 FILE = "report.html"
 
@@ -30,6 +31,7 @@ QUESTIONS = {
     "float:truth": "How good is the network before deployment?",
     "device:float": "Does the device say what the float network says?",
     "device:truth": "Is what runs on the device still a good network?",
+    "int8:float": "Is INT8 faster than float, layer by layer?",
     "decisions": "Do gates and masks still decide the same?",
 }
 
@@ -49,6 +51,7 @@ _FACTS_SHOWN = frozenset(
         "routes",
         "precision",
         "ablation",
+        "operators",
     }
 )
 
@@ -79,7 +82,8 @@ def write_report(
             from), ``precision`` and ``ablation`` (of a calibration table: {program: what was measured}),
             ``generated_kernels`` {name: {spread, between_images}} (shares of a kernel's rms, see
             ``edgedyn.quantize.generated``), ``decisions`` and ``routes`` (histograms of margins:
-            ``edges``, ``all``, ``changed``). Others are listed at the end.
+            ``edges``, ``all``, ``changed``). Others are listed at the end, but ``operators``, which is for
+            ``insert_layers``'s measurement.
 
     Raises:
         UsageError: for a verdict that the rows contradict, a row or a manifest without a required key, a
@@ -87,7 +91,8 @@ def write_report(
     """
     _require(out, ok, rows, manifest)
     precision = str(manifest["precision"]).upper()
-    page = _template().render(
+    page = _template("page.html").render(
+        place_of_layers=f"{OPENS}{CLOSES}",
         title=title,
         ok=ok,
         notice=_notice(str(facts.get("weights", ""))),
@@ -106,6 +111,22 @@ def write_report(
         sections=[section for section in _sections(manifest, facts) if section[1]],
     )
     (out / FILE).write_text(page, encoding="utf-8")
+
+
+def insert_layers(page: str, values: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+    """Return a report's page with the section of its layers; an earlier one is replaced.
+
+    Args:
+        page: a ``report.html``.
+        values: ``Comparison.to_json()`` and the ``machine`` that it was measured on.
+        row: the row that sums it up.
+
+    Raises:
+        BundleError: for a page of another version.
+    """
+    shown = describe_layers(values, row)
+    section = _template("layers.html").render(shown, question=QUESTIONS[row["between"]])
+    return replace_layers(page, section)
 
 
 def _require(out: Path, ok: bool, rows: list[dict[str, Any]], manifest: dict[str, Any]) -> None:
@@ -129,14 +150,14 @@ def _require(out: Path, ok: bool, rows: list[dict[str, Any]], manifest: dict[str
         )
 
 
-def _template() -> Any:
+def _template(name: str) -> Any:
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
         loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    return environment.get_template("page.html")
+    return environment.get_template(name)
 
 
 def _verdict(ok: bool, rows: list[dict[str, Any]]) -> str:

@@ -55,6 +55,20 @@ class Artifact:
 
 
 @dataclass(frozen=True)
+class Events:
+    """What one run took, as the runtime itself tells it; milliseconds.
+
+    Attributes:
+        whole: the program.
+        operators: ("layer" or "conversion", time) of its convolutions and matrix products, and of what it
+            converts between float and INT8, in the order in which they ran.
+    """
+
+    whole: float
+    operators: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True)
 class Target:
     """A runtime that a program is lowered to.
 
@@ -71,6 +85,9 @@ class Target:
             Returns ``delegated``, the share of operators that an accelerated backend takes, ``portable``
             {operator: count} of the others, and ``unsupported`` {operator: count} that it has no way to run.
         load: ``load(path, program) -> run``; the device side, keeps alive what the runtime needs.
+        profile: ``profile(path, program)`` loads a program that keeps count: ``run(*arrays)``, then
+            ``read()`` returns the ``Events`` of every run. None where the runtime does not tell what a layer
+            takes; else ``lower`` puts ``operators``, program -> what each event is of, into the facts.
         missing: a sentence that says what is not installed and what to do, or None where the target can be
             lowered to and run here.
     """
@@ -85,6 +102,7 @@ class Target:
     preview: Callable[[Mapping[str, ExportedProgram]], dict[str, Any]]
     load: Callable[[Path, str], Run]
     missing: Callable[[], str | None]
+    profile: Callable[[Path, str], Any] | None = None
 
 
 def deferred(module: str, function: str) -> Callable[..., Any]:

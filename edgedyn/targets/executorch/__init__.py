@@ -24,4 +24,5 @@ TARGET = Target(
     preview=deferred("edgedyn.targets.executorch.lower", "preview"),
     load=deferred("edgedyn.targets.executorch.run", "load"),
     missing=_missing,
+    profile=deferred("edgedyn.targets.executorch.profile", "Profiled"),
 )

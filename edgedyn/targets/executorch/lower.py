@@ -24,6 +24,7 @@ from torch.fx import Node
 from edgedyn.errors import ModelError
 from edgedyn.targets import Artifact
 from edgedyn.targets.executorch import kernels
+from edgedyn.targets.executorch.operators import trace_operators
 from edgedyn.targets.executorch.run import quiet_runtime
 from edgedyn.targets.fuse import calls_kernels, fuse_int8
 
@@ -39,8 +40,9 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
         precision: ``fp32`` or ``int8``; the programs already are of it.
 
     Returns:
-        The artifact; facts: ``delegates``, ``portable`` (op name -> count), ``executorch`` version; of
-        several programs also ``methods``, the same for each, and ``shared_bytes``, saved by shared weights.
+        The artifact; facts: ``delegates``, ``portable`` (op name -> count), ``executorch`` version,
+        ``operators`` (which layer each operator is of); of several programs also ``methods``, delegates and
+        portable of each, and ``shared_bytes``, saved by shared weights.
 
     Raises:
         ModelError: for an operator that the stock runtime lacks, with its node and the mend.
@@ -48,6 +50,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
     programs = _with_kernels(programs)
     edge = _to_edge(programs)
     counts = {name: _count(edge, name) for name in programs}
+    operators = {name: trace_operators(edge.exported_program(name)) for name in programs}
     lowered = _to_executorch(edge)
     for name in programs:
         check_operators(lowered.exported_program(name), name)
@@ -57,6 +60,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
         "delegates": sum(delegates for delegates, _ in counts.values()),
         "portable": dict(sorted(sum((portable for _, portable in counts.values()), Counter()).items())),
         "executorch": version("executorch"),
+        "operators": operators,
     }
     if len(programs) > 1:
         apart = sum(len(_to_edge({n: p}).to_executorch().buffer) for n, p in programs.items())

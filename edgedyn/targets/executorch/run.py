@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -36,30 +36,11 @@ def load(path: Path, program: str = FORWARD) -> Run:
     Raises:
         BundleError: when the runtime refuses the program, with the runtime's words.
     """
-    import torch
-    from executorch.runtime import Runtime, Verification
-
-    data = path.read_bytes()
-    if b"edgedyn::" in data:  # a program names the operators that it calls
-        kernels.load()
-    try:
-        with quiet_runtime():
-            loaded = Runtime.get().load_program(data, verification=Verification.InternalConsistency)
-            method = loaded.load_method(program)
-    except RuntimeError as error:
-        raise BundleError(
-            f"ExecuTorch refuses {program!r} of {path.name} ({len(data)} bytes): {error}. Expected a program "
-            "built for this runtime version; build the bundle again, `edgedyn doctor` prints the versions."
-        ) from error
-    kept = (data, loaded, method)
+    kept = open_method(path, program)
 
     def run(*arrays: np.ndarray) -> list[np.ndarray]:
-        # in order: the runtime reads channels-last tensors as if they were not (executorch 1.5.1)
-        tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-        # numpy gives an empty array strides of 0, at which the runtime ends the process (executorch 1.5.1)
-        tensors = [x if x.numel() else x.new_empty(x.shape) for x in tensors]
         try:
-            return [y.numpy().copy() for y in kept[2].execute(tensors)]
+            return [y.numpy().copy() for y in kept[2].execute(to_tensors(arrays))]
         except RuntimeError as error:
             shapes = [array.shape for array in arrays]
             raise BundleError(
@@ -68,6 +49,45 @@ def load(path: Path, program: str = FORWARD) -> Run:
             ) from error
 
     return run
+
+
+def open_method(path: Path, program: str, *, is_traced: bool = False) -> tuple[bytes, Any, Any]:
+    """Return the buffer, the program and the method, all of them to be held.
+
+    Args:
+        path: a ``.pte``.
+        program: name of the method.
+        is_traced: let the runtime note what each operator takes.
+
+    Raises:
+        BundleError: when the runtime refuses the program, with the runtime's words.
+    """
+    from executorch.runtime import Runtime, Verification
+
+    data = path.read_bytes()
+    if b"edgedyn::" in data:  # a program names the operators that it calls
+        kernels.load()
+    try:
+        with quiet_runtime():
+            loaded = Runtime.get().load_program(
+                data, verification=Verification.InternalConsistency, enable_etdump=is_traced
+            )
+            return data, loaded, loaded.load_method(program)
+    except RuntimeError as error:
+        raise BundleError(
+            f"ExecuTorch refuses {program!r} of {path.name} ({len(data)} bytes): {error}. Expected a program "
+            "built for this runtime version; build the bundle again, `edgedyn doctor` prints the versions."
+        ) from error
+
+
+def to_tensors(arrays: Sequence[np.ndarray]) -> list[Any]:
+    """Return arrays as the runtime takes them."""
+    import torch
+
+    # in order: the runtime reads channels-last tensors as if they were not (executorch 1.5.1)
+    tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
+    # numpy gives an empty array strides of 0, at which the runtime ends the process (executorch 1.5.1)
+    return [x if x.numel() else x.new_empty(x.shape) for x in tensors]
 
 
 def runtime_name(path: Path) -> str:

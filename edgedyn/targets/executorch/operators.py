@@ -1,0 +1,118 @@
+"""Which layer each operator of a lowered program belongs to, in the order in which the runtime runs them.
+
+    float map -> convert -> INT8 layer -> convert -> float reader
+
+XNNPACK runs a quantize or dequantize node as an operator of its own, unless it stands between two INT8
+operators: the partitioner tags those. A conversion is paid by the layers that it is made for: those that
+read what it quantizes, or the one that wrote what it dequantizes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from executorch.backends.xnnpack.utils.quant_utils import (
+    is_dequant,
+    is_per_channel,
+    is_quant,
+    is_tagged_as_implicit_q_dq,
+)
+from torch.export import ExportedProgram
+from torch.fx import Node
+
+# what XNNPACK and the portable kernels run as a convolution or a matrix product with static weights
+_LAYERS = {
+    "aten.convolution.default",
+    "aten.linear.default",
+    "aten.addmm.default",
+    "aten.mm.default",
+}
+_FUSED = {"aten.relu.default", "aten.hardtanh.default", "aten.clamp.default"}
+_PADS = {"aten.constant_pad_nd.default", "aten.pad.default"}
+
+
+def trace_operators(program: ExportedProgram) -> list[dict[str, Any]]:
+    """List the convolutions, matrix products and INT8 conversions of an edge program, as they run.
+
+    Returns:
+        Of a layer ``{"layer", "int8", "shape", "multiply_adds"}``, the shape of its output; one that is
+        called again is ``name#2``. Of a conversion ``{"conversion": the layers that it is made for}``.
+    """
+    nodes = list(_nodes(program))
+    names = _name_layers(nodes)
+    return [
+        _describe(node, names[node]) if node in names else {"conversion": _beneficiaries(node, names)}
+        for node in nodes
+        if node in names or _is_conversion(node)
+    ]
+
+
+def _nodes(program: ExportedProgram) -> Iterator[Node]:
+    """Yield the operators of a program, those of its delegates in their place."""
+    for node in program.graph.nodes:
+        if "call_delegate" in _operator(node):
+            lowered = getattr(program.graph_module, node.args[0].target)
+            yield from (n for n in lowered.original_module.graph.nodes if n.op == "call_function")
+        elif node.op == "call_function":
+            yield node
+
+
+def _name_layers(nodes: list[Node]) -> dict[Node, str]:
+    seen: Counter[str] = Counter()
+    names = {}
+    for node in nodes:
+        if _operator(node) in _LAYERS:
+            stack = (node.meta.get("nn_module_stack") or {}).values()
+            path = next((str(path) for path, _ in reversed(stack) if path), "the network itself")
+            seen[path] += 1
+            names[node] = path if seen[path] == 1 else f"{path}#{seen[path]}"
+    return names
+
+
+def _operator(node: Node) -> str:
+    return str(getattr(node.target, "__name__", node.target)) if node.op == "call_function" else ""
+
+
+def _is_conversion(node: Node) -> bool:
+    """Whether a node is run as an operator between float and INT8."""
+    converts = is_quant(node) or (is_dequant(node) and not is_per_channel(node))
+    return bool(converts and not is_tagged_as_implicit_q_dq(node))
+
+
+def _beneficiaries(node: Node, names: dict[Node, str]) -> list[str]:
+    """Name the INT8 layers that a conversion is made for."""
+    if is_quant(node):
+        found = _search(node, names, lambda n: list(n.users))
+    else:
+        found = _search(node, names, lambda n: n.all_input_nodes[:1])
+    return sorted({names[layer] for layer in found})
+
+
+def _search(node: Node, names: dict[Node, str], follow: Callable[[Node], list[Node]]) -> Iterator[Node]:
+    """Yield the layers that are reached through other steps of INT8, pads and fused activations."""
+    for other in follow(node):
+        if other in names:
+            yield other
+        elif _operator(other) in _FUSED | _PADS or (
+            (is_quant(other) or is_dequant(other)) and not _is_conversion(other)
+        ):
+            yield from _search(other, names, follow)
+
+
+def _describe(node: Node, name: str) -> dict[str, Any]:
+    is_int8 = any(is_dequant(x) and not _is_conversion(x) for x in node.all_input_nodes)
+    shape = list(node.meta["val"].shape)
+    return {"layer": name, "int8": is_int8, "shape": shape, "multiply_adds": _multiply_adds(node)}
+
+
+def _multiply_adds(node: Node) -> int:
+    """Count them from the shapes."""
+    size = math.prod(node.meta["val"].shape)
+    x, weight = (argument.meta["val"] for argument in node.args[:2] if isinstance(argument, Node))
+    if _operator(node) in ("aten.mm.default", "aten.addmm.default"):
+        return int(size * node.args[-1].meta["val"].shape[0])  # type: ignore[union-attr]
+    is_transposed = _operator(node) == "aten.convolution.default" and node.args[6]
+    return int(weight[0].numel() * (x.numel() if is_transposed else size))
