@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgedyn import ops, quantize
+from edgedyn.calibration import open_set, refuse_overlap
 from edgedyn.errors import CalibrationError, EdgedynError, ModelError
 from edgedyn.layers import canonicalize, find_dynamic, float32_classes, recognise
 from edgedyn.manifest import FORWARD, Routing
@@ -113,13 +114,15 @@ def convert(
         force: use the recipe's calibration table also where it is of something else.
         trust: allow weights that are a pickle of tensors.
         progress: called with (what is done, steps done, steps in all).
+
+    Raises:
+        CalibrationError: when images to fine-tune on are refused, or are validated on.
     """
-    progress("rewrite layers", 0, 1)
     is_int8 = recipe.precision == "int8"
+    finetuning = open_finetuning(recipe) if is_int8 else None
+    progress("rewrite layers", 0, 1)
     needed = is_int8 or recipe.route.capacity is not None or not recipe.is_trained
-    drawn = (
-        list(calibration.draw(recipe.input_shapes(), TASKS[recipe.task])) if calibration and needed else []
-    )
+    drawn = _draw(recipe, calibration) if calibration and needed else []
     tensors = [to_tensors(sample) for sample in drawn]
     reference = load_reference(recipe, tensors, trust=trust)
     capacities = count_capacities(reference, tensors, recipe.route.capacity)
@@ -129,10 +132,12 @@ def convert(
     captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
     expanded = {name: _expand(program, target, recipe) for name, program in captured.items()}
     progress("rewrite layers", 1, 1)
-    key = table_key(recipe, calibration, captured, expanded) if is_int8 and calibration else {}
+    key = table_key(recipe, calibration, captured, expanded, finetuning) if is_int8 and calibration else {}
     table, misfit = find_table(recipe, key, force=force) if key else (None, "")
     observed = [part_inputs(canonical, x) for x in tensors] if key and table is None else []
-    sources = [sample.source for sample in drawn]
+    more = _draw(recipe, finetuning) if finetuning and observed else []
+    trained = [part_inputs(canonical, to_tensors(sample)) for sample in more]
+    sources = [sample.source for sample in [*drawn, *more]]
     finished = {}
     for name, (forms, program) in expanded.items():
         finished[name] = _finish_part(
@@ -142,6 +147,7 @@ def convert(
             recipe,
             target,
             samples=[x[name] for x in observed],
+            finetuning=[x[name] for x in trained],
             sources=sources,
             calibrated=None if table is None else part_of(table, name),
             generated=quantize.find_generators(quantize.fold(captured[name])) if key else frozenset(),
@@ -151,7 +157,7 @@ def convert(
         made = {
             name: part.quantized.calibrated for name, part in finished.items() if part.quantized.calibrated
         }
-        table = make_table(recipe, calibration, key, made)
+        table = make_table(recipe, calibration, key, made, finetuning)
     dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(reference)))
     return Converted(reference, finished, routing_of(canonical), capacities, dynamic, table, misfit)
 
@@ -187,6 +193,7 @@ def _finish_part(
     target: Target,
     *,
     samples: Sequence[tuple[Tensor, ...]],
+    finetuning: Sequence[tuple[Tensor, ...]],
     sources: Sequence[str],
     calibrated: quantize.Calibrated | None,
     generated: frozenset[str],
@@ -204,6 +211,7 @@ def _finish_part(
             scheme=target.int8,
             section=recipe.quantize,
             samples=samples,
+            finetuning=finetuning,
             sources=sources,
             calibrated=calibrated,
             generated=generated,
@@ -263,9 +271,26 @@ def count_capacities(
     return capacities_of(canonicalize(reference), [inputs[0] for inputs in drawn], quantile)
 
 
+def open_finetuning(recipe: Recipe) -> CalibrationSet | None:
+    """Open the set that the recipe fine-tunes on, where it names one.
+
+    Raises:
+        CalibrationError: when it is refused, or shares a file with the validation set.
+    """
+    if recipe.quantize.finetune_images is None:
+        return None
+    images = open_set(recipe.path(recipe.quantize.finetune_images))
+    refuse_overlap(images, open_set(recipe.path(recipe.validation)))
+    return images
+
+
+def _draw(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
+    return list(images.draw(recipe.input_shapes(), TASKS[recipe.task]))
+
+
 def draw_tensors(recipe: Recipe, images: CalibrationSet) -> list[tuple[Tensor, ...]]:
     """Draw a set's samples as tensors of the recipe's inputs."""
-    return [to_tensors(sample) for sample in images.draw(recipe.input_shapes(), TASKS[recipe.task])]
+    return [to_tensors(sample) for sample in _draw(recipe, images)]
 
 
 def to_tensors(sample: Sample) -> tuple[Tensor, ...]:

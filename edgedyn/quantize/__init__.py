@@ -90,6 +90,7 @@ def to_int8(
     scheme: Int8Scheme,
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]] = (),
+    finetuning: Sequence[tuple[Tensor, ...]] = (),
     sources: Sequence[str] = (),
     calibrated: Calibrated | None = None,
     float32: Collection[str] = frozenset(),
@@ -105,7 +106,8 @@ def to_int8(
         scheme: how the target annotates INT8.
         section: the recipe's ``quantize`` section.
         samples: calibration inputs, each a tuple of tensors of the program's shapes.
-        sources: where each sample comes from, for errors.
+        finetuning: inputs that weights are trained on in place of a part of the samples.
+        sources: where each sample comes from, then each of ``finetuning``, for errors.
         calibrated: of the same program, from a calibration table; no sample is looked at.
         float32: names of module classes that are never quantized.
         kernels: overloads of our ops that the target computes in INT8 where x is.
@@ -125,6 +127,7 @@ def to_int8(
             scheme=scheme,
             section=section,
             samples=samples,
+            finetuning=finetuning,
             sources=sources,
             generated=generated,
             progress=progress,

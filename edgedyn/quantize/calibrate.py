@@ -1,6 +1,6 @@
 """From a folded float program and images to the INT8 steps of its tensors, and the weights that go with them.
 
-    equalize -> observe -> choose ranges -> round the weights
+    equalize -> observe -> choose ranges -> round the weights [-> correct biases] [-> fine-tune]
 
 Everything that follows from images is in what is returned, the entries of the calibration table and the
 constants that changed: with them ``restore`` and ``steps_of`` make the same INT8 program without an image.
@@ -9,7 +9,7 @@ constants that changed: with them ``restore`` and ``steps_of`` make the same INT
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,8 +20,10 @@ from edgedyn.calibration_table import Entry, Kind
 from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
 from edgedyn.quantize.equalize import equalize, find_pairs
+from edgedyn.quantize.finetune import choose_examples, finetune
 from edgedyn.quantize.lockstep import Lockstep
 from edgedyn.quantize.nodes import bias_of, set_constant, weight_of
+from edgedyn.quantize.norms import reestimate
 from edgedyn.quantize.plan import Plan, Site, Steps, find_sites, name_tensors
 from edgedyn.quantize.rounding import convolution_arguments, measure_moments, reconstruct
 from edgedyn.quantize.statistics import observe
@@ -57,6 +59,7 @@ def calibrate(
     scheme: Int8Scheme,
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]],
+    finetuning: Sequence[tuple[Tensor, ...]] = (),
     sources: Sequence[str] = (),
     generated: Collection[str] = frozenset(),
     progress: Progress = lambda what, done, total: None,
@@ -69,14 +72,15 @@ def calibrate(
         scheme: of that target. Ranges are found for every scheme.
         section: the recipe's ``quantize`` section.
         samples: inputs of the program.
-        sources: where each sample comes from, for errors.
+        finetuning: inputs that weights are trained on in place of a part of the samples.
+        sources: where each sample comes from, then each of ``finetuning``, for errors.
         generated: names of the tensors that are generated kernels.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
         CalibrationError: without samples, or for a sample that brings NaN or infinite values.
     """
-    _refuse_samples(samples, sources)
+    _refuse_samples(samples, finetuning, sources)
     changed = equalize(module, find_pairs(module), samples) if section.equalize else []
     sites = find_sites(module)
     constants = _changed_constants(module, [site for site in sites if site.node in changed])
@@ -93,8 +97,11 @@ def calibrate(
     }
     entries |= {site.weight: _weight_entry(module, site, section) for site in sites}
     steps = steps_of(tuple(entries.values()), scheme)
-    if section.rounding == "reconstruct":
-        rounded = _reconstruct(module, plan, steps, scheme, samples, progress)
+    examples = choose_examples(module, samples, finetuning) if section.finetune else ([], [])
+    if section.rounding == "reconstruct" or section.bn_reestimation:
+        rounded, scales = _round_weights(module, plan, steps, scheme, section, samples, progress)
+        entries |= {name: replace(entries[name], channels=channels) for name, channels in scales.items()}
+        steps = steps_of(tuple(entries.values()), scheme)
         restore(module, Calibrated(tuple(entries.values()), rounded))
         constants |= rounded
     if section.bias_correction != "none":
@@ -111,15 +118,30 @@ def calibrate(
         )
         restore(module, Calibrated((), corrected))
         constants |= corrected
+    if section.finetune:
+        trained = finetune(
+            module,
+            plan,
+            steps=steps,
+            scheme=scheme,
+            training=examples[0],
+            held_out=examples[1],
+            count=section.finetune,
+            progress=lambda done, total: progress("fine-tune", done, total),
+        )
+        restore(module, Calibrated(tuple(entries.values()), trained))
+        constants |= trained
     return Calibrated(tuple(entries.values()), constants)
 
 
-def _refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]) -> None:
+def _refuse_samples(
+    samples: Sequence[tuple[Tensor, ...]], finetuning: Sequence[tuple[Tensor, ...]], sources: Sequence[str]
+) -> None:
     if not samples:
         raise CalibrationError(
             "there are no calibration samples; INT8 needs at least one image. Mend the set."
         )
-    for index, sample in enumerate(samples):
+    for index, sample in enumerate([*samples, *finetuning]):
         bad = sum(int((~torch.isfinite(x)).sum()) for x in sample)
         if bad:
             raise CalibrationError(
@@ -184,31 +206,39 @@ def _rounding_error(weight: Tensor, scales: Tensor) -> Tensor:
     return ((weight - rounded) ** 2).sum(1)
 
 
-def _reconstruct(
+def _round_weights(
     module: fx.GraphModule,
     plan: Plan,
     steps: Steps,
     scheme: Int8Scheme,
+    section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]],
     progress: Progress,
-) -> dict[str, np.ndarray]:
-    """Round the weights of every INT8 layer, first to last; return codes and biases."""
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, ...]]]:
+    """Round the weights of every INT8 layer, first to last; return codes and biases, and the scales."""
     constants: dict[str, np.ndarray] = {}
+    channels: dict[str, tuple[float, ...]] = {}
 
     def change(site: Site, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        weight = weight_of(module, site.node)
-        is_linear = site.node.target is torch.ops.aten.linear.default
-        groups = 1 if is_linear else convolution_arguments(site.node)[3]
-        scales = steps.weights[site.weight]
-        codes, bias = reconstruct(weight, scales, measure_moments(site.node, inputs, outputs, groups))
+        weight, scales = weight_of(module, site.node), steps.weights[site.weight]
+        column = (-1, *[1] * (weight.dim() - 1))
+        if section.rounding == "reconstruct":
+            is_linear = site.node.target is torch.ops.aten.linear.default
+            groups = 1 if is_linear else convolution_arguments(site.node)[3]
+            codes, bias = reconstruct(weight, scales, measure_moments(site.node, inputs, outputs, groups))
+        else:  # re-estimation sets the bias
+            codes = torch.clamp(torch.round(weight / scales.reshape(column)), -127, 127)
+        if section.bn_reestimation:
+            gain, bias = reestimate(site.node, inputs, outputs, codes.float() * scales.reshape(column))
+            scales = (scales * gain).float()
         constants[site.weight] = codes.to(torch.int8).numpy()
         constants[site.bias] = bias.float().numpy()
-        column = scales.reshape(-1, *[1] * (weight.dim() - 1))
-        return codes.float() * column, bias.float()
+        channels[site.weight] = tuple(float(scale) for scale in scales)
+        return codes.float() * scales.reshape(column), bias.float()
 
     lockstep = Lockstep(module, plan, steps, scheme)
     lockstep.run(samples, change, lambda done, total: progress("round weights", done, total))
-    return constants
+    return constants, channels
 
 
 def _changed_constants(module: fx.GraphModule, sites: Sequence[Site]) -> dict[str, np.ndarray]:
