@@ -135,7 +135,7 @@ def convert(
     key = table_key(recipe, calibration, captured, expanded, finetuning) if is_int8 and calibration else {}
     table, misfit = find_table(recipe, key, force=force) if key else (None, "")
     observed = [part_inputs(canonical, x) for x in tensors] if key and table is None else []
-    more = _draw(recipe, finetuning) if finetuning and observed else []
+    more = _draw_finetuning(recipe, finetuning or calibration) if observed and calibration else []
     trained = [part_inputs(canonical, to_tensors(sample)) for sample in more]
     sources = [sample.source for sample in [*drawn, *more]]
     finished = {}
@@ -286,6 +286,11 @@ def open_finetuning(recipe: Recipe) -> CalibrationSet | None:
 
 def _draw(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
     return list(images.draw(recipe.input_shapes(), TASKS[recipe.task]))
+
+
+def _draw_finetuning(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
+    """Draw with a seed of its own: of the calibration images, other crops and noise than rounding saw."""
+    return _draw(recipe, replace(images, seed=images.seed + 1)) if recipe.quantize.finetune else []
 
 
 def draw_tensors(recipe: Recipe, images: CalibrationSet) -> list[tuple[Tensor, ...]]:

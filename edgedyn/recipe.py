@@ -89,7 +89,7 @@ class QuantizeSection(_Section):
     )
     finetune_images: str | None = Field(
         default=None,
-        description="set manifest or folder to fine-tune on; else three quarters of the calibration set",
+        description="set manifest or folder to fine-tune on; else other crops of the calibration set",
     )
     keep_float: list[str] = Field(
         default=[], description="dotted layer paths that stay float; * matches any part"

@@ -6,7 +6,7 @@
     data        digest of the image set: files, noise, samples, seed
     transform   task and shapes: how an image becomes an input
     method      the recipe's quantize section
-    finetuning  digest of the images that weights are trained on, where the recipe names any
+    finetuning  digest of the images that weights are trained on, where they are others
     versions    of the tools that calibrate
 
 The target is no part of its key: one table holds the steps for affine and for symmetric runtimes.
@@ -49,7 +49,7 @@ def table_key(
         images: the calibration set.
         captured: the programs with our ops as nodes.
         expanded: the forms of these ops, and the programs before they are quantized.
-        finetuning: the set that weights are trained on, where it is one of its own.
+        finetuning: the set that weights are trained on, where it is another one.
     """
     graphs = {name: _digest(program) for name, program in captured.items()}
     forms = {

@@ -106,7 +106,7 @@ def to_int8(
         scheme: how the target annotates INT8.
         section: the recipe's ``quantize`` section.
         samples: calibration inputs, each a tuple of tensors of the program's shapes.
-        finetuning: inputs that weights are trained on in place of a part of the samples.
+        finetuning: inputs for training and judging weights; without any, the samples.
         sources: where each sample comes from, then each of ``finetuning``, for errors.
         calibrated: of the same program, from a calibration table; no sample is looked at.
         float32: names of module classes that are never quantized.

@@ -72,7 +72,7 @@ def calibrate(
         scheme: of that target. Ranges are found for every scheme.
         section: the recipe's ``quantize`` section.
         samples: inputs of the program.
-        finetuning: inputs that weights are trained on in place of a part of the samples.
+        finetuning: inputs for training and judging weights; without any, the samples.
         sources: where each sample comes from, then each of ``finetuning``, for errors.
         generated: names of the tensors that are generated kernels.
         progress: called with (what is done, steps done, steps in all).
@@ -97,7 +97,7 @@ def calibrate(
     }
     entries |= {site.weight: _weight_entry(module, site, section) for site in sites}
     steps = steps_of(tuple(entries.values()), scheme)
-    examples = choose_examples(module, samples, finetuning) if section.finetune else ([], [])
+    examples = choose_examples(module, finetuning or samples) if section.finetune else ([], [])
     if section.rounding == "reconstruct" or section.bn_reestimation:
         rounded, scales = _round_weights(module, plan, steps, scheme, section, samples, progress)
         entries |= {name: replace(entries[name], channels=channels) for name, channels in scales.items()}

@@ -27,7 +27,7 @@ from edgedyn.quantize.plan import Plan, Steps
 from edgedyn.targets import Int8Scheme
 
 _RATE = 0.01  # of Adam, in steps of a weight or of its layer's output: ten more undo the reconstruction
-_HELD_OUT = 4  # every fourth calibration sample judges, where the others train
+_HELD_OUT = 4  # every fourth sample judges, the others train
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -40,21 +40,19 @@ class Example:
 
 
 def choose_examples(
-    module: fx.GraphModule, samples: Sequence[tuple[Tensor, ...]], finetuning: Sequence[tuple[Tensor, ...]]
+    module: fx.GraphModule, samples: Sequence[tuple[Tensor, ...]]
 ) -> tuple[list[Example], list[Example]]:
     """Return what is trained on and what judges the result, with the outputs of the float program.
 
     Args:
         module: a folded program whose weights are not rounded yet.
-        samples: calibration inputs; a fourth of them judges, and the others train where nothing else does.
-        finetuning: inputs to train on; all calibration inputs judge then.
+        samples: inputs; best such that rounding did not see, or the judges find it better than it is.
     """
-    rest = [x for index, x in enumerate(samples) if index % _HELD_OUT]
-    training, held_out = (finetuning, samples) if finetuning else (rest or samples, samples[::_HELD_OUT])
     program = fx.Interpreter(module)  # of the graph as it is: code was not made of it since it changed
     with torch.no_grad():
-        taught = [[Example(x, _outputs(program.run(*x))) for x in chosen] for chosen in (training, held_out)]
-    return taught[0], taught[1]
+        examples = [Example(x, _outputs(program.run(*x))) for x in samples]
+    training = [example for index, example in enumerate(examples) if index % _HELD_OUT]
+    return training or examples, examples[::_HELD_OUT]
 
 
 def finetune(
@@ -84,7 +82,7 @@ def finetune(
         progress: called with (steps done, steps).
     """
     program = _Int8Program(module, plan, steps, scheme)
-    if not plan.sites or not program.error(training[0]).requires_grad:
+    if not program.error(training[0]).requires_grad:
         return {}
     before, weights = program.errors(held_out), 1 / program.errors(training)
     generator = torch.Generator().manual_seed(0)
@@ -176,8 +174,10 @@ class _Int8Program(fx.Interpreter):
     def error(self, example: Example) -> Tensor:
         """Return |INT8 - float|^2 / |float|^2, summed over the outputs."""
         found = _outputs(self.run(*example.inputs))
-        pairs = zip(found, example.outputs, strict=True)
-        return torch.stack([((a - b) ** 2).mean() / (b**2).mean().clamp(min=_TINY) for a, b in pairs]).sum()
+        total = torch.zeros(())
+        for y, wanted in zip(found, example.outputs, strict=True):
+            total = total + ((y - wanted) ** 2).mean() / (wanted**2).mean().clamp(min=_TINY)
+        return total
 
     @torch.no_grad()
     def errors(self, examples: Sequence[Example]) -> Tensor:
