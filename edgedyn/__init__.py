@@ -11,14 +11,24 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edgedyn.authors import from_authors
     from edgedyn.bundle import open_bundle
+    from edgedyn.calibration import CalibrationSet
     from edgedyn.layers import canonicalize
     from edgedyn.pipeline import build
     from edgedyn.recipe import load_recipe
     from edgedyn.session import open_session
 
 __version__ = "0.1.0"
-__all__ = ["build", "canonicalize", "from_authors", "load_recipe", "open_bundle", "open_session"]
+__all__ = [
+    "CalibrationSet",
+    "build",
+    "canonicalize",
+    "from_authors",
+    "load_recipe",
+    "open_bundle",
+    "open_session",
+]
 _HOMES = {
+    "CalibrationSet": "edgedyn.calibration",
     "build": "edgedyn.pipeline",
     "canonicalize": "edgedyn.layers",
     "from_authors": "edgedyn.authors",

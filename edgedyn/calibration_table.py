@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from edgedyn.errors import CalibrationError
 from edgedyn.files import replace_file
 from edgedyn.histogram import Histogram
 
-FORMAT = 1
+FORMAT = 2
 Kind = Literal["weight", "feature", "kernel", "decision"]
 _AGAIN = "Calibrate again: edgedyn calibrate RECIPE -o FILE"
 
@@ -63,7 +63,7 @@ class Entry:
             "channels": list(self.channels),
             "histogram": self.histogram.to_json(),
         }
-        return {**values, "sha256": _digest(values)}
+        return _sealed(values)
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Entry:
@@ -81,6 +81,89 @@ class Entry:
 
 
 @dataclass(frozen=True)
+class LayerCost:
+    """What INT8 costs in one layer.
+
+    Attributes:
+        layer: its name.
+        share: of all multiply-adds.
+        sqnr_db: its output's power over that of its error where all layers are INT8.
+        gain_db: PSNR that comes back where this layer alone is float, at the noise level that loses most.
+    """
+
+    layer: str
+    share: float
+    sqnr_db: float
+    gain_db: float
+
+
+@dataclass(frozen=True)
+class Point:
+    """One choice: how many layers are float, the share that is INT8, and the PSNR that this costs, dB."""
+
+    layers: int
+    int8_share: float
+    drop_db: float
+
+
+@dataclass(frozen=True)
+class Precision:
+    """What was measured to choose, and what was chosen.
+
+    Attributes:
+        layers: the INT8 layers in the order in which they become float.
+        curve: drop against INT8 share, the most INT8 first.
+        kept: the chosen float layers.
+        drop_db: of what was chosen, its weights rounded for it.
+    """
+
+    layers: tuple[LayerCost, ...]
+    curve: tuple[Point, ...]
+    kept: tuple[str, ...] = ()
+    drop_db: float = 0.0
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values."""
+        values = asdict(self)
+        return {name: list(x) if isinstance(x, tuple) else x for name, x in values.items()}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Precision:
+        """Read what ``to_json`` gives."""
+        layers = tuple(LayerCost(**layer) for layer in values["layers"])
+        curve = tuple(Point(**point) for point in values["curve"])
+        return cls(layers, curve, tuple(values["kept"]), values["drop_db"])
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One thing that a network can decide, and how many calibration samples it decided so.
+
+    Attributes:
+        decision: ``variant``, ``mask`` (active anywhere) or ``density`` (active share of all masks).
+        name: of the variant, the layer with the mask, or the band, ``25-50%``; of masks in a variant its name
+            and a colon stand in front.
+        taken: samples that take it.
+        samples: all of them.
+        needed: samples that the recipe demands; 0 where it only reports.
+        least: smallest density of a mask.
+        most: largest density of a mask.
+    """
+
+    decision: str
+    name: str
+    taken: int
+    samples: int
+    needed: int = 0
+    least: float | None = None
+    most: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return JSON values, with the digest of all others."""
+        return _sealed(asdict(self))
+
+
+@dataclass(frozen=True)
 class CalibrationTable:
     """Everything that calibration found out.
 
@@ -90,12 +173,18 @@ class CalibrationTable:
         programs: program -> its tensors in the order of its graph.
         constants: ``program/tensor`` -> new value of a weight or bias: float32, or int8 codes of a weight
             whose scales are in its entry.
+        precision: program -> which layers stay float because of what INT8 costs, where that was measured.
+        ablation: program -> PSNR drop by what was changed in the method, dB, where that was measured.
+        coverage: how often the samples take each outcome of what the network decides.
     """
 
     key: Mapping[str, Any]
     images: Mapping[str, Any]
     programs: Mapping[str, tuple[Entry, ...]]
     constants: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    precision: Mapping[str, Precision] = field(default_factory=dict)
+    ablation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    coverage: tuple[Outcome, ...] = ()
 
     def refuse_other(self, key: Mapping[str, Any], path: Path) -> None:
         """Refuse to be used for anything else than what it was made of.
@@ -122,8 +211,11 @@ class CalibrationTable:
             "key": dict(self.key),
             "images": dict(self.images),
             "constants": hashlib.sha256(weights).hexdigest() if self.constants else "",
+            "precision": {name: _sealed(p.to_json()) for name, p in self.precision.items()},
+            "ablation": {name: _sealed(dict(drops)) for name, drops in self.ablation.items()},
         }
-        lines = [json.dumps(head, indent=1)[:-2] + ',\n "programs": {']
+        outcomes = ",".join(f"\n  {json.dumps(outcome.to_json())}" for outcome in self.coverage)
+        lines = [json.dumps(head, indent=1)[:-2] + f',\n "coverage": [{outcomes}],\n "programs": {{']
         for number, (program, entries) in enumerate(self.programs.items()):
             rows = ",\n".join(f"   {json.dumps(entry.to_json())}" for entry in entries)
             comma = "," if number + 1 < len(self.programs) else ""
@@ -149,16 +241,22 @@ def read_table(path: Path) -> CalibrationTable:
         programs = {}
         for program, rows in values["programs"].items():
             for row in rows:
-                given = row.pop("sha256")
-                if _digest(row) != given:
-                    raise CalibrationError(
-                        f"calibration table {path}: the entry {row.get('name')!r} of program {program!r} "
-                        f"was edited: its sha256 is {_digest(row)}, it says {given}. The recipe sets ranges "
-                        f"(quantize.ranges). {_AGAIN}."
-                    )
+                what = f"the entry {row.get('name')!r} of program {program!r}"
+                _refuse_edited(path, row, what, "The recipe sets ranges (quantize.ranges)")
             programs[program] = tuple(Entry.from_json(row) for row in rows)
+        for program, row in values["precision"].items():
+            what = f"the precision of program {program!r}"
+            _refuse_edited(path, row, what, "The recipe keeps layers float (quantize.keep_float)")
+        precision = {name: Precision.from_json(row) for name, row in values["precision"].items()}
+        for program, row in values["ablation"].items():
+            _refuse_edited(path, row, f"the ablation of program {program!r}", "It is measured, never written")
+        for row in values["coverage"]:
+            what = f"the coverage of {row.get('decision')} {row.get('name')!r}"
+            _refuse_edited(path, row, what, "The recipe says what is demanded (quantize.coverage)")
+        coverage = tuple(Outcome(**row) for row in values["coverage"])
         constants = _read_constants(path.with_suffix(".safetensors"), values["constants"])
-        return CalibrationTable(values["key"], values["images"], programs, constants)
+        key, images, ablation = values["key"], values["images"], values["ablation"]
+        return CalibrationTable(key, images, programs, constants, precision, ablation, coverage)
     except OSError as error:
         raise CalibrationError(
             f"calibration table {path} cannot be read ({error.strerror}). {_AGAIN}."
@@ -167,6 +265,21 @@ def read_table(path: Path) -> CalibrationTable:
         raise CalibrationError(
             f"calibration table {path} is damaged ({type(error).__name__}: {error}). {_AGAIN}."
         ) from error
+
+
+def _sealed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return values with their digest."""
+    return {**values, "sha256": _digest(values)}
+
+
+def _refuse_edited(path: Path, row: dict[str, Any], what: str, instead: str) -> None:
+    """Take the digest off a row of a table, and refuse a row that it does not fit."""
+    given = row.pop("sha256")
+    if _digest(row) != given:
+        raise CalibrationError(
+            f"calibration table {path}: {what} was edited: its sha256 is {_digest(row)}, it says {given}. "
+            f"{instead}. {_AGAIN}."
+        )
 
 
 def _read_constants(path: Path, expected: str) -> dict[str, np.ndarray]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,6 +20,7 @@ from edgedyn.errors import EdgedynError, TargetMissingError, UsageError
 from edgedyn.terminal import ERR, OUT, AsJson, print_json, progress_bars, quiet_libraries
 
 if TYPE_CHECKING:
+    from edgedyn.calibration_table import Precision
     from edgedyn.validate import Row
 
 app = typer.Typer(
@@ -104,6 +106,13 @@ def calibrate(
     as_json: AsJson = False,
     force: Force = False,
     trust: Trust = False,
+    sensitivity: Annotated[
+        bool,
+        typer.Option("--sensitivity", help="measure what INT8 costs in each layer; goes on if interrupted"),
+    ] = False,
+    ablation: Annotated[
+        bool, typer.Option("--ablation", help="measure also what each switch of the method is worth")
+    ] = False,
 ) -> None:
     """Write only the calibration table, which builds reuse: quantize.table in the recipe names it."""
     from edgedyn.recipe import load_recipe
@@ -112,16 +121,57 @@ def calibrate(
     with quiet_libraries(), progress_bars() as advance:
         from edgedyn import pipeline
 
-        table = pipeline.calibrate(parsed, out, force=force, trust=trust, progress=advance)
+        table = pipeline.calibrate(
+            parsed,
+            out,
+            force=force,
+            trust=trust,
+            sensitivity=sensitivity,
+            ablation=ablation,
+            progress=advance,
+        )
     kinds: Counter[str] = Counter(entry.kind for entries in table.programs.values() for entry in entries)
     if as_json:
-        print_json({"table": str(out), "images": table.images, "tensors": dict(kinds), "key": table.key})
+        covered = [asdict(outcome) for outcome in table.coverage]
+        precision = {name: p.to_json() for name, p in table.precision.items()}
+        facts = {"images": table.images, "tensors": dict(kinds), "coverage": covered, "key": table.key}
+        facts |= {"precision": precision, "ablation": dict(table.ablation)}
+        print_json({"table": str(out), **facts})
         return
+    for name, measured in table.precision.items():
+        _print_precision(name, measured)
+    for name, drops in table.ablation.items():
+        for change, drop_db in drops.items():
+            OUT.print(f"{name}, {change}: {drop_db:.4f} dB")
     found = ", ".join(f"{count} of class {kind}" for kind, count in sorted(kinds.items()))
     OUT.print(
         f"{kinds.total()} tensors ({found}) on {table.images['samples']} samples of {table.images['name']}"
     )
+    for o in table.coverage:
+        density = "" if o.least is None else f", {o.least:.0%} to {o.most:.0%} of it"
+        OUT.print(f"{o.decision} {o.name}: {o.taken} of {o.samples} samples{density}", soft_wrap=True)
     OUT.print(f"table: {out}", soft_wrap=True)
+
+
+def _print_precision(program: str, measured: Precision) -> None:
+    """Print what INT8 costs in each layer, those that cost most a multiply-add first, and the curve."""
+    layers = Table(title=f"{program}: what INT8 costs", box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("layer", "multiply-adds", "SQNR dB", "gain dB if float", ""):
+        layers.add_column(column, overflow="fold", justify="left" if column in ("layer", "") else "right")
+    for layer in measured.layers:
+        kept = "float" if layer.layer in measured.kept else ""
+        layers.add_row(
+            layer.layer, f"{layer.share:.1%}", f"{layer.sqnr_db:.1f}", f"{layer.gain_db:.4f}", kept
+        )
+    curve = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    for column in ("float layers", "INT8 share", "drop dB"):
+        curve.add_column(column, justify="right")
+    for point in measured.curve:
+        curve.add_row(str(point.layers), f"{point.int8_share:.1%}", f"{point.drop_db:.4f}")
+    OUT.print(layers, curve, sep="\n")
+    OUT.print(
+        f"chosen: {len(measured.kept)} layers float, {measured.drop_db:.4f} dB on fresh noise and crops"
+    )
 
 
 @app.command()
@@ -300,8 +350,6 @@ def compile_bundle(
 @app.command()
 def doctor(as_json: AsJson = False) -> None:
     """Say what is installed, what each target lacks, and the command that mends it."""
-    from dataclasses import asdict
-
     from edgedyn import doctor as examiner
 
     findings = examiner.examine()

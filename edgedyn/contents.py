@@ -65,6 +65,10 @@ def describe(
     if recipe.precision == "int8" and calibration is not None:
         facts["int8_mac_share"] = min(part.quantized.int8_mac_share for part in _variants(converted))
         facts["float_nodes"] = _float_nodes(converted)
+        if converted.table is not None:
+            table = converted.table
+            facts["precision"] = {name: found.to_json() for name, found in table.precision.items()}
+            facts["ablation"] = {name: dict(found) for name, found in table.ablation.items()}
         facts["calibration"] = _describe_calibration(recipe, calibration, converted.misfit)
     if converted.capacities is not None:
         facts["capacities"] = converted.capacities
@@ -120,9 +124,9 @@ def _describe_calibration(recipe: Recipe, calibration: CalibrationSet, misfit: s
     return {
         "set": calibration.name,
         "licence": calibration.licence,
-        "images": len(calibration.files),
+        "images": len(calibration.images),
         "samples": calibration.samples,
-        "noise": calibration.noise.model_dump(),
+        "noise": calibration.noise.to_json(),
         "ranges": method.ranges.model_dump(),
         "equalized": method.equalize,
         "rounding": method.rounding,

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgedyn import ops, quantize
-from edgedyn.calibration import open_set, refuse_overlap
+from edgedyn.calibration import open_set, refuse_other_clipping, refuse_overlap
+from edgedyn.coverage import cover
 from edgedyn.errors import CalibrationError, EdgedynError, ModelError
 from edgedyn.layers import canonicalize, find_dynamic, float32_classes, recognise
-from edgedyn.manifest import FORWARD, Routing
-from edgedyn.recipe_table import find_table, make_table, part_of, table_key
+from edgedyn.manifest import FORWARD, ROUTER, Routing
+from edgedyn.recipe_table import find_table, make_exams, make_table, part_of, table_key
 from edgedyn.routing import RoutedModel, part_inputs, parts, routing_of
 from edgedyn.tasks import TASKS
 from edgedyn.weights import settle_norms
@@ -99,6 +100,8 @@ def convert(
     *,
     force: bool = False,
     trust: bool = False,
+    sensitivity: bool = False,
+    ablation: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Converted:
     """Bring the recipe's network to the programs that the target lowers.
@@ -113,6 +116,8 @@ def convert(
         example: an input of the recipe's shape, to export with.
         force: use the recipe's calibration table also where it is of something else.
         trust: allow weights that are a pickle of tensors.
+        sensitivity: measure what INT8 costs in each layer, also where the recipe sets no ``max_drop_db``.
+        ablation: measure also what each switch of the method is worth.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
@@ -137,27 +142,34 @@ def convert(
     observed = [part_inputs(canonical, x) for x in tensors] if key and table is None else []
     more = _draw_finetuning(recipe, finetuning or calibration) if observed and calibration else []
     trained = [part_inputs(canonical, to_tensors(sample)) for sample in more]
-    sources = [sample.source for sample in [*drawn, *more]]
+    exams = {}
+    if observed and calibration and (sensitivity or ablation or recipe.quantize.max_drop_db is not None):
+        exams = make_exams(recipe, calibration, canonical, key, ablates=ablation)
+    programs = {name: program for name, (_, program) in expanded.items()}
+    covered = cover(canonical, programs, observed, drawn=drawn, recipe=recipe) if observed else None
     finished = {}
     for name, (forms, program) in expanded.items():
+        chosen = covered.chosen[name] if covered else ()
         finished[name] = _finish_part(
             forms,
             program,
             inputs[name],
             recipe,
             target,
-            samples=[x[name] for x in observed],
+            exam=exams.get(name),
+            samples=[observed[i][name] for i in chosen],
             finetuning=[x[name] for x in trained],
-            sources=sources,
+            sources=[sample.source for sample in [*(drawn[i] for i in chosen), *more]],
             calibrated=None if table is None else part_of(table, name),
             generated=quantize.find_generators(quantize.fold(captured[name])) if key else frozenset(),
+            is_router=name == ROUTER,
             progress=_label(progress, name),
         )
-    if key and calibration and table is None:
+    if calibration and covered:
         made = {
             name: part.quantized.calibrated for name, part in finished.items() if part.quantized.calibrated
         }
-        table = make_table(recipe, calibration, key, made, finetuning)
+        table = make_table(recipe, calibration, key, made, covered, finetuning)
     dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(reference)))
     return Converted(reference, finished, routing_of(canonical), capacities, dynamic, table, misfit)
 
@@ -195,8 +207,10 @@ def _finish_part(
     samples: Sequence[tuple[Tensor, ...]],
     finetuning: Sequence[tuple[Tensor, ...]],
     sources: Sequence[str],
+    exam: quantize.Exam | None,
     calibrated: quantize.Calibrated | None,
     generated: frozenset[str],
+    is_router: bool,
     progress: Progress,
 ) -> Part:
     """Bring one expanded program to the recipe's precision."""
@@ -213,10 +227,12 @@ def _finish_part(
             samples=samples,
             finetuning=finetuning,
             sources=sources,
+            exam=exam,
             calibrated=calibrated,
             generated=generated,
             float32=float32,
             kernels={op.overload for op, form in forms.items() if form.fn is None},
+            is_router=is_router,
             progress=progress,
         )
     program = ops.expand(quantized.program, forms, "after_quantize")
@@ -275,12 +291,15 @@ def open_finetuning(recipe: Recipe) -> CalibrationSet | None:
     """Open the set that the recipe fine-tunes on, where it names one.
 
     Raises:
-        CalibrationError: when it is refused, or shares a file with the validation set.
+        CalibrationError: when it is refused, shares an image with the validation set, or clips otherwise.
     """
     if recipe.quantize.finetune_images is None:
         return None
-    images = open_set(recipe.path(recipe.quantize.finetune_images))
-    refuse_overlap(images, open_set(recipe.path(recipe.validation)))
+    given = (open_set(recipe.path(x)) for x in (recipe.quantize.finetune_images, recipe.validation))
+    noise = recipe.noise_of_sets
+    images, validation = (x if noise is None else x.with_noise(noise) for x in given)
+    refuse_overlap(images, validation)
+    refuse_other_clipping(images, validation)
     return images
 
 
@@ -289,8 +308,8 @@ def _draw(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
 
 
 def _draw_finetuning(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
-    """Draw with a seed of its own: of the calibration images, other crops and noise than rounding saw."""
-    return _draw(recipe, replace(images, seed=images.seed + 1)) if recipe.quantize.finetune else []
+    """Draw with a seed of its own: of the calibration images, crops and noise that nothing else saw."""
+    return _draw(recipe, replace(images, seed=images.seed + 2)) if recipe.quantize.finetune else []
 
 
 def draw_tensors(recipe: Recipe, images: CalibrationSet) -> list[tuple[Tensor, ...]]:

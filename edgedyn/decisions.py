@@ -11,9 +11,8 @@ precision with the decisions of the float network forced on it.
 from __future__ import annotations
 
 import math
-import operator
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,7 +24,7 @@ from torch.export import ExportedProgram
 
 from edgedyn import metrics
 from edgedyn.manifest import FORWARD
-from edgedyn.quantize import module_path
+from edgedyn.quantize.deciding import Mask, find_decisions
 from edgedyn.tasks import TASKS
 from edgedyn.validate import Outputs, Row, psnr_of
 
@@ -36,40 +35,7 @@ if TYPE_CHECKING:
     from edgedyn.recipe import Recipe
     from edgedyn.targets import Target
 
-_COMPARISONS: Mapping[Any, Callable[[np.ndarray, float], np.ndarray]] = {
-    torch.ops.aten.ge.Scalar: operator.ge,
-    torch.ops.aten.gt.Scalar: operator.gt,
-    torch.ops.aten.le.Scalar: operator.le,
-    torch.ops.aten.lt.Scalar: operator.lt,
-}
-_STEPS = {"bucketize", "ceil", "floor", "floor_divide", "heaviside", "round", "sign", "sgn", "trunc"}
 _BINS = 20  # of the margin histograms, up to 2 rms of the logits
-
-
-@dataclass(frozen=True)
-class Mask:
-    """A comparison of a float map with a number, in a program.
-
-    Attributes:
-        node: name of the comparison.
-        logits: name of the node that gives the map.
-        path: dotted path of the module that compares.
-        threshold: the number.
-        compare: ge, gt, le or lt.
-        is_floor: whether it is ``floor(clamp(logits, -1, 0))``, which is 0 where logits >= 0, else -1: the
-            comparison of runtimes that have no booleans.
-    """
-
-    node: str
-    logits: str
-    path: str
-    threshold: float
-    compare: Callable[[np.ndarray, float], np.ndarray]
-    is_floor: bool = False
-
-    def decide(self, logits: np.ndarray) -> np.ndarray:
-        """Return where the mask is set, booleans."""
-        return self.compare(logits, self.threshold)
 
 
 @dataclass(frozen=True)
@@ -105,59 +71,6 @@ def measure(converted: Converted, target: Target, outputs: Outputs, recipe: Reci
         found = measure_routes(routing, outputs, recipe)
         rows, facts = rows + found.rows, facts | found.facts
     return Measured(rows, facts)
-
-
-def find_decisions(program: ExportedProgram) -> tuple[list[Mask], int]:
-    """List the masks of a program, and count its other data-dependent decisions.
-
-    A decision is a boolean or integer computed from the input (a comparison, an index), or a step function of
-    it. What is computed from decisions alone decides nothing more.
-    """
-    given = set(program.graph_signature.user_inputs)
-    from_input = {node for node in program.graph.nodes if node.op == "placeholder" and node.name in given}
-    decided: set[fx.Node] = set()
-    masks, others = [], 0
-    for node in program.graph.nodes:
-        sources = from_input.intersection(node.all_input_nodes)
-        if node.op != "call_function" or not sources:
-            continue
-        from_input.add(node)
-        if sources <= decided:
-            decided.add(node)
-            continue
-        name = getattr(node.target, "_opname", "")
-        if name not in _STEPS and (_is_float(node) or not all(_is_float(x) for x in sources - decided)):
-            continue
-        decided.add(node)
-        mask = _read_mask(node)
-        if mask is None:
-            others += 1
-        else:
-            masks.append(mask)
-    return masks, others
-
-
-def _read_mask(node: fx.Node) -> Mask | None:
-    """Return the mask that a deciding node is, or None."""
-    source, path = node.args[0], module_path(node)
-    if not isinstance(source, fx.Node):
-        return None
-    if node.target in _COMPARISONS:
-        threshold: Any = node.args[1]
-        return Mask(node.name, source.name, path, float(threshold), _COMPARISONS[node.target])
-    is_clamp = source.target is torch.ops.aten.clamp.default and tuple(source.args[1:]) == (-1, 0)
-    if node.target is torch.ops.aten.floor.default and is_clamp and isinstance(source.args[0], fx.Node):
-        return Mask(node.name, source.args[0].name, path, 0.0, operator.ge, is_floor=True)
-    return None
-
-
-def _is_float(node: fx.Node) -> bool:
-    """Whether all tensors that a graph node gives stand for real numbers, quantized ones too."""
-    if getattr(node.target, "namespace", "") == "quantized_decomposed":
-        return True
-    value: Any = node.meta.get("val")
-    values = value if isinstance(value, list | tuple) else [value]
-    return all(v.is_floating_point() for v in values if hasattr(v, "is_floating_point"))
 
 
 class _Interpreter(fx.Interpreter):
@@ -239,7 +152,8 @@ def measure_masks(part: Part, target: Target, outputs: Outputs, recipe: Recipe) 
         largest = float(margins[flips].max(initial=0))
         limit = {"at_most": recipe.limits.mask_flips}
         rows.append(Row("decisions", f"mask_flip_rate[{where}]", rate, limit, flips.size))
-        rows.append(Row("decisions", f"largest_flipped_margin[{where}]", largest, {}, flips.size))
+        crossed = {"at_most": recipe.limits.flipped_margin}
+        rows.append(Row("decisions", f"largest_flipped_margin[{where}]", largest, crossed, flips.size))
         facts[f"margins_{where}"] = _histogram(margins, flips)
     active = np.concatenate([m.ravel() for per_sample in wanted for m in per_sample])
     rows.append(Row("decisions", "active_fraction", float(active.mean()), {}, active.size))
@@ -296,13 +210,21 @@ def measure_routes(routing: Routing, outputs: Outputs, recipe: Recipe) -> Measur
     rows, facts = [], {"variants": list(routing.variants), "picked": np.bincount(picked).tolist()}
     margins = np.array([d.margin for d in float_])
     scale = max(float(np.sqrt(np.mean(margins**2))), 1e-30)
+    # a quick variant that holds an image and the dense one give the same: which of them runs decides nothing
+    is_gate = routing.rule == "argmax"
     for where in ("quantized", "device"):
         found = [d for d in outputs.decided[where] if d is not None]
         same = np.array([d.index for d in found]) == picked
-        limit = {"at_least": recipe.limits.gate}
+        limit = {"at_least": recipe.limits.gate} if is_gate else {}
         rows.append(Row("decisions", f"gate_agreement[{where}]", float(same.mean()), limit, len(same)))
+        if is_gate:
+            largest = float((margins / scale)[~same].max(initial=0))
+            crossed = {"at_most": recipe.limits.flipped_margin}
+            rows.append(
+                Row("decisions", f"largest_flipped_gate_margin[{where}]", largest, crossed, len(same))
+            )
         facts[f"gate_margins_{where}"] = _histogram(margins / scale, ~same)
-    if routing.rule == "fallback":
+    if not is_gate:
         rows.append(Row("decisions", "fallback_rate", float(picked.mean()), {}, len(picked)))
     else:
         rows.append(Row("decisions", "smallest_gate_margin", float(margins.min()), {}, len(margins)))

@@ -19,9 +19,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from edgedyn import decisions, ops, targets, validate
+from edgedyn import coverage, decisions, ops, targets, validate
 from edgedyn.bundle import Bundle, refuse_existing, staging_folder, write_bundle
-from edgedyn.calibration import CalibrationSet, open_set, refuse_overlap
+from edgedyn.calibration import (
+    MOST_SAMPLES,
+    CalibrationSet,
+    open_set,
+    refuse_other_clipping,
+    refuse_overlap,
+)
 from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
 from edgedyn.conversion import Converted, Progress, capture, convert, rewrite
 from edgedyn.dispatch import Decision, Dispatcher, load_programs
@@ -75,6 +81,7 @@ def build(
     recipe: Recipe,
     out: Path,
     *,
+    calibration: CalibrationSet | None = None,
     force: bool = False,
     trust: bool = False,
     progress: Progress = lambda what, done, total: None,
@@ -84,6 +91,7 @@ def build(
     Args:
         recipe: what to build.
         out: the bundle's directory; refused when it exists, unless ``force``.
+        calibration: in place of the recipe's calibration set, for instance ``CalibrationSet.of(loader)``.
         force: replace a bundle that stands there.
         trust: allow weights that are a pickle of tensors.
         progress: called with (what is done, steps done, steps in all).
@@ -93,7 +101,7 @@ def build(
     """
     refuse_existing(out, force=force)
     target = load_target(recipe)
-    calibration, samples = load_sets(recipe)
+    calibration, samples = load_sets(recipe, calibration)
     converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
     with staging_folder(out) as staging:
         progress("lower", 0, 1)
@@ -105,6 +113,7 @@ def build(
         rows = exactness_rows(converted, outputs, recipe)
         quantized = {name: part.quantized for name, part in converted.parts.items()}
         rows += validate.rows(outputs, recipe, quantized, rounding=rows[0].value)
+        rows += coverage.rows(converted.table.coverage) if converted.table else []
         rows += [*decided.rows, *artifact.rows]
         rows = rows if recipe.is_trained else validate.report_only(rows)
         report = ValidationReport(tuple(rows))
@@ -131,8 +140,11 @@ def calibrate(
     recipe: Recipe,
     out: Path,
     *,
+    calibration: CalibrationSet | None = None,
     force: bool = False,
     trust: bool = False,
+    sensitivity: bool = False,
+    ablation: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> CalibrationTable:
     """Write the calibration table of an INT8 recipe, whole or not at all; nothing is lowered.
@@ -140,8 +152,11 @@ def calibrate(
     Args:
         recipe: what to calibrate; a table that it names is not looked at.
         out: the table, a JSON file; weights that calibration changes stand beside it as safetensors.
+        calibration: in place of the recipe's calibration set.
         force: replace a table that stands there.
         trust: allow weights that are a pickle of tensors.
+        sensitivity: measure what INT8 costs in each layer; ``CalibrationTable.precision`` has it.
+        ablation: measure also what each switch of the method is worth; ``CalibrationTable.ablation`` has it.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
@@ -156,9 +171,18 @@ def calibrate(
     if out.exists() and not force:
         raise UsageError(f"{out} exists. Choose another name, or pass --force to replace it.")
     fresh = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"table": None})})
-    calibration, samples = load_sets(fresh)
+    calibration, samples = load_sets(fresh, calibration)
     target = load_target(fresh)
-    table = convert(fresh, target, calibration, samples[0], trust=trust, progress=progress).table
+    table = convert(
+        fresh,
+        target,
+        calibration,
+        samples[0],
+        trust=trust,
+        sensitivity=sensitivity,
+        ablation=ablation,
+        progress=progress,
+    ).table
     assert table is not None  # of INT8 there is one
     table.write(out)
     return table
@@ -182,23 +206,42 @@ def load_target(recipe: Recipe) -> Target:
     return target
 
 
-def load_sets(recipe: Recipe) -> tuple[CalibrationSet | None, list[Sample]]:
+def load_sets(
+    recipe: Recipe, calibration: CalibrationSet | None = None
+) -> tuple[CalibrationSet | None, list[Sample]]:
     """Open the calibration set, and draw the validation samples of a disjoint set.
 
+    Args:
+        recipe: names the sets; its noise takes the place of theirs.
+        calibration: in place of the recipe's.
+
     Raises:
-        CalibrationError: when INT8 has no calibration set, a set is refused, or the two share a file.
+        CalibrationError: when INT8 has no calibration set, a set is refused or has too few images, or the two
+            share an image or differ in their clipping rule.
     """
     validation = open_set(recipe.path(recipe.validation))
-    calibration = None
-    if recipe.calibration is not None:
-        calibration = open_set(recipe.path(recipe.calibration))
-        refuse_overlap(calibration, validation)
-    elif recipe.precision == "int8":
+    asked, noise = recipe.quantize.samples, recipe.noise_of_sets
+    if calibration is None and recipe.calibration is not None:
+        calibration = open_set(recipe.path(recipe.calibration), most=max(MOST_SAMPLES, asked or 0))
+    if calibration is None and recipe.precision == "int8":
         raise CalibrationError(
             f"recipe {recipe.name!r} is INT8 and names no calibration set. Set calibration: to a "
             "manifest in calib/ or a folder of images; random data is never used."
         )
-    return calibration, list(validation.draw(recipe.input_shapes(), TASKS[recipe.task]))
+    if calibration is not None:
+        refuse_overlap(calibration, validation)
+        calibration = calibration if asked is None else calibration.take(asked)
+        calibration = calibration if noise is None else calibration.with_noise(noise)
+    validation = validation if noise is None else validation.with_noise(noise)
+    if calibration is not None:
+        refuse_other_clipping(calibration, validation)
+    task = TASKS[recipe.task]
+    if task.has_truth and not validation.has_truth:
+        raise CalibrationError(
+            f"validation set {validation.name!r} has noisy photos without a clean file; a task "
+            f"{recipe.task!r} is judged by the clean one. Add clean: to the manifest, or name another set."
+        )
+    return calibration, list(validation.draw(recipe.input_shapes(), task))
 
 
 def exactness_rows(converted: Converted, outputs: Outputs, recipe: Recipe) -> list[Row]:

@@ -13,12 +13,13 @@ import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from edgedyn.errors import RecipeError
+from edgedyn.noise import NoiseSection
 from edgedyn.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -65,10 +66,38 @@ class RangeSection(_Section):
     )
 
 
+class CoverageSection(_Section):
+    """How often the calibration samples must meet each outcome of what the network decides."""
+
+    samples: int = Field(
+        default=4,
+        ge=0,
+        description="that must take each variant, have each mask active, and fall in each band; 0 demands "
+        "nothing, and of a network without weights nothing is demanded",
+    )
+    own: int = Field(
+        default=16,
+        ge=1,
+        description="from so many on a variant is calibrated on its own samples, else on all",
+    )
+    bands: list[float] = Field(
+        default=[0.0, 1.0],
+        min_length=2,
+        description="edges of the mask densities that must be met: low < active share of a sample <= high",
+    )
+
+    @model_validator(mode="after")
+    def _bands_increase(self) -> CoverageSection:
+        if self.bands != sorted(set(self.bands)) or not 0 <= self.bands[0] < self.bands[-1] <= 1:
+            raise ValueError(f"bands is {self.bands}; expected edges that increase, from 0 to 1 at most")
+        return self
+
+
 class QuantizeSection(_Section):
     """How INT8 is made."""
 
     ranges: RangeSection = RangeSection()
+    coverage: CoverageSection = CoverageSection()
     equalize: bool = Field(default=True, description="scale channels between convolutions to one range")
     rounding: Literal["nearest", "reconstruct"] = Field(
         default="reconstruct",
@@ -93,6 +122,16 @@ class QuantizeSection(_Section):
     )
     keep_float: list[str] = Field(
         default=[], description="dotted layer paths that stay float; * matches any part"
+    )
+    max_drop_db: float | None = Field(
+        default=None,
+        gt=0,
+        description="PSNR that INT8 may cost on the calibration images: layers stay float until it does",
+    )
+    samples: int | None = Field(
+        default=None,
+        ge=1,
+        description="calibration samples, each of another image; by default what the set says",
     )
     table: str | None = Field(
         default=None, description="calibration table, reused where it exists, written where it does not"
@@ -136,8 +175,11 @@ class LimitSection(_Section):
     )
     sqnr_db: float = Field(default=15.0, description="signal to error that a task without truth must keep")
     answers: float = Field(default=0.9, description="share of answers that deployment may not change")
-    gate: float = Field(default=0.9, description="share of images that must keep their variant")
-    mask_flips: float = Field(default=0.05, description="share of mask positions that may change")
+    gate: float = Field(default=0.995, description="share of images that must keep their variant")
+    mask_flips: float = Field(default=0.005, description="share of mask positions that may change")
+    flipped_margin: float = Field(
+        default=0.25, description="largest distance to the other side, in rms, that a decision may cross"
+    )
 
 
 class Recipe(_Section):
@@ -158,6 +200,10 @@ class Recipe(_Section):
     quantize: QuantizeSection = QuantizeSection()
     calibration: str | None = Field(default=None, description="set manifest or folder; needed for int8")
     validation: str = Field(description="set manifest or folder, disjoint from the calibration set")
+    noise: NoiseSection | None = Field(
+        default=None,
+        description="in place of both sets' own; of a network that is told sigma in its arguments, that one",
+    )
     limits: LimitSection = LimitSection()
     tile: TileSection = TileSection()
     folder: str = "."
@@ -198,6 +244,14 @@ class Recipe(_Section):
         if self.model.weights is None:
             return ""
         return hashlib.sha256(self.path(self.model.weights).read_bytes()).hexdigest()
+
+    @property
+    def noise_of_sets(self) -> NoiseSection | None:
+        """What both sets add to their images, or None for what they say themselves."""
+        told = self.model.arguments.get("sigma")
+        if self.noise is None and isinstance(told, int | float):
+            return NoiseSection(sigma=[float(told)], clip=False)
+        return self.noise
 
     @property
     def is_trained(self) -> bool:
@@ -349,7 +403,6 @@ def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]
     """Return the keys that a (nested) section knows."""
     for part in location:
         field = model.model_fields.get(str(part))
-        nested = field.annotation if field else None
-        if isinstance(nested, type) and issubclass(nested, BaseModel):
-            model = nested
+        kinds = [field.annotation, *get_args(field.annotation)] if field else []  # X, and X | None
+        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
     return [key for key in model.model_fields if key != "folder"]

@@ -17,18 +17,27 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+from torch import nn
 from torch.export import ExportedProgram
 
 from edgedyn.calibration_table import CalibrationTable, read_table
-from edgedyn.errors import CalibrationError
-from edgedyn.quantize import Calibrated, fold
+from edgedyn.errors import CalibrationError, RecipeError
+from edgedyn.manifest import ROUTER
+from edgedyn.quantize import Calibrated, Exam, fold
 from edgedyn.quantize.plan import find_sites
+from edgedyn.recall import Recall
+from edgedyn.routing import part_inputs, parts
+from edgedyn.tasks import TASKS
 
 if TYPE_CHECKING:
     from edgedyn.calibration import CalibrationSet
+    from edgedyn.coverage import Coverage
     from edgedyn.ops import Form, Op
     from edgedyn.recipe import Recipe
 
@@ -68,7 +77,7 @@ def table_key(
         "forms": forms,
         "data": images.digest(),
         "transform": {"task": recipe.task, "shapes": [list(shape) for shape in recipe.input_shapes()]},
-        "method": recipe.quantize.model_dump(exclude={"table", "finetune_images"}),
+        "method": recipe.quantize.model_dump(exclude={"table", "samples", "finetune_images"}),
         **more,
         "versions": {name: version(name) for name in _TOOLS},
     }
@@ -107,6 +116,7 @@ def make_table(
     images: CalibrationSet,
     key: Mapping[str, Any],
     programs: Mapping[str, Calibrated],
+    covered: Coverage,
     finetuning: CalibrationSet | None = None,
 ) -> CalibrationTable:
     """Put what calibration found out about every program into one table; write it where the recipe says."""
@@ -114,12 +124,15 @@ def make_table(
     table = CalibrationTable(
         key,
         _describe(images) | more,
-        {name: calibrated.entries for name, calibrated in programs.items()},
+        {name: (*found.entries, *covered.logits.get(name, ())) for name, found in programs.items()},
         {
             f"{name}/{x}": value
             for name, calibrated in programs.items()
             for x, value in calibrated.constants.items()
         },
+        {name: c.precision for name, c in programs.items() if c.precision},
+        {name: c.ablation for name, c in programs.items() if c.ablation},
+        covered.outcomes,
     )
     if recipe.quantize.table is not None:
         table.write(recipe.path(recipe.quantize.table))
@@ -131,11 +144,65 @@ def _describe(images: CalibrationSet) -> dict[str, Any]:
     return {"name": images.name, "licence": images.licence, "samples": images.samples, "files": files}
 
 
+def make_exams(
+    recipe: Recipe,
+    images: CalibrationSet,
+    canonical: nn.Module,
+    key: Mapping[str, Any],
+    *,
+    ablates: bool = False,
+) -> dict[str, Exam]:
+    """Return what INT8 is judged on in each program that gives a picture, while its precision is chosen.
+
+    The images are the calibration set's, with other crops and other noise than those that are observed.
+
+    Args:
+        recipe: its ``max_drop_db`` is the limit.
+        images: the calibration set.
+        canonical: the network, which says what each of its parts is given.
+        key: of the calibration table: what is measured belongs to it, whatever the limit.
+        ablates: whether each switch of the method is also tried the other way.
+
+    Raises:
+        CalibrationError: for a set without truth.
+        RecipeError: for a task without truth.
+    """
+    task = TASKS[recipe.task]
+    if not task.has_truth:
+        raise RecipeError(
+            f"quantize.max_drop_db is PSNR against the truth, and the task {recipe.task!r} has none. Choose "
+            "float layers by quantize.keep_float; limits.sqnr_db is what is demanded of the outputs."
+        )
+    if not images.has_truth:
+        raise CalibrationError(
+            f"quantize.max_drop_db is PSNR against the truth, and calibration set {images.name!r} has noisy "
+            "photos without clean ones. Add clean: to the manifest, or choose by quantize.keep_float."
+        )
+    drawn = list(replace(images, seed=images.seed + 1).draw(recipe.input_shapes(), task))
+    given = [part_inputs(canonical, tuple(map(torch.from_numpy, sample.inputs))) for sample in drawn]
+    method = {**key["method"], "max_drop_db": None}
+    facts = json.dumps({**key, "method": method, "target": recipe.target, "kernels": recipe.kernels})
+    return {
+        name: Exam(
+            [x[name] for x in given],
+            [sample.truth for sample in drawn],
+            [sample.condition for sample in drawn],
+            recipe.quantize.max_drop_db,
+            recipe.limits.int8_share,
+            ablates,
+            Recall(name + facts, sorted(Path(__file__).parent.glob("quantize/*.py"))),
+        )
+        for name in parts(canonical)
+        if name != ROUTER
+    }
+
+
 def part_of(table: CalibrationTable, program: str) -> Calibrated:
     """Return what a table holds of one program."""
     prefix = f"{program}/"
     constants = {n.removeprefix(prefix): x for n, x in table.constants.items() if n.startswith(prefix)}
-    return Calibrated(table.programs.get(program, ()), constants)
+    precision, ablation = table.precision.get(program), table.ablation.get(program, {})
+    return Calibrated(table.programs.get(program, ()), constants, precision, ablation)
 
 
 def _digest(program: ExportedProgram) -> str:

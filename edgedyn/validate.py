@@ -119,6 +119,8 @@ _QUALITY = (
     "answer_agreement",
     "mask_flip_rate",
     "gate_agreement",
+    "largest_flipped_margin",
+    "largest_flipped_gate_margin",
 )
 
 
@@ -307,11 +309,11 @@ def truth_rows(outputs: Outputs, limits: LimitSection) -> list[Row]:
     """Measure float and device against the truth, by noise level, worst image and worst tile."""
     rows = []
     for between, results in (("float:truth", outputs.expanded), ("device:truth", outputs.device)):
-        for sigma, indices in _by_sigma(outputs.samples).items():
+        for name, indices in _by_condition(outputs.samples).items():
             noisy = float(np.mean([_psnr_of_input(outputs.samples[i]) for i in indices]))
             quality = [metrics.psnr_db(to_hwc(results[i]), to_hwc(outputs.samples[i].truth)) for i in indices]
             likeness = [metrics.ssim(to_hwc(results[i]), to_hwc(outputs.samples[i].truth)) for i in indices]
-            condition = f"[sigma={sigma:g}]"
+            condition = f"[{name}]"
             # a network has to be better than its input, where that is not the truth itself
             limit = {"at_least": noisy} if math.isfinite(noisy) else {}
             rows.append(Row(between, f"psnr_db{condition}", float(np.mean(quality)), limit, len(indices)))
@@ -366,9 +368,9 @@ def _drop_rows(
     between: str, before: list[np.ndarray], after: list[np.ndarray], samples: Sequence[Sample], limit: float
 ) -> list[Row]:
     rows = []
-    for sigma, indices in _by_sigma(samples).items():
+    for condition, indices in _by_condition(samples).items():
         drops = [psnr_of(before[i], samples[i]) - psnr_of(after[i], samples[i]) for i in indices]
-        metric = f"psnr_drop_db[sigma={sigma:g}]"
+        metric = f"psnr_drop_db[{condition}]"
         rows.append(Row(between, metric, float(np.mean(drops)), {"at_most": limit}, len(indices)))
     return rows
 
@@ -378,11 +380,11 @@ def psnr_of(y: np.ndarray, sample: Sample) -> float:
     return metrics.psnr_db(to_hwc(y), to_hwc(sample.truth))
 
 
-def _by_sigma(samples: Sequence[Sample]) -> dict[float, list[int]]:
-    groups: dict[float, list[int]] = {}
-    for index, sample in enumerate(samples):
-        groups.setdefault(sample.sigma, []).append(index)
-    return dict(sorted(groups.items()))
+def _by_condition(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    groups: dict[str, list[int]] = {}
+    for index in sorted(range(len(samples)), key=lambda i: samples[i].sigma):
+        groups.setdefault(samples[index].condition, []).append(index)
+    return groups
 
 
 def to_hwc(array: np.ndarray) -> np.ndarray:

@@ -25,7 +25,7 @@ from edgedyn.targets.executorch.run import load
 
 pytestmark = [pytest.mark.arm64, pytest.mark.usefixtures("arm64")]
 RECIPES = Path(__file__).parents[1] / "recipes"
-WITHOUT_OPS = ("slimmable-dncnn", "slimmable-unet", "ffdnet-color")
+WITHOUT_OPS = ("slimmable-dncnn", "slimmable-unet", "ffdnet-color", "dncnn-gray")
 _MALLENET = ("network=small_networks:small_mallenet", "weights=null", "arguments={}")
 _ACDA = ("arguments={colors: 3, depth: 4}",)
 # recipe, kernels -> what of its model makes it quick: one small network of every system
@@ -71,11 +71,12 @@ def cases() -> list:
 
 def overrides(name: str, kernels: str, smaller: tuple[str, ...]) -> list[str]:
     side = 64 if "hourglass" in name else 32  # the hourglass halves its image six times
-    found = [f"kernels={kernels}", f"input.shape=[1, 3, {side}, {side}]", "tile.overlap=0"]
+    colors = 1 if "gray" in name else 3
+    found = [f"kernels={kernels}", f"input.shape=[1, {colors}, {side}, {side}]", "tile.overlap=0"]
     found += [f"model.{change}" for change in smaller]
     if "joint" in name:
         found.append("guide.shape=[1, 3, 64, 64]")
-    if "ffdnet" in name:
+    if "ffdnet" in name or "dncnn-gray" in name:
         found.append("model.weights=null")  # the authors' weights are not here
     if smaller is _MALLENET:
         found.append("quantize.keep_float=[]")

@@ -2,58 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
-import yaml
 from PIL import Image
+from small_sets import NOISE, RAW, SHAPE, digest, draw, refused, save_image, write_set
 
 from edgedyn.calibration import CalibrationSet, open_set, refuse_overlap
 from edgedyn.errors import CalibrationError
-
-SHAPE = (1, 3, 32, 48)
-
-
-def save_image(path: Path, *, seed: int = 0, size: tuple[int, int] = (90, 70), gray: bool = False) -> Path:
-    """Write waves in mid-range, so that noise of a few levels is never clipped."""
-    y, x = np.mgrid[: size[0], : size[1]]
-    waves = [128 + 40 * np.sin((x * (c + 1) + y * (seed + 2)) / 7 + seed) for c in range(3)]
-    pixels = np.stack(waves, axis=2).astype(np.uint8)
-    Image.fromarray(pixels[:, :, 0] if gray else pixels).save(path)
-    return path
-
-
-def digest(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def write_set(folder: Path, names=("a.png", "b.png"), **changes) -> Path:
-    files = [save_image(folder / name, seed=k) for k, name in enumerate(names)]
-    values = {
-        "name": "waves",
-        "licence": "CC0",
-        "root": ".",
-        "samples": 5,
-        "files": [{"name": file.name, "sha256": digest(file)} for file in files],
-        **changes,
-    }
-    path = folder / "set.yaml"
-    path.write_text(yaml.safe_dump(values), encoding="utf-8")
-    return path
-
-
-def refused(call, *arguments) -> str:
-    with pytest.raises(CalibrationError) as caught:
-        list(call(*arguments).draw([SHAPE]))
-    assert caught.value.exit_code == 5
-    return str(caught.value)
-
-
-def draw(path: Path, shape: tuple[int, ...] = SHAPE):
-    return list(open_set(path).draw([shape]))
 
 
 def test_draw_is_the_same_every_time_and_follows_the_seed(tmp_path):
@@ -68,7 +26,7 @@ def test_draw_is_the_same_every_time_and_follows_the_seed(tmp_path):
 
 
 def test_samples_have_the_program_shape_and_take_files_and_levels_in_turn(tmp_path):
-    samples = draw(write_set(tmp_path, noise={"sigma": [5.0, 20.0, 40.0]}))
+    samples = draw(write_set(tmp_path, noise={"sigma": [5.0, 20.0, 40.0], "clip": False}))
     for sample in samples:
         assert sample.noisy.shape == sample.truth.shape == SHAPE
         assert sample.noisy.dtype == sample.truth.dtype == np.float32
@@ -105,7 +63,7 @@ def test_truth_is_a_crop_of_the_file(tmp_path):
 
 @pytest.mark.parametrize("sigma", [5.0, 25.0])
 def test_sigma_is_on_the_scale_of_8_bit_levels(tmp_path, sigma):
-    samples = draw(write_set(tmp_path, samples=24, noise={"sigma": [sigma]}), (1, 3, 128, 128))
+    samples = draw(write_set(tmp_path, samples=24, noise={"sigma": [sigma], "clip": False}), (1, 3, 128, 128))
     noise = np.concatenate([(s.noisy - s.truth).ravel() for s in samples]) * 255
     # standard errors from n normal values: sigma / sqrt(2 n) of a standard deviation, sigma / sqrt(n) of a
     # mean
@@ -114,10 +72,8 @@ def test_sigma_is_on_the_scale_of_8_bit_levels(tmp_path, sigma):
 
 
 def test_noise_is_clipped_only_where_the_manifest_says_so(tmp_path):
-    loud = {"sigma": [200.0]}
     free, clipped = (
-        draw(write_set(tmp_path, noise=loud)),
-        draw(write_set(tmp_path, noise={**loud, "clip": True})),
+        draw(write_set(tmp_path, noise={"sigma": [200.0], "clip": clip})) for clip in (False, True)
     )
     for one, two in zip(free, clipped, strict=True):
         assert one.noisy.min() < 0
@@ -173,9 +129,9 @@ def test_digest_follows_what_is_drawn(tmp_path):
     assert open_set(moved / "set.yaml").digest() == same
     digests = {
         open_set(write_set(tmp_path, **c)).digest()
-        for c in ({"seed": 3}, {"samples": 6}, {"noise": {"clip": True}})
+        for c in ({"seed": 3}, {"samples": 6}, {"noise": {**NOISE, "clip": True}}, {"raw": RAW})
     }
-    assert len(digests | {same}) == 4
+    assert len(digests | {same}) == 5
 
 
 def test_empty_folder_is_refused(tmp_path):
@@ -213,6 +169,7 @@ def test_altered_file_is_refused_with_both_digests(tmp_path):
         ({"sampels": 3}, ["unknown key 'sampels'", "did you mean 'samples'?"]),
         ({"noise": {"sigmas": [1.0]}}, ["unknown key 'noise.sigmas'", "did you mean 'sigma'?"]),
         ({"noise": {"sigma": []}}, ["noise.sigma is []"]),
+        ({"noise": None}, ["noise is None"]),
         ({"samples": 0}, ["samples is 0", "greater than or equal to 1"]),
         ({"files": []}, ["files is []"]),
         ({"files": [{"name": "a.png", "sha256": "abc"}]}, ["files.0.sha256 is 'abc'"]),

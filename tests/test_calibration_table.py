@@ -76,7 +76,7 @@ def test_table_without_constants_is_one_file_and_takes_an_old_one_away(table, tm
             '"channels": [0.25, 0.2]',
             "the entry 'a.weight' of program 'wide' was edited",
         ),
-        ('"format": 1', '"format": 9', "has format 9; this version reads 1"),
+        ('"format": 2', '"format": 9', "has format 9; this version reads 2"),
         ('"programs"', '"programmes"', "is damaged .KeyError: 'programs'"),
         ('"class": "feature", ', "", "was edited"),
         ("]\n }\n}\n", "]\n }\n", "is damaged .JSONDecodeError"),

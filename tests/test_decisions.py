@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+
 import numpy as np
 import pytest
 import torch
+from small_decisions import make_recipe
 from small_networks import make_input, make_net, quantize
 from torch import nn
 
-from edgedyn import decisions
+from edgedyn import decisions, targets, validate
 from edgedyn.calibration import Sample
+from edgedyn.conversion import Part
+from edgedyn.dispatch import Decision, Dispatcher
+from edgedyn.manifest import Routing
+from edgedyn.quantize import Quantized
+from edgedyn.validate import Outputs
 
 
 @pytest.mark.parametrize(
@@ -139,3 +147,73 @@ def test_histogram_counts_all_and_changed_and_keeps_what_lies_beyond():
     assert table["all"][:2] == [1, 2]
     assert table["changed"][:2] == [1, 1]
     assert (sum(table["all"]), table["all"][-1], sum(table["changed"])) == (4, 1, 2)
+
+
+def test_masks_are_held_to_the_limits_of_the_recipe_on_rate_and_margin(gated):
+    model, program, sample = gated
+    x = torch.from_numpy(sample.noisy)
+    lower = targets.load("onnxruntime")
+    given = [sample.noisy]
+    outputs = Outputs([sample], given, given, given)
+
+    def measured(shift: float) -> dict[str, validate.Row]:
+        shifted = copy.deepcopy(model)
+        shifted.mask.bias.data += shift
+        made = torch.export.export(shifted, (x,))
+        part = Part((x,), {}, program, Quantized(made), made)
+        found = decisions.measure_masks(
+            part, lower, outputs, make_recipe().model_copy(update={"precision": "fp32"})
+        )
+        return {row.metric: row for row in found.rows}
+
+    with torch.no_grad():
+        logits = model.mask(x)
+    rms = float(logits.square().mean().sqrt())
+    rows = measured(-0.4 * rms)
+    crossed = (logits >= 0) & (logits < 0.4 * rms)
+    for where in ("quantized", "device"):
+        rate, margin = rows[f"mask_flip_rate[{where}]"], rows[f"largest_flipped_margin[{where}]"]
+        assert (rate.limit, margin.limit) == ({"at_most": 0.005}, {"at_most": 0.25})
+        assert rate.value == pytest.approx(float(crossed.float().mean()))
+        assert margin.value == pytest.approx(float(logits[crossed].max()) / rms, rel=1e-5)
+        assert (rate.passed, margin.passed) == (False, False)
+    rows = measured(0.0)
+    assert rows["mask_flip_rate[quantized]"].value == rows["largest_flipped_margin[quantized]"].value == 0
+    # one logit is 0 but for rounding, and the runtime adds in another order
+    assert rows["largest_flipped_margin[device]"].passed
+    assert validate.report_only([rows["largest_flipped_margin[device]"]])[0].limit == {}
+
+
+def routes(rule: str, *found: tuple[float, ...]) -> dict[str, validate.Row]:
+    """Measure the routes of four images with margins 4, 2, 2, 1, where a program found other scores."""
+    float_ = [Decision(0, np.array(scores)) for scores in ([4.0, 0], [2.0, 0], [2.0, 0], [1.0, 0])]
+    other = [Decision(int(np.argmax(scores)), np.array(scores)) for scores in found]
+    x = np.random.default_rng(1).random((1, 3, 8, 10), dtype=np.float32)
+    runs = {"router": lambda x: [np.array([[1.0, 0.0]])], "a": lambda x: [x, np.zeros(1)], "b": lambda x: [x]}
+    routing = Routing(rule, "router" if rule == "argmax" else "", ("a", "b"))
+    outputs = Outputs(
+        [Sample((x,), x + 0.1, 0.0, "a.png")] * 4,
+        [x] * 4,
+        [x] * 4,
+        [x] * 4,
+        decided={"expanded": float_, "quantized": float_, "device": other},
+        dispatchers={"quantized": Dispatcher(runs, routing)},
+    )
+    return {row.metric: row for row in decisions.measure_routes(routing, outputs, make_recipe()).rows}
+
+
+def test_gates_are_held_to_the_limits_of_the_recipe_on_agreement_and_margin():
+    rows = routes("argmax", (4.0, 0), (0, 2.0), (2.0, 0), (0, 1.0))
+    agreement, margin = rows["gate_agreement[device]"], rows["largest_flipped_gate_margin[device]"]
+    assert (agreement.value, agreement.limit, agreement.passed) == (0.5, {"at_least": 0.995}, False)
+    # the margins 4, 2, 2, 1 have an rms of 2.5, and the image with a margin of 2 changed
+    assert (margin.value, margin.limit, margin.passed) == (0.8, {"at_most": 0.25}, False)
+    assert rows["gate_agreement[quantized]"].passed
+    assert rows["largest_flipped_gate_margin[quantized]"].value == 0
+    assert [row.limit for row in validate.report_only([agreement, margin])] == [{}, {}]
+
+
+def test_images_that_a_quick_variant_no_longer_holds_are_only_reported():
+    rows = routes("fallback", (4.0, 0), (0, 2.0), (2.0, 0), (2.0, 0))
+    assert (rows["gate_agreement[device]"].value, rows["gate_agreement[device]"].limit) == (0.75, {})
+    assert "largest_flipped_gate_margin[device]" not in rows

@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from edgedyn import ops, targets
 from edgedyn.layers import canonicalize
 from edgedyn.quantize import finetune as training
-from edgedyn.quantize.calibrate import Calibrated, calibrate, restore, steps_of
+from edgedyn.quantize.calibrate import Calibrated, observe_program, restore, round_program, steps_of
 from edgedyn.quantize.convert import insert_steps
 from edgedyn.quantize.finetune import Example, choose_examples, finetune
 from edgedyn.quantize.lockstep import quantize_dequantize
@@ -29,6 +29,11 @@ Sample = tuple[Tensor, ...]
 def make_samples(count: int = 8, seed: int = 1) -> list[Sample]:
     generator = torch.Generator().manual_seed(seed)
     return [(torch.rand(1, 3, 12, 20, generator=generator) * 1.5 - 0.25,) for _ in range(count)]
+
+
+def calibrate(module, plan, *, section, samples, **more) -> Calibrated:
+    observed = observe_program(module, section=section, samples=samples)
+    return round_program(module, plan, observed, section=section, samples=samples, **more)
 
 
 def coarse(
@@ -157,6 +162,13 @@ def test_gradient_reaches_every_layer_through_ops_of_ours(layer):
         assert program.biases[node].grad is not None
 
 
+def test_caller_without_gradients_gets_the_same_training():
+    made = coarse(make_net())
+    with torch.no_grad():
+        found = train(made, 4)
+    assert found.keys() == train(made, 4).keys() != set()
+
+
 def test_result_that_is_not_better_is_dropped(monkeypatch):
     made = coarse(make_net())
     assert train(made, 8)
@@ -259,7 +271,7 @@ def test_samples_for_fine_tuning_come_before_those_of_calibration(monkeypatch):
         given.append(samples)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules[calibrate.__module__], "choose_examples", choose)
+    monkeypatch.setattr(sys.modules[round_program.__module__], "choose_examples", choose)
     samples, others = make_samples(2), make_samples(2, seed=9)
     for finetuning in (others, []):
         with pytest.raises(KeyboardInterrupt):
@@ -291,7 +303,9 @@ def found_by(**section) -> tuple[Calibrated, list[str]]:
 
 def test_no_steps_train_nothing(monkeypatch):
     for name in ("choose_examples", "finetune"):
-        monkeypatch.setattr(sys.modules[calibrate.__module__], name, lambda *_, **__: pytest.fail("trained"))
+        monkeypatch.setattr(
+            sys.modules[round_program.__module__], name, lambda *_, **__: pytest.fail("trained")
+        )
     assert found_by()[0].constants == {}
 
 

@@ -8,7 +8,7 @@ from small_networks import capture, make_net
 from torch import Tensor, fx, nn
 
 from edgedyn import targets
-from edgedyn.quantize.calibrate import Calibrated, calibrate, steps_of
+from edgedyn.quantize.calibrate import Calibrated, observe_program, round_program, steps_of
 from edgedyn.quantize.lockstep import Lockstep
 from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, fold, weight_of
 from edgedyn.quantize.norms import reestimate
@@ -75,7 +75,8 @@ def calibrated(**section) -> tuple[fx.GraphModule, Plan, Calibrated, list[tuple[
         module = fold(program)
         made.append((module, make_plan(module, scheme=scheme, keep_float=["tail"])))
     given = QuantizeSection(equalize=False, **section)
-    found = calibrate(*made[0], scheme=scheme, section=given, samples=samples)
+    observed = observe_program(made[0][0], section=given, samples=samples)
+    found = round_program(*made[0], observed, scheme=scheme, section=given, samples=samples)
     return *made[1], found, samples
 
 

@@ -42,6 +42,9 @@ def test_name_folder_and_defaults_come_from_the_file(tmp_path):
     assert recipe.path("photos") == tmp_path / "photos"
     method = recipe.quantize
     assert (method.rounding, method.bias_correction, method.table) == ("reconstruct", "none", None)
+    assert (method.coverage.samples, method.coverage.own, method.coverage.bands) == (4, 16, [0, 1])
+    limits = recipe.limits
+    assert (limits.gate, limits.mask_flips, limits.flipped_margin) == (0.995, 0.005, 0.25)
     assert recipe.tile.overlap == 32
     assert recipe.calibration is None
 
@@ -107,6 +110,19 @@ def test_recipe_cannot_be_changed(tmp_path):
             ["finetune_images is 'photos' and finetune is 0 steps; expected steps, or no images"],
         ),
         ({"quantize": {"ranges": {"percentile": 101}}}, ["percentile is 101", "less than or equal to 100"]),
+        (
+            {"quantize": {"coverage": {"samples": -1}}},
+            ["coverage.samples is -1", "greater than or equal to 0"],
+        ),
+        ({"quantize": {"coverage": {"own": 0}}}, ["coverage.own is 0", "greater than or equal to 1"]),
+        ({"quantize": {"coverage": {"bands": [0.5]}}}, ["coverage.bands is [0.5]", "at least 2 items"]),
+        *(
+            (
+                {"quantize": {"coverage": {"bands": bands}}},
+                [f"bands is {bands}; expected edges that increase"],
+            )
+            for bands in ([0.5, 0.25], [0.25, 0.25], [-0.25, 0.5], [0.5, 1.25])
+        ),
         ({"tile": {"overlap": -1}}, ["tile.overlap is -1", "greater than or equal to 0"]),
         ({"tile": {"overlap": "32"}}, ["tile.overlap is '32'", "integer"]),
         ({"precision": "int4", "target": 3}, ["(1 more problems follow.)"]),

@@ -117,18 +117,19 @@ def test_what_follows_rounding_is_in_the_table_to_the_bit(tmp_path, more, reques
 
 
 def test_fine_tuning_sees_other_crops_of_the_calibration_images(tmp_path, monkeypatch):
-    seen = {}
+    seen = []
 
-    def look(module, plan, *, samples, finetuning, sources, **_):
-        seen.update(samples=samples, finetuning=finetuning, sources=sources)
+    def look(trials, *_):
+        seen.append(trials)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(quantize, "calibrate", look)
     with pytest.raises(KeyboardInterrupt):
         convert(recipe(tmp_path, *TRAINED))
-    assert len(seen["finetuning"]) == len(seen["samples"]) == 7
-    assert seen["sources"] == seen["sources"][:7] * 2
-    assert not any(torch.equal(a, b) for (a,), (b,) in zip(*list(seen.values())[:2], strict=True))
+    (trials,) = seen
+    assert len(trials.finetuning) == len(trials.samples) == 7
+    assert trials.sources == trials.sources[:7] * 2
+    assert not any(torch.equal(a, b) for (a,), (b,) in zip(trials.samples, trials.finetuning, strict=True))
 
 
 def images_of(folder: Path, *names: str) -> str:
@@ -160,8 +161,8 @@ def test_images_to_fine_tune_on_may_not_be_validated_on(tmp_path):
     assert not (tmp_path / "table.json").exists()
 
 
-@pytest.mark.parametrize(("seed", "index"), [(0, 2), (1, 9)], ids=["calibration", "fine-tuning"])
-def test_sample_that_is_not_finite_is_named(tmp_path, monkeypatch, seed, index):
+@pytest.mark.parametrize("seed", [0, 2], ids=["calibration", "fine-tuning"])
+def test_sample_that_is_not_finite_is_named(tmp_path, monkeypatch, seed):
     draw = pipeline.CalibrationSet.draw
 
     def spoilt(self, *arguments):
@@ -171,7 +172,7 @@ def test_sample_that_is_not_finite_is_named(tmp_path, monkeypatch, seed, index):
             yield sample
 
     monkeypatch.setattr(pipeline.CalibrationSet, "draw", spoilt)
-    with pytest.raises(CalibrationError, match=rf"sample {index}, retina\.jpg: 1 values are NaN or infinite"):
+    with pytest.raises(CalibrationError, match=r"sample 2, retina\.jpg: 1 values are NaN or infinite"):
         convert(recipe(tmp_path, *TRAINED))
     assert list(tmp_path.iterdir()) == []
 

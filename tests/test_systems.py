@@ -76,6 +76,9 @@ def test_decisions_are_measured_and_apart_from_arithmetic(built):
     metrics = {row.metric for row in build.report.rows if row.between == "decisions"}
     if system == "ddsnet":
         assert metrics >= {"gate_agreement[quantized]", "gate_agreement[device]", "flips_cost_db[gate]"}
+    int8 = build.bundle.precision == "int8"
+    assert ("coverage[variant=w3]" in metrics) is (int8 and system == "ddsnet")
+    assert ({"coverage[mask]", "coverage[density=0-100%]"} <= metrics) is (int8 and system == "dynconv")
     if system == "dynconv":
         assert metrics >= {"mask_flip_rate[quantized]", "mask_flip_rate[device]", "arithmetic_cost_db"}
         margins = build.bundle.manifest["facts"]["decisions"]["margins_device"]

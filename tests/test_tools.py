@@ -12,6 +12,7 @@ import measurement
 import numpy as np
 import pytest
 import torch
+import typer
 from PIL import Image
 
 
@@ -35,20 +36,26 @@ def test_photos_are_evaluated_landscape_in_multiples_of_32(tmp_path):
     assert image.shape == (1, 3, 96, 128)
     assert (image[:, :, 0] == 1).all()
     assert (image[:, :, 1:] == 0).all()
+    with pytest.raises(typer.BadParameter, match="has 3 channels; the recipe's input has 1"):
+        evaluate.load(tmp_path / "portrait.png", colors=1)
 
 
-def test_score_is_the_psnr_under_unclipped_noise_of_the_level():
-    truth = np.full((1, 3, 64, 64), 0.99, np.float32)
+def test_programs_are_compared_under_unclipped_noise_of_the_level():
+    truths = [np.full((1, 3, 64, 64), 0.99, np.float32)] * 2
     seen = []
 
-    def keep(x: np.ndarray) -> np.ndarray:
+    def keep(x: np.ndarray) -> list[np.ndarray]:
         seen.append(x)
-        return x
+        return [x]
 
-    score = evaluate.score(keep, truth, sigma=25, index=0)
-    assert score == pytest.approx(-20 * np.log10(25 / 255), abs=0.2)
+    found = evaluate.compare({"float32": keep, "zeros": lambda x: [np.zeros_like(x)]}, truths, sigma=25)
+    assert found["float32"]["psnr_db"] == pytest.approx(-20 * np.log10(25 / 255), abs=0.2)
+    assert found["float32"]["drop_db"] == found["float32"]["worst_drop_db"] == 0
+    zeros = -20 * np.log10(0.99)
+    assert found["zeros"]["psnr_db"] == pytest.approx(zeros, abs=1e-3)
+    assert found["zeros"]["drop_db"] == pytest.approx(found["float32"]["psnr_db"] - zeros, abs=2e-3)
     assert seen[0].max() > 1
-    assert evaluate.score(keep, truth, sigma=25, index=1) != score
+    assert (seen[0] != seen[1]).any()  # each image has noise of its own
 
 
 def test_bench_ratios_are_against_eager_of_the_same_network():

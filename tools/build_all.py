@@ -54,7 +54,7 @@ def main(
 
 def needs_weights(name: str) -> bool:
     """Whether the recipe is of a published network, whose weights are not here."""
-    return name.startswith("ffdnet")
+    return name.startswith(("ffdnet", "dncnn-gray"))
 
 
 def digest(name: str) -> str:

@@ -1,9 +1,12 @@
-"""Measure a recipe on a folder of images: float and INT8 by engine, in the real runtime, by noise level.
+"""Measure INT8 recipes against their float program on a folder of images, in their real runtime.
 
-    python tools/evaluate.py RECIPE IMAGES [--engines nncf,torchao] [--keep-float heads.0,tail] [--out FILE]
+    python tools/evaluate.py RECIPE IMAGES [--variant "quantize.equalize=false"] [--out FILE]
+    python tools/evaluate.py recipes/ffdnet-color.phone.int8.yaml CBSD68 --trust --set model.weights=PATH \
+        --level-key model.arguments.sigma
 
 Images are cut to multiples of 32 and turned to landscape, so that one program serves all of a size; noise is
-white, Gaussian, unclipped and seeded by the image's number. Everything runs through the target's own runtime.
+white, Gaussian, unclipped and seeded by the image's number. Everything runs through the target's own runtime,
+the programs in turns on each image, so that their times can be compared.
 """
 
 from __future__ import annotations
@@ -11,7 +14,7 @@ from __future__ import annotations
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+import time
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,81 +26,93 @@ from make_noisy import add_noise
 from rich.progress import track
 
 from edgedyn import metrics
+from edgedyn.dispatch import Dispatcher
 from edgedyn.imaging import SUFFIXES, read_image
-from edgedyn.recipe import Recipe, load_recipe
+from edgedyn.recipe import load_recipe
 from edgedyn.terminal import quiet_libraries
+
+FLOAT = "float32"
 
 
 def main(
     recipe: Path,
     images: Path,
-    engines: Annotated[str, typer.Option(help="comma-separated: nncf, torchao")] = "nncf,torchao",
-    keep_float: Annotated[
+    variants: Annotated[
         list[str] | None,
-        typer.Option(help="patterns left float, comma-separated, none for none; give it again to compare"),
+        typer.Option(
+            "--variant", help="INT8 with these recipe values, 'a.b=c d=e'; give it again to compare"
+        ),
     ] = None,
     sigmas: Annotated[str, typer.Option(help="comma-separated, 0..255 scale")] = "15,25,50",
+    level_key: Annotated[
+        str, typer.Option(help="recipe value that is the noise level, of a network that is told it")
+    ] = "",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="recipe values, a.b=c")] = None,
     limit: Annotated[int, typer.Option(help="first N images only; 0 is all")] = 0,
     trust: bool = False,
     out: Annotated[Path | None, typer.Option(help="JSON file, for docs/measurements/")] = None,
 ) -> None:
+    colors = load_recipe(recipe, overrides or []).input.shape[1]
     files = sorted(path for path in images.iterdir() if path.suffix.lower() in SUFFIXES)
-    truths = [load(path) for path in files[: limit or None]]
-    shape = [1, 3, *truths[0].shape[2:]]
-    settings = [*(overrides or []), f"input.shape={shape}"]
-    variants = {"float32": [*settings, "precision=fp32"]}
-    for engine in engines.split(","):
-        int8 = [*settings, "precision=int8", f"quantize.engine={engine}"]
-        for patterns in keep_float or []:
-            kept = [] if patterns == "none" else patterns.split(",")
-            variants[f"int8 {engine}, float: {patterns}"] = [*int8, f"quantize.keep_float={kept}"]
-        if not keep_float:
-            variants[f"int8 {engine}"] = int8
-    results: dict[str, Any] = {}
-    for name, values in variants.items():
-        with quiet_libraries():
-            run, share = deploy(load_recipe(recipe, values), trust=trust)
-        results[name] = {"int8_mac_share": round(share, 4)}
-        for sigma in map(float, sigmas.split(",")):
-            label = f"{name} sigma {sigma:g}"
-            psnr = [score(run, x, sigma, i) for i, x in enumerate(track(truths, label, disable=quiet()))]
-            results[name][f"psnr_db[sigma={sigma:g}]"] = round(float(np.mean(psnr)), 3)
-        print(name, json.dumps(results[name]), flush=True)
-    record = {
-        "recipe": recipe.name,
-        "set": images.name,
-        "images": len(truths),
-        "size": shape,
-        "results": results,
-    }
-    measurement.write(out, record)
+    truths = [load(path, colors) for path in files[: limit or None]]
+    size = list(truths[0].shape)
+    settings = {FLOAT: ["precision=fp32"]} | {name or "INT8": name.split() for name in variants or [""]}
+    settings = {name: [*(overrides or []), f"input.shape={size}", *v] for name, v in settings.items()}
+    results: dict[str, dict[str, Any]] = {name: {} for name in settings}
+    programs: dict[str, Dispatcher] = {}
+    for sigma in map(float, sigmas.split(",")):
+        told = [f"{level_key}={sigma}"] if level_key else []
+        for name, values in settings.items():
+            if name not in programs or told:
+                programs[name], results[name]["int8_mac_share"] = deploy(recipe, [*values, *told], trust)
+        measured = compare(programs, truths, sigma)
+        for name, values in measured.items():
+            results[name] |= {f"{metric}[sigma={sigma:g}]": value for metric, value in values.items()}
+            print(f"sigma {sigma:g}, {name}: {json.dumps(values)}", flush=True)
+        record = {"recipe": recipe.stem, "set": images.name, "images": len(truths), "size": size}
+        measurement.write(out, {**record, "results": results})
 
 
-def load(path: Path) -> np.ndarray:
-    """Read an image as (1, 3, H, W), landscape, H and W multiples of 32."""
+def load(path: Path, colors: int = 3) -> np.ndarray:
+    """Read an image as (1, C, H, W), landscape, H and W multiples of 32."""
     pixels = read_image(path).pixels
+    if pixels.shape[2] != colors:
+        raise typer.BadParameter(f"{path} has {pixels.shape[2]} channels; the recipe's input has {colors}")
     pixels = pixels.transpose(1, 0, 2)[::-1] if pixels.shape[0] > pixels.shape[1] else pixels
     height, width = (size // 32 * 32 for size in pixels.shape[:2])
     return np.ascontiguousarray(pixels[:height, :width].transpose(2, 0, 1)[None])
 
 
-def deploy(recipe: Recipe, *, trust: bool) -> tuple[Callable[[np.ndarray], np.ndarray], float]:
+def deploy(recipe: Path, values: list[str], trust: bool) -> tuple[Dispatcher, float]:
     """Bring a recipe to a running program; returns it with the INT8 share of multiply-adds."""
-    with tempfile.TemporaryDirectory(prefix="edgedyn-") as folder:
-        share = lower_recipe(recipe, Path(folder), trust=trust)
-        run = load_lowered(Path(folder))
-    return lambda x: run(x)[0], share
+    with tempfile.TemporaryDirectory(prefix="edgedyn-") as folder, quiet_libraries():
+        share = lower_recipe(load_recipe(recipe, values), Path(folder), trust=trust)
+        return load_lowered(Path(folder)), round(share, 4)
 
 
-def score(run: Callable[[np.ndarray], np.ndarray], truth: np.ndarray, sigma: float, index: int) -> float:
-    """Return the PSNR of one image, dB."""
-    return metrics.psnr_db(run(add_noise(truth, sigma, seed=index)), truth)
-
-
-def quiet() -> bool:
-    """Whether stderr is no terminal."""
-    return not sys.stderr.isatty()
+def compare(
+    programs: dict[str, Dispatcher], truths: list[np.ndarray], sigma: float
+) -> dict[str, dict[str, float]]:
+    """Run the programs in turns on every image; return PSNR, drop from float and time over float's."""
+    psnr: dict[str, list[float]] = {name: [] for name in programs}
+    seconds: dict[str, list[float]] = {name: [] for name in programs}
+    for index, truth in enumerate(track(truths, f"sigma {sigma:g}", disable=not sys.stderr.isatty())):
+        noisy = add_noise(truth, sigma, seed=index)
+        for name, run in programs.items():
+            start = time.perf_counter()
+            y = run(noisy)[0]
+            seconds[name].append(time.perf_counter() - start)
+            psnr[name].append(metrics.psnr_db(y, truth))
+    base = np.array(psnr[FLOAT])
+    return {
+        name: {
+            "psnr_db": round(float(np.mean(values)), 3),
+            "drop_db": round(float(np.mean(base - values)), 4),
+            "worst_drop_db": round(float(np.max(base - values)), 4),
+            "speed_over_float": round(float(np.median(seconds[FLOAT]) / np.median(seconds[name])), 2),
+        }
+        for name, values in psnr.items()
+    }
 
 
 if __name__ == "__main__":

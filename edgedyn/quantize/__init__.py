@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from edgedyn.quantize.accounting import account, int8_share
-from edgedyn.quantize.calibrate import Calibrated, calibrate, restore, steps_of
+from edgedyn.quantize.calibrate import Calibrated, restore, steps_of
 from edgedyn.quantize.nodes import (
     COUNTED_OPS,
     MULTIPLY_ADD_OPS,
@@ -27,7 +27,9 @@ from edgedyn.quantize.nodes import (
     module_path,
     multiply_adds,
 )
-from edgedyn.quantize.plan import find_generators, make_plan
+from edgedyn.quantize.plan import Plan, find_generators, make_plan
+from edgedyn.quantize.precision import Exam
+from edgedyn.quantize.trials import Trials, calibrate
 from edgedyn.quantized_graph import halve, separate_readers
 from edgedyn.targets import Int8Scheme
 
@@ -38,6 +40,7 @@ __all__ = [
     "COUNTED_OPS",
     "MULTIPLY_ADD_OPS",
     "Calibrated",
+    "Exam",
     "Quantized",
     "find_generators",
     "fold",
@@ -96,6 +99,8 @@ def to_int8(
     float32: Collection[str] = frozenset(),
     kernels: Collection[Any] = frozenset(),
     generated: Collection[str] = frozenset(),
+    exam: Exam | None = None,
+    is_router: bool = False,
     progress: Callable[[str, int, int], None] = lambda what, done, total: None,
 ) -> Quantized:
     """Calibrate on the samples, unless what calibration found out is given, and convert to INT8.
@@ -112,33 +117,37 @@ def to_int8(
         float32: names of module classes that are never quantized.
         kernels: overloads of our ops that the target computes in INT8 where x is.
         generated: names of the tensors that are generated kernels, from ``find_generators``.
+        exam: what the cost of INT8 is measured on, layer by layer; with a limit, layers stay float for it.
+        is_router: whether the program's first output is compared, so that what computes it stays float.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
         CalibrationError: when there are neither samples nor what calibration found out.
+        CheckFailedError: when the exam's limits leave no choice.
         RecipeError: when a pattern of ``keep_float`` matches no layer.
     """
-    module = fold(program)
-    plan = make_plan(module, scheme=scheme, keep_float=section.keep_float, float32=float32, kernels=kernels)
-    if calibrated is None:
-        calibrated = calibrate(
-            module,
-            plan,
-            scheme=scheme,
-            section=section,
-            samples=samples,
-            finetuning=finetuning,
-            sources=sources,
-            generated=generated,
-            progress=progress,
-        )
-    else:
-        restore(module, calibrated)
     from edgedyn.quantize.convert import insert_steps
 
-    steps = steps_of(calibrated.entries, scheme)
+    def plan(module: fx.GraphModule, kept: Sequence[str]) -> Plan:
+        return make_plan(
+            module,
+            scheme=scheme,
+            keep_float=section.keep_float,
+            float32=float32,
+            kernels=kernels,
+            kept=kept,
+            is_router=is_router,
+        )
+
+    module = fold(program)
+    plan(module, ())  # refuses what the recipe got wrong before anything is observed
+    if calibrated is None:
+        trials = Trials(module, plan, scheme, samples, finetuning, sources, generated, progress)
+        calibrated = calibrate(trials, section, exam)
+    restore(module, calibrated)
+    chosen, steps = plan(module, calibrated.kept), steps_of(calibrated.entries, scheme)
     with torch.no_grad():
-        converted = insert_steps(module, plan, steps, scheme)
+        converted = insert_steps(module, chosen, steps, scheme)
     separate_readers(converted)
     exported = torch.export.export(converted, inputs)
-    return Quantized(exported, *int8_share(exported), account(converted, plan.reasons), calibrated)
+    return Quantized(exported, *int8_share(exported), account(converted, chosen.reasons), calibrated)

@@ -34,6 +34,7 @@ _KEPT_FLOAT = {
     "batch_norm": "could not be folded into a convolution",
 }
 KEPT_BY_RECIPE = "kept in float by the recipe (quantize.keep_float)"
+KEPT_FOR_QUALITY = "kept in float so that INT8 costs no more than it may (quantize.max_drop_db)"
 KEPT_ALWAYS = "decides or normalises: float32 in every precision"
 _NO_RULE = "no INT8 rule for this operator"
 _GENERATED = "filters with generated kernels, which stay float"
@@ -110,7 +111,11 @@ def _float_operator(node: fx.Node) -> str | None:
 
 def int8_share(program: ExportedProgram) -> tuple[float, int]:
     """Return the share of multiply-adds that a program computes in INT8, and how many nodes have some."""
-    nodes = [node for node in program.graph.nodes if node.target in COUNTED_OPS]
-    costs = {node: multiply_adds(node) for node in nodes}
+    costs = all_multiply_adds(program.graph)
     quantized = sum(cost for node, cost in costs.items() if is_int8(node))
-    return (quantized / sum(costs.values()) if costs else 0.0), len(nodes)
+    return (quantized / sum(costs.values()) if costs else 0.0), len(costs)
+
+
+def all_multiply_adds(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return the multiply-adds of every convolution and linear layer of a graph."""
+    return {node: multiply_adds(node) for node in graph.nodes if node.target in COUNTED_OPS}

@@ -9,19 +9,19 @@ constants that changed: with them ``restore`` and ``steps_of`` make the same INT
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from edgedyn.calibration_table import Entry, Kind
+from edgedyn.calibration_table import Entry, Kind, Precision
 from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
 from edgedyn.quantize.equalize import equalize, find_pairs
 from edgedyn.quantize.finetune import choose_examples, finetune
-from edgedyn.quantize.lockstep import Lockstep
+from edgedyn.quantize.lockstep import Lockstep, round_weight
 from edgedyn.quantize.nodes import bias_of, set_constant, weight_of
 from edgedyn.quantize.norms import reestimate
 from edgedyn.quantize.plan import Plan, Site, Steps, find_sites, name_tensors
@@ -46,41 +46,57 @@ class Calibrated:
         entries: its tensors, in the order of its graph.
         constants: new weights and biases by ``layer.weight``, ``layer.bias``: int8 codes of a reconstructed
             weight, whose scales are in its entry; else float32.
+        precision: which layers stay float because of what INT8 costs; None where that was not measured.
+        ablation: PSNR drop by what was changed in the method, dB, where that was measured.
+    """
+
+    entries: tuple[Entry, ...]
+    constants: Mapping[str, np.ndarray]
+    precision: Precision | None = None
+    ablation: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def kept(self) -> tuple[str, ...]:
+        """Names of the layers that stay float because of what INT8 costs."""
+        return self.precision.kept if self.precision else ()
+
+
+@dataclass(frozen=True)
+class Observed:
+    """A folded program after its images were seen, and before a weight is rounded: the same for every plan.
+
+    Attributes:
+        entries: its tensors, in the order of its graph.
+        constants: weights and biases that equalization changed, float32, by name.
     """
 
     entries: tuple[Entry, ...]
     constants: Mapping[str, np.ndarray]
 
 
-def calibrate(
+def observe_program(
     module: fx.GraphModule,
-    plan: Plan,
     *,
-    scheme: Int8Scheme,
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]],
-    finetuning: Sequence[tuple[Tensor, ...]] = (),
     sources: Sequence[str] = (),
     generated: Collection[str] = frozenset(),
     progress: Progress = lambda what, done, total: None,
-) -> Calibrated:
-    """Observe a folded program on calibration samples; the module keeps the weights that this gives it.
+) -> Observed:
+    """Equalize a folded program, observe it on calibration samples and choose the range of every tensor.
 
     Args:
-        module: changed in place: equalized, and with the weights that rounding chose.
-        plan: what is INT8 on the target that the weights are rounded for.
-        scheme: of that target. Ranges are found for every scheme.
+        module: changed in place where channels are equalized.
         section: the recipe's ``quantize`` section.
         samples: inputs of the program.
-        finetuning: inputs for training and judging weights; without any, the samples.
-        sources: where each sample comes from, then each of ``finetuning``, for errors.
+        sources: where each sample comes from, for errors.
         generated: names of the tensors that are generated kernels.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
         CalibrationError: without samples, or for a sample that brings NaN or infinite values.
     """
-    _refuse_samples(samples, finetuning, sources)
+    refuse_samples(samples, sources)
     changed = equalize(module, find_pairs(module), samples) if section.equalize else []
     sites = find_sites(module)
     constants = _changed_constants(module, [site for site in sites if site.node in changed])
@@ -96,7 +112,34 @@ def calibrate(
         for name, histogram in found.items()
     }
     entries |= {site.weight: _weight_entry(module, site, section) for site in sites}
-    steps = steps_of(tuple(entries.values()), scheme)
+    return Observed(tuple(entries.values()), constants)
+
+
+def round_program(
+    module: fx.GraphModule,
+    plan: Plan,
+    observed: Observed,
+    *,
+    scheme: Int8Scheme,
+    section: QuantizeSection,
+    samples: Sequence[tuple[Tensor, ...]],
+    finetuning: Sequence[tuple[Tensor, ...]] = (),
+    progress: Progress = lambda what, done, total: None,
+) -> Calibrated:
+    """Choose the INT8 weights and the biases of an observed program, which keeps them.
+
+    Args:
+        module: changed in place.
+        plan: what is INT8 on the target that the weights are rounded for.
+        observed: of the same program. It has ranges for every scheme.
+        scheme: of that target.
+        section: the recipe's ``quantize`` section.
+        samples: inputs of the program.
+        finetuning: inputs for training and judging weights; without any, the samples.
+        progress: called with (what is done, steps done, steps in all).
+    """
+    steps = steps_of(observed.entries, scheme)
+    entries, constants = {entry.name: entry for entry in observed.entries}, dict(observed.constants)
     examples = choose_examples(module, finetuning or samples) if section.finetune else ([], [])
     if section.rounding == "reconstruct" or section.bn_reestimation:
         rounded, scales = _round_weights(module, plan, steps, scheme, section, samples, progress)
@@ -134,14 +177,17 @@ def calibrate(
     return Calibrated(tuple(entries.values()), constants)
 
 
-def _refuse_samples(
-    samples: Sequence[tuple[Tensor, ...]], finetuning: Sequence[tuple[Tensor, ...]], sources: Sequence[str]
-) -> None:
+def refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]) -> None:
+    """Refuse to calibrate on nothing, or on what is not finite.
+
+    Raises:
+        CalibrationError: naming the sample by its source.
+    """
     if not samples:
         raise CalibrationError(
             "there are no calibration samples; INT8 needs at least one image. Mend the set."
         )
-    for index, sample in enumerate([*samples, *finetuning]):
+    for index, sample in enumerate(samples):
         bad = sum(int((~torch.isfinite(x)).sum()) for x in sample)
         if bad:
             raise CalibrationError(
@@ -202,8 +248,7 @@ def _weight_entry(module: fx.GraphModule, site: Site, section: QuantizeSection) 
 
 
 def _rounding_error(weight: Tensor, scales: Tensor) -> Tensor:
-    rounded = torch.clamp(torch.round(weight / scales[:, None]), -127, 127) * scales[:, None]
-    return ((weight - rounded) ** 2).sum(1)
+    return ((weight - round_weight(weight, scales)) ** 2).sum(1)
 
 
 def _round_weights(

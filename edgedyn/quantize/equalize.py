@@ -78,6 +78,7 @@ def equalize(
     scaled = [pair for pair in pairs if largest[pair.between].any()]
     for pair in scaled:
         _scale(module, pair, largest[pair.between])
+    module.recompile()
     return list(dict.fromkeys(node for pair in scaled for node in (pair.first, pair.second)))
 
 

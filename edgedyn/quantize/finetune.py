@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from edgedyn.ops import load_all
-from edgedyn.quantize.lockstep import Lockstep, quantize_dequantize
+from edgedyn.quantize.lockstep import quantize_dequantize, steps_by_call
 from edgedyn.quantize.nodes import bias_of, weight_of
 from edgedyn.quantize.plan import Plan, Steps
 from edgedyn.targets import Int8Scheme
@@ -55,6 +55,7 @@ def choose_examples(
     return training or examples, examples[::_HELD_OUT]
 
 
+@torch.enable_grad()
 def finetune(
     module: fx.GraphModule,
     plan: Plan,
@@ -136,8 +137,8 @@ class _Int8Program(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, plan: Plan, steps: Steps, scheme: Int8Scheme) -> None:
         super().__init__(module)
-        walk = Lockstep(module, plan, steps, scheme)
-        self.sites, self.read, self.written = walk.sites, walk.read, walk.written
+        self.sites = {site.node: site for site in plan.sites}
+        self.read, self.written = steps_by_call(plan, steps, scheme)
         # our ops have no gradient of their own; the last form of each is ordinary operators that run anywhere
         self.forms: dict[Any, Any] = {op.overload: op.forms[-1].fn for op in load_all().values()}
         self.scales, self.units = {}, {}

@@ -25,6 +25,21 @@ def quantize_dequantize(x: Tensor, step: tuple[float, int]) -> Tensor:
     return pair.dequantize_per_tensor(pair.quantize_per_tensor(x, *arguments), *arguments)  # type: ignore
 
 
+def round_weight(weight: Tensor, scales: Tensor) -> Tensor:
+    """Round a weight (O, ...) to its INT8 steps, one scale an output channel; float."""
+    column = scales.reshape(-1, *[1] * (weight.dim() - 1))
+    return torch.clamp(torch.round(weight / column), -127, 127) * column
+
+
+def steps_by_call(
+    plan: Plan, steps: Steps, scheme: Int8Scheme
+) -> tuple[dict[fx.Node, tuple[float, int]], dict[fx.Node, tuple[float, int]]]:
+    """Return the steps of what calls read first, and of what calls write."""
+    read = {site.node: steps.of(site.x) for site in plan.sites}
+    read |= {call: steps.of(x) for call, x in plan.kernels.items()}
+    return read, {site.last: steps.of(site.y) for site in plan.sites if scheme.outputs}
+
+
 Change = Callable[[Site, list[Tensor], list[Tensor]], tuple[Tensor, Tensor | None]]
 
 
@@ -41,9 +56,7 @@ class Lockstep:
     def __init__(self, module: fx.GraphModule, plan: Plan, steps: Steps, scheme: Int8Scheme) -> None:
         self.module = module
         self.sites = {site.node: site for site in plan.sites}
-        self.read = {site.node: steps.of(site.x) for site in plan.sites}
-        self.read |= {call: steps.of(x) for call, x in plan.kernels.items()}
-        self.written = {site.last: steps.of(site.y) for site in plan.sites if scheme.outputs}
+        self.read, self.written = steps_by_call(plan, steps, scheme)
         self.last_reader = {x: node for node in module.graph.nodes for x in node.all_input_nodes}
 
     @torch.no_grad()

@@ -19,7 +19,8 @@ from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.ops import is_ours, load_all
-from edgedyn.quantize.accounting import KEPT_ALWAYS, KEPT_BY_RECIPE, moves_only
+from edgedyn.quantize.accounting import KEPT_ALWAYS, KEPT_BY_RECIPE, KEPT_FOR_QUALITY, moves_only
+from edgedyn.quantize.deciding import find_deciding_layers
 from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, belongs_to, fused_activation, module_path
 from edgedyn.targets import Int8Scheme
 
@@ -159,6 +160,8 @@ def make_plan(
     keep_float: Sequence[str] = (),
     float32: Collection[str] = frozenset(),
     kernels: Collection[Any] = frozenset(),
+    kept: Sequence[str] = (),
+    is_router: bool = False,
 ) -> Plan:
     """Decide what is INT8.
 
@@ -171,13 +174,18 @@ def make_plan(
         keep_float: patterns of layer paths that stay float.
         float32: names of module classes that are never quantized.
         kernels: overloads of our ops that the target computes in INT8 where x is.
+        kept: names of layers that stay float because of what INT8 costs there.
+        is_router: whether the first output is compared.
 
     Raises:
         RecipeError: when a pattern matches no layer.
     """
     found = find_sites(module)
-    reasons = dict.fromkeys(_matching(found, keep_float), KEPT_BY_RECIPE)
+    reasons = {site.node.name: KEPT_FOR_QUALITY for site in found if site.name in kept}
+    reasons |= dict.fromkeys(_matching(found, keep_float), KEPT_BY_RECIPE)
     reasons |= {node.name: KEPT_ALWAYS for node in module.graph.nodes if belongs_to(node, float32)}
+    deciding = find_deciding_layers(module, is_router=is_router)
+    reasons |= {node.name: KEPT_ALWAYS for node in deciding}
     sites = tuple(site for site in found if site.node.name not in reasons)
     chosen = {site.node for site in sites}
     tensors = {node: name for name, node in name_tensors(module, found).items()}

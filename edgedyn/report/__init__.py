@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedyn.errors import UsageError
+from edgedyn.report.curves import ablation_rows, precision_sections
 from edgedyn.report.pictures import Picture, panels
 from edgedyn.report.text import TIMES, megabytes, number
 
@@ -45,6 +46,8 @@ _FACTS_SHOWN = frozenset(
         "weights",
         "decisions",
         "routes",
+        "precision",
+        "ablation",
     }
 )
 
@@ -72,7 +75,8 @@ def write_report(
         facts: what was measured besides the rows. Each may be absent: ``programs`` {file: bytes},
             ``latency_ms`` {median, p95, runs}, ``int8_mac_share`` (a fraction), ``float_nodes``
             [{node, reason}], ``check_build`` and ``calibration`` {name: value}, ``weights`` (where they are
-            from), ``decisions`` and ``routes`` (histograms of margins: ``edges``, ``all``, ``changed``).
+            from), ``decisions`` and ``routes`` (histograms of margins: ``edges``, ``all``, ``changed``),
+            ``precision`` and ``ablation`` (of a calibration table: {program: what was measured}).
             Others are listed at the end.
 
     Raises:
@@ -95,6 +99,8 @@ def write_report(
         groups=_groups(rows),
         floats=_by_reason(facts.get("float_nodes", [])),
         int8_mac_share=facts.get("int8_mac_share"),
+        precisions=list(precision_sections(facts)),
+        ablation=ablation_rows(facts),
         sections=[section for section in _sections(manifest, facts) if section[1]],
     )
     (out / FILE).write_text(page, encoding="utf-8")

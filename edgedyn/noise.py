@@ -1,0 +1,135 @@
+"""Noise models of an image set: what is added to a clean image x in [0, 1].
+
+    gaussian           y = x + sigma / 255 * n                          n ~ N(0, 1)
+    poisson-gaussian   y = gain * Poisson(x / gain) + read_noise * n    Var[y] = gain * x + read_noise^2
+    real               y is a photo itself, and x a clean one of the same scene, where there is one
+    none               y = x
+
+Poisson-Gaussian is Foi et al., "Practical Poissonian-Gaussian noise modeling and fitting for single-image
+raw-data", IEEE TIP 17(10), 2008: their a is ``gain``, their b is ``read_noise`` squared.
+
+Whether y is clipped to [0, 1] is said wherever noise is added: a network trained on clipped noise collapses
+on unclipped noise, and the other way round.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+_Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+# kind -> the groups of keys of which it takes one, each whole
+_KEYS: dict[str, list[set[str]]] = {
+    "gaussian": [{"sigma", "clip"}, {"sigma_range", "clip"}],
+    "poisson-gaussian": [{"gain", "read_noise", "clip"}],
+    "real": [set()],
+    "none": [set()],
+}
+_CLIP_HINT = (
+    "; clip: false leaves noisy values outside [0, 1], clip: true cuts them: say which of the two the "
+    "network was trained with"
+)
+
+
+class NoiseSection(BaseModel):
+    """What is added to a clean image; lists are cycled over the samples, each file meeting another level."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    kind: Literal["gaussian", "poisson-gaussian", "real", "none"] = Field(
+        default="gaussian",
+        description="real: the set's files are noisy photos, clean ones beside them; none: nothing is added",
+    )
+    sigma: list[_Finite] | None = Field(
+        default=None, min_length=1, description="gaussian: standard deviations, 0..255 scale"
+    )
+    sigma_range: list[_Finite] | None = Field(
+        default=None,
+        min_length=2,
+        max_length=2,
+        description="gaussian, in place of sigma: [low, high], drawn uniformly for each sample",
+    )
+    gain: list[_Positive] | None = Field(
+        default=None,
+        min_length=1,
+        description="poisson-gaussian: variance of shot noise at white, 0..1 scale; one a sensor setting",
+    )
+    read_noise: list[_Finite] | None = Field(
+        default=None,
+        min_length=1,
+        description="poisson-gaussian: standard deviation in the dark, 0..1 scale; one for each gain",
+    )
+    clip: bool | None = Field(
+        default=None, description="whether noisy values are cut to [0, 1]; must be said where noise is added"
+    )
+
+    @model_validator(mode="after")
+    def _has_the_keys_of_its_kind(self) -> NoiseSection:
+        given = {key for key in type(self).model_fields if getattr(self, key) is not None} - {"kind"}
+        if given not in _KEYS[self.kind]:
+            expected = " or ".join(", ".join(sorted(keys)) or "nothing else" for keys in _KEYS[self.kind])
+            found = ", ".join(sorted(given)) or "nothing else"
+            hint = "" if "clip" in given or not self.is_added else _CLIP_HINT
+            raise ValueError(f"noise of kind {self.kind!r} has {found}; expected {expected}{hint}")
+        if self.sigma_range is not None and self.sigma_range[0] >= self.sigma_range[1]:
+            raise ValueError(f"sigma_range is {self.sigma_range}; expected [low, high] with low < high")
+        if len(self.gain or ()) != len(self.read_noise or ()):
+            raise ValueError(
+                f"gain has {len(self.gain or ())} values and read_noise {len(self.read_noise or ())}; "
+                "expected one read_noise for each gain"
+            )
+        return self
+
+    @property
+    def is_added(self) -> bool:
+        """Whether noise is made and added to clean images."""
+        return self.kind in ("gaussian", "poisson-gaussian")
+
+    def to_json(self) -> dict[str, object]:
+        """Return the keys that are set."""
+        return self.model_dump(exclude_none=True)
+
+    def add(
+        self, clean: np.ndarray, index: int, files: int, rng: np.random.Generator
+    ) -> tuple[np.ndarray, float, str]:
+        """Return the noisy image, its noise level and what rows of a report call it.
+
+        Args:
+            clean: float32.
+            index: of the sample: each file meets another level in each round over the files.
+            files: of the set.
+            rng: of the sample.
+
+        Returns:
+            The noisy image, float32; sigma on the 0..255 scale, of Poisson-Gaussian noise the root mean
+            square over this image; ``sigma=25``, ``sigma=5..50``, ``gain=0.01,read_noise=0.002``, ``real``.
+        """
+        turn = index % files + index // files
+        if not self.is_added:
+            return clean, 0.0, "real" if self.kind == "real" else "sigma=0"
+        if self.gain is not None and self.read_noise is not None:
+            gain, read = self.gain[turn % len(self.gain)], self.read_noise[turn % len(self.read_noise)]
+            light = clean.clip(0).astype(np.float64)  # a raw frame is below black where it is noisy itself
+            shot = gain * rng.poisson(light / gain) - light
+            noisy = clean + (shot + read * rng.standard_normal(clean.shape)).astype(np.float32)
+            sigma = 255 * float(np.sqrt(np.mean(gain * light) + read**2))
+            name = f"gain={gain:g},read_noise={read:g}"
+        else:
+            sigma, name = self._level(turn, rng)
+            noisy = clean + np.float32(sigma / 255) * rng.standard_normal(clean.shape, dtype=np.float32)
+        return noisy.clip(0, 1) if self.clip else noisy, sigma, name
+
+    def _level(self, turn: int, rng: np.random.Generator) -> tuple[float, str]:
+        if self.sigma is not None:
+            sigma = self.sigma[turn % len(self.sigma)]
+            return sigma, f"sigma={sigma:g}"
+        low, high = self.sigma_range or (0.0, 0.0)
+        return float(rng.uniform(low, high)), f"sigma={low:g}..{high:g}"
+
+
+# what is added to the images of a folder, which cannot say it; the report shows it
+FOLDER_NOISE = NoiseSection(sigma=[15.0, 25.0, 50.0], clip=False)
+NO_NOISE = NoiseSection(kind="none")

@@ -1,0 +1,73 @@
+"""What each part of the method is worth: INT8 made again for every switch, set otherwise, and its drop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from edgedyn.quantize.calibrate import Progress
+from edgedyn.quantize.precision import Exam, Measured, Rounded, worst_drop_db
+
+if TYPE_CHECKING:
+    from edgedyn.recipe import QuantizeSection
+
+AS_IT_IS = "as the recipe says"
+# what may take the place of the recipe's value, by dotted key
+_SWITCHES: dict[str, tuple[Any, ...]] = {
+    "equalize": (False, True),
+    "rounding": ("nearest", "reconstruct"),
+    "bias_correction": ("none", "fast", "full"),
+    "bn_reestimation": (False, True),
+    "finetune": (0,),
+    "ranges.feature": ("minmax", "percentile", "mse", "entropy"),
+    "ranges.weight": ("minmax", "mse"),
+}
+
+
+@torch.no_grad()
+def ablate(
+    module: fx.GraphModule,
+    make: Callable[[QuantizeSection], Rounded],
+    section: QuantizeSection,
+    exam: Exam,
+    drop_db: float,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, float]:
+    """Return the PSNR drop at the worst noise level of the method, and with one switch changed at a time, dB.
+
+    Args:
+        module: the folded float program.
+        make: calibrates it by a section.
+        section: the recipe's.
+        exam: images with truths.
+        drop_db: of the method as it is.
+        progress: called with (what is done, steps done, steps in all).
+    """
+    tried = {}
+    for key, values in _SWITCHES.items():
+        for value in values:
+            other = _change(section, key, value)
+            if other != section:
+                tried[f"{key}: {str(value).lower() if isinstance(value, bool) else value}"] = other
+    before, found = exam.float_psnr_db(module), {AS_IT_IS: drop_db}
+
+    def drop(other: QuantizeSection) -> Measured:
+        rounded = make(other)
+        return {"drop_db": worst_drop_db(before, exam.psnr_db([rounded.run(x) for x in exam.inputs]))}
+
+    for done, (name, other) in enumerate(tried.items()):
+        progress("ablate", done, len(tried))
+        method = other.model_dump_json(exclude={"table", "max_drop_db"})
+        found[name] = exam.recall(f"ablation {method}", functools.partial(drop, other))["drop_db"]
+    progress("ablate", len(tried), len(tried))
+    return found
+
+
+def _change(section: QuantizeSection, key: str, value: Any) -> QuantizeSection:
+    name, _, inner = key.partition(".")
+    changed = getattr(section, name).model_copy(update={inner: value}) if inner else value
+    return section.model_copy(update={name: changed})

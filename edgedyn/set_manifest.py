@@ -1,0 +1,99 @@
+"""The manifest of an image set, ``calib/<set>.yaml``: hashed files, licence, noise, samples, seed."""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from pathlib import Path
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from edgedyn.bayer import RawSection
+from edgedyn.errors import CalibrationError
+from edgedyn.noise import NoiseSection
+from edgedyn.recipe import explain
+
+_DIGEST = "^[0-9a-f]{64}$"
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class CleanFile(_Section):
+    """The clean photo that belongs to a noisy one."""
+
+    name: str = Field(description="relative to root")
+    sha256: str = Field(pattern=_DIGEST, description="digest that the file must have")
+
+
+class SetFile(_Section):
+    """One image of a set."""
+
+    name: str = Field(description="relative to root; PNG, JPEG, TIFF, .npy, .npz or .raw")
+    sha256: str = Field(pattern=_DIGEST, description="digest that the file must have")
+    clean: CleanFile | None = Field(
+        default=None,
+        description="noise kind real: the same scene without noise, pixel on pixel; a set to validate on "
+        "needs it, one to calibrate on does not",
+    )
+
+
+class SetManifest(_Section):
+    """The YAML manifest."""
+
+    name: str = Field(description="of the set, for reports")
+    licence: str = Field(description="of the files")
+    root: str = Field(
+        description="folder of the files, relative to the manifest; or package:NAME/folder, installed"
+    )
+    samples: int = Field(default=12, ge=1, description="crops to draw; files are taken in turn")
+    seed: int = Field(default=0, description="of where crops lie, and of the noise")
+    noise: NoiseSection = Field(description="what makes the network's input of a file")
+    raw: RawSection | None = Field(default=None, description="how .raw files are read; one sensor mode a set")
+    files: list[SetFile] = Field(min_length=1, description="the images")
+
+    @model_validator(mode="after")
+    def _clean_files_are_of_real_noise(self) -> SetManifest:
+        for file in self.files:
+            if file.clean is not None and self.noise.kind != "real":
+                raise ValueError(
+                    f"{file.name} has a clean file, and the set's noise is {self.noise.kind!r}; expected "
+                    "noise: {kind: real}"
+                )
+            if file.clean is not None and file.clean.sha256 == file.sha256:
+                raise ValueError(f"{file.name} and its clean file {file.clean.name} are the same file")
+        return self
+
+
+def read_manifest(path: Path) -> tuple[SetManifest, Path]:
+    """Read a manifest; return it, and the folder of its files.
+
+    Raises:
+        CalibrationError: when it cannot be read, is none, or names a package that is not installed.
+    """
+    try:
+        manifest = SetManifest(**yaml.safe_load(path.read_text(encoding="utf-8")))
+    except OSError as error:
+        raise CalibrationError(
+            f"image set {path} cannot be read ({error.strerror}); expected a manifest or a folder of images."
+        ) from error
+    except ValidationError as error:
+        raise CalibrationError(f"image set {path}: {explain(error, SetManifest)}") from error
+    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+        raise CalibrationError(
+            f"image set {path} is not a manifest: {error}. See calib/skimage.yaml."
+        ) from error
+    return manifest, _root(manifest.root, path)
+
+
+def _root(root: str, manifest: Path) -> Path:
+    if not root.startswith("package:"):
+        return manifest.parent / root
+    package, _, folder = root.removeprefix("package:").partition("/")
+    spec = find_spec(package) if package.isidentifier() else None
+    if spec is None or not spec.submodule_search_locations:
+        raise CalibrationError(
+            f"image set {manifest} needs the package {package!r}. Run: pip install {package}"
+        )
+    return Path(spec.submodule_search_locations[0]) / folder
