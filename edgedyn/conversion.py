@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgedyn import ops, quantize
+from edgedyn.calibration import open_set, refuse_other_clipping, refuse_overlap
 from edgedyn.coverage import cover
 from edgedyn.errors import CalibrationError, EdgedynError, ModelError
 from edgedyn.layers import canonicalize, find_dynamic, float32_classes, recognise
@@ -118,13 +119,15 @@ def convert(
         sensitivity: measure what INT8 costs in each layer, also where the recipe sets no ``max_drop_db``.
         ablation: measure also what each switch of the method is worth.
         progress: called with (what is done, steps done, steps in all).
+
+    Raises:
+        CalibrationError: when images to fine-tune on are refused, or are validated on.
     """
-    progress("rewrite layers", 0, 1)
     is_int8 = recipe.precision == "int8"
+    finetuning = open_finetuning(recipe) if is_int8 else None
+    progress("rewrite layers", 0, 1)
     needed = is_int8 or recipe.route.capacity is not None or not recipe.is_trained
-    drawn = (
-        list(calibration.draw(recipe.input_shapes(), TASKS[recipe.task])) if calibration and needed else []
-    )
+    drawn = _draw(recipe, calibration) if calibration and needed else []
     tensors = [to_tensors(sample) for sample in drawn]
     reference = load_reference(recipe, tensors, trust=trust)
     capacities = count_capacities(reference, tensors, recipe.route.capacity)
@@ -134,9 +137,11 @@ def convert(
     captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
     expanded = {name: expand_part(program, target, recipe) for name, program in captured.items()}
     progress("rewrite layers", 1, 1)
-    key = table_key(recipe, calibration, captured, expanded) if is_int8 and calibration else {}
+    key = table_key(recipe, calibration, captured, expanded, finetuning) if is_int8 and calibration else {}
     table, misfit = find_table(recipe, key, force=force) if key else (None, "")
     observed = [part_inputs(canonical, x) for x in tensors] if key and table is None else []
+    more = _draw_finetuning(recipe, finetuning or calibration) if observed and calibration else []
+    trained = [part_inputs(canonical, to_tensors(sample)) for sample in more]
     exams = {}
     if observed and calibration and (sensitivity or ablation or recipe.quantize.max_drop_db is not None):
         exams = make_exams(recipe, calibration, canonical, key, ablates=ablation)
@@ -153,7 +158,8 @@ def convert(
             target,
             exam=exams.get(name),
             samples=[observed[i][name] for i in chosen],
-            sources=[drawn[i].source for i in chosen],
+            finetuning=[x[name] for x in trained],
+            sources=[sample.source for sample in [*(drawn[i] for i in chosen), *more]],
             calibrated=None if table is None else part_of(table, name),
             generated=quantize.find_generators(quantize.fold(captured[name])) if key else frozenset(),
             is_router=name == ROUTER,
@@ -163,7 +169,7 @@ def convert(
         made = {
             name: part.quantized.calibrated for name, part in finished.items() if part.quantized.calibrated
         }
-        table = make_table(recipe, calibration, key, made, covered)
+        table = make_table(recipe, calibration, key, made, covered, finetuning)
     dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(reference)))
     return Converted(reference, finished, routing_of(canonical), capacities, dynamic, table, misfit)
 
@@ -199,6 +205,7 @@ def _finish_part(
     target: Target,
     *,
     samples: Sequence[tuple[Tensor, ...]],
+    finetuning: Sequence[tuple[Tensor, ...]],
     sources: Sequence[str],
     exam: quantize.Exam | None,
     calibrated: quantize.Calibrated | None,
@@ -218,6 +225,7 @@ def _finish_part(
             scheme=target.int8,
             section=recipe.quantize,
             samples=samples,
+            finetuning=finetuning,
             sources=sources,
             exam=exam,
             calibrated=calibrated,
@@ -279,9 +287,34 @@ def count_capacities(
     return capacities_of(canonicalize(reference), [inputs[0] for inputs in drawn], quantile)
 
 
+def open_finetuning(recipe: Recipe) -> CalibrationSet | None:
+    """Open the set that the recipe fine-tunes on, where it names one.
+
+    Raises:
+        CalibrationError: when it is refused, shares an image with the validation set, or clips otherwise.
+    """
+    if recipe.quantize.finetune_images is None:
+        return None
+    given = (open_set(recipe.path(x)) for x in (recipe.quantize.finetune_images, recipe.validation))
+    noise = recipe.noise_of_sets
+    images, validation = (x if noise is None else x.with_noise(noise) for x in given)
+    refuse_overlap(images, validation)
+    refuse_other_clipping(images, validation)
+    return images
+
+
+def _draw(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
+    return list(images.draw(recipe.input_shapes(), TASKS[recipe.task]))
+
+
+def _draw_finetuning(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
+    """Draw with a seed of its own: of the calibration images, crops and noise that nothing else saw."""
+    return _draw(recipe, replace(images, seed=images.seed + 2)) if recipe.quantize.finetune else []
+
+
 def draw_tensors(recipe: Recipe, images: CalibrationSet) -> list[tuple[Tensor, ...]]:
     """Draw a set's samples as tensors of the recipe's inputs."""
-    return [to_tensors(sample) for sample in images.draw(recipe.input_shapes(), TASKS[recipe.task])]
+    return [to_tensors(sample) for sample in _draw(recipe, images)]
 
 
 def to_tensors(sample: Sample) -> tuple[Tensor, ...]:

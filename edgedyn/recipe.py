@@ -110,6 +110,20 @@ class QuantizeSection(_Section):
     bias_correction: Literal["none", "fast", "full"] = Field(
         default="none", description="NNCF's; reconstruction sets biases itself"
     )
+    bn_reestimation: bool = Field(
+        default=False,
+        description="of rounded layers: each channel gets the mean and deviation that it had in float",
+    )
+    finetune: int = Field(
+        default=0,
+        ge=0,
+        le=10000,
+        description="steps of quantization-aware fine-tuning, the last resort: each runs one image both ways",
+    )
+    finetune_images: str | None = Field(
+        default=None,
+        description="set manifest or folder to fine-tune on; else other crops of the calibration set",
+    )
     keep_float: list[str] = Field(
         default=[], description="dotted layer paths that stay float; * matches any part"
     )
@@ -126,6 +140,15 @@ class QuantizeSection(_Section):
     table: str | None = Field(
         default=None, description="calibration table, reused where it exists, written where it does not"
     )
+
+    @model_validator(mode="after")
+    def _images_are_used(self) -> QuantizeSection:
+        if self.finetune_images is not None and self.finetune == 0:
+            raise ValueError(
+                f"finetune_images is {self.finetune_images!r} and finetune is 0 steps; expected steps, or no "
+                "images"
+            )
+        return self
 
 
 class TileSection(_Section):
@@ -333,7 +356,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         raise RecipeError(f"recipe {path}: {error}. Keys are plain names.") from error
 
 
-_PATH_KEYS = {"model.weights", "calibration", "validation", "quantize.table"}
+_PATH_KEYS = {"model.weights", "calibration", "validation", "quantize.table", "quantize.finetune_images"}
 
 
 def _override(values: dict[str, Any], override: str) -> None:

@@ -6,6 +6,7 @@
     data        digest of the image set: files, noise, samples, seed
     transform   task and shapes: how an image becomes an input
     method      the recipe's quantize section
+    finetuning  digest of the images that weights are trained on, where they are others
     versions    of the tools that calibrate
 
 The target is no part of its key: one table holds the steps for affine and for symmetric runtimes.
@@ -48,6 +49,7 @@ def table_key(
     images: CalibrationSet,
     captured: Mapping[str, ExportedProgram],
     expanded: Mapping[str, tuple[dict[Op, Form], ExportedProgram]],
+    finetuning: CalibrationSet | None = None,
 ) -> dict[str, Any]:
     """Return the key of the table of a recipe's programs.
 
@@ -56,6 +58,7 @@ def table_key(
         images: the calibration set.
         captured: the programs with our ops as nodes.
         expanded: the forms of these ops, and the programs before they are quantized.
+        finetuning: the set that weights are trained on, where it is another one.
     """
     graphs = {name: _digest(program) for name, program in captured.items()}
     forms = {
@@ -67,13 +70,15 @@ def table_key(
     }
     model = {"network": recipe.model.network, "arguments": recipe.model.arguments}
     weights = recipe.weights_digest() or f"seed {recipe.model.seed}"
+    more = {} if finetuning is None else {"finetuning": finetuning.digest()}
     return {
         "model": {**model, "weights": weights},
         "graph": graphs,
         "forms": forms,
         "data": images.digest(),
         "transform": {"task": recipe.task, "shapes": [list(shape) for shape in recipe.input_shapes()]},
-        "method": recipe.quantize.model_dump(exclude={"table", "samples"}),
+        "method": recipe.quantize.model_dump(exclude={"table", "samples", "finetune_images"}),
+        **more,
         "versions": {name: version(name) for name in _TOOLS},
     }
 
@@ -112,12 +117,13 @@ def make_table(
     key: Mapping[str, Any],
     programs: Mapping[str, Calibrated],
     covered: Coverage,
+    finetuning: CalibrationSet | None = None,
 ) -> CalibrationTable:
     """Put what calibration found out about every program into one table; write it where the recipe says."""
-    files = [{"name": path.name, "sha256": digest} for path, digest in images.files]
+    more = {} if finetuning is None else {"finetuning": _describe(finetuning)}
     table = CalibrationTable(
         key,
-        {"name": images.name, "licence": images.licence, "samples": images.samples, "files": files},
+        _describe(images) | more,
         {name: (*found.entries, *covered.logits.get(name, ())) for name, found in programs.items()},
         {
             f"{name}/{x}": value
@@ -131,6 +137,11 @@ def make_table(
     if recipe.quantize.table is not None:
         table.write(recipe.path(recipe.quantize.table))
     return table
+
+
+def _describe(images: CalibrationSet) -> dict[str, Any]:
+    files = [{"name": path.name, "sha256": digest} for path, digest in images.files]
+    return {"name": images.name, "licence": images.licence, "samples": images.samples, "files": files}
 
 
 def make_exams(

@@ -83,7 +83,7 @@ def rounded_by(net, inputs, target):
     def plan(section, module, kept):
         return make_plan(module, scheme=scheme, kept=kept)
 
-    trials = Trials(module, plan, scheme, inputs, (), frozenset(), lambda *_: None)
+    trials = Trials(module, plan, scheme, inputs, (), (), frozenset(), lambda *_: None)
     return trials.round(PLAIN, *trials.observe(PLAIN))
 
 

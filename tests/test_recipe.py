@@ -90,7 +90,7 @@ def test_recipe_cannot_be_changed(tmp_path):
         ),
         (
             {"quantize": {"roundin": "nearest"}},
-            ["'quantize.roundin'", "did you mean 'rounding'?", "bias_correction, keep_float"],
+            ["'quantize.roundin'", "did you mean 'rounding'?", "bias_correction, bn_reestimation"],
         ),
         ({"zzzzzz": 1}, ["unknown key 'zzzzzz'; Known here:"]),
         ({"target": 3}, ["target is 3", "string", "Mend this value"]),
@@ -102,6 +102,12 @@ def test_recipe_cannot_be_changed(tmp_path):
         (
             {"quantize": {"ranges": {"percentile": 50}}},
             ["quantize.ranges.percentile is 50", "greater than 50"],
+        ),
+        ({"quantize": {"finetune": -1}}, ["quantize.finetune is -1", "greater than or equal to 0"]),
+        ({"quantize": {"finetune": 20000}}, ["quantize.finetune is 20000", "less than or equal to 10000"]),
+        (
+            {"quantize": {"finetune_images": "photos"}},
+            ["finetune_images is 'photos' and finetune is 0 steps; expected steps, or no images"],
         ),
         ({"quantize": {"ranges": {"percentile": 101}}}, ["percentile is 101", "less than or equal to 100"]),
         (
@@ -179,9 +185,11 @@ def test_set_paths_start_at_the_working_directory(tmp_path, monkeypatch):
     (tmp_path / "here").mkdir()
     path = write(tmp_path)
     monkeypatch.chdir(tmp_path / "here")
-    recipe = load_recipe(path, ["validation=set.yaml", "model.weights=w.safetensors"])
+    more = ["quantize={finetune: 1}", "quantize.finetune_images=photos"]
+    recipe = load_recipe(path, ["validation=set.yaml", "model.weights=w.safetensors", *more])
     assert recipe.path(recipe.validation) == tmp_path / "here" / "set.yaml"
     assert recipe.path(recipe.model.weights) == tmp_path / "here" / "w.safetensors"
+    assert recipe.path(recipe.quantize.finetune_images) == tmp_path / "here" / "photos"
 
 
 def test_other_weights_on_the_command_line_are_not_held_to_the_file_s_digest(tmp_path):

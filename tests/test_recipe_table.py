@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,7 +12,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import skimage
 import torch
+import yaml
 
 from edgedyn import pipeline, quantize
 from edgedyn.calibration_table import read_table
@@ -105,18 +108,76 @@ def test_forced_table_is_used_and_recorded(first, no_statistics):
     assert "is of another method" in made.misfit
 
 
-def test_sample_that_is_not_finite_is_named(tmp_path, monkeypatch):
+TRAINED = ("quantize.rounding=nearest", "quantize.finetune=30")  # of coarse weights: 30 steps are enough
+
+
+@pytest.mark.parametrize("more", [TRAINED, (*TRAINED[:1], "quantize.bn_reestimation=true")])
+def test_what_follows_rounding_is_in_the_table_to_the_bit(tmp_path, more, request):
+    made = convert(recipe(tmp_path, *more))
+    codes = {name for name, x in made.table.constants.items() if x.dtype == np.int8}
+    assert codes == {f"forward/{e.name}" for e in made.table.programs["forward"] if e.kind == "weight"}
+    request.getfixturevalue("no_statistics")
+    assert bits(convert(recipe(tmp_path, *more))) == bits(made)
+
+
+def test_fine_tuning_sees_other_crops_of_the_calibration_images(tmp_path, monkeypatch):
+    seen = []
+
+    def look(trials, *_):
+        seen.append(trials)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(quantize, "calibrate", look)
+    with pytest.raises(KeyboardInterrupt):
+        convert(recipe(tmp_path, *TRAINED))
+    (trials,) = seen
+    assert len(trials.finetuning) == len(trials.samples) == 7
+    assert trials.sources == trials.sources[:7] * 2
+    assert not any(torch.equal(a, b) for (a,), (b,) in zip(trials.samples, trials.finetuning, strict=True))
+
+
+def images_of(folder: Path, *names: str) -> str:
+    """Put photos that scikit-image installs into a folder, which a recipe then fine-tunes on."""
+    folder.mkdir()
+    for name in names:
+        shutil.copy(Path(skimage.__file__).parent / "data" / name, folder)
+    return f"quantize.finetune_images={folder}"
+
+
+def test_images_to_fine_tune_on_belong_to_the_table_and_their_path_does_not(tmp_path, request):
+    given = images_of(tmp_path / "photos", "camera.png", "brick.png")
+    made = convert(recipe(tmp_path, *TRAINED, given))
+    assert [file["name"] for file in made.table.images["finetuning"]["files"]] == ["brick.png", "camera.png"]
+    assert made.table.images["name"] == "skimage"
+    request.getfixturevalue("no_statistics")
+    moved = images_of(tmp_path / "moved", "camera.png", "brick.png")
+    assert bits(convert(recipe(tmp_path, *TRAINED, moved))) == bits(made)
+    with pytest.raises(CalibrationError, match="of another finetuning"):
+        convert(recipe(tmp_path, *TRAINED))
+
+
+def test_images_to_fine_tune_on_may_not_be_validated_on(tmp_path):
+    validation = RECIPES.parent / "calib/skimage-validation.yaml"
+    name = yaml.safe_load(validation.read_text())["files"][0]["name"]
+    given = images_of(tmp_path / "photos", "camera.png", name)
+    with pytest.raises(CalibrationError, match=rf"'photos' and validation set .* share 1 files.*{name}"):
+        convert(recipe(tmp_path, *TRAINED, given))
+    assert not (tmp_path / "table.json").exists()
+
+
+@pytest.mark.parametrize("seed", [0, 2], ids=["calibration", "fine-tuning"])
+def test_sample_that_is_not_finite_is_named(tmp_path, monkeypatch, seed):
     draw = pipeline.CalibrationSet.draw
 
     def spoilt(self, *arguments):
-        for index, sample in enumerate(draw(self, *arguments)):
-            if index == 2 and self.name == "skimage":
+        for number, sample in enumerate(draw(self, *arguments)):
+            if number == 2 and self.name == "skimage" and self.seed == seed:
                 sample.inputs[0][0, 0, 3, 4] = np.nan
             yield sample
 
     monkeypatch.setattr(pipeline.CalibrationSet, "draw", spoilt)
     with pytest.raises(CalibrationError, match=r"sample 2, retina\.jpg: 1 values are NaN or infinite"):
-        convert(recipe(tmp_path))
+        convert(recipe(tmp_path, *TRAINED))
     assert list(tmp_path.iterdir()) == []
 
 

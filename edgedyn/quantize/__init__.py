@@ -94,6 +94,7 @@ def to_int8(
     scheme: Int8Scheme,
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]] = (),
+    finetuning: Sequence[tuple[Tensor, ...]] = (),
     sources: Sequence[str] = (),
     calibrated: Calibrated | None = None,
     float32: Collection[str] = frozenset(),
@@ -111,7 +112,8 @@ def to_int8(
         scheme: how the target annotates INT8.
         section: the recipe's ``quantize`` section.
         samples: calibration inputs, each a tuple of tensors of the program's shapes.
-        sources: where each sample comes from, for errors.
+        finetuning: inputs for training and judging weights; without any, the samples.
+        sources: where each sample comes from, then each of ``finetuning``, for errors.
         calibrated: of the same program, from a calibration table; no sample is looked at.
         float32: names of module classes that are never quantized.
         kernels: overloads of our ops that the target computes in INT8 where x is.
@@ -145,7 +147,7 @@ def to_int8(
     module = fold(program)
     plan(section, module, ())  # refuses what the recipe got wrong before anything is observed
     if calibrated is None:
-        trials = Trials(module, plan, scheme, samples, sources, generated, progress)
+        trials = Trials(module, plan, scheme, samples, finetuning, sources, generated, progress)
         calibrated = calibrate(trials, section, exam)
     # from here on a table and a calibration are the same
     final = calibrated if scheme.outputs else without_taps(calibrated)

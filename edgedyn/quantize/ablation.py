@@ -22,6 +22,8 @@ _SWITCHES: dict[str, tuple[Any, ...]] = {
     "rounding": ("nearest", "reconstruct"),
     "bias_correction": ("none", "fast", "full"),
     "generated": ("float", "tensor", "tap"),
+    "bn_reestimation": (False, True),
+    "finetune": (0,),
     "ranges.feature": ("minmax", "percentile", "mse", "entropy"),
     "ranges.weight": ("minmax", "mse"),
 }

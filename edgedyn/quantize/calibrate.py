@@ -1,6 +1,6 @@
 """From a folded float program and images to the INT8 steps of its tensors, and the weights that go with them.
 
-    equalize -> observe -> choose ranges -> round the weights
+    equalize -> observe -> choose ranges -> round the weights [-> correct biases] [-> fine-tune]
 
 Everything that follows from images is in what is returned, the entries of the calibration table and the
 constants that changed: with them ``restore`` and ``steps_of`` make the same INT8 program without an image.
@@ -20,9 +20,11 @@ from edgedyn.calibration_table import Entry, Kind, Precision
 from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
 from edgedyn.quantize.equalize import equalize, find_pairs
+from edgedyn.quantize.finetune import choose_examples, finetune
 from edgedyn.quantize.generated import Content, find_generating, measure_content, scale_taps
 from edgedyn.quantize.lockstep import Lockstep, round_weight
 from edgedyn.quantize.nodes import bias_of, set_constant, weight_of
+from edgedyn.quantize.norms import reestimate
 from edgedyn.quantize.plan import Plan, Site, Steps, find_sites, name_tensors
 from edgedyn.quantize.rounding import convolution_arguments, measure_moments, reconstruct
 from edgedyn.quantize.statistics import observe
@@ -95,7 +97,7 @@ def observe_program(
     Raises:
         CalibrationError: without samples, or for a sample that brings NaN or infinite values.
     """
-    _refuse_samples(samples, sources)
+    refuse_samples(samples, sources)
     changed = equalize(module, find_pairs(module), samples) if section.equalize else []
     writing = find_generating(module, generated)
     content = measure_content(module, writing, samples)
@@ -126,6 +128,7 @@ def round_program(
     scheme: Int8Scheme,
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]],
+    finetuning: Sequence[tuple[Tensor, ...]] = (),
     progress: Progress = lambda what, done, total: None,
 ) -> Calibrated:
     """Choose the INT8 weights and the biases of an observed program, which keeps them.
@@ -137,13 +140,17 @@ def round_program(
         scheme: of that target.
         section: the recipe's ``quantize`` section.
         samples: inputs of the program.
+        finetuning: inputs for training and judging weights; without any, the samples.
         progress: called with (what is done, steps done, steps in all).
     """
     steps = steps_of(observed.entries, scheme)
-    constants = dict(observed.constants)
-    if section.rounding == "reconstruct":
-        rounded = _reconstruct(module, plan, steps, scheme, samples, progress)
-        restore(module, Calibrated(observed.entries, rounded))
+    entries, constants = {entry.name: entry for entry in observed.entries}, dict(observed.constants)
+    examples = choose_examples(module, finetuning or samples) if section.finetune else ([], [])
+    if section.rounding == "reconstruct" or section.bn_reestimation:
+        rounded, scales = _round_weights(module, plan, steps, scheme, section, samples, progress)
+        entries |= {name: replace(entries[name], channels=channels) for name, channels in scales.items()}
+        steps = steps_of(tuple(entries.values()), scheme)
+        restore(module, Calibrated(tuple(entries.values()), rounded))
         constants |= rounded
     if section.bias_correction != "none":
         from edgedyn.quantize.bias_correction import correct_biases
@@ -159,10 +166,28 @@ def round_program(
         )
         restore(module, Calibrated((), corrected))
         constants |= corrected
-    return Calibrated(observed.entries, constants)
+    if section.finetune:
+        trained = finetune(
+            module,
+            plan,
+            steps=steps,
+            scheme=scheme,
+            training=examples[0],
+            held_out=examples[1],
+            count=section.finetune,
+            progress=lambda done, total: progress("fine-tune", done, total),
+        )
+        restore(module, Calibrated(tuple(entries.values()), trained))
+        constants |= trained
+    return Calibrated(tuple(entries.values()), constants)
 
 
-def _refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]) -> None:
+def refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]) -> None:
+    """Refuse to calibrate on nothing, or on what is not finite.
+
+    Raises:
+        CalibrationError: naming the sample by its source.
+    """
     if not samples:
         raise CalibrationError(
             "there are no calibration samples; INT8 needs at least one image. Mend the set."
@@ -260,31 +285,39 @@ def _rounding_error(weight: Tensor, scales: Tensor) -> Tensor:
     return ((weight - round_weight(weight, scales)) ** 2).sum(1)
 
 
-def _reconstruct(
+def _round_weights(
     module: fx.GraphModule,
     plan: Plan,
     steps: Steps,
     scheme: Int8Scheme,
+    section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]],
     progress: Progress,
-) -> dict[str, np.ndarray]:
-    """Round the weights of every INT8 layer, first to last; return codes and biases."""
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, ...]]]:
+    """Round the weights of every INT8 layer, first to last; return codes and biases, and the scales."""
     constants: dict[str, np.ndarray] = {}
+    channels: dict[str, tuple[float, ...]] = {}
 
     def change(site: Site, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        weight = weight_of(module, site.node)
-        is_linear = site.node.target is torch.ops.aten.linear.default
-        groups = 1 if is_linear else convolution_arguments(site.node)[3]
-        scales = steps.weights[site.weight]
-        codes, bias = reconstruct(weight, scales, measure_moments(site.node, inputs, outputs, groups))
+        weight, scales = weight_of(module, site.node), steps.weights[site.weight]
+        column = (-1, *[1] * (weight.dim() - 1))
+        if section.rounding == "reconstruct":
+            is_linear = site.node.target is torch.ops.aten.linear.default
+            groups = 1 if is_linear else convolution_arguments(site.node)[3]
+            codes, bias = reconstruct(weight, scales, measure_moments(site.node, inputs, outputs, groups))
+        else:  # re-estimation sets the bias
+            codes = torch.clamp(torch.round(weight / scales.reshape(column)), -127, 127)
+        if section.bn_reestimation:
+            gain, bias = reestimate(site.node, inputs, outputs, codes.float() * scales.reshape(column))
+            scales = (scales * gain).float()
         constants[site.weight] = codes.to(torch.int8).numpy()
         constants[site.bias] = bias.float().numpy()
-        column = scales.reshape(-1, *[1] * (weight.dim() - 1))
-        return codes.float() * column, bias.float()
+        channels[site.weight] = tuple(float(scale) for scale in scales)
+        return codes.float() * scales.reshape(column), bias.float()
 
     lockstep = Lockstep(module, plan, steps, scheme)
     lockstep.run(samples, change, lambda done, total: progress("round weights", done, total))
-    return constants
+    return constants, channels
 
 
 def _changed_constants(module: fx.GraphModule, sites: Sequence[Site]) -> dict[str, np.ndarray]:

@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING
 from torch import Tensor, fx
 
 from edgedyn.quantize.ablation import ablate
-from edgedyn.quantize.calibrate import Calibrated, Observed, Progress, observe_program, round_program
+from edgedyn.quantize.calibrate import (
+    Calibrated,
+    Observed,
+    Progress,
+    observe_program,
+    refuse_samples,
+    round_program,
+)
 from edgedyn.quantize.plan import Plan
 from edgedyn.quantize.precision import Exam, Rounded, choose_precision
 from edgedyn.targets import Int8Scheme
@@ -28,7 +35,8 @@ class Trials:
         plan: says by a section, for a copy of the module, which layers are INT8 but for those that are named.
         scheme: how the target annotates INT8.
         samples: calibration inputs.
-        sources: where each sample comes from, for errors.
+        finetuning: inputs for training and judging weights; without any, the samples.
+        sources: where each sample comes from, then each of ``finetuning``, for errors.
         generated: names of the tensors that are generated kernels.
         progress: called with (what is done, steps done, steps in all).
     """
@@ -37,6 +45,7 @@ class Trials:
     plan: Callable[[QuantizeSection, fx.GraphModule, Sequence[str]], Plan]
     scheme: Int8Scheme
     samples: Sequence[tuple[Tensor, ...]]
+    finetuning: Sequence[tuple[Tensor, ...]]
     sources: Sequence[str]
     generated: Collection[str]
     progress: Progress
@@ -67,6 +76,7 @@ class Trials:
             scheme=self.scheme,
             section=section,
             samples=self.samples,
+            finetuning=self.finetuning,
             progress=self.progress,
         )
         return Rounded(made, plan, self.scheme, calibrated)
@@ -79,6 +89,8 @@ def calibrate(trials: Trials, section: QuantizeSection, exam: Exam | None) -> Ca
         CalibrationError: without samples, or for a sample that brings NaN or infinite values.
         CheckFailedError: when the exam's limits leave no choice.
     """
+    if trials.finetuning:
+        refuse_samples(trials.finetuning, trials.sources[len(trials.samples) :])
     module, observed = trials.observe(section)
 
     def attempt(kept: Sequence[str]) -> Rounded:
