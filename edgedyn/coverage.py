@@ -25,13 +25,13 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgedyn.calibration_table import Entry, Outcome
 from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
 from edgedyn.manifest import ROUTER
 from edgedyn.quantize.deciding import Mask, find_decisions
 from edgedyn.quantize.statistics import look
 from edgedyn.routing import RoutedModel
+from edgedyn.table_entries import Entry, Outcome
 from edgedyn.validate import Row
 
 if TYPE_CHECKING:

@@ -103,6 +103,10 @@ class QuantizeSection(_Section):
         description="generated kernels where outputs are INT8: float, a step a tensor, or a step a tap",
     )
     equalize: bool = Field(default=True, description="scale channels between convolutions to one range")
+    equalize_outputs: bool = Field(
+        default=True,
+        description="also of what float operators read, where outputs are INT8; costs a product a map",
+    )
     rounding: Literal["nearest", "reconstruct"] = Field(
         default="reconstruct",
         description="of weights: each to the nearest, or so that layers keep their outputs",

@@ -7,9 +7,10 @@ import json
 import numpy as np
 import pytest
 
-from edgedyn.calibration_table import CalibrationTable, Entry, read_table
+from edgedyn.calibration_table import CalibrationTable, read_table
 from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
+from edgedyn.table_entries import Entry
 
 KEY = {"model": {"network": "net", "weights": "ab"}, "data": "cd", "forms": {}}
 

@@ -12,11 +12,12 @@ import pytest
 
 from edgedyn import contents
 from edgedyn.calibration import Sample, open_set
-from edgedyn.calibration_table import CalibrationTable, Entry
+from edgedyn.calibration_table import CalibrationTable
 from edgedyn.conversion import Converted, Part
 from edgedyn.histogram import Histogram
 from edgedyn.quantize import Quantized
 from edgedyn.recipe import load_recipe
+from edgedyn.table_entries import Entry
 from edgedyn.targets import Artifact
 from edgedyn.validate import Outputs, Row, ValidationReport
 

@@ -24,10 +24,11 @@ from torch import nn
 from typer.testing import CliRunner
 
 from edgedyn import cli, conversion, coverage, pipeline
-from edgedyn.calibration_table import Outcome, read_table
+from edgedyn.calibration_table import read_table
 from edgedyn.errors import CalibrationError
 from edgedyn.recipe import Recipe, load_recipe
 from edgedyn.routing import RoutedModel
+from edgedyn.table_entries import Outcome
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 

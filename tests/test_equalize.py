@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgedyn.quantize.equalize import equalize, find_pairs
+from edgedyn.quantize.equalize import Pair, equalize, find_pairs
 from edgedyn.quantize.nodes import fold
+from edgedyn.quantize.statistics import look
 
 
 def spread(net: nn.Sequential) -> nn.Sequential:
@@ -38,28 +39,47 @@ def test_channels_get_one_range_and_the_network_stays(name):
     module = fold(torch.export.export(net, samples[0]))
     pairs = find_pairs(module)
     assert len(pairs) == (2 if name == "three" else 1)
-    wanted = net(x)
+    wanted, before = net(x), ranges(module, pairs, samples)
     equalize(module, pairs, samples)
-    module.recompile()
     y = torch.cat([module(*sample) for sample in samples])
     torch.testing.assert_close(y, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+    after = ranges(module, pairs, samples)
+    for pair in pairs:
+        maps = [after[node] for node in quantized(pair)]
+        shares = torch.stack([largest / largest.max() for largest in maps]).amax(0)
+        limited = shares < 0.999  # by the limit of 32
+        assert limited.sum() < len(shares) / 2
+        for node in quantized(pair):  # the range of neither grows
+            assert after[node].max() <= before[node].max() * (1 + 1e-12)
 
-    class Ranges(torch.fx.Interpreter):
-        def run_node(self, n):
-            value = super().run_node(n)
-            for pair in pairs:
-                if n is pair.between:
-                    found.setdefault(n, []).append(value.abs().amax((0, 2, 3)))
-            return value
 
-    found: dict[torch.fx.Node, list[Tensor]] = {}
+def quantized(pair: Pair) -> set[torch.fx.Node]:
+    """Return the maps that have INT8 steps: behind a fused ReLU, and on both sides of a PReLU."""
+    is_fused = pair.between.target == torch.ops.aten.relu.default or "relu_" in str(pair.between.target)
+    return {pair.between} if is_fused else {pair.first, pair.between}
+
+
+def ranges(module, pairs, samples) -> dict[torch.fx.Node, Tensor]:
+    """Return the largest absolute value of each channel of the maps."""
+    found: dict[torch.fx.Node, Tensor] = {}
+    nodes = {node for pair in pairs for node in quantized(pair)}
     for sample in samples:
-        Ranges(module).run(*sample)
-    for maxima in found.values():
-        largest = torch.stack(maxima).amax(0)
-        limited = largest < 0.999 * largest.max()  # by the limit of 32
-        torch.testing.assert_close(largest[~limited], largest.max().expand((~limited).sum()))
-        assert limited.sum() < len(largest) / 2
+        look(module, nodes, sample, lambda n, y: found.setdefault(n, []).append(y.abs().amax((0, 2, 3))))
+    return {node: torch.stack(values).amax(0) for node, values in found.items()}
+
+
+def test_channel_that_a_prelu_makes_small_does_not_take_the_steps_in_front_of_it():
+    torch.manual_seed(4)
+    net = nn.Sequential(nn.Conv2d(3, 4, 1), nn.PReLU(4, init=0.05), nn.Conv2d(4, 2, 1)).eval()
+    with torch.no_grad():
+        net[0].bias[0] = -9  # always negative: as large as any in front of the PReLU, small behind it
+    x = torch.rand(1, 3, 6, 7)
+    module = fold(torch.export.export(net, (x,)))
+    pairs = find_pairs(module)
+    before = ranges(module, pairs, [(x,)])
+    equalize(module, pairs, [(x,)])
+    after = ranges(module, pairs, [(x,)])
+    assert after[pairs[0].first].max() <= before[pairs[0].first].max() * (1 + 1e-6)
 
 
 class Joined(nn.Module):
@@ -93,7 +113,6 @@ def test_dead_channel_takes_no_more_than_the_limit():
     with torch.no_grad():
         expected = net(x)
         equalize(module, find_pairs(module), [(x,)])
-        module.recompile()
         torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-6)
     weights = [p for name, p in module.named_parameters() if "weight" in name and p.shape[0] == 2]
     assert torch.isfinite(weights[-1]).all()

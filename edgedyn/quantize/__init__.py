@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from edgedyn.quantize.accounting import KEPT_TAPS, account, int8_share
-from edgedyn.quantize.calibrate import Calibrated, restore, steps_of, taps_of, without_taps
-from edgedyn.quantize.generated import TAPS, undo_taps
+from edgedyn.quantize.accounting import KEPT_PRODUCT, account, int8_share
+from edgedyn.quantize.calibrate import Calibrated, products_of, restore, steps_of, without_products
 from edgedyn.quantize.nodes import (
     COUNTED_OPS,
     MULTIPLY_ADD_OPS,
@@ -30,6 +29,7 @@ from edgedyn.quantize.nodes import (
 )
 from edgedyn.quantize.plan import Plan, find_generators, make_plan
 from edgedyn.quantize.precision import Exam
+from edgedyn.quantize.products import PRODUCT, insert_products
 from edgedyn.quantize.trials import Trials, calibrate
 from edgedyn.quantized_graph import halve, separate_readers
 from edgedyn.targets import Int8Scheme
@@ -150,11 +150,12 @@ def to_int8(
         trials = Trials(module, plan, scheme, samples, finetuning, sources, generated, progress)
         calibrated = calibrate(trials, section, exam)
     # from here on a table and a calibration are the same
-    final = calibrated if scheme.outputs else without_taps(calibrated)
-    undo_taps(module, taps_of(final.entries))
+    written = {site.y for site in plan(section, module, calibrated.kept).sites} if scheme.outputs else set()
+    final = without_products(calibrated, written)
+    insert_products(module, products_of(final.entries))
     restore(module, final)
     chosen, steps = plan(section, module, final.kept), steps_of(final.entries, scheme)
-    reasons = {**chosen.reasons, **{n.name: KEPT_TAPS for n in module.graph.nodes if TAPS in n.meta}}
+    reasons = {**chosen.reasons, **{n.name: KEPT_PRODUCT for n in module.graph.nodes if PRODUCT in n.meta}}
     with torch.no_grad():
         converted = insert_steps(module, chosen, steps, scheme)
     separate_readers(converted)

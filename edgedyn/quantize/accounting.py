@@ -37,7 +37,7 @@ KEPT_BY_RECIPE = "kept in float by the recipe (quantize.keep_float)"
 KEPT_FOR_QUALITY = "kept in float so that INT8 costs no more than it may (quantize.max_drop_db)"
 KEPT_ALWAYS = "decides or normalises: float32 in every precision"
 KEPT_GENERATED = "writes generated kernels, which stay float (quantize.generated)"
-KEPT_TAPS = "gives the taps of a generated kernel their size back"
+KEPT_PRODUCT = "gives the channels of an INT8 map or kernel their size back"
 _NO_RULE = "no INT8 rule for this operator"
 _GENERATED = "filters with generated kernels, which stay float"
 # operators that are no view of their input and yet compute nothing

@@ -16,19 +16,20 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from edgedyn.calibration_table import Entry, Kind, Precision
 from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
 from edgedyn.quantize.equalize import equalize, find_pairs
 from edgedyn.quantize.finetune import choose_examples, finetune
-from edgedyn.quantize.generated import Content, find_generating, measure_content, scale_taps
+from edgedyn.quantize.generated import find_generating, measure_content, scale_taps
 from edgedyn.quantize.lockstep import Lockstep, round_weight
 from edgedyn.quantize.nodes import bias_of, set_constant, weight_of
 from edgedyn.quantize.norms import reestimate
 from edgedyn.quantize.plan import Plan, Site, Steps, find_sites, name_tensors
+from edgedyn.quantize.products import scale_outputs
 from edgedyn.quantize.rounding import convolution_arguments, measure_moments, reconstruct
 from edgedyn.quantize.statistics import observe
 from edgedyn.ranges import ESTIMATORS, step_of
+from edgedyn.table_entries import Entry, Kind, Precision
 from edgedyn.targets import Int8Scheme
 
 if TYPE_CHECKING:
@@ -98,12 +99,16 @@ def observe_program(
         CalibrationError: without samples, or for a sample that brings NaN or infinite values.
     """
     refuse_samples(samples, sources)
-    changed = equalize(module, find_pairs(module), samples) if section.equalize else []
+    pairs = find_pairs(module)
+    changed = equalize(module, pairs, samples) if section.equalize else []
     writing = find_generating(module, generated)
     content = measure_content(module, writing, samples)
-    taps = scale_taps(module, writing, content) if section.generated == "tap" else {}
+    products = scale_taps(module, writing, content) if section.generated == "tap" else {}
+    if section.equalize_outputs:
+        done = {pair.first for pair in pairs} | {site.node for site in writing}
+        products |= scale_outputs(module, done, samples)
     sites = find_sites(module)
-    constants = _changed_constants(module, [x for x in sites if x.node in changed or x.y in taps])
+    constants = _changed_constants(module, [x for x in sites if x.node in changed or x.y in products])
     found = observe(
         module,
         name_tensors(module, sites),
@@ -115,7 +120,11 @@ def observe_program(
         name: _entry(name, "kernel" if name in generated else "feature", histogram, section)
         for name, histogram in found.items()
     }
-    entries |= {name: _kernel_entry(entries[name], seen, taps.get(name)) for name, seen in content.items()}
+    entries |= {
+        name: replace(entries[name], spread=(seen.spread, seen.between_images))
+        for name, seen in content.items()
+    }
+    entries |= {name: replace(entries[name], channels=tuple(x.tolist())) for name, x in products.items()}
     entries |= {site.weight: _weight_entry(module, site, section) for site in sites}
     return Observed(tuple(entries.values()), constants)
 
@@ -228,27 +237,32 @@ def steps_of(entries: Sequence[Entry], scheme: Int8Scheme) -> Steps:
     return Steps(tensors, weights)
 
 
-def taps_of(entries: Sequence[Entry]) -> dict[str, Tensor]:
-    """Return the factors that give the taps of generated kernels their size back, by name of the kernel."""
-    return {e.name: torch.tensor(e.channels) for e in entries if e.kind == "kernel" and e.channels}
+def products_of(entries: Sequence[Entry]) -> dict[str, Tensor]:
+    """Return the factors that give the channels of what layers write their size back, by its name."""
+    return {e.name: torch.tensor(e.channels) for e in entries if e.kind != "weight" and e.channels}
 
 
-def without_taps(calibrated: Calibrated) -> Calibrated:
-    """Return the same for a runtime of float kernels: every tap of them in its own size again."""
-    taps = {name.removesuffix(".output"): f.numpy() for name, f in taps_of(calibrated.entries).items()}
+def without_products(calibrated: Calibrated, kept: Collection[str]) -> Calibrated:
+    """Return the same where only the named tensors are INT8: channels of others have their own size again."""
+    products = {
+        name.removesuffix(".output"): factors.numpy()
+        for name, factors in products_of(calibrated.entries).items()
+        if name not in kept
+    }
     constants, entries = dict(calibrated.constants), []
     for entry in calibrated.entries:
         layer, _, what = entry.name.rpartition(".")
-        factors = taps.get(layer)
+        factors = products.get(layer)
         if factors is not None and what == "weight":
             scales = tuple(float(x) for x in np.asarray(entry.channels, np.float32) * factors)
             entries.append(replace(entry, channels=scales))
             for name in (entry.name, f"{layer}.bias"):
                 value = constants.get(name)
-                if value is not None and value.dtype != np.int8:
+                if value is not None and (value.dtype != np.int8):
                     constants[name] = value * factors.reshape(-1, *[1] * (value.ndim - 1))
         else:
-            entries.append(replace(entry, channels=()) if factors is not None else entry)
+            is_product = factors is not None and what == "output"
+            entries.append(replace(entry, channels=()) if is_product else entry)
     return replace(calibrated, entries=tuple(entries), constants=constants)
 
 
@@ -258,11 +272,6 @@ def _entry(name: str, kind: Kind, histogram: Histogram, section: QuantizeSection
     affine = step_of(*ESTIMATORS[method](histogram, symmetric=False, **options), symmetric=False)
     symmetric, _ = step_of(*ESTIMATORS[method](histogram, symmetric=True, **options), symmetric=True)
     return Entry(name, kind, histogram, method, affine, symmetric)
-
-
-def _kernel_entry(entry: Entry, content: Content, taps: Tensor | None) -> Entry:
-    channels = () if taps is None else tuple(float(factor) for factor in taps)
-    return replace(entry, channels=channels, spread=(content.spread, content.between_images))
 
 
 def _weight_entry(module: fx.GraphModule, site: Site, section: QuantizeSection) -> Entry:

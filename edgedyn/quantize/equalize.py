@@ -1,7 +1,8 @@
 """Channel equalization: the channels of a feature map are scaled to one range, and back by the next layer.
 
-    y_c = f(w_c x + b_c),  z = sum_c v_c y_c      with f(s y) = s f(y)
-    w_c, b_c -> s_c w_c, s_c b_c;  v_c -> v_c / s_c      s_c = max_c max |y_c| / max |y_c|
+    p_c = w_c x + b_c,  y_c = f(p_c),  z = sum_c v_c y_c      with f(s p) = s f(p)
+    w_c, b_c -> s_c w_c, s_c b_c;  v_c -> v_c / s_c
+    1 / s_c = max(max |p_c| / max |p|, max |y_c| / max |y|)
 
 A tensor has one INT8 step, set by its largest channel; here every channel uses all of the steps. That is the
 cross-layer equalization of Nagel et al. 2019 ("Data-free quantization through weight equalization and bias
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, set_constant, weight_of
+from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, fused_activation, set_constant, weight_of
 from edgedyn.quantize.rounding import convolution_arguments
 from edgedyn.quantize.statistics import look
 
@@ -68,7 +69,9 @@ def equalize(
 
     Exact but for one float32 rounding a weight. A map of zeros has no range, and its pair stays.
     """
-    largest = {pair.between: torch.zeros(pair.between.meta["val"].shape[1]) for pair in pairs}
+    quantized = {pair: (fused_activation(pair.first) or pair.first, pair.between) for pair in pairs}
+    nodes = {node for both in quantized.values() for node in both}
+    largest = {node: torch.zeros(node.meta["val"].shape[1]) for node in nodes}
 
     def widen(node: fx.Node, value: Tensor) -> None:
         largest[node] = torch.maximum(largest[node], value.abs().amax((0, 2, 3)))
@@ -77,7 +80,8 @@ def equalize(
         look(module, largest, sample, widen)
     scaled = [pair for pair in pairs if largest[pair.between].any()]
     for pair in scaled:
-        _scale(module, pair, largest[pair.between])
+        shares = [largest[node] / largest[node].max() for node in quantized[pair]]
+        _scale(module, pair, torch.stack(shares).amax(0))
     module.recompile()
     return list(dict.fromkeys(node for pair in scaled for node in (pair.first, pair.second)))
 

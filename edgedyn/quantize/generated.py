@@ -7,8 +7,7 @@
     tensor   w_c x + b_c -> Q -> DQ                            one step, set by the largest tap
     tap      s_c w_c x + s_c b_c -> Q -> DQ -> times 1 / s_c   every tap uses all of the steps
 
-The second is the exact rewrite of ``equalize.py`` with a float product, on the small grid of the kernels,
-where that has a second convolution.
+The second is ``products.py`` on the small grid of the kernels.
 """
 
 from __future__ import annotations
@@ -17,15 +16,13 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, set_constant, weight_of
 from edgedyn.quantize.plan import Site, find_sites
+from edgedyn.quantize.products import can_scale, channel_axis, insert_products, scale_channels
 from edgedyn.quantize.statistics import look
 
 _LARGEST = 1024.0  # a tap that is hardly ever used keeps a step that is worth one
-_SCALES = {torch.ops.aten.relu.default, torch.ops.aten.relu_.default}  # f(s y) = s f(y)
-TAPS = "taps"  # in a node's meta: the product that gives taps their size back
 
 
 @dataclass(frozen=True)
@@ -60,7 +57,7 @@ def measure_content(
     seen: dict[fx.Node, list[tuple[Tensor, Tensor, Tensor]]] = {site.last: [] for site in sites}
 
     def add(node: fx.Node, value: Tensor) -> None:
-        flat = value.double().movedim(_axis(value), 0).flatten(1)
+        flat = value.double().movedim(channel_axis(value), 0).flatten(1)
         seen[node].append((flat.abs().amax(1), flat.mean(1), flat.square().mean(1)))
 
     for sample in samples if sites else ():
@@ -85,44 +82,8 @@ def scale_taps(
     factors = {}
     for site in sites:
         largest = content[site.y].largest
-        is_read_here = any(user.target in MULTIPLY_ADD_OPS for user in site.last.users)
-        if (
-            is_read_here
-            or not largest.any()
-            or (site.last is not site.node and site.last.target not in _SCALES)
-        ):
-            continue
-        up = largest.max() / largest.clamp(min=largest.max() / _LARGEST)
-        weight, bias = weight_of(module, site.node), bias_of(module, site.node)
-        set_constant(module, site.node, 1, weight * up.reshape(-1, *[1] * (weight.dim() - 1)))
-        if bias is not None:
-            set_constant(module, site.node, 2, bias * up)
-        factors[site.y] = 1 / up
-    undo_taps(module, factors)
+        if can_scale(site) and largest.any():
+            up = largest.max() / largest.clamp(min=largest.max() / _LARGEST)
+            factors[site.y] = scale_channels(module, site, up)
+    insert_products(module, factors)
     return factors
-
-
-def undo_taps(module: fx.GraphModule, factors: Mapping[str, Tensor]) -> None:
-    """Multiply generated kernels, by name, with a factor a channel: what reads them finds their own size."""
-    for site in find_sites(module):
-        if site.y not in factors:
-            continue
-        value = site.last.meta["val"]
-        column = factors[site.y].reshape([-1 if k == _axis(value) else 1 for k in range(value.dim())])
-        name = f"{site.node.name}_taps"
-        module.register_parameter(name, nn.Parameter(column.clone(), requires_grad=False))
-        readers = list(site.last.users)
-        with module.graph.inserting_after(site.last):
-            constant = module.graph.get_attr(name)
-        constant.meta = {"val": column}
-        with module.graph.inserting_after(constant):
-            product = module.graph.call_function(torch.ops.aten.mul.Tensor, (site.last, constant))
-        product.meta = {**site.last.meta, TAPS: True}
-        for reader in readers:
-            reader.replace_input_with(site.last, product)
-    module.recompile()
-
-
-def _axis(value: Tensor) -> int:
-    """Return the axis of channels: of a map, or of what a linear layer writes."""
-    return 1 if value.dim() == 4 else value.dim() - 1

@@ -23,7 +23,6 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from edgedyn import metrics
-from edgedyn.calibration_table import LayerCost, Point, Precision
 from edgedyn.errors import CheckFailedError
 from edgedyn.quantize.accounting import all_multiply_adds
 from edgedyn.quantize.calibrate import Calibrated, Progress, steps_of
@@ -31,6 +30,7 @@ from edgedyn.quantize.lockstep import quantize_dequantize, round_weight, steps_b
 from edgedyn.quantize.nodes import bias_of, weight_of
 from edgedyn.quantize.plan import Plan
 from edgedyn.quantize.statistics import look
+from edgedyn.table_entries import LayerCost, Point, Precision
 from edgedyn.targets import Int8Scheme
 
 _POINTS = 12  # of a curve, about evenly over the layers

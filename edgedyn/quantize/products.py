@@ -1,0 +1,104 @@
+"""Channels of what a layer writes, brought to one range and taken back by a product where it is float again.
+
+    w_c x + b_c -> Q -> DQ                               one step, set by the largest channel
+    s_c w_c x + s_c b_c -> Q -> DQ -> times 1 / s_c      every channel uses all of the steps
+
+The exact rewrite of ``equalize.py`` where no second convolution takes the factors back: in front of a PReLU
+and a residual sum, or of a generated kernel's taps. It costs one float product a map.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor, fx, nn
+
+from edgedyn.quantize.accounting import moves_only
+from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, set_constant, weight_of
+from edgedyn.quantize.plan import Site, find_sites
+from edgedyn.quantize.statistics import look
+
+PRODUCT = "product"  # in a node's meta: it gives channels their size back
+_SCALES = {torch.ops.aten.relu.default, torch.ops.aten.relu_.default}  # f(s y) = s f(y)
+_PADS = {torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default}
+_LARGEST = 32.0  # a channel that is hardly ever used
+_WORTH = 0.5  # of the power of the rounding error, averaged over channels, or less must be left
+
+
+def scale_outputs(
+    module: fx.GraphModule, taken_back: Collection[fx.Node], samples: Sequence[tuple[Tensor, ...]]
+) -> dict[str, Tensor]:
+    """Scale what convolutions write for float operators, where that pays; return the products by name.
+
+    Args:
+        module: a folded float program; changed in place, exactly but for one float32 rounding a weight.
+        taken_back: convolutions whose channels the next one takes back.
+        samples: inputs of the program.
+    """
+    sites = [site for site in find_sites(module) if site.node not in taken_back and can_scale(site)]
+    sites = [site for site in sites if site.last.meta["val"].dim() == 4]
+    largest = {site.last: torch.zeros(site.last.meta["val"].shape[1]) for site in sites}
+
+    def widen(node: fx.Node, value: Tensor) -> None:
+        largest[node] = torch.maximum(largest[node], value.abs().amax((0, 2, 3)))
+
+    for sample in samples if sites else ():
+        look(module, largest, sample, widen)
+    factors = {}
+    for site in sites:
+        top = largest[site.last].max()
+        up = top / largest[site.last].clamp(min=top / _LARGEST)
+        if top > 0 and float((1 / up**2).mean()) <= _WORTH:
+            factors[site.y] = scale_channels(module, site, up)
+    insert_products(module, factors)
+    return factors
+
+
+def can_scale(site: Site) -> bool:
+    """Whether the channels that a layer writes can be scaled in it and taken back where they are float."""
+    return not _meets_layer(site.last) and (site.last is site.node or site.last.target in _SCALES)
+
+
+def _meets_layer(node: fx.Node) -> bool:
+    """Whether a convolution reads a map, padded or moved as it may be: there it is INT8 still."""
+    return any(
+        user.target in MULTIPLY_ADD_OPS or ((moves_only(user) or user.target in _PADS) and _meets_layer(user))
+        for user in node.users
+    )
+
+
+def scale_channels(module: fx.GraphModule, site: Site, up: Tensor) -> Tensor:
+    """Multiply what a layer writes by a factor a channel; return the product that takes it back."""
+    weight, bias = weight_of(module, site.node), bias_of(module, site.node)
+    set_constant(module, site.node, 1, weight * up.reshape(-1, *[1] * (weight.dim() - 1)))
+    if bias is not None:
+        set_constant(module, site.node, 2, bias * up)
+    return 1 / up
+
+
+def insert_products(module: fx.GraphModule, factors: Mapping[str, Tensor]) -> None:
+    """Multiply what layers write, by name, with a factor a channel: what reads it finds its own size."""
+    for site in find_sites(module):
+        if site.y not in factors:
+            continue
+        value = site.last.meta["val"]
+        axis = channel_axis(value)
+        column = factors[site.y].reshape([-1 if k == axis else 1 for k in range(value.dim())])
+        name = f"{site.node.name}_product"
+        module.register_parameter(name, nn.Parameter(column.clone(), requires_grad=False))
+        readers = list(site.last.users)
+        with module.graph.inserting_after(site.last):
+            constant = module.graph.get_attr(name)
+        constant.meta = {"val": column}
+        with module.graph.inserting_after(constant):
+            product = module.graph.call_function(torch.ops.aten.mul.Tensor, (site.last, constant))
+        product.meta = {**site.last.meta, PRODUCT: True}
+        for reader in readers:
+            reader.replace_input_with(site.last, product)
+    module.recompile()
+
+
+def channel_axis(value: Tensor) -> int:
+    """Return the axis of channels: of a map, or of what a linear layer writes."""
+    return 1 if value.dim() == 4 else value.dim() - 1
