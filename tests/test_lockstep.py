@@ -1,0 +1,61 @@
+"""Two worlds side by side: float as it was, and INT8 as its Q/DQ program computes it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_networks import make_input, make_net
+
+from edgedyn import quantize, targets
+from edgedyn.quantize.calibrate import steps_of
+from edgedyn.quantize.lockstep import Lockstep, round_weight
+from edgedyn.quantize.nodes import bias_of, fold, weight_of
+from edgedyn.quantize.plan import make_plan
+from edgedyn.quantize.statistics import look
+from edgedyn.recipe import QuantizeSection
+
+PLAIN = QuantizeSection(equalize=False, equalize_outputs=False, rounding="nearest")
+
+
+@pytest.mark.parametrize("target", ["executorch", "tensorrt"])
+def test_one_world_is_float_and_the_other_the_quantized_program(target):
+    net, scheme = make_net(), targets.load(target).int8
+    samples = [(make_input((1, 3, 10, 14)),), (make_input((1, 3, 10, 14)).flip(3),)]
+    program = torch.export.export(net, samples[0])
+    made = quantize.to_int8(program, samples[0], scheme=scheme, section=PLAIN, samples=samples)
+    module = fold(program)
+    plan, steps = make_plan(module, scheme=scheme), steps_of(made.calibrated.entries, scheme)
+    asked, ticks = [], []
+
+    def change(site, inputs, outputs):
+        asked.append(site.name)
+        assert len(inputs) == len(outputs) == 2
+        weight = weight_of(module, site.node)
+        return round_weight(weight, steps.weights[site.weight]), bias_of(module, site.node)
+
+    found = Lockstep(module, plan, steps, scheme).run(samples, change, lambda *tick: ticks.append(tick))
+    assert asked == ["head", "body", "tail"]
+    assert ticks == [(1, 3), (2, 3), (3, 3)]
+    with torch.no_grad():
+        for sample, (float_, int8) in zip(samples, found, strict=True):
+            assert torch.equal(float_, net(*sample))
+            # the same codes; a dequantized weight may round otherwise, once
+            torch.testing.assert_close(int8, made.program.module()(*sample), rtol=0, atol=1e-6)
+            assert (int8 - float_).abs().max() > 1e-4
+
+
+def test_weights_are_rounded_by_channel_and_clipped():
+    weight = torch.tensor([[[0.26, -9.0]], [[0.04, 5.1]]])
+    rounded = round_weight(weight, torch.tensor([0.05, 0.1]))
+    torch.testing.assert_close(rounded, torch.tensor([[[0.25, -6.35]], [[0.0, 5.1]]]))
+
+
+def test_only_the_named_nodes_are_seen_in_the_order_of_the_graph():
+    net, x = make_net(), make_input((1, 3, 10, 14))
+    module = fold(torch.export.export(net, (x,)))
+    convolutions = [node for node in module.graph.nodes if "conv2d" in str(node.target)]
+    seen = []
+    look(module, convolutions[:2], (x,), lambda node, value: seen.append((node, value)))
+    assert [node for node, _ in seen] == convolutions[:2]
+    with torch.no_grad():
+        torch.testing.assert_close(seen[0][1], net.head(x))
