@@ -122,6 +122,7 @@ def convert(
 
     Raises:
         CalibrationError: when images to fine-tune on are refused, or are validated on.
+        RecipeError: when a pattern of ``keep_float`` matches no layer of any program.
     """
     is_int8 = recipe.precision == "int8"
     finetuning = open_finetuning(recipe) if is_int8 else None
@@ -136,6 +137,9 @@ def convert(
     # every part before the first is calibrated: what a target cannot run is refused at once
     captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
     expanded = {name: expand_part(program, target, recipe) for name, program in captured.items()}
+    if is_int8 and recipe.quantize.keep_float:
+        folded = [quantize.fold(program) for _, program in expanded.values()]
+        quantize.refuse_unknown_layers(folded, recipe.quantize.keep_float)
     progress("rewrite layers", 1, 1)
     key = table_key(recipe, calibration, captured, expanded, finetuning) if is_int8 and calibration else {}
     table, misfit = find_table(recipe, key, force=force) if key else (None, "")

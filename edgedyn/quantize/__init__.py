@@ -27,7 +27,7 @@ from edgedyn.quantize.nodes import (
     module_path,
     multiply_adds,
 )
-from edgedyn.quantize.plan import Plan, find_generators, make_plan
+from edgedyn.quantize.plan import Plan, find_generators, make_plan, refuse_unknown_layers
 from edgedyn.quantize.precision import Exam
 from edgedyn.quantize.products import PRODUCT, insert_products
 from edgedyn.quantize.trials import Trials, calibrate
@@ -48,6 +48,7 @@ __all__ = [
     "int8_share",
     "module_path",
     "multiply_adds",
+    "refuse_unknown_layers",
     "to_float",
     "to_int8",
 ]
@@ -125,7 +126,6 @@ def to_int8(
     Raises:
         CalibrationError: when there are neither samples nor what calibration found out.
         CheckFailedError: when the exam's limits leave no choice.
-        RecipeError: when a pattern of ``keep_float`` matches no layer.
     """
     from edgedyn.quantize.convert import insert_steps
 
@@ -145,7 +145,6 @@ def to_int8(
         )
 
     module = fold(program)
-    plan(section, module, ())  # refuses what the recipe got wrong before anything is observed
     if calibrated is None:
         trials = Trials(module, plan, scheme, samples, finetuning, sources, generated, progress)
         calibrated = calibrate(trials, section, exam)

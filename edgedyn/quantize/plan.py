@@ -184,9 +184,6 @@ def make_plan(
         kept: names of layers that stay float because of what INT8 costs there.
         is_router: whether the first output is compared.
         generated: names of generated kernels that are to stay float, where outputs are quantized at all.
-
-    Raises:
-        RecipeError: when a pattern matches no layer.
     """
     found = find_sites(module)
     reasons = {site.node.name: KEPT_FOR_QUALITY for site in found if site.name in kept}
@@ -204,18 +201,29 @@ def make_plan(
     return Plan(sites, fed, reasons)
 
 
-def _matching(sites: Sequence[Site], patterns: Sequence[str]) -> list[str]:
-    """Name the nodes whose layer path matches a pattern (``*`` as in file names)."""
-    paths = [module_path(site.node) for site in sites]
+def refuse_unknown_layers(programs: Sequence[fx.GraphModule], patterns: Sequence[str]) -> None:
+    """Refuse a pattern that matches no layer of any program: variants need not have the same ones.
+
+    Args:
+        programs: folded, all of a network.
+        patterns: of layer paths (``*`` as in file names).
+
+    Raises:
+        RecipeError: naming the first layers that there are.
+    """
+    paths = [module_path(site.node) for module in programs for site in find_sites(module)]
     for pattern in patterns:
         if not fnmatch.filter(paths, pattern):
-            near = ", ".join(paths[:8])
+            near = ", ".join(dict.fromkeys(paths[:8]))
             raise RecipeError(
                 f"quantize.keep_float: {pattern!r} matches no layer; found {len(paths)} convolutions and "
                 f"linear layers, the first are {near}. Use a dotted path; * matches any part."
             )
+
+
+def _matching(sites: Sequence[Site], patterns: Sequence[str]) -> list[str]:
+    """Name the nodes whose layer path matches a pattern."""
+    paths = {site.node.name: module_path(site.node) for site in sites}
     return [
-        site.node.name
-        for site, path in zip(sites, paths, strict=True)
-        if any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+        name for name, path in paths.items() if any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
     ]
