@@ -51,8 +51,7 @@ def exact_moments(layer: nn.Conv2d, x: Tensor, y: Tensor) -> list[tuple[Tensor, 
 
 
 @pytest.mark.parametrize("name", LAYERS)
-def test_moments_are_those_of_what_the_layer_reads(name, monkeypatch):
-    monkeypatch.setattr(rounding, "_SPARSE", 1)
+def test_moments_are_those_of_what_the_layer_reads(name):
     torch.manual_seed(1)
     layer, x = LAYERS[name], correlated(2, 6, 11, 14)
     with torch.no_grad():
@@ -61,21 +60,6 @@ def test_moments_are_those_of_what_the_layer_reads(name, monkeypatch):
     for moments, expected in zip(found, exact_moments(layer, x, y), strict=True):
         for a, b in zip((moments.h, moments.c, moments.x, moments.y), expected, strict=True):
             torch.testing.assert_close(a, b, rtol=0, atol=300 * 1.2e-7 * float(b.abs().max() + 9))
-
-
-@pytest.mark.parametrize("name", LAYERS)
-def test_sparse_moments_are_of_positions_of_the_layer(name):
-    """The outputs are linear in the inputs: whatever positions are taken, C = W H."""
-    torch.manual_seed(2)
-    layer, x = LAYERS[name], correlated(3, 6, 11, 14)
-    with torch.no_grad():
-        y = layer(x)
-    for m, w in zip(
-        measure_moments(node_of(layer, x[:1]), x.split(1), y.split(1), layer.groups),
-        layer.weight.detach().flatten(1).double().chunk(layer.groups),
-        strict=True,
-    ):
-        torch.testing.assert_close(m.c, w @ m.h, rtol=0, atol=300 * 1.2e-7 * float(m.h.abs().max() + 9))
 
 
 def test_moments_of_a_linear_layer_take_every_row():

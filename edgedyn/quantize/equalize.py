@@ -22,7 +22,11 @@ from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, fused_activation, 
 from edgedyn.quantize.rounding import convolution_arguments
 from edgedyn.quantize.statistics import look
 
-_LARGEST = 32.0  # a channel that is hardly ever used would take the steps of the next layer's weights
+_LARGEST = 32.0  # a channel that is hardly ever used keeps some of its steps
+# What a dense layer takes back, its weights pay for: an output channel has one step for all of its inputs.
+# PSNR drop of FFDNet colour at sigma 15 by this limit: 32: 0.049, 8: 0.047, 4: 0.041, 2.5: 0.039, 1.6: 0.046
+# dB (x86, torch 2.13, 12 crops of 192 x 256 that were not calibrated on, 20 that were; the Q/DQ program).
+_LARGEST_DENSE = 3.0
 _HOMOGENEOUS = {
     torch.ops.aten.relu.default,
     torch.ops.aten.relu_.default,
@@ -88,14 +92,15 @@ def equalize(
 
 def _scale(module: fx.GraphModule, pair: Pair, largest: Tensor) -> None:
     top = largest.max()
-    factor = top / largest.clamp(min=top / _LARGEST)
+    is_depthwise = convolution_arguments(pair.second)[3] > 1
+    factor = top / largest.clamp(min=top / (_LARGEST if is_depthwise else _LARGEST_DENSE))
     column = factor[:, None, None, None]
     set_constant(module, pair.first, 1, weight_of(module, pair.first) * column)
     bias = bias_of(module, pair.first)
     if bias is not None:
         set_constant(module, pair.first, 2, bias * factor)
     weight = weight_of(module, pair.second)
-    if convolution_arguments(pair.second)[3] > 1:
+    if is_depthwise:
         weight = weight / column.repeat_interleave(weight.shape[0] // len(factor), dim=0)
     else:
         weight = weight / factor[None, :, None, None]

@@ -27,7 +27,6 @@ from torch import Tensor, fx
 
 _DAMPING = 1e-3  # of H's mean diagonal: inputs that were hardly ever seen keep their weights
 _BLOCK = 64
-_SPARSE = 2  # every second row and column of a feature map is counted: neighbours say nearly the same
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,8 @@ def measure_moments(
     """
     total: list[list[Tensor]] = []
     count = 0
-    for index, (x, y) in enumerate(zip(inputs, outputs, strict=True)):
-        columns, wanted = _columns(node, x, y, index)
+    for x, y in zip(inputs, outputs, strict=True):
+        columns, wanted = _columns(node, x, y)
         u, v = columns.chunk(groups), wanted.chunk(groups)
         count += columns.shape[1]
         parts = [[a @ a.t(), b @ a.t(), a.sum(1), b.sum(1)] for a, b in zip(u, v, strict=True)]
@@ -78,20 +77,14 @@ def measure_moments(
     return found
 
 
-def _columns(node: fx.Node, x: Tensor, y: Tensor, index: int) -> tuple[Tensor, Tensor]:
-    """Return what some output positions read, (D, positions), and should be, (O, positions)."""
+def _columns(node: fx.Node, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the output positions read, (D, positions), and should be, (O, positions)."""
     if node.target is torch.ops.aten.linear.default:
         return x.reshape(-1, x.shape[-1]).t(), y.reshape(-1, y.shape[-1]).t()
     stride, padding, dilation = (_pair(value) for value in convolution_arguments(node)[:3])
     side = node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
-    sparse = [min(_SPARSE, size) for size in y.shape[2:]]
-    first = [index * 3 % sparse[0], index * 5 % sparse[1]]  # another phase in each sample
-    padded = F.pad(x, (padding[1], padding[1], padding[0], padding[0]))
-    padded = padded[:, :, first[0] * stride[0] :, first[1] * stride[1] :]
-    step = (stride[0] * sparse[0], stride[1] * sparse[1])
-    columns = F.unfold(padded, side, dilation=dilation, stride=step)
-    wanted = y[:, :, first[0] :: sparse[0], first[1] :: sparse[1]].flatten(2)
-    return columns.transpose(0, 1).flatten(1), wanted.transpose(0, 1).flatten(1)
+    columns = F.unfold(x, side, dilation=dilation, padding=padding, stride=stride)
+    return columns.transpose(0, 1).flatten(1), y.flatten(2).transpose(0, 1).flatten(1)
 
 
 def convolution_arguments(node: fx.Node) -> tuple[Any, Any, Any, int]:
