@@ -103,6 +103,11 @@ class QuantizeSection(_Section):
         description="generated kernels where outputs are INT8: float, a step a tensor, or a step a tap",
     )
     equalize: bool = Field(default=True, description="scale channels between convolutions to one range")
+    equalize_dense: float = Field(
+        default=32.0,
+        ge=1,
+        description="how many times a channel may be widened for it that a dense layer takes back",
+    )
     equalize_outputs: bool = Field(
         default=True,
         description="also of what float operators read, where outputs are INT8; costs a product a map",

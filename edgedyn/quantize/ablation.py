@@ -19,6 +19,7 @@ AS_IT_IS = "as the recipe says"
 # what may take the place of the recipe's value, by dotted key
 _SWITCHES: dict[str, tuple[Any, ...]] = {
     "equalize": (False, True),
+    "equalize_dense": (3.0, 32.0),
     "equalize_outputs": (False, True),
     "rounding": ("nearest", "reconstruct"),
     "bias_correction": ("none", "fast", "full"),

@@ -100,7 +100,8 @@ def observe_program(
     """
     refuse_samples(samples, sources)
     pairs = find_pairs(module)
-    changed = equalize(module, pairs, samples) if section.equalize else []
+    most = section.equalize_dense
+    changed = equalize(module, pairs, samples, most_dense=most) if section.equalize else []
     writing = find_generating(module, generated)
     content = measure_content(module, writing, samples)
     products = scale_taps(module, writing, content) if section.generated == "tap" else {}

@@ -23,10 +23,6 @@ from edgedyn.quantize.rounding import convolution_arguments
 from edgedyn.quantize.statistics import look
 
 _LARGEST = 32.0  # a channel that is hardly ever used keeps some of its steps
-# What a dense layer takes back, its weights pay for: an output channel has one step for all of its inputs.
-# PSNR drop of FFDNet colour at sigma 15 by this limit: 32: 0.049, 8: 0.047, 4: 0.041, 2.5: 0.039, 1.6: 0.046
-# dB (x86, torch 2.13, 12 crops of 192 x 256 that were not calibrated on, 20 that were; the Q/DQ program).
-_LARGEST_DENSE = 3.0
 _HOMOGENEOUS = {
     torch.ops.aten.relu.default,
     torch.ops.aten.relu_.default,
@@ -67,11 +63,22 @@ def find_pairs(module: fx.GraphModule) -> list[Pair]:
 
 
 def equalize(
-    module: fx.GraphModule, pairs: Sequence[Pair], samples: Sequence[tuple[Tensor, ...]]
+    module: fx.GraphModule,
+    pairs: Sequence[Pair],
+    samples: Sequence[tuple[Tensor, ...]],
+    *,
+    most_dense: float = _LARGEST,
 ) -> list[fx.Node]:
     """Scale the channels between pairs of convolutions; return the convolutions that were changed.
 
     Exact but for one float32 rounding a weight. A map of zeros has no range, and its pair stays.
+
+    Args:
+        module: a folded program; changed in place.
+        pairs: of its convolutions.
+        samples: inputs of the program.
+        most_dense: how many times a channel may be widened that a dense layer takes back: there all inputs of
+            an output channel share one step.
     """
     quantized = {pair: (fused_activation(pair.first) or pair.first, pair.between) for pair in pairs}
     nodes = {node for both in quantized.values() for node in both}
@@ -85,15 +92,15 @@ def equalize(
     scaled = [pair for pair in pairs if largest[pair.between].any()]
     for pair in scaled:
         shares = [largest[node] / largest[node].max() for node in quantized[pair]]
-        _scale(module, pair, torch.stack(shares).amax(0))
+        _scale(module, pair, torch.stack(shares).amax(0), most_dense)
     module.recompile()
     return list(dict.fromkeys(node for pair in scaled for node in (pair.first, pair.second)))
 
 
-def _scale(module: fx.GraphModule, pair: Pair, largest: Tensor) -> None:
+def _scale(module: fx.GraphModule, pair: Pair, largest: Tensor, most_dense: float) -> None:
     top = largest.max()
     is_depthwise = convolution_arguments(pair.second)[3] > 1
-    factor = top / largest.clamp(min=top / (_LARGEST if is_depthwise else _LARGEST_DENSE))
+    factor = top / largest.clamp(min=top / (_LARGEST if is_depthwise else most_dense))
     column = factor[:, None, None, None]
     set_constant(module, pair.first, 1, weight_of(module, pair.first) * column)
     bias = bias_of(module, pair.first)
