@@ -14,6 +14,7 @@ from collections.abc import Collection, Mapping, Sequence
 import torch
 from torch import Tensor, fx, nn
 
+from edgedyn.ops import is_ours
 from edgedyn.quantize.accounting import moves_only
 from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, set_constant, weight_of
 from edgedyn.quantize.plan import Site, find_sites
@@ -61,9 +62,11 @@ def can_scale(site: Site) -> bool:
 
 
 def _meets_layer(node: fx.Node) -> bool:
-    """Whether a convolution reads a map, padded or moved as it may be: there it is INT8 still."""
+    """Whether a layer or a kernel of ours reads a map, padded or moved as it may be: there it stays INT8."""
     return any(
-        user.target in MULTIPLY_ADD_OPS or ((moves_only(user) or user.target in _PADS) and _meets_layer(user))
+        user.target in MULTIPLY_ADD_OPS
+        or is_ours(user)
+        or ((moves_only(user) or user.target in _PADS) and _meets_layer(user))
         for user in node.users
     )
 
