@@ -79,8 +79,9 @@ def test_bench_ratios_are_against_eager_of_the_same_network():
 def test_peak_memory_is_the_process_s_own():
     ballast = bytearray(300 * 2**20)  # a child must not inherit it
     code = (
-        "import bench; before = bench.status_kib('VmRSS'); x = bytearray(50 * 2**20); del x;"
-        "print((bench.status_kib('VmHWM') - before) / 1024)"
+        "from edgedyn.bench_process import status_bytes;"
+        "before = status_bytes('VmRSS'); x = bytearray(50 * 2**20); del x;"
+        "print((status_bytes('VmHWM') - before) / 2**20)"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=bench.ROOT / "tools", capture_output=True, text=True, check=True
