@@ -91,7 +91,7 @@ def test_table_of_the_phone_serves_the_jetson(first, no_statistics):
         ("calibration={}", "of another data"),
         ("input.shape=[1, 3, 48, 32]", "of another graph|of another transform: shapes"),
         ("quantize.ranges.feature=mse", "of another method: ranges was .*'minmax'.*, now .*'mse'"),
-        ("quantize.keep_float=[tail]", "of another method: keep_float"),
+        ("quantize.keep_float=['3']", "of another method: keep_float"),
     ],
 )
 def test_table_of_something_else_is_refused_by_its_field_unless_forced(first, override, words):
