@@ -265,17 +265,8 @@ def open_set(path: Path, *, most: int = MOST_SAMPLES) -> CalibrationSet:
         )
         for file in manifest.files
     )
-    opened = CalibrationSet(
-        *(
-            manifest.name,
-            manifest.licence,
-            images,
-            manifest.noise,
-            manifest.samples,
-            manifest.seed,
-            manifest.raw,
-        )
-    )
+    m = manifest
+    opened = CalibrationSet(m.name, m.licence, images, m.noise, m.samples, m.seed, m.raw)
     for file, expected in opened.files:
         found = _sha256(file, path)
         if found != expected:
@@ -293,7 +284,7 @@ def refuse_overlap(calibration: CalibrationSet, validation: CalibrationSet) -> N
         CalibrationError: naming the shared files.
     """
     seen = {digest: path for path, digest in calibration.files}
-    digests = [(path, digest) for path, digest in validation.files]
+    digests = list(validation.files)
     if any(image.pixels is not None for image in calibration.images):  # these are known by their pixels
         digests += [(path, _digest(read_pixels(path, validation.raw))) for path, _ in validation.files]
     shared = [f"{path.name} ({seen[digest].name})" for path, digest in digests if digest in seen]

@@ -29,7 +29,7 @@ from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
 from edgedyn.manifest import ROUTER
 from edgedyn.quantize.deciding import Mask, find_decisions
-from edgedyn.quantize.statistics import look
+from edgedyn.quantize.statistics import count, look
 from edgedyn.routing import RoutedModel
 from edgedyn.table_entries import Entry, Outcome
 from edgedyn.validate import Row
@@ -123,7 +123,7 @@ def _ask_router(
     for x, source in zip(inputs, sources, strict=True):
         with torch.no_grad():
             rows.append(model.route(*x)[0].numpy()[0])
-        _count(histograms, "logits", rows[-1], source)
+        count(histograms, "logits", rows[-1], f"{source}, 'logits'")
     scores = np.array(rows)
     picked, found = scores.argmax(1), []
     for k, name in enumerate(model.variants):
@@ -168,7 +168,8 @@ def _look_at_masks(
         def see(node: fx.Node, value: Tensor, i: int = i, source: str = source) -> None:
             logits = value.numpy()
             for k in compared[node]:
-                _count(histograms, f"{names[k]}.logits", logits, source)
+                name = f"{names[k]}.logits"
+                count(histograms, name, logits, f"{source}, {name!r}")
                 active[i, k], sizes[i, k] = masks[k].decide(logits).sum(), logits.size
                 missing[i, k] = np.abs(logits - masks[k].threshold).min()
 
@@ -207,15 +208,6 @@ def _sort_into_bands(
         outcome = Outcome("density", name, int(taken.sum()), len(shares), needed)
         found.append(_Met(outcome, taken, np.maximum(low - shares, shares - high), told, sources))
     return found
-
-
-def _count(histograms: dict[str, Histogram], name: str, values: np.ndarray, source: str) -> None:
-    """Add the values of one sample to the histogram of a name."""
-    try:
-        histogram = Histogram.of(values)
-    except CalibrationError as error:
-        raise CalibrationError(f"{source}, {name!r}: {error}") from error
-    histograms[name] = histograms[name] + histogram if name in histograms else histogram
 
 
 def _entries(histograms: Mapping[str, Histogram]) -> tuple[Entry, ...]:

@@ -21,8 +21,8 @@ from edgedyn.histogram import Histogram
 from edgedyn.quantize.equalize import equalize, find_pairs
 from edgedyn.quantize.finetune import choose_examples, finetune
 from edgedyn.quantize.generated import find_generating, measure_content, scale_taps
-from edgedyn.quantize.lockstep import Lockstep, round_weight
-from edgedyn.quantize.nodes import bias_of, set_constant, weight_of
+from edgedyn.quantize.lockstep import Lockstep, codes_of, round_weight
+from edgedyn.quantize.nodes import bias_of, by_output, set_constant, weight_of
 from edgedyn.quantize.norms import reestimate
 from edgedyn.quantize.plan import Plan, Site, Steps, find_sites, name_tensors
 from edgedyn.quantize.products import scale_outputs
@@ -221,8 +221,7 @@ def restore(module: fx.GraphModule, calibrated: Calibrated) -> None:
                 continue
             tensor = torch.from_numpy(np.ascontiguousarray(value))
             if tensor.dtype == torch.int8:
-                column = torch.tensor(scales[name]).reshape(-1, *[1] * (tensor.dim() - 1))
-                tensor = tensor.float() * column
+                tensor = tensor.float() * by_output(torch.tensor(scales[name]), tensor)
             set_constant(module, site.node, index, tensor)
     module.recompile()
 
@@ -259,7 +258,7 @@ def without_products(calibrated: Calibrated, kept: Collection[str]) -> Calibrate
             entries.append(replace(entry, channels=scales))
             for name in (entry.name, f"{layer}.bias"):
                 value = constants.get(name)
-                if value is not None and (value.dtype != np.int8):
+                if value is not None and value.dtype != np.int8:
                     constants[name] = value * factors.reshape(-1, *[1] * (value.ndim - 1))
         else:
             is_product = factors is not None and what == "output"
@@ -310,20 +309,19 @@ def _round_weights(
 
     def change(site: Site, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
         weight, scales = weight_of(module, site.node), steps.weights[site.weight]
-        column = (-1, *[1] * (weight.dim() - 1))
         if section.rounding == "reconstruct":
             is_linear = site.node.target is torch.ops.aten.linear.default
             groups = 1 if is_linear else convolution_arguments(site.node)[3]
             codes, bias = reconstruct(weight, scales, measure_moments(site.node, inputs, outputs, groups))
         else:  # re-estimation sets the bias
-            codes = torch.clamp(torch.round(weight / scales.reshape(column)), -127, 127)
+            codes = codes_of(weight, scales)
         if section.bn_reestimation:
-            gain, bias = reestimate(site.node, inputs, outputs, codes.float() * scales.reshape(column))
+            gain, bias = reestimate(site.node, inputs, outputs, codes.float() * by_output(scales, weight))
             scales = (scales * gain).float()
         constants[site.weight] = codes.to(torch.int8).numpy()
         constants[site.bias] = bias.float().numpy()
         channels[site.weight] = tuple(float(scale) for scale in scales)
-        return codes.float() * scales.reshape(column), bias.float()
+        return codes.float() * by_output(scales, weight), bias.float()
 
     lockstep = Lockstep(module, plan, steps, scheme)
     lockstep.run(samples, change, lambda done, total: progress("round weights", done, total))

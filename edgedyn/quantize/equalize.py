@@ -20,7 +20,7 @@ from torch import Tensor, fx
 
 from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, fused_activation, set_constant, weight_of
 from edgedyn.quantize.rounding import convolution_arguments
-from edgedyn.quantize.statistics import look
+from edgedyn.quantize.statistics import channel_maxima
 
 _LARGEST = 32.0  # a channel that is hardly ever used keeps some of its steps
 _HOMOGENEOUS = {
@@ -81,14 +81,7 @@ def equalize(
             an output channel share one step.
     """
     quantized = {pair: (fused_activation(pair.first) or pair.first, pair.between) for pair in pairs}
-    nodes = {node for both in quantized.values() for node in both}
-    largest = {node: torch.zeros(node.meta["val"].shape[1]) for node in nodes}
-
-    def widen(node: fx.Node, value: Tensor) -> None:
-        largest[node] = torch.maximum(largest[node], value.abs().amax((0, 2, 3)))
-
-    for sample in samples:
-        look(module, largest, sample, widen)
+    largest = channel_maxima(module, {node for both in quantized.values() for node in both}, samples)
     scaled = [pair for pair in pairs if largest[pair.between].any()]
     for pair in scaled:
         shares = [largest[node] / largest[node].max() for node in quantized[pair]]

@@ -21,8 +21,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from edgedyn.ops import load_all
-from edgedyn.quantize.lockstep import quantize_dequantize, steps_by_call
-from edgedyn.quantize.nodes import bias_of, weight_of
+from edgedyn.quantize.lockstep import codes_of, quantize_dequantize, steps_by_call
+from edgedyn.quantize.nodes import bias_of, by_output, weight_of
 from edgedyn.quantize.plan import Plan, Steps
 from edgedyn.targets import Int8Scheme
 
@@ -145,10 +145,11 @@ class _Int8Program(fx.Interpreter):
         self.codes, self.biases = {}, {}
         for node, site in self.sites.items():
             weight, bias = weight_of(module, node), bias_of(module, node)
-            self.scales[node] = steps.weights[site.weight].reshape(-1, *[1] * (weight.dim() - 1))
+            scales = steps.weights[site.weight]
+            self.scales[node] = by_output(scales, weight)
             self.units[node] = steps.of(site.y)[0]
             bias = torch.zeros(len(weight)) if bias is None else bias
-            self.codes[node] = (weight / self.scales[node]).round().clamp(-127, 127).requires_grad_()
+            self.codes[node] = codes_of(weight, scales).requires_grad_()
             self.biases[node] = (bias / self.units[node]).requires_grad_()
 
     @torch.no_grad()

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from edgedyn.quantize.nodes import by_output
 from edgedyn.quantize.plan import Plan, Site, Steps
 from edgedyn.targets import Int8Scheme
 
@@ -25,10 +26,14 @@ def quantize_dequantize(x: Tensor, step: tuple[float, int]) -> Tensor:
     return pair.dequantize_per_tensor(pair.quantize_per_tensor(x, *arguments), *arguments)  # type: ignore
 
 
+def codes_of(weight: Tensor, scales: Tensor) -> Tensor:
+    """Return the INT8 codes nearest to a weight (O, ...), one scale an output channel; float."""
+    return torch.clamp(torch.round(weight / by_output(scales, weight)), -127, 127)
+
+
 def round_weight(weight: Tensor, scales: Tensor) -> Tensor:
     """Round a weight (O, ...) to its INT8 steps, one scale an output channel; float."""
-    column = scales.reshape(-1, *[1] * (weight.dim() - 1))
-    return torch.clamp(torch.round(weight / column), -127, 127) * column
+    return codes_of(weight, scales) * by_output(scales, weight)
 
 
 def steps_by_call(

@@ -97,6 +97,11 @@ def bias_of(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
     return value.detach()
 
 
+def by_output(values: Tensor, weight: Tensor) -> Tensor:
+    """Shape one value an output channel, (O,), so that it multiplies a weight (O, ...)."""
+    return values.reshape(-1, *[1] * (weight.dim() - 1))
+
+
 def set_constant(module: fx.GraphModule, node: fx.Node, index: int, value: Tensor) -> None:
     """Give a convolution or linear layer another weight (1) or bias (2), its first bias too.
 

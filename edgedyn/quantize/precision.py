@@ -11,6 +11,7 @@ has convolutions of INT8 weights and 16-bit activations.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -28,7 +29,7 @@ from edgedyn.quantize.accounting import all_multiply_adds
 from edgedyn.quantize.calibrate import Calibrated, Progress, steps_of
 from edgedyn.quantize.lockstep import quantize_dequantize, round_weight, steps_by_call
 from edgedyn.quantize.nodes import bias_of, weight_of
-from edgedyn.quantize.plan import Plan
+from edgedyn.quantize.plan import Plan, Steps
 from edgedyn.quantize.statistics import look
 from edgedyn.table_entries import LayerCost, Point, Precision
 from edgedyn.targets import Int8Scheme
@@ -89,6 +90,19 @@ class Rounded:
     scheme: Int8Scheme
     calibrated: Calibrated
 
+    @functools.cached_property
+    def steps(self) -> Steps:
+        """Of its tensors."""
+        return steps_of(self.calibrated.entries, self.scheme)
+
+    @functools.cached_property
+    def weights(self) -> dict[fx.Node, Tensor]:
+        """Of its INT8 layers, as INT8 has them."""
+        return {
+            site.node: round_weight(weight_of(self.module, site.node), self.steps.weights[site.weight])
+            for site in self.plan.sites
+        }
+
     def run(
         self,
         sample: tuple[Tensor, ...],
@@ -113,10 +127,9 @@ class _Int8(fx.Interpreter):
         super().__init__(program.module)
         sites = [site for site in program.plan.sites if site.name not in float_]
         plan = Plan(tuple(sites), program.plan.kernels, {})
-        steps = steps_of(program.calibrated.entries, program.scheme)
-        self.read, self.written = steps_by_call(plan, steps, program.scheme)
+        self.read, self.written = steps_by_call(plan, program.steps, program.scheme)
         self.float_ = {site.node: float_[site.name] for site in program.plan.sites if site.name in float_}
-        self.scales, self.see = {site.node: steps.weights[site.weight] for site in sites}, see
+        self.weights, self.see = {site.node: program.weights[site.node] for site in sites}, see
 
     def run_node(self, n: fx.Node) -> Any:
         if n.op != "call_function":
@@ -126,10 +139,10 @@ class _Int8(fx.Interpreter):
             args = (quantize_dequantize(args[0], self.read[n]), *args[1:])
         if n in self.float_:
             args = (args[0], *self.float_[n], *args[3:])
-        elif n in self.scales:
-            args = (args[0], round_weight(args[1], self.scales[n]), *args[2:])
+        elif n in self.weights:
+            args = (args[0], self.weights[n], *args[2:])
         y = self.call_function(n.target, args, dict(kwargs))
-        if n in self.scales:
+        if n in self.weights:
             self.see(n, y)
         return quantize_dequantize(y, self.written[n]) if n in self.written else y
 
@@ -156,8 +169,10 @@ def choose_precision(
         CheckFailedError: when the limit leaves too little INT8; it says what each choice costs.
     """
     rounded = attempt(())
-    measured = measure(module, rounded, exam, lambda done, total: progress("measure layers", done, total))
     before = exam.float_psnr_db(module)
+    measured = measure(
+        module, rounded, exam, before, lambda done, total: progress("measure layers", done, total)
+    )
     limit = exam.limit_db
     first = (
         0
@@ -180,6 +195,7 @@ def measure(
     module: fx.GraphModule,
     rounded: Rounded,
     exam: Exam,
+    before: Measured,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Precision:
     """Measure what each layer costs, and the curve of what keeping layers float brings back.
@@ -188,6 +204,7 @@ def measure(
         module: the folded program, its weights not rounded.
         rounded: the same with every layer in INT8 that can be.
         exam: images with truths; with a limit, the curve has the two points on either side of it.
+        before: PSNR of the float program by noise level.
         progress: called with (programs measured, programs).
     """
     nodes = {node.name: node for node in module.graph.nodes}
@@ -195,7 +212,6 @@ def measure(
     weights = {name: (weight_of(module, node), bias_of(module, node)) for name, node in calls.items()}
     costs = all_multiply_adds(module.graph)
     shares = {name: costs[node] / sum(costs.values()) for name, node in calls.items()}
-    before = exam.float_psnr_db(module)
     counted = itertools.count(1)
 
     def drops(*kept: str) -> Measured:

@@ -16,9 +16,9 @@ from torch import Tensor, fx, nn
 
 from edgedyn.ops import is_ours
 from edgedyn.quantize.accounting import moves_only
-from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, set_constant, weight_of
+from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, by_output, set_constant, weight_of
 from edgedyn.quantize.plan import Site, find_sites
-from edgedyn.quantize.statistics import look
+from edgedyn.quantize.statistics import channel_maxima
 
 PRODUCT = "product"  # in a node's meta: it gives channels their size back
 _SCALES = {torch.ops.aten.relu.default, torch.ops.aten.relu_.default}  # f(s y) = s f(y)
@@ -39,13 +39,7 @@ def scale_outputs(
     """
     sites = [site for site in find_sites(module) if site.node not in taken_back and can_scale(site)]
     sites = [site for site in sites if site.last.meta["val"].dim() == 4]
-    largest = {site.last: torch.zeros(site.last.meta["val"].shape[1]) for site in sites}
-
-    def widen(node: fx.Node, value: Tensor) -> None:
-        largest[node] = torch.maximum(largest[node], value.abs().amax((0, 2, 3)))
-
-    for sample in samples if sites else ():
-        look(module, largest, sample, widen)
+    largest = channel_maxima(module, {site.last for site in sites}, samples)
     factors = {}
     for site in sites:
         top = largest[site.last].max()
@@ -62,10 +56,10 @@ def can_scale(site: Site) -> bool:
 
 
 def _meets_layer(node: fx.Node) -> bool:
-    """Whether a layer or a kernel of ours reads a map, padded or moved as it may be: there it stays INT8."""
+    """Whether a layer or a kernel of ours filters a map, padded or moved as it may be: it is INT8 there."""
     return any(
         user.target in MULTIPLY_ADD_OPS
-        or is_ours(user)
+        or (is_ours(user) and user.args[0] is node)
         or ((moves_only(user) or user.target in _PADS) and _meets_layer(user))
         for user in node.users
     )
@@ -74,7 +68,7 @@ def _meets_layer(node: fx.Node) -> bool:
 def scale_channels(module: fx.GraphModule, site: Site, up: Tensor) -> Tensor:
     """Multiply what a layer writes by a factor a channel; return the product that takes it back."""
     weight, bias = weight_of(module, site.node), bias_of(module, site.node)
-    set_constant(module, site.node, 1, weight * up.reshape(-1, *[1] * (weight.dim() - 1)))
+    set_constant(module, site.node, 1, weight * by_output(up, weight))
     if bias is not None:
         set_constant(module, site.node, 2, bias * up)
     return 1 / up

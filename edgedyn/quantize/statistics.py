@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx
 
@@ -55,16 +56,39 @@ def observe(
     found: dict[str, Histogram] = {}
     source = ""
 
-    def count(node: fx.Node, value: Tensor) -> None:
+    def see(node: fx.Node, value: Tensor) -> None:
         name = names[node]
-        try:
-            histogram = Histogram.of(value.numpy())
-        except CalibrationError as error:
-            raise CalibrationError(f"{source}, tensor {name!r}: {error}") from error
-        found[name] = found[name] + histogram if name in found else histogram
+        count(found, name, value.numpy(), f"{source}, tensor {name!r}")
 
     for index, sample in enumerate(samples):
         source = sources[index] if sources else f"sample {index}"
-        look(module, names, sample, count)
+        look(module, names, sample, see)
         progress(index + 1, len(samples))
     return found
+
+
+def count(found: dict[str, Histogram], name: str, values: np.ndarray, where: str) -> None:
+    """Add values to the histogram of a name.
+
+    Raises:
+        CalibrationError: for NaN or infinite values, with ``where`` they are from.
+    """
+    try:
+        histogram = Histogram.of(values)
+    except CalibrationError as error:
+        raise CalibrationError(f"{where}: {error}") from error
+    found[name] = found[name] + histogram if name in found else histogram
+
+
+def channel_maxima(
+    module: fx.GraphModule, nodes: Collection[fx.Node], samples: Sequence[tuple[Tensor, ...]]
+) -> dict[fx.Node, Tensor]:
+    """Return the largest absolute value of each channel of maps (B, C, H, W) over all samples, (C,)."""
+    largest = {node: torch.zeros(node.meta["val"].shape[1]) for node in nodes}
+
+    def widen(node: fx.Node, value: Tensor) -> None:
+        largest[node] = torch.maximum(largest[node], value.abs().amax((0, 2, 3)))
+
+    for sample in samples if largest else ():
+        look(module, largest, sample, widen)
+    return largest
