@@ -20,14 +20,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgedyn import ops, quantize
-from edgedyn.calibration import open_set, refuse_other_clipping, refuse_overlap
 from edgedyn.coverage import cover
 from edgedyn.errors import CalibrationError, EdgedynError, ModelError
 from edgedyn.layers import canonicalize, find_dynamic, float32_classes, recognise
 from edgedyn.manifest import FORWARD, ROUTER, Routing
+from edgedyn.recipe_sets import draw, open_finetuning, to_tensors
 from edgedyn.recipe_table import find_table, make_exams, make_table, part_of, table_key
 from edgedyn.routing import RoutedModel, part_inputs, parts, routing_of
-from edgedyn.tasks import TASKS
 from edgedyn.weights import settle_norms
 
 if TYPE_CHECKING:
@@ -92,6 +91,18 @@ class Converted:
         return {op: form for part in self.parts.values() for op, form in part.forms.items()}
 
 
+@dataclass(frozen=True)
+class _Given:
+    """What one program is calibrated on, or what a table says of it: arguments of ``quantize.to_int8``."""
+
+    samples: Sequence[tuple[Tensor, ...]] = ()
+    finetuning: Sequence[tuple[Tensor, ...]] = ()
+    sources: Sequence[str] = ()
+    exam: quantize.Exam | None = None
+    calibrated: quantize.Calibrated | None = None
+    generated: frozenset[str] = frozenset()
+
+
 def convert(
     recipe: Recipe,
     target: Target,
@@ -128,7 +139,7 @@ def convert(
     finetuning = open_finetuning(recipe) if is_int8 else None
     progress("rewrite layers", 0, 1)
     needed = is_int8 or recipe.route.capacity is not None or not recipe.is_trained
-    drawn = _draw(recipe, calibration) if calibration and needed else []
+    drawn = draw(recipe, calibration) if calibration and needed else []
     tensors = [to_tensors(sample) for sample in drawn]
     reference = load_reference(recipe, tensors, trust=trust)
     capacities = count_capacities(reference, tensors, recipe.route.capacity)
@@ -137,42 +148,49 @@ def convert(
     # every part before the first is calibrated: what a target cannot run is refused at once
     captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
     expanded = {name: expand_part(program, target, recipe) for name, program in captured.items()}
-    if is_int8 and recipe.quantize.keep_float:
-        folded = [quantize.fold(program) for _, program in expanded.values()]
-        quantize.refuse_unknown_layers(folded, recipe.quantize.keep_float)
+    given, covered, table, misfit = dict.fromkeys(captured, _Given()), None, None, ""
+    if is_int8 and calibration:
+        folded = {name: quantize.fold(program) for name, program in captured.items()}
+        before = {name: (forms, quantize.fold(program)) for name, (forms, program) in expanded.items()}
+        quantize.refuse_unknown_layers([module for _, module in before.values()], recipe.quantize.keep_float)
+        key = table_key(recipe, calibration, folded, before, finetuning)
+        table, misfit = find_table(recipe, key, force=force)
+        if table is not None:
+            given = {name: _Given(calibrated=part_of(table, name)) for name in captured}
+        else:
+            programs = {name: program for name, (_, program) in expanded.items()}
+            observed = [part_inputs(canonical, x) for x in tensors]
+            covered = cover(canonical, programs, observed, drawn=drawn, recipe=recipe)
+            measures = sensitivity or ablation or recipe.quantize.max_drop_db is not None
+            exams = make_exams(recipe, calibration, canonical, key, ablates=ablation) if measures else {}
+            # a seed of its own: crops and noise of the calibration images that nothing else saw
+            more = draw(recipe, finetuning or calibration, seed=2) if recipe.quantize.finetune else []
+            trained = [part_inputs(canonical, to_tensors(sample)) for sample in more]
+            for name, chosen in covered.chosen.items():
+                given[name] = _Given(
+                    samples=[observed[i][name] for i in chosen],
+                    finetuning=[x[name] for x in trained],
+                    sources=[sample.source for sample in (*(drawn[i] for i in chosen), *more)],
+                    exam=exams.get(name),
+                    generated=quantize.find_generators(folded[name]),
+                )
     progress("rewrite layers", 1, 1)
-    key = table_key(recipe, calibration, captured, expanded, finetuning) if is_int8 and calibration else {}
-    table, misfit = find_table(recipe, key, force=force) if key else (None, "")
-    observed = [part_inputs(canonical, x) for x in tensors] if key and table is None else []
-    more = _draw_finetuning(recipe, finetuning or calibration) if observed and calibration else []
-    trained = [part_inputs(canonical, to_tensors(sample)) for sample in more]
-    exams = {}
-    if observed and calibration and (sensitivity or ablation or recipe.quantize.max_drop_db is not None):
-        exams = make_exams(recipe, calibration, canonical, key, ablates=ablation)
-    programs = {name: program for name, (_, program) in expanded.items()}
-    covered = cover(canonical, programs, observed, drawn=drawn, recipe=recipe) if observed else None
-    finished = {}
-    for name, (forms, program) in expanded.items():
-        chosen = covered.chosen[name] if covered else ()
-        finished[name] = _finish_part(
+    finished = {
+        name: _finish_part(
             forms,
             program,
             inputs[name],
             recipe,
             target,
-            exam=exams.get(name),
-            samples=[observed[i][name] for i in chosen],
-            finetuning=[x[name] for x in trained],
-            sources=[sample.source for sample in [*(drawn[i] for i in chosen), *more]],
-            calibrated=None if table is None else part_of(table, name),
-            generated=quantize.find_generators(quantize.fold(captured[name])) if key else frozenset(),
+            given=given[name],
             is_router=name == ROUTER,
             progress=_label(progress, name),
         )
+        for name, (forms, program) in expanded.items()
+    }
     if calibration and covered:
-        made = {
-            name: part.quantized.calibrated for name, part in finished.items() if part.quantized.calibrated
-        }
+        found = {name: part.quantized.calibrated for name, part in finished.items()}
+        made = {name: calibrated for name, calibrated in found.items() if calibrated}
         table = make_table(recipe, calibration, key, made, covered, finetuning)
     dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(reference)))
     return Converted(reference, finished, routing_of(canonical), capacities, dynamic, table, misfit)
@@ -208,12 +226,7 @@ def _finish_part(
     recipe: Recipe,
     target: Target,
     *,
-    samples: Sequence[tuple[Tensor, ...]],
-    finetuning: Sequence[tuple[Tensor, ...]],
-    sources: Sequence[str],
-    exam: quantize.Exam | None,
-    calibrated: quantize.Calibrated | None,
-    generated: frozenset[str],
+    given: _Given,
     is_router: bool,
     progress: Progress,
 ) -> Part:
@@ -228,12 +241,7 @@ def _finish_part(
             inputs,
             scheme=target.int8,
             section=recipe.quantize,
-            samples=samples,
-            finetuning=finetuning,
-            sources=sources,
-            exam=exam,
-            calibrated=calibrated,
-            generated=generated,
+            **vars(given),
             float32=float32,
             kernels={op.overload for op, form in forms.items() if form.fn is None},
             is_router=is_router,
@@ -289,41 +297,6 @@ def count_capacities(
             "none. Set calibration: to a manifest in calib/."
         )
     return capacities_of(canonicalize(reference), [inputs[0] for inputs in drawn], quantile)
-
-
-def open_finetuning(recipe: Recipe) -> CalibrationSet | None:
-    """Open the set that the recipe fine-tunes on, where it names one.
-
-    Raises:
-        CalibrationError: when it is refused, shares an image with the validation set, or clips otherwise.
-    """
-    if recipe.quantize.finetune_images is None:
-        return None
-    given = (open_set(recipe.path(x)) for x in (recipe.quantize.finetune_images, recipe.validation))
-    noise = recipe.noise_of_sets
-    images, validation = (x if noise is None else x.with_noise(noise) for x in given)
-    refuse_overlap(images, validation)
-    refuse_other_clipping(images, validation)
-    return images
-
-
-def _draw(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
-    return list(images.draw(recipe.input_shapes(), TASKS[recipe.task]))
-
-
-def _draw_finetuning(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
-    """Draw with a seed of its own: of the calibration images, crops and noise that nothing else saw."""
-    return _draw(recipe, replace(images, seed=images.seed + 2)) if recipe.quantize.finetune else []
-
-
-def draw_tensors(recipe: Recipe, images: CalibrationSet) -> list[tuple[Tensor, ...]]:
-    """Draw a set's samples as tensors of the recipe's inputs."""
-    return [to_tensors(sample) for sample in _draw(recipe, images)]
-
-
-def to_tensors(sample: Sample) -> tuple[Tensor, ...]:
-    """Return a sample's inputs as tensors."""
-    return tuple(torch.from_numpy(x) for x in sample.inputs)
 
 
 def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:

@@ -19,27 +19,20 @@ from torch import nn
 
 from edgedyn import coverage, decisions, implicit, ops, targets, validate
 from edgedyn.bundle import Bundle, refuse_existing, staging_folder, write_bundle
-from edgedyn.calibration import (
-    MOST_SAMPLES,
-    CalibrationSet,
-    open_set,
-    refuse_other_clipping,
-    refuse_overlap,
-)
 from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
 from edgedyn.conversion import Converted, Progress, capture, convert, rewrite
 from edgedyn.dispatch import Decision, Dispatcher, load_programs
-from edgedyn.errors import CalibrationError, RecipeError, TargetMissingError, UsageError
+from edgedyn.errors import RecipeError, TargetMissingError, UsageError
 from edgedyn.provenance import shared_provenance
 from edgedyn.quantized_graph import widen_like
+from edgedyn.recipe_sets import load_sets
 from edgedyn.report import write_report
 from edgedyn.routing import parts
 from edgedyn.speed import time_runs
-from edgedyn.tasks import TASKS
 from edgedyn.validate import Outputs, Row, ValidationReport
 
 if TYPE_CHECKING:
-    from edgedyn.calibration import Sample
+    from edgedyn.calibration import CalibrationSet, Sample
     from edgedyn.calibration_table import CalibrationTable
     from edgedyn.recipe import Recipe
     from edgedyn.targets import Run, Target
@@ -209,44 +202,6 @@ def load_target(recipe: Recipe) -> Target:
     if reason := target.missing():
         raise TargetMissingError(f"target {target.name!r} is not available here: {reason}")
     return target
-
-
-def load_sets(
-    recipe: Recipe, calibration: CalibrationSet | None = None
-) -> tuple[CalibrationSet | None, list[Sample]]:
-    """Open the calibration set, and draw the validation samples of a disjoint set.
-
-    Args:
-        recipe: names the sets; its noise takes the place of theirs.
-        calibration: in place of the recipe's.
-
-    Raises:
-        CalibrationError: when INT8 has no calibration set, a set is refused or has too few images, or the two
-            share an image or differ in their clipping rule.
-    """
-    validation = open_set(recipe.path(recipe.validation))
-    asked, noise = recipe.quantize.samples, recipe.noise_of_sets
-    if calibration is None and recipe.calibration is not None:
-        calibration = open_set(recipe.path(recipe.calibration), most=max(MOST_SAMPLES, asked or 0))
-    if calibration is None and recipe.precision == "int8":
-        raise CalibrationError(
-            f"recipe {recipe.name!r} is INT8 and names no calibration set. Set calibration: to a "
-            "manifest in calib/ or a folder of images; random data is never used."
-        )
-    if calibration is not None:
-        refuse_overlap(calibration, validation)
-        calibration = calibration if asked is None else calibration.take(asked)
-        calibration = calibration if noise is None else calibration.with_noise(noise)
-    validation = validation if noise is None else validation.with_noise(noise)
-    if calibration is not None:
-        refuse_other_clipping(calibration, validation)
-    task = TASKS[recipe.task]
-    if task.has_truth and not validation.has_truth:
-        raise CalibrationError(
-            f"validation set {validation.name!r} has noisy photos without a clean file; a task "
-            f"{recipe.task!r} is judged by the clean one. Add clean: to the manifest, or name another set."
-        )
-    return calibration, list(validation.draw(recipe.input_shapes(), task))
 
 
 def exactness_rows(converted: Converted, outputs: Outputs, recipe: Recipe) -> list[Row]:

@@ -23,16 +23,15 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import nn
-from torch.export import ExportedProgram
+from torch import fx, nn
 
 from edgedyn.calibration_table import CalibrationTable, read_table
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.manifest import ROUTER
-from edgedyn.quantize import Calibrated, Exam, fold
+from edgedyn.quantize import Calibrated, Exam
 from edgedyn.quantize.plan import find_sites
 from edgedyn.recall import Recall
+from edgedyn.recipe_sets import to_tensors
 from edgedyn.routing import part_inputs, parts
 from edgedyn.tasks import TASKS
 
@@ -49,8 +48,8 @@ _TOOLS = ("torch", "torchao", "nncf", "numpy")
 def table_key(
     recipe: Recipe,
     images: CalibrationSet,
-    captured: Mapping[str, ExportedProgram],
-    expanded: Mapping[str, tuple[dict[Op, Form], ExportedProgram]],
+    captured: Mapping[str, fx.GraphModule],
+    expanded: Mapping[str, tuple[dict[Op, Form], fx.GraphModule]],
     finetuning: CalibrationSet | None = None,
 ) -> dict[str, Any]:
     """Return the key of the table of a recipe's programs.
@@ -58,8 +57,8 @@ def table_key(
     Args:
         recipe: names model, task and method.
         images: the calibration set.
-        captured: the programs with our ops as nodes.
-        expanded: the forms of these ops, and the programs before they are quantized.
+        captured: the programs with our ops as nodes, folded.
+        expanded: the forms of these ops, and the programs before they are quantized, folded.
         finetuning: the set that weights are trained on, where it is another one.
     """
     graphs = {name: _digest(program) for name, program in captured.items()}
@@ -182,7 +181,7 @@ def make_exams(
         )
     fresh = replace(images, seed=images.seed + 1).draw(recipe.input_shapes(), task)
     drawn = list(itertools.islice(fresh, _EXAM))
-    given = [part_inputs(canonical, tuple(map(torch.from_numpy, sample.inputs))) for sample in drawn]
+    given = [part_inputs(canonical, to_tensors(sample)) for sample in drawn]
     method = {**key["method"], "max_drop_db": None}
     facts = json.dumps({**key, "method": method, "target": recipe.target, "kernels": recipe.kernels})
     return {
@@ -208,7 +207,7 @@ def part_of(table: CalibrationTable, program: str) -> Calibrated:
     return Calibrated(table.programs.get(program, ()), constants, precision, ablation)
 
 
-def _digest(program: ExportedProgram) -> str:
+def _digest(module: fx.GraphModule) -> str:
     """Return the digest of what could be INT8: layers, the tensors that they read and write, and shapes."""
-    rows = [[site.name, site.x, list(site.node.meta["val"].shape)] for site in find_sites(fold(program))]
+    rows = [[site.name, site.x, list(site.node.meta["val"].shape)] for site in find_sites(module)]
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

@@ -24,7 +24,8 @@ from edgedyn.tasks import TASKS, Task
 if TYPE_CHECKING:
     from edgedyn.calibration import Sample
     from edgedyn.quantize import Quantized
-    from edgedyn.recipe import LimitSection, Recipe
+    from edgedyn.recipe import Recipe
+    from edgedyn.recipe_sections import LimitSection
 
 
 @dataclass(frozen=True)

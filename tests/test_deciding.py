@@ -19,7 +19,7 @@ from edgedyn.models.slimmable_dncnn import gated_dncnn
 from edgedyn.models.slimmable_unet import gated_unet
 from edgedyn.quantize.deciding import find_deciding_layers, find_decisions
 from edgedyn.quantize.nodes import belongs_to
-from edgedyn.recipe import QuantizeSection
+from edgedyn.recipe_sections import QuantizeSection
 
 TARGETS = ["executorch", "tensorrt"]
 SECTION = QuantizeSection(rounding="nearest", equalize=False)

@@ -19,7 +19,7 @@ from edgedyn.quantize.finetune import Example, choose_examples, finetune
 from edgedyn.quantize.lockstep import quantize_dequantize
 from edgedyn.quantize.nodes import fold, weight_of
 from edgedyn.quantize.plan import Plan, Steps, make_plan
-from edgedyn.recipe import QuantizeSection
+from edgedyn.recipe_sections import QuantizeSection
 
 SCHEMES = {name: targets.load(name).int8 for name in ("executorch", "tensorrt")}
 AFFINE = SCHEMES["executorch"]

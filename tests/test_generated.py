@@ -16,7 +16,8 @@ from edgedyn.conversion import Converted
 from edgedyn.layers import canonicalize
 from edgedyn.quantize.accounting import KEPT_PRODUCT
 from edgedyn.quantize.generated import find_generating, measure_content, scale_taps
-from edgedyn.recipe import QuantizeSection, load_recipe
+from edgedyn.recipe import load_recipe
+from edgedyn.recipe_sections import QuantizeSection
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["model.network=small_networks:small_affine_net", "model.weights=null", "model.arguments={}"]

@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from edgedyn import cli, inspection, native, ops, pipeline, session, targets
 from edgedyn.errors import RecipeError, TargetMissingError
 from edgedyn.quantize import to_int8
-from edgedyn.recipe import QuantizeSection, load_recipe
+from edgedyn.recipe import load_recipe
+from edgedyn.recipe_sections import QuantizeSection
 from edgedyn.targets.executorch import TARGET as EXECUTORCH
 from edgedyn.targets.executorch import kernels
 from edgedyn.targets.executorch.lower import lower

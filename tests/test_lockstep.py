@@ -12,7 +12,7 @@ from edgedyn.quantize.lockstep import Lockstep, round_weight
 from edgedyn.quantize.nodes import bias_of, fold, weight_of
 from edgedyn.quantize.plan import make_plan
 from edgedyn.quantize.statistics import look
-from edgedyn.recipe import QuantizeSection
+from edgedyn.recipe_sections import QuantizeSection
 
 PLAIN = QuantizeSection(equalize=False, equalize_outputs=False, rounding="nearest")
 

@@ -15,7 +15,7 @@ from edgedyn.layers import canonicalize, find_dynamic, float32_classes
 from edgedyn.models.ddf_denoiser import DDFDenoiser
 from edgedyn.models.ddf_resnet import DDFBottleneck, DDFResNet
 from edgedyn.models.ddf_upsampler import DDFUpsampler
-from edgedyn.recipe import QuantizeSection
+from edgedyn.recipe_sections import QuantizeSection
 
 EXECUTORCH = targets.load("executorch")
 

@@ -11,7 +11,7 @@ from edgedyn import ops, pipeline, quantize, targets
 from edgedyn.errors import ModelError
 from edgedyn.layers import canonicalize
 from edgedyn.models import dsnet, slimmable_dncnn, slimmable_unet
-from edgedyn.recipe import QuantizeSection
+from edgedyn.recipe_sections import QuantizeSection
 
 DNCNN = [(3, 4, 4), (4, 4, 6)]
 UNET = [(3, 4, 4, 5, 4, 6, 5, 6, 5, 4, 3), (4, 4, 5, 5, 6, 6, 7, 8, 5, 6, 4)]

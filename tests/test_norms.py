@@ -13,7 +13,7 @@ from edgedyn.quantize.lockstep import Lockstep
 from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, fold, weight_of
 from edgedyn.quantize.norms import reestimate
 from edgedyn.quantize.plan import Plan, Site, make_plan
-from edgedyn.recipe import QuantizeSection
+from edgedyn.recipe_sections import QuantizeSection
 
 LAYERS = {
     "plain": (nn.Conv2d(6, 8, 3, padding=1), (2, 6, 11, 14)),

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from edgedyn import ops, quantize, targets
 from edgedyn.errors import ModelError
 from edgedyn.ops.atom_depthwise2d import OP, atom_depthwise2d, oracle
-from edgedyn.recipe import QuantizeSection
+from edgedyn.recipe_sections import QuantizeSection
 
 CASES = list(OP.examples())
 FORMS = {form.name: form for form in OP.forms}

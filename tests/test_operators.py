@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from edgedyn import quantize, targets
 from edgedyn.errors import TargetMissingError
-from edgedyn.recipe import QuantizeSection
+from edgedyn.recipe_sections import QuantizeSection
 from edgedyn.speed import attribute
 from edgedyn.targets.executorch.profile import Profiled
 

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from edgedyn import inspection, ops, pipeline, session, targets
 from edgedyn.errors import ModelError
 from edgedyn.quantize import to_int8
-from edgedyn.recipe import QuantizeSection, load_recipe
+from edgedyn.recipe import load_recipe
+from edgedyn.recipe_sections import QuantizeSection
 from edgedyn.targets.onnx_export import lint_for_tensorrt, translate, write_onnx
 from edgedyn.targets.tensorrt import nodes, signatures
 from edgedyn.targets.tensorrt.run import expanded_path, host_path, load, runtime_name

@@ -21,7 +21,8 @@ from edgedyn.quantize.plan import make_plan
 from edgedyn.quantize.precision import Exam
 from edgedyn.quantize.trials import Trials
 from edgedyn.recall import Recall
-from edgedyn.recipe import QuantizeSection, load_recipe
+from edgedyn.recipe import load_recipe
+from edgedyn.recipe_sections import QuantizeSection
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SCHEMES = {name: targets.load(name).int8 for name in ("executorch", "tensorrt")}

@@ -12,7 +12,7 @@ from edgedyn import quantize, targets
 from edgedyn.quantize.accounting import KEPT_PRODUCT
 from edgedyn.quantize.nodes import fold
 from edgedyn.quantize.products import PRODUCT, scale_outputs
-from edgedyn.recipe import QuantizeSection
+from edgedyn.recipe_sections import QuantizeSection
 
 SCHEMES = {name: targets.load(name).int8 for name in ("executorch", "tensorrt")}
 INPUT = torch.rand(1, 3, 10, 14, generator=torch.Generator().manual_seed(1))

@@ -13,7 +13,7 @@ from edgedyn import ops, quantize, targets
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.layers import canonicalize
 from edgedyn.quantize.nodes import fused_activation
-from edgedyn.recipe import QuantizeSection
+from edgedyn.recipe_sections import QuantizeSection
 from edgedyn.targets import Int8Scheme
 
 EXECUTORCH, TENSORRT = targets.load("executorch"), targets.load("tensorrt")

@@ -17,6 +17,7 @@ import torch
 import yaml
 
 from edgedyn import pipeline, quantize
+from edgedyn.calibration import CalibrationSet
 from edgedyn.calibration_table import read_table
 from edgedyn.conversion import Converted
 from edgedyn.errors import CalibrationError, RecipeError
@@ -167,7 +168,7 @@ def test_images_to_fine_tune_on_may_not_be_validated_on(tmp_path):
 
 @pytest.mark.parametrize("seed", [0, 2], ids=["calibration", "fine-tuning"])
 def test_sample_that_is_not_finite_is_named(tmp_path, monkeypatch, seed):
-    draw = pipeline.CalibrationSet.draw
+    draw = CalibrationSet.draw
 
     def spoilt(self, *arguments):
         for number, sample in enumerate(draw(self, *arguments)):
@@ -175,7 +176,7 @@ def test_sample_that_is_not_finite_is_named(tmp_path, monkeypatch, seed):
                 sample.inputs[0][0, 0, 3, 4] = np.nan
             yield sample
 
-    monkeypatch.setattr(pipeline.CalibrationSet, "draw", spoilt)
+    monkeypatch.setattr(CalibrationSet, "draw", spoilt)
     with pytest.raises(CalibrationError, match=r"sample 2, retina\.jpg: 1 values are NaN or infinite"):
         convert(recipe(tmp_path, *TRAINED))
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from edgedyn import ops, quantize, targets
 from edgedyn.errors import BundleError, ModelError
 from edgedyn.layers import canonicalize
-from edgedyn.recipe import QuantizeSection
+from edgedyn.recipe_sections import QuantizeSection
 
 TARGET = targets.load("executorch")
 SHAPE = (1, 3, 16, 24)

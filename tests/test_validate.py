@@ -20,7 +20,7 @@ from edgedyn.layers import canonicalize
 from edgedyn.pipeline import in_torch
 from edgedyn.quantize import Quantized
 from edgedyn.quantized_graph import widen_like
-from edgedyn.recipe import LimitSection
+from edgedyn.recipe_sections import LimitSection
 from edgedyn.targets import load
 from edgedyn.tasks import TASKS
 from edgedyn.validate import Outputs, Row, ValidationReport

@@ -161,15 +161,16 @@ def lower_naive(folder: Path, name: str, shape: list[int]) -> Path:
 def reference(name: str):
     """Return a network in PyTorch: a recipe's, or FFDNet from a file."""
     from edgedyn import pipeline
-    from edgedyn.conversion import draw_tensors, load_reference
+    from edgedyn.conversion import load_reference
     from edgedyn.recipe import load_recipe
+    from edgedyn.recipe_sets import draw, to_tensors
 
     if Path(name).suffix:
         recipe = load_recipe(ROOT / "recipes/ffdnet-color.phone.fp32.yaml", [f"model.weights={name}"])
         return recipe.load_model(trust=True)
     recipe = load_recipe(ROOT / f"recipes/{name}.phone.fp32.yaml", ["input.shape=[1, 3, 128, 128]"])
     calibration, _ = pipeline.load_sets(recipe)
-    return load_reference(recipe, draw_tensors(recipe, calibration))
+    return load_reference(recipe, [to_tensors(sample) for sample in draw(recipe, calibration)])
 
 
 def spawn(job: list[str], runs: int) -> dict[str, Any]:

@@ -35,7 +35,7 @@ from edgedyn.quantized_graph import halve, separate_readers
 from edgedyn.targets import Int8Scheme
 
 if TYPE_CHECKING:
-    from edgedyn.recipe import QuantizeSection
+    from edgedyn.recipe_sections import QuantizeSection
 
 __all__ = [
     "COUNTED_OPS",

@@ -13,7 +13,7 @@ from edgedyn.quantize.calibrate import Progress
 from edgedyn.quantize.precision import Exam, Measured, Rounded, worst_drop_db
 
 if TYPE_CHECKING:
-    from edgedyn.recipe import QuantizeSection
+    from edgedyn.recipe_sections import QuantizeSection
 
 AS_IT_IS = "as the recipe says"
 # what may take the place of the recipe's value, by dotted key

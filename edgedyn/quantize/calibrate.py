@@ -33,7 +33,7 @@ from edgedyn.table_entries import Entry, Kind, Precision
 from edgedyn.targets import Int8Scheme
 
 if TYPE_CHECKING:
-    from edgedyn.recipe import QuantizeSection
+    from edgedyn.recipe_sections import QuantizeSection
 
 Progress = Callable[[str, int, int], None]
 _WEAKEST = 2.0**-12  # channel of a weight, against the strongest: one of zeros has a step, too

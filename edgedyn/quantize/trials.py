@@ -23,7 +23,7 @@ from edgedyn.quantize.precision import Exam, Rounded, choose_precision
 from edgedyn.targets import Int8Scheme
 
 if TYPE_CHECKING:
-    from edgedyn.recipe import QuantizeSection
+    from edgedyn.recipe_sections import QuantizeSection
 
 
 @dataclass(frozen=True)
