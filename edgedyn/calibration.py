@@ -19,11 +19,19 @@ from typing import Any
 import numpy as np
 
 from edgedyn.bayer import RawSection
-from edgedyn.crops import CORRELATED, choose_window, correlate, crop, random_error, refuse_constant
+from edgedyn.crops import (
+    CORRELATED,
+    choose_window,
+    correlate,
+    crop,
+    make_vivid,
+    random_error,
+    refuse_constant,
+)
 from edgedyn.errors import CalibrationError
 from edgedyn.noise import FOLDER_NOISE, NO_NOISE, NoiseSection
 from edgedyn.pixels import SUFFIXES, read_pixels, unpack, with_channels
-from edgedyn.set_manifest import read_manifest
+from edgedyn.set_manifest import find_folder, read_manifest
 from edgedyn.tasks import TASKS, Task, make_guide, shrink
 
 MOST_SAMPLES = 64  # of a folder, taken evenly; a manifest or a recipe may ask for more
@@ -82,7 +90,12 @@ class SetImage:
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
-    """Hashed images, their licence, the noise model and how many crops are drawn."""
+    """Hashed images, their licence, the noise model and how many crops are drawn.
+
+    Attributes:
+        samples: crops that are drawn.
+        vivid: crops of exchanged and saturated colours that are drawn after these.
+    """
 
     name: str
     licence: str
@@ -91,6 +104,7 @@ class CalibrationSet:
     samples: int
     seed: int = 0
     raw: RawSection | None = None
+    vivid: int = 0
 
     @classmethod
     def of(
@@ -145,7 +159,7 @@ class CalibrationSet:
         return self.noise.kind != "real" or all(image.clean is not None for image in self.images)
 
     def draw(self, shapes: Sequence[tuple[int, ...]], task: Task = TASKS["denoise"]) -> Iterator[Sample]:
-        """Yield ``samples`` inputs of a program, made of crops of the photos, the same ones every time.
+        """Yield inputs of a program, made of crops of the photos, the same ones every time.
 
         Files are taken in turn, or evenly where there are more of them than samples; an image smaller than
         the crop is reflected at its border.
@@ -161,8 +175,9 @@ class CalibrationSet:
         """
         _, channels, height, width = shapes[0]
         correlations: dict[Path, float] = {}
-        for index in range(self.samples):
-            image = self._image(index)
+        for index in range(self.samples + self.vivid):
+            is_vivid = index >= self.samples
+            image = self._image(*(index - self.samples, self.vivid) if is_vivid else (index, self.samples))
             rng = np.random.default_rng([self.seed, index])
             given, truth = self._pixels(image, channels)
             if image.path not in correlations:
@@ -170,6 +185,8 @@ class CalibrationSet:
                 self._refuse_random(image, correlations[image.path])
             window = choose_window(truth.shape, (height * task.scale, width * task.scale), rng)
             given, truth = crop(given, window), crop(truth, window)
+            if is_vivid:
+                given = truth = make_vivid(truth, rng)
             for pixels, source in ((given, image), (truth, image.clean or image)):
                 refuse_constant(pixels, source.path)
             clean = shrink(given, task.scale)
@@ -181,9 +198,9 @@ class CalibrationSet:
         if max(correlations.values()) < CORRELATED:
             raise random_error(f"every image of the set {self.name!r}", max(correlations.values()))
 
-    def _image(self, index: int) -> SetImage:
+    def _image(self, index: int, samples: int) -> SetImage:
         count = len(self.images)
-        return self.images[index * count // self.samples if self.samples < count else index % count]
+        return self.images[index * count // samples if samples < count else index % count]
 
     def _pixels(self, image: SetImage, channels: int) -> tuple[np.ndarray, np.ndarray]:
         """Return what noise is added to, and the truth: the same but for noisy photos with a clean one."""
@@ -204,10 +221,10 @@ class CalibrationSet:
             raise random_error(str((image.clean or image).path), found)
 
     def digest(self) -> str:
-        """Return the sha256 over digests of images, noise model, number of samples, seed and raw section."""
+        """Return the sha256 over digests of images, noise model, numbers of samples, seed and raw section."""
         pairs = [[image.sha256, image.clean and image.clean.sha256] for image in self.images]
         raw = self.raw and self.raw.model_dump()
-        values = [pairs, self.noise.to_json(), self.samples, self.seed, raw]
+        values = [pairs, self.noise.to_json(), self.samples, self.vivid, self.seed, raw]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def with_noise(self, noise: NoiseSection) -> CalibrationSet:
@@ -231,6 +248,19 @@ class CalibrationSet:
                 "noise: from the recipe."
             )
         return replace(self, images=clean, noise=noise)
+
+    def with_vivid(self, samples: int) -> CalibrationSet:
+        """Return the set with so many samples more, of exchanged and saturated colours.
+
+        Raises:
+            CalibrationError: for a set of noisy photos: their noise would be changed with the colours.
+        """
+        if samples and not self.noise.is_added:
+            raise CalibrationError(
+                f"quantize.vivid changes the colours of clean photos before noise is added, and the set "
+                f"{self.name!r} has noise of kind {self.noise.kind!r}. Set quantize.vivid: 0."
+            )
+        return replace(self, vivid=samples)
 
     def take(self, samples: int) -> CalibrationSet:
         """Return the set with so many samples, each of another image.
@@ -256,22 +286,19 @@ def open_set(path: Path, *, most: int = MOST_SAMPLES) -> CalibrationSet:
     """
     if path.is_dir():
         return _open_folder(path, most)
-    manifest, root = read_manifest(path)
-    images = tuple(
-        SetImage(
-            root / file.name,
-            file.sha256,
-            SetImage(root / file.clean.name, file.clean.sha256) if file.clean else None,
-        )
-        for file in manifest.files
-    )
+    manifest = read_manifest(path)
+    images = []
+    for file in manifest.files:
+        folder = find_folder(file.root or manifest.root, path)
+        clean = SetImage(folder / file.clean.name, file.clean.sha256) if file.clean else None
+        images.append(SetImage(folder / file.name, file.sha256, clean))
     m = manifest
-    opened = CalibrationSet(m.name, m.licence, images, m.noise, m.samples, m.seed, m.raw)
-    for file, expected in opened.files:
-        found = _sha256(file, path)
+    opened = CalibrationSet(m.name, m.licence, tuple(images), m.noise, m.samples, m.seed, m.raw)
+    for image, expected in opened.files:
+        found = _sha256(image, path)
         if found != expected:
             raise CalibrationError(
-                f"image set {path}: {file.name} has sha256 {found}, the manifest says {expected}. "
+                f"image set {path}: {image.name} has sha256 {found}, the manifest says {expected}. "
                 "Fetch the file again, or write the new digest if you mean to use this one."
             )
     return opened

@@ -141,6 +141,7 @@ def _describe_calibration(recipe: Recipe, calibration: CalibrationSet, misfit: s
         "licence": calibration.licence,
         "images": len(calibration.images),
         "samples": calibration.samples,
+        "vivid": calibration.vivid,
         "noise": calibration.noise.to_json(),
         "ranges": method.ranges.model_dump(),
         "generated": method.generated,

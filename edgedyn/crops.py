@@ -15,6 +15,7 @@ from edgedyn.errors import CalibrationError
 # Random values reach 0.12, also as JPEG of quality 50 to 95 (20 of each, at 16 to 512 pixels a side); photos
 # 0.58 at least (Set12, 568 of BSDS500, 50 of PolyU, 26 of scikit-image), and with noise of sigma 50, 0.19.
 CORRELATED = 0.2
+_SATURATION = 4.0
 
 
 def random_error(what: str, found: float) -> CalibrationError:
@@ -54,6 +55,13 @@ def crop(pixels: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:
         pixels = np.pad(pixels, ((0, bottom), (0, right), (0, 0)), mode="symmetric")
     crop = pixels[top : top + height, left : left + width]
     return np.ascontiguousarray(crop.transpose(2, 0, 1)[None], dtype=np.float32)
+
+
+def make_vivid(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a crop (1, 3, H, W) with its colours exchanged and four times as far from gray, in [0, 1]."""
+    exchanged = crop[:, rng.permutation(crop.shape[1])]
+    gray = exchanged.mean(axis=1, keepdims=True)
+    return np.ascontiguousarray((gray + _SATURATION * (exchanged - gray)).clip(0, 1), dtype=np.float32)
 
 
 def correlate(pixels: np.ndarray) -> float:

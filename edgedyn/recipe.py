@@ -64,7 +64,7 @@ class Recipe(Section):
     folder: str = "."
 
     @model_validator(mode="after")
-    def _shape_and_overlap_fit(self) -> Recipe:
+    def _values_fit_together(self) -> Recipe:
         shape, overlap = self.input.shape, self.tile.overlap
         if shape[0] != 1 or shape[1] not in (1, 3) or min(shape) < 1:
             raise ValueError(f"input.shape is {shape}; expected [1, C, H, W] with C 1 or 3")
@@ -72,6 +72,11 @@ class Recipe(Section):
             raise ValueError(f"guide.shape is {self.guide.shape}; expected [1, C, H, W]")
         if (self.guide is not None) and self.task != "upscale":
             raise ValueError(f"guide is for the task 'upscale'; the task is {self.task!r}")
+        if self.quantize.vivid and shape[1] != 3:
+            raise ValueError(
+                f"quantize.vivid is {self.quantize.vivid}, and images of {shape[1]} channel have no colours; "
+                "expected 0"
+            )
         if overlap >= min(shape[2:]):
             raise ValueError(
                 f"tile.overlap {overlap} leaves nothing of a tile of {shape[2:]}; expected less than "

@@ -129,6 +129,12 @@ class QuantizeSection(Section):
         ge=1,
         description="calibration samples, each of another image; by default what the set says",
     )
+    vivid: int = Field(
+        default=0,
+        ge=0,
+        description="more samples, of photos in exchanged and saturated colours: few photos are of pure "
+        "yellow, and one outside of all ranges loses several dB",
+    )
     table: str | None = Field(
         default=None, description="calibration table, reused where it exists, written where it does not"
     )

@@ -78,7 +78,7 @@ def table_key(
         "forms": forms,
         "data": images.digest(),
         "transform": {"task": recipe.task, "shapes": [list(shape) for shape in recipe.input_shapes()]},
-        "method": recipe.quantize.model_dump(exclude={"table", "samples", "finetune_images"}),
+        "method": recipe.quantize.model_dump(exclude={"table", "samples", "vivid", "finetune_images"}),
         **more,
         "versions": {name: version(name) for name in _TOOLS},
     }
@@ -142,7 +142,8 @@ def make_table(
 
 def _describe(images: CalibrationSet) -> dict[str, Any]:
     files = [{"name": path.name, "sha256": digest} for path, digest in images.files]
-    return {"name": images.name, "licence": images.licence, "samples": images.samples, "files": files}
+    counts = {"samples": images.samples, "vivid": images.vivid}
+    return {"name": images.name, "licence": images.licence, **counts, "files": files}
 
 
 def make_exams(

@@ -23,14 +23,15 @@ class _Section(BaseModel):
 class CleanFile(_Section):
     """The clean photo that belongs to a noisy one."""
 
-    name: str = Field(description="relative to root")
+    name: str = Field(description="relative to the folder of the noisy photo")
     sha256: str = Field(pattern=_DIGEST, description="digest that the file must have")
 
 
 class SetFile(_Section):
     """One image of a set."""
 
-    name: str = Field(description="relative to root; PNG, JPEG, TIFF, .npy, .npz or .raw")
+    name: str = Field(description="relative to its folder; PNG, JPEG, TIFF, .npy, .npz or .raw")
+    root: str | None = Field(default=None, description="its folder, where that is not the manifest's root")
     sha256: str = Field(pattern=_DIGEST, description="digest that the file must have")
     clean: CleanFile | None = Field(
         default=None,
@@ -66,14 +67,14 @@ class SetManifest(_Section):
         return self
 
 
-def read_manifest(path: Path) -> tuple[SetManifest, Path]:
-    """Read a manifest; return it, and the folder of its files.
+def read_manifest(path: Path) -> SetManifest:
+    """Read a manifest.
 
     Raises:
-        CalibrationError: when it cannot be read, is none, or names a package that is not installed.
+        CalibrationError: when it cannot be read, or is none.
     """
     try:
-        manifest = SetManifest(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        return SetManifest(**yaml.safe_load(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise CalibrationError(
             f"image set {path} cannot be read ({error.strerror}); expected a manifest or a folder of images."
@@ -84,10 +85,14 @@ def read_manifest(path: Path) -> tuple[SetManifest, Path]:
         raise CalibrationError(
             f"image set {path} is not a manifest: {error}. See calib/skimage.yaml."
         ) from error
-    return manifest, _root(manifest.root, path)
 
 
-def _root(root: str, manifest: Path) -> Path:
+def find_folder(root: str, manifest: Path) -> Path:
+    """Return the folder that a root is, a relative one from the manifest's.
+
+    Raises:
+        CalibrationError: when it is of a package that is not installed.
+    """
     if not root.startswith("package:"):
         return manifest.parent / root
     package, _, folder = root.removeprefix("package:").partition("/")

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import shutil
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
-from small_sets import NOISE, RAW, SHAPE, digest, draw, refused, save_image, write_set
+from small_sets import NOISE, RAW, SHAPE, digest, draw, entry, refused, save_image, write_set
 
 from edgedyn.calibration import CalibrationSet, open_set, refuse_overlap
 from edgedyn.errors import CalibrationError
@@ -120,6 +121,30 @@ def test_folder_of_images_is_a_set_with_the_default_noise(tmp_path):
     opened = open_set(tmp_path)
     assert [path.name for path, _ in opened.files] == ["0.PNG", "1.PNG"]
     assert (opened.licence, opened.samples, opened.noise.sigma) == ("not stated", 12, [15.0, 25.0, 50.0])
+
+
+def test_vivid_samples_come_after_the_others_in_exchanged_and_saturated_colours(tmp_path):
+    """Every file is met as evenly as before; what was drawn before stays, to the bit."""
+    plain = open_set(write_set(tmp_path, noise={**NOISE, "sigma": [25.0]}))
+    vivid = plain.with_vivid(40)
+    drawn, before = list(vivid.draw([SHAPE])), list(plain.draw([SHAPE]))
+    assert [s.source for s in drawn[5:9]] == ["a.png", "b.png", "a.png", "b.png"]
+    for one, other in zip(drawn, before, strict=False):
+        np.testing.assert_array_equal(one.noisy, other.noisy)
+    assert vivid.digest() != plain.digest()
+    spreads = {}
+    for name, part in (("plain", drawn[:5]), ("vivid", drawn[5:])):
+        spreads[name] = np.mean([s.truth.max(axis=1) - s.truth.min(axis=1) for s in part])
+        residual = np.concatenate([(s.noisy - s.truth).ravel() for s in part])
+        assert residual.std() == pytest.approx(25 / 255, rel=0.05)  # of 23,000 values at least: 0.5 %
+    assert spreads["vivid"] > 2 * spreads["plain"]
+    assert {tuple(np.argsort(s.truth.mean(axis=(0, 2, 3)))) for s in drawn[5:]} == set(permutations(range(3)))
+    assert all(s.truth.min() >= 0 and s.truth.max() <= 1 for s in drawn[5:])
+
+
+def test_vivid_colours_of_noisy_photos_are_refused(tmp_path):
+    with pytest.raises(CalibrationError, match=r"noise of kind 'none'\. Set quantize\.vivid: 0"):
+        open_set(write_set(tmp_path, noise={"kind": "none"})).with_vivid(2)
 
 
 def test_digest_follows_what_is_drawn(tmp_path):
@@ -234,14 +259,27 @@ def test_root_may_be_an_installed_package(tmp_path):
     assert opened.files == ((source, digest(source)),)
 
 
+def test_file_may_stand_in_a_folder_of_its_own(tmp_path):
+    (tmp_path / "more").mkdir()
+    other = save_image(tmp_path / "more" / "c.png", seed=7)
+    first = save_image(tmp_path / "a.png")
+    opened = open_set(write_set(tmp_path, files=[entry(first), {**entry(other), "root": "more"}]))
+    assert [path.resolve() for path, _ in opened.files] == [first.resolve(), other.resolve()]
+    text = refused(
+        open_set, write_set(tmp_path, files=[{**entry(other), "root": "package:no_such_package/x"}])
+    )
+    assert "pip install no_such_package" in text
+
+
 def test_package_that_is_not_installed_is_refused_with_the_command(tmp_path):
     text = refused(open_set, write_set(tmp_path, root="package:no_such_package/data"))
     assert "needs the package 'no_such_package'. Run: pip install no_such_package" in text
 
 
-def test_sets_of_the_project_open_and_do_not_overlap():
+@pytest.mark.parametrize("name", ["skimage", "photos"])
+def test_sets_of_the_project_open_and_do_not_overlap(name):
     folder = Path(__file__).parents[1] / "calib"
-    calibration, validation = open_set(folder / "skimage.yaml"), open_set(folder / "skimage-validation.yaml")
+    calibration, validation = open_set(folder / f"{name}.yaml"), open_set(folder / "skimage-validation.yaml")
     assert isinstance(calibration, CalibrationSet)
     refuse_overlap(calibration, validation)
     for opened in (calibration, validation):

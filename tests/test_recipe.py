@@ -123,6 +123,11 @@ def test_recipe_cannot_be_changed(tmp_path):
             )
             for bands in ([0.5, 0.25], [0.25, 0.25], [-0.25, 0.5], [0.5, 1.25])
         ),
+        ({"quantize": {"vivid": -1}}, ["quantize.vivid is -1", "greater than or equal to 0"]),
+        (
+            {"quantize": {"vivid": 2}, "input": {"shape": [1, 1, 32, 48]}},
+            ["quantize.vivid is 2, and images of 1 channel have no colours; expected 0"],
+        ),
         ({"tile": {"overlap": -1}}, ["tile.overlap is -1", "greater than or equal to 0"]),
         ({"tile": {"overlap": "32"}}, ["tile.overlap is '32'", "integer"]),
         ({"precision": "int4", "target": 3}, ["(1 more problems follow.)"]),

@@ -42,6 +42,13 @@ def test_recipe_gives_both_sets_its_own_noise():
     assert calibration.digest() != plain.digest()
 
 
+def test_recipe_asks_for_vivid_colours_of_the_calibration_set_alone():
+    calibration, samples = pipeline.load_sets(recipe("quantize.vivid=3"))
+    plain, usual = pipeline.load_sets(recipe("quantize.vivid=0"))
+    assert len(list(calibration.draw([(1, 3, 32, 48)]))) == len(list(plain.draw([(1, 3, 32, 48)]))) + 3
+    assert len(samples) == len(usual)
+
+
 def test_recipe_noise_is_as_strict_as_that_of_a_manifest():
     with pytest.raises(
         RecipeError, match="has sigma; expected clip, sigma or clip, sigma_range; clip: false"
