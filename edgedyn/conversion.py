@@ -24,7 +24,7 @@ from edgedyn.coverage import cover
 from edgedyn.errors import CalibrationError, EdgedynError, ModelError
 from edgedyn.layers import canonicalize, find_dynamic, float32_classes, recognise
 from edgedyn.manifest import FORWARD, ROUTER, Routing
-from edgedyn.recipe_sets import draw, open_finetuning, to_tensors
+from edgedyn.recipe_sets import draw, draw_more, open_finetuning, to_tensors
 from edgedyn.recipe_table import find_table, make_exams, make_table, part_of, table_key
 from edgedyn.routing import RoutedModel, part_inputs, parts, routing_of
 from edgedyn.weights import settle_norms
@@ -96,6 +96,7 @@ class _Given:
     """What one program is calibrated on, or what a table says of it: arguments of ``quantize.to_int8``."""
 
     samples: Sequence[tuple[Tensor, ...]] = ()
+    vivid: int = 0
     finetuning: Sequence[tuple[Tensor, ...]] = ()
     sources: Sequence[str] = ()
     exam: quantize.Exam | None = None
@@ -141,8 +142,9 @@ def convert(
     needed = is_int8 or recipe.route.capacity is not None or not recipe.is_trained
     drawn = draw(recipe, calibration) if calibration and needed else []
     tensors = [to_tensors(sample) for sample in drawn]
-    reference = load_reference(recipe, tensors, trust=trust)
-    capacities = count_capacities(reference, tensors, recipe.route.capacity)
+    natural = len(drawn) - (calibration.vivid if drawn and calibration else 0)  # the others are for ranges
+    reference = load_reference(recipe, tensors[:natural], trust=trust)
+    capacities = count_capacities(reference, tensors[:natural], recipe.route.capacity)
     canonical = rewrite(reference, capacities)
     inputs = part_inputs(canonical, to_tensors(example))
     # every part before the first is calibrated: what a target cannot run is refused at once
@@ -160,19 +162,20 @@ def convert(
         else:
             programs = {name: program for name, (_, program) in expanded.items()}
             observed = [part_inputs(canonical, x) for x in tensors]
-            covered = cover(canonical, programs, observed, drawn=drawn, recipe=recipe)
+            covered = cover(canonical, programs, observed[:natural], drawn=drawn[:natural], recipe=recipe)
             measures = sensitivity or ablation or recipe.quantize.max_drop_db is not None
             exams = make_exams(recipe, calibration, canonical, key, ablates=ablation) if measures else {}
-            # a seed of its own: crops and noise of the calibration images that nothing else saw
-            more = draw(recipe, finetuning or calibration, seed=2) if recipe.quantize.finetune else []
+            more = draw_more(recipe, finetuning or calibration) if recipe.quantize.finetune else []
             trained = [part_inputs(canonical, to_tensors(sample)) for sample in more]
-            for name, chosen in covered.chosen.items():
+            for name, module in folded.items():
+                chosen = [*covered.chosen[name], *range(natural, len(drawn))]
                 given[name] = _Given(
                     samples=[observed[i][name] for i in chosen],
+                    vivid=calibration.vivid,
                     finetuning=[x[name] for x in trained],
                     sources=[sample.source for sample in (*(drawn[i] for i in chosen), *more)],
                     exam=exams.get(name),
-                    generated=quantize.find_generators(folded[name]),
+                    generated=quantize.find_generators(module),
                 )
     progress("rewrite layers", 1, 1)
     finished = {

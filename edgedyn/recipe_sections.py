@@ -132,7 +132,7 @@ class QuantizeSection(Section):
     vivid: int = Field(
         default=0,
         ge=0,
-        description="more samples, of photos in exchanged and saturated colours: few photos are of pure "
+        description="more samples for ranges, in exchanged and saturated colours: few photos are of pure "
         "yellow, and one outside of all ranges loses several dB",
     )
     table: str | None = Field(

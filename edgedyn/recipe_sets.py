@@ -73,10 +73,14 @@ def open_finetuning(recipe: Recipe) -> CalibrationSet | None:
     return images
 
 
-def draw(recipe: Recipe, images: CalibrationSet, *, seed: int = 0) -> list[Sample]:
-    """Draw the samples of a set; another ``seed`` has crops and noise that nothing else saw."""
-    other = replace(images, seed=images.seed + seed)
-    return list(other.draw(recipe.input_shapes(), TASKS[recipe.task]))
+def draw(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
+    """Draw the samples of a set for the recipe's inputs."""
+    return list(images.draw(recipe.input_shapes(), TASKS[recipe.task]))
+
+
+def draw_more(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
+    """Draw crops and noise that nothing else saw, to fine-tune on."""
+    return draw(recipe, replace(images, seed=images.seed + 2, vivid=0))
 
 
 def to_tensors(sample: Sample) -> tuple[Tensor, ...]:

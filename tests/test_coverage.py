@@ -288,6 +288,18 @@ def test_statistics_of_a_variant_are_of_the_photos_that_pick_it(tmp_path):
     assert decision.histogram.total == 7 * 3
 
 
+def test_vivid_samples_reach_every_variant_and_decide_nothing(tmp_path):
+    given = photos(tmp_path, "routed_denoiser", "quantize.coverage.own=2", "model.weights=null")
+    plain, made = (convert(load([*given, f"quantize.vivid={count}"])) for count in (0, 3))
+    assert made.table.coverage == plain.table.coverage
+    for name in (o.name for o in made.table.coverage):
+        totals = [
+            next(e for e in x.table.programs[name] if e.name == "0.input").histogram.total
+            for x in (plain, made)
+        ]
+        assert totals[1] == totals[0] + 3 * 3 * 24 * 32
+
+
 def test_recipe_of_trained_weights_is_refused_before_anything_is_calibrated(tmp_path, monkeypatch):
     monkeypatch.setattr(conversion.quantize, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
     table = f"quantize.table={tmp_path / 'table.json'}"

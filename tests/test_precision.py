@@ -88,6 +88,27 @@ def rounded_by(net, inputs, target):
     return trials.round(PLAIN, *trials.observe(PLAIN))
 
 
+def test_vivid_samples_widen_ranges_and_round_no_weight(net, inputs):
+    """Weights are those that rounding on the others finds, within the ranges of all."""
+    extreme, section = (1 - 3 * inputs[0][0],), QuantizeSection(equalize=False)
+    found = make(net, [*inputs, extreme], section=section, vivid=1).calibrated
+    module = quantize.fold(torch.export.export(net, inputs[0]))
+    program = Trials(
+        module,
+        lambda section, module, kept: make_plan(module, scheme=SCHEMES["tensorrt"]),
+        *(SCHEMES["tensorrt"], [*inputs, extreme], (), (), frozenset(), lambda *_: None),
+    )
+    observed = program.observe(section)
+    wanted = replace(program, samples=inputs).round(section, *observed).calibrated
+    other = program.round(section, *observed).calibrated
+    assert [e.affine for e in found.entries] == [e.affine for e in wanted.entries]
+    lows = {entry.name: entry.histogram.low for entry in found.entries}
+    assert lows["head.input"] == float(extreme[0].min())
+    for name, value in wanted.constants.items():
+        np.testing.assert_array_equal(found.constants[name], value)
+    assert any((found.constants[name] != value).any() for name, value in other.constants.items())
+
+
 @pytest.mark.parametrize("target", SCHEMES)
 def test_what_is_judged_is_what_the_quantized_program_computes(net, inputs, target):
     with torch.no_grad():

@@ -95,6 +95,7 @@ def to_int8(
     scheme: Int8Scheme,
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]] = (),
+    vivid: int = 0,
     finetuning: Sequence[tuple[Tensor, ...]] = (),
     sources: Sequence[str] = (),
     calibrated: Calibrated | None = None,
@@ -113,6 +114,7 @@ def to_int8(
         scheme: how the target annotates INT8.
         section: the recipe's ``quantize`` section.
         samples: calibration inputs, each a tuple of tensors of the program's shapes.
+        vivid: so many of the samples, the last ones, are only there for ranges to hold them.
         finetuning: inputs for training and judging weights; without any, the samples.
         sources: where each sample comes from, then each of ``finetuning``, for errors.
         calibrated: of the same program, from a calibration table; no sample is looked at.
@@ -146,7 +148,7 @@ def to_int8(
 
     module = fold(program)
     if calibrated is None:
-        trials = Trials(module, plan, scheme, samples, finetuning, sources, generated, progress)
+        trials = Trials(module, plan, scheme, samples, finetuning, sources, generated, progress, vivid)
         calibrated = calibrate(trials, section, exam)
     # from here on a table and a calibration are the same
     written = {site.y for site in plan(section, module, calibrated.kept).sites} if scheme.outputs else set()

@@ -39,6 +39,7 @@ class Trials:
         sources: where each sample comes from, then each of ``finetuning``, for errors.
         generated: names of the tensors that are generated kernels.
         progress: called with (what is done, steps done, steps in all).
+        vivid: so many of the samples, the last ones, are only there for ranges to hold them.
     """
 
     module: fx.GraphModule
@@ -49,6 +50,7 @@ class Trials:
     sources: Sequence[str]
     generated: Collection[str]
     progress: Progress
+    vivid: int = 0
 
     def observe(self, section: QuantizeSection) -> tuple[fx.GraphModule, Observed]:
         """Return the program, equalized, with the ranges of its tensors."""
@@ -75,7 +77,7 @@ class Trials:
             observed,
             scheme=self.scheme,
             section=section,
-            samples=self.samples,
+            samples=self.samples[: len(self.samples) - self.vivid],
             finetuning=self.finetuning,
             progress=self.progress,
         )
