@@ -309,6 +309,15 @@ def test_no_steps_train_nothing(monkeypatch):
     assert found_by()[0].constants == {}
 
 
+def test_dropped_training_is_told(monkeypatch):
+    monkeypatch.setattr(training, "_RATE", 30.0)
+    found, seen = found_by(finetune=8)
+    assert (found.constants, seen[-1]) == (
+        {},
+        "fine-tuning was dropped: no better on samples held out 1/1",
+    )
+
+
 def test_steps_are_counted_and_what_was_trained_is_what_calibration_found():
     found, seen = found_by(finetune=50)
     assert [line for line in seen if "fine-tune" in line] == [f"fine-tune {k}/50" for k in range(1, 51)]

@@ -62,6 +62,31 @@ def test_moments_are_those_of_what_the_layer_reads(name):
             torch.testing.assert_close(a, b, rtol=0, atol=300 * 1.2e-7 * float(b.abs().max() + 9))
 
 
+@pytest.mark.parametrize(
+    "layer",
+    [
+        nn.Conv2d(6, 8, 3, padding=1),
+        nn.Conv2d(6, 8, 3),
+        nn.Conv2d(6, 4, (1, 3), padding=(0, 2)),
+        nn.Conv2d(6, 4, (4, 2), padding=(3, 0), dilation=(1, 2)),
+        nn.Conv2d(6, 2, 5, padding=4, dilation=2),
+    ],
+    ids=["same", "valid", "row", "even", "dilated"],
+)
+@pytest.mark.parametrize("size", [(11, 14), (9, 9)])
+def test_sums_of_shifts_are_those_of_the_definition(layer, size):
+    """In float64, and on maps that are hardly larger than the kernel, where most of it is border."""
+    torch.manual_seed(2)
+    layer, x = layer.double(), correlated(2, 6, *size).double()
+    with torch.no_grad():
+        y = layer(x)
+    (moments,) = measure_moments(node_of(layer, x[:1]), x.split(1), y.split(1), 1)
+    (expected,) = exact_moments(layer, x, y)
+    for a, b in zip((moments.h, moments.c, moments.x, moments.y), expected, strict=True):
+        # sums of at most 400 products, of which two are subtracted from one another
+        torch.testing.assert_close(a, b, rtol=0, atol=1000 * 2.3e-16 * float(b.abs().max() + 9))
+
+
 def test_moments_of_a_linear_layer_take_every_row():
     torch.manual_seed(3)
     layer, x = nn.Linear(5, 4), torch.randn(3, 7, 5) + 1

@@ -187,6 +187,8 @@ def round_program(
             count=section.finetune,
             progress=lambda done, total: progress("fine-tune", done, total),
         )
+        if not trained:
+            progress("fine-tuning was dropped: no better on samples held out", 1, 1)
         restore(module, Calibrated(tuple(entries.values()), trained))
         constants |= trained
     return Calibrated(tuple(entries.values()), constants)

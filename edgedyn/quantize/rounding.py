@@ -60,11 +60,8 @@ def measure_moments(
     total: list[list[Tensor]] = []
     count = 0
     for x, y in zip(inputs, outputs, strict=True):
-        columns, wanted = _columns(node, x, y)
-        u, v = columns.chunk(groups), wanted.chunk(groups)
-        count += columns.shape[1]
-        parts = [[a @ a.t(), b @ a.t(), a.sum(1), b.sum(1)] for a, b in zip(u, v, strict=True)]
-        parts = [[part.double() for part in group] for group in parts]
+        parts = [[part.double() for part in group] for group in _sums(node, x, y, groups)]
+        count += y.numel() // y.shape[1 if y.dim() == 4 else -1]
         total = (
             parts
             if not total
@@ -77,14 +74,66 @@ def measure_moments(
     return found
 
 
-def _columns(node: fx.Node, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the output positions read, (D, positions), and should be, (O, positions)."""
+def _sums(node: fx.Node, x: Tensor, y: Tensor, groups: int) -> list[list[Tensor]]:
+    """Return the sums of x x', y x', x and y over the output positions of one sample, for each group."""
     if node.target is torch.ops.aten.linear.default:
-        return x.reshape(-1, x.shape[-1]).t(), y.reshape(-1, y.shape[-1]).t()
-    stride, padding, dilation = (_pair(value) for value in convolution_arguments(node)[:3])
-    side = node.args[1].meta["val"].shape[2:]  # type: ignore[union-attr]
-    columns = F.unfold(x, side, dilation=dilation, padding=padding, stride=stride)
-    return columns.transpose(0, 1).flatten(1), y.flatten(2).transpose(0, 1).flatten(1)
+        columns, wanted = x.reshape(-1, x.shape[-1]).t(), y.reshape(-1, y.shape[-1]).t()
+    else:
+        stride, padding, dilation = (_pair(value) for value in convolution_arguments(node)[:3])
+        side = tuple(node.args[1].meta["val"].shape[2:])  # type: ignore[union-attr]
+        if groups == 1 and stride == (1, 1) and side != (1, 1):
+            return [_sums_of_shifts(x, y, side, padding, dilation)]
+        columns = F.unfold(x, side, dilation=dilation, padding=padding, stride=stride)
+        columns, wanted = columns.transpose(0, 1).flatten(1), y.transpose(0, 1).flatten(1)
+    pairs = zip(columns.chunk(groups), wanted.chunk(groups), strict=True)
+    return [[a @ a.t(), b @ a.t(), a.sum(1), b.sum(1)] for a, b in pairs]
+
+
+def _sums_of_shifts(
+    x: Tensor, y: Tensor, side: tuple[int, ...], padding: tuple[int, int], dilation: tuple[int, int]
+) -> list[Tensor]:
+    """Return the sums of ``_sums`` for a dense layer of stride 1, several times sooner.
+
+    Two taps see products of x with itself shifted by what they are apart: 13 shifts for the 45 pairs of 3 x 3
+    taps, but for the few rows and columns at the border that a tap does not see. Rows and images stand one
+    behind the other with zeros between them, so that every shift is an offset and nothing is copied.
+    """
+    (down, across), (rows, columns) = padding, y.shape[2:]
+    low, far = ((n - 1) * step for n, step in zip(side, dilation, strict=True))  # of the last tap
+    height, width = rows + low, columns + far
+    image = F.pad(x, (across, across + far, down, down + low)).transpose(0, 1).contiguous()
+    flat, pitch = image.flatten(1), image.shape[3]
+    taps = [(i * dilation[0], j * dilation[1]) for i in range(side[0]) for j in range(side[1])]
+
+    def correlate(top: int, bottom: int, left: int, right: int, i: int, j: int) -> Tensor:
+        one = image[:, :, top:bottom, left:right].flatten(1)
+        other = image[:, :, top + i : bottom + i, left + j : right + j].flatten(1)
+        return (one @ other.t()).double()
+
+    everywhere: dict[tuple[int, int], Tensor] = {}
+    xx = torch.zeros(len(image), len(taps), len(image), len(taps), dtype=torch.float64)
+    for k, (i, j) in enumerate(taps):
+        for m, (i_, j_) in enumerate(taps[k:], k):
+            shift = (i_ - i, j_ - j)
+            offset = shift[0] * pitch + shift[1]
+            if shift not in everywhere:
+                everywhere[shift] = (flat[:, : flat.shape[1] - offset] @ flat[:, offset:].t()).double()
+            found = everywhere[shift].clone()
+            left, right = max(0, -shift[1]), width - max(0, shift[1])
+            for strip in (
+                (0, i, left, right),
+                (i + rows, height - shift[0], left, right),
+                (i, i + rows, left, j),
+                (i, i + rows, j + columns, right),
+            ):
+                if strip[0] < strip[1] and strip[2] < strip[3]:
+                    found -= correlate(*strip, *shift)
+            xx[:, k, :, m], xx[:, m, :, k] = found, found.t()
+    wanted = torch.cat([y, torch.ones_like(y[:, :1])], 1).transpose(0, 1)  # with ones for the sums of x
+    spread = F.pad(wanted, (0, pitch - columns, 0, image.shape[2] - rows)).flatten(1)
+    offsets = [i * pitch + j for i, j in taps]
+    seen = torch.stack([spread[:, : flat.shape[1] - n] @ flat[:, n:].t() for n in offsets], 2).flatten(1)
+    return [xx.flatten(2).flatten(0, 1), seen[:-1], seen[-1], y.sum((0, 2, 3))]
 
 
 def convolution_arguments(node: fx.Node) -> tuple[Any, Any, Any, int]:
