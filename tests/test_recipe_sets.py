@@ -9,12 +9,14 @@ import pytest
 import skimage.data
 from PIL import Image
 from small_sets import entry, save_image, write_pairs, write_set
+from torch import nn
 
 from edgedyn import CalibrationSet, pipeline
 from edgedyn.calibration_table import read_table
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.recipe import Recipe, load_recipe
-from edgedyn.recipe_table import table_key
+from edgedyn.recipe_sets import draw, draw_more
+from edgedyn.recipe_table import make_exams, table_key
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["model.network=small_networks:small_mallenet", "model.weights=null", "model.arguments={}"]
@@ -47,6 +49,15 @@ def test_recipe_asks_for_vivid_colours_of_the_calibration_set_alone():
     plain, usual = pipeline.load_sets(recipe("quantize.vivid=0"))
     assert len(list(calibration.draw([(1, 3, 32, 48)]))) == len(list(plain.draw([(1, 3, 32, 48)]))) + 3
     assert len(samples) == len(usual)
+
+
+def test_vivid_samples_are_no_lessons_and_no_exam():
+    given = recipe("quantize.vivid=3", "quantize.finetune=5", "quantize.max_drop_db=0.1")
+    calibration, _ = pipeline.load_sets(given)
+    assert len(draw(given, calibration)) == calibration.samples + 3
+    assert len(draw_more(given, calibration)) == calibration.samples
+    exam = make_exams(given, calibration, nn.Identity(), {"method": {}})["forward"]
+    assert len(exam.inputs) == calibration.samples
 
 
 def test_recipe_noise_is_as_strict_as_that_of_a_manifest():
