@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_sets import NOISE, RAW, SHAPE, digest, draw, entry, refused, save_image, write_set
+from small_sets import NOISE, RAW, SHAPE, digest, draw, entry, refused, save_image, waves, write_set
 
 from edgedyn.calibration import CalibrationSet, open_set, refuse_overlap
 from edgedyn.errors import CalibrationError
@@ -138,8 +138,16 @@ def test_vivid_samples_come_after_the_others_in_exchanged_and_saturated_colours(
         residual = np.concatenate([(s.noisy - s.truth).ravel() for s in part])
         assert residual.std() == pytest.approx(25 / 255, rel=0.05)  # of 23,000 values at least: 0.5 %
     assert spreads["vivid"] > 2 * spreads["plain"]
-    assert {tuple(np.argsort(s.truth.mean(axis=(0, 2, 3)))) for s in drawn[5:]} == set(permutations(range(3)))
     assert all(s.truth.min() >= 0 and s.truth.max() <= 1 for s in drawn[5:])
+
+
+def test_vivid_colours_of_a_warm_photo_are_all_colours(tmp_path):
+    warm = np.clip(waves() // 4 + np.array([150, 80, 10], dtype=np.uint8), 0, 255)
+    Image.fromarray(warm).save(tmp_path / "warm.png")
+    opened = open_set(write_set(tmp_path, files=[entry(tmp_path / "warm.png")])).with_vivid(40)
+    orders = [tuple(np.argsort(s.truth.mean(axis=(0, 2, 3)))) for s in opened.draw([SHAPE])]
+    assert set(orders[:5]) == {(2, 1, 0)}
+    assert set(orders[5:]) == set(permutations(range(3)))
 
 
 def test_vivid_colours_of_noisy_photos_are_refused(tmp_path):

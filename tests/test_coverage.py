@@ -288,10 +288,18 @@ def test_statistics_of_a_variant_are_of_the_photos_that_pick_it(tmp_path):
     assert decision.histogram.total == 7 * 3
 
 
-def test_vivid_samples_reach_every_variant_and_decide_nothing(tmp_path):
+def test_vivid_samples_reach_every_variant_and_decide_nothing(tmp_path, monkeypatch):
+    vivid, real = [], conversion.quantize.calibrate
+
+    def spy(trials, *more):
+        vivid.append(trials.vivid)
+        return real(trials, *more)
+
+    monkeypatch.setattr(conversion.quantize, "calibrate", spy)
     given = photos(tmp_path, "routed_denoiser", "quantize.coverage.own=2", "model.weights=null")
     plain, made = (convert(load([*given, f"quantize.vivid={count}"])) for count in (0, 3))
     assert made.table.coverage == plain.table.coverage
+    assert vivid == [0] * 4 + [3] * 4  # router and three variants, both times
     for name in (o.name for o in made.table.coverage):
         totals = [
             next(e for e in x.table.programs[name] if e.name == "0.input").histogram.total

@@ -80,11 +80,12 @@ def test_sums_of_shifts_are_those_of_the_definition(layer, size):
     layer, x = layer.double(), correlated(2, 6, *size).double()
     with torch.no_grad():
         y = layer(x)
-    (moments,) = measure_moments(node_of(layer, x[:1]), x.split(1), y.split(1), 1)
     (expected,) = exact_moments(layer, x, y)
-    for a, b in zip((moments.h, moments.c, moments.x, moments.y), expected, strict=True):
-        # sums of at most 400 products, of which two are subtracted from one another
-        torch.testing.assert_close(a, b, rtol=0, atol=1000 * 2.3e-16 * float(b.abs().max() + 9))
+    for batch in (1, 2):
+        (m,) = measure_moments(node_of(layer, x[:1]), x.split(batch), y.split(batch), 1)
+        for a, b in zip((m.h, m.c, m.x, m.y), expected, strict=True):
+            # sums of at most 400 products, of which two are subtracted from one another
+            torch.testing.assert_close(a, b, rtol=0, atol=1000 * 2.3e-16 * float(b.abs().max() + 9))
 
 
 def test_moments_of_a_linear_layer_take_every_row():
