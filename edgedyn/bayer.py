@@ -15,15 +15,14 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from edgedyn.errors import CalibrationError
+from edgedyn.sections import Section
 
 
-class RawSection(BaseModel):
+class RawSection(Section):
     """What a headerless raw file does not say itself; one sensor mode a set."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     width: int = Field(ge=2, multiple_of=2, description="photosites a row")
     height: int = Field(ge=2, multiple_of=2, description="rows")

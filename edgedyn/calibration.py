@@ -177,7 +177,8 @@ class CalibrationSet:
         correlations: dict[Path, float] = {}
         for index in range(self.samples + self.vivid):
             is_vivid = index >= self.samples
-            image = self._image(*(index - self.samples, self.vivid) if is_vivid else (index, self.samples))
+            place, samples = (index - self.samples, self.vivid) if is_vivid else (index, self.samples)
+            image = self._image(place, samples)
             rng = np.random.default_rng([self.seed, index])
             given, truth = self._pixels(image, channels)
             if image.path not in correlations:
@@ -262,6 +263,10 @@ class CalibrationSet:
             )
         return replace(self, vivid=samples)
 
+    def fresh(self, k: int) -> CalibrationSet:
+        """Return the set with other crops and other noise, the k-th others, and in natural colours."""
+        return replace(self, seed=self.seed + k, vivid=0)
+
     def take(self, samples: int) -> CalibrationSet:
         """Return the set with so many samples, each of another image.
 
@@ -292,8 +297,15 @@ def open_set(path: Path, *, most: int = MOST_SAMPLES) -> CalibrationSet:
         folder = find_folder(file.root or manifest.root, path)
         clean = SetImage(folder / file.clean.name, file.clean.sha256) if file.clean else None
         images.append(SetImage(folder / file.name, file.sha256, clean))
-    m = manifest
-    opened = CalibrationSet(m.name, m.licence, tuple(images), m.noise, m.samples, m.seed, m.raw)
+    opened = CalibrationSet(
+        manifest.name,
+        manifest.licence,
+        tuple(images),
+        manifest.noise,
+        manifest.samples,
+        manifest.seed,
+        manifest.raw,
+    )
     for image, expected in opened.files:
         found = _sha256(image, path)
         if found != expected:

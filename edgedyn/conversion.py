@@ -142,7 +142,7 @@ def convert(
     needed = is_int8 or recipe.route.capacity is not None or not recipe.is_trained
     drawn = draw(recipe, calibration) if calibration and needed else []
     tensors = [to_tensors(sample) for sample in drawn]
-    natural = len(drawn) - (calibration.vivid if drawn and calibration else 0)  # the others are for ranges
+    natural = calibration.samples if calibration else 0  # those drawn behind them are for ranges only
     reference = load_reference(recipe, tensors[:natural], trust=trust)
     capacities = count_capacities(reference, tensors[:natural], recipe.route.capacity)
     canonical = rewrite(reference, capacities)
@@ -150,6 +150,7 @@ def convert(
     # every part before the first is calibrated: what a target cannot run is refused at once
     captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
     expanded = {name: expand_part(program, target, recipe) for name, program in captured.items()}
+    progress("rewrite layers", 1, 1)
     given, covered, table, misfit = dict.fromkeys(captured, _Given()), None, None, ""
     if is_int8 and calibration:
         folded = {name: quantize.fold(program) for name, program in captured.items()}
@@ -177,7 +178,6 @@ def convert(
                     exam=exams.get(name),
                     generated=quantize.find_generators(module),
                 )
-    progress("rewrite layers", 1, 1)
     finished = {
         name: _finish_part(
             forms,

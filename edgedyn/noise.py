@@ -17,7 +17,9 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
+
+from edgedyn.sections import Section
 
 _Finite = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -34,10 +36,8 @@ _CLIP_HINT = (
 )
 
 
-class NoiseSection(BaseModel):
+class NoiseSection(Section):
     """What is added to a clean image; lists are cycled over the samples, each file meeting another level."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     kind: Literal["gaussian", "poisson-gaussian", "real", "none"] = Field(
         default="gaussian",

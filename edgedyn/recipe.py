@@ -6,17 +6,16 @@ Unknown keys and wrong types are refused, the nearest known key is named.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import importlib
 import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from edgedyn.errors import RecipeError
 from edgedyn.noise import NoiseSection
@@ -26,9 +25,9 @@ from edgedyn.recipe_sections import (
     ModelSection,
     QuantizeSection,
     RouteSection,
-    Section,
     TileSection,
 )
+from edgedyn.sections import Section, explain
 from edgedyn.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -240,29 +239,3 @@ def _override(values: dict[str, Any], override: str) -> None:
                 f"--set {override!r}: {part!r} is a value, not a section. Set it whole, or drop the rest."
             )
     values[parts[-1]] = value
-
-
-def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Put the first problem of a pydantic error in our words: where, found, expected, next."""
-    problem = error.errors()[0]
-    where = ".".join(str(part) for part in problem["loc"])
-    more = f" ({len(error.errors()) - 1} more problems follow.)" if len(error.errors()) > 1 else ""
-    if problem["type"] == "extra_forbidden":
-        known = _keys_at(model, problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown key {where!r}; {hint}Known here: {', '.join(known)}.{more}"
-    if problem["type"] == "missing":
-        return f"the key {where!r} is missing. Add it.{more}"
-    if not where:  # a rule over several values
-        return f"{problem['msg']}. Mend these values.{more}"
-    return f"{where} is {problem['input']!r}: {problem['msg']}. Mend this value.{more}"
-
-
-def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:
-    """Return the keys that a (nested) section knows."""
-    for part in location:
-        field = model.model_fields.get(str(part))
-        kinds = [field.annotation, *get_args(field.annotation)] if field else []  # X, and X | None
-        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
-    return [key for key in model.model_fields if key != "folder"]

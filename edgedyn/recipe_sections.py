@@ -4,13 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-
-class Section(BaseModel):
-    """Keys that are known, values of their own type, nothing changed afterwards."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+from edgedyn.sections import Section
 
 
 class ModelSection(Section):
@@ -133,7 +129,7 @@ class QuantizeSection(Section):
         default=0,
         ge=0,
         description="more samples for ranges, in exchanged and saturated colours: few photos are of pure "
-        "yellow, and one outside of all ranges loses several dB",
+        "yellow, and one outside of all ranges is clipped visibly",
     )
     table: str | None = Field(
         default=None, description="calibration table, reused where it exists, written where it does not"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -80,7 +79,7 @@ def draw(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
 
 def draw_more(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
     """Draw crops and noise that nothing else saw, to fine-tune on."""
-    return draw(recipe, replace(images, seed=images.seed + 2, vivid=0))
+    return draw(recipe, images.fresh(2))
 
 
 def to_tensors(sample: Sample) -> tuple[Tensor, ...]:

@@ -18,7 +18,6 @@ import hashlib
 import itertools
 import json
 from collections.abc import Mapping
-from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -180,7 +179,7 @@ def make_exams(
             f"quantize.max_drop_db is PSNR against the truth, and calibration set {images.name!r} has noisy "
             "photos without clean ones. Add clean: to the manifest, or choose by quantize.keep_float."
         )
-    fresh = replace(images, seed=images.seed + 1, vivid=0).draw(recipe.input_shapes(), task)
+    fresh = images.fresh(1).draw(recipe.input_shapes(), task)
     drawn = list(itertools.islice(fresh, _EXAM))
     given = [part_inputs(canonical, to_tensors(sample)) for sample in drawn]
     method = {**key["method"], "max_drop_db": None}

@@ -6,28 +6,24 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from edgedyn.bayer import RawSection
 from edgedyn.errors import CalibrationError
 from edgedyn.noise import NoiseSection
-from edgedyn.recipe import explain
+from edgedyn.sections import Section, explain
 
 _DIGEST = "^[0-9a-f]{64}$"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class CleanFile(_Section):
+class CleanFile(Section):
     """The clean photo that belongs to a noisy one."""
 
     name: str = Field(description="relative to the folder of the noisy photo")
     sha256: str = Field(pattern=_DIGEST, description="digest that the file must have")
 
 
-class SetFile(_Section):
+class SetFile(Section):
     """One image of a set."""
 
     name: str = Field(description="relative to its folder; PNG, JPEG, TIFF, .npy, .npz or .raw")
@@ -40,7 +36,7 @@ class SetFile(_Section):
     )
 
 
-class SetManifest(_Section):
+class SetManifest(Section):
     """The YAML manifest."""
 
     name: str = Field(description="of the set, for reports")

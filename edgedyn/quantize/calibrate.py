@@ -247,7 +247,7 @@ def products_of(entries: Sequence[Entry]) -> dict[str, Tensor]:
 def without_products(calibrated: Calibrated, kept: Collection[str]) -> Calibrated:
     """Return the same where only the named tensors are INT8: channels of others have their own size again."""
     products = {
-        name.removesuffix(".output"): factors.numpy()
+        name.removesuffix(".output"): factors
         for name, factors in products_of(calibrated.entries).items()
         if name not in kept
     }
@@ -256,12 +256,13 @@ def without_products(calibrated: Calibrated, kept: Collection[str]) -> Calibrate
         layer, _, what = entry.name.rpartition(".")
         factors = products.get(layer)
         if factors is not None and what == "weight":
-            scales = tuple(float(x) for x in np.asarray(entry.channels, np.float32) * factors)
+            scales = tuple(float(x) for x in torch.tensor(entry.channels) * factors)
             entries.append(replace(entry, channels=scales))
             for name in (entry.name, f"{layer}.bias"):
                 value = constants.get(name)
                 if value is not None and value.dtype != np.int8:
-                    constants[name] = value * factors.reshape(-1, *[1] * (value.ndim - 1))
+                    tensor = torch.from_numpy(value)
+                    constants[name] = (tensor * by_output(factors, tensor)).numpy()
         else:
             is_product = factors is not None and what == "output"
             entries.append(replace(entry, channels=()) if is_product else entry)

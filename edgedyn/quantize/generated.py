@@ -18,8 +18,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from edgedyn.quantize.nodes import channel_axis
 from edgedyn.quantize.plan import Site, find_sites
-from edgedyn.quantize.products import can_scale, channel_axis, insert_products, scale_channels
+from edgedyn.quantize.products import can_scale, insert_products, scale_channels
 from edgedyn.quantize.statistics import look
 
 _LARGEST = 1024.0  # a tap that is hardly ever used keeps a step that is worth one

@@ -74,12 +74,28 @@ def is_int8(node: fx.Node) -> bool:
 
 def multiply_adds(node: fx.Node) -> int:
     """Count the multiply-adds of a convolution or linear node from its shapes."""
-    weight, out = node.args[1].meta["val"], node.meta["val"]  # type: ignore[union-attr]
+    shape, out = weight_shape(node), shape_of(node)
     if node.target is torch.ops.aten.conv_transpose2d.input:
-        out = node.args[0].meta["val"]  # type: ignore[union-attr]  # each input value meets a whole kernel
+        out = shape_of(node.args[0])  # each input value meets a whole kernel
     if node.target is torch.ops.aten.linear.default:
-        return int(weight.numel() * math.prod(out.shape[:-1]))
-    return int(weight[0].numel() * out.numel())
+        return math.prod(shape) * math.prod(out[:-1])
+    return math.prod(shape[1:]) * math.prod(out)
+
+
+def shape_of(node: object) -> tuple[int, ...]:
+    """Return the shape of what a node computes."""
+    assert isinstance(node, fx.Node)
+    return tuple(node.meta["val"].shape)
+
+
+def weight_shape(node: fx.Node) -> tuple[int, ...]:
+    """Return the shape of a layer's weight: of a convolution (O, I / groups, kernel)."""
+    return shape_of(node.args[1])
+
+
+def channel_axis(value: Tensor) -> int:
+    """Return the axis of channels: of a map, or of what a linear layer writes."""
+    return 1 if value.dim() == 4 else value.dim() - 1
 
 
 def weight_of(module: fx.GraphModule, node: fx.Node) -> Tensor:

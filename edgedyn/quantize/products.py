@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 
 from edgedyn.ops import is_ours
 from edgedyn.quantize.accounting import moves_only
-from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, by_output, set_constant, weight_of
+from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, by_output, channel_axis, set_constant, weight_of
 from edgedyn.quantize.plan import Site, find_sites
 from edgedyn.quantize.statistics import channel_maxima
 
@@ -94,8 +94,3 @@ def insert_products(module: fx.GraphModule, factors: Mapping[str, Tensor]) -> No
         for reader in readers:
             reader.replace_input_with(site.last, product)
     module.recompile()
-
-
-def channel_axis(value: Tensor) -> int:
-    """Return the axis of channels: of a map, or of what a linear layer writes."""
-    return 1 if value.dim() == 4 else value.dim() - 1

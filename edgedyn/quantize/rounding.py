@@ -25,6 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from edgedyn.quantize.nodes import channel_axis, weight_shape
+
 _DAMPING = 1e-3  # of H's mean diagonal: inputs that were hardly ever seen keep their weights
 _BLOCK = 64
 
@@ -61,7 +63,7 @@ def measure_moments(
     count = 0
     for x, y in zip(inputs, outputs, strict=True):
         parts = [[part.double() for part in group] for group in _sums(node, x, y, groups)]
-        count += y.numel() // y.shape[1 if y.dim() == 4 else -1]
+        count += y.numel() // y.shape[channel_axis(y)]
         total = (
             parts
             if not total
@@ -80,7 +82,7 @@ def _sums(node: fx.Node, x: Tensor, y: Tensor, groups: int) -> list[list[Tensor]
         columns, wanted = x.reshape(-1, x.shape[-1]).t(), y.reshape(-1, y.shape[-1]).t()
     else:
         stride, padding, dilation = (_pair(value) for value in convolution_arguments(node)[:3])
-        side = tuple(node.args[1].meta["val"].shape[2:])  # type: ignore[union-attr]
+        side = weight_shape(node)[2:]
         if groups == 1 and stride == (1, 1) and side != (1, 1):
             return [_sums_of_shifts(x, y, side, padding, dilation)]
         columns = F.unfold(x, side, dilation=dilation, padding=padding, stride=stride)
@@ -92,7 +94,7 @@ def _sums(node: fx.Node, x: Tensor, y: Tensor, groups: int) -> list[list[Tensor]
 def _sums_of_shifts(
     x: Tensor, y: Tensor, side: tuple[int, ...], padding: tuple[int, int], dilation: tuple[int, int]
 ) -> list[Tensor]:
-    """Return the sums of ``_sums`` for a dense layer of stride 1, several times sooner.
+    """Return the sums of ``_sums`` for a dense layer of stride 1 without a copy of its input for each tap.
 
     Two taps see products of x with itself shifted by what they are apart: 13 shifts for the 45 pairs of 3 x 3
     taps, but for the few rows and columns at the border that a tap does not see. Rows and images stand one
