@@ -155,7 +155,9 @@ def convert(
     if is_int8 and calibration:
         folded = {name: quantize.fold(program) for name, program in captured.items()}
         before = {name: (forms, quantize.fold(program)) for name, (forms, program) in expanded.items()}
-        quantize.refuse_unknown_layers([module for _, module in before.values()], recipe.quantize.keep_float)
+        for name in ("keep_float", "dynamic"):
+            patterns = getattr(recipe.quantize, name)
+            quantize.refuse_unknown_layers([module for _, module in before.values()], name, patterns)
         key = table_key(recipe, calibration, folded, before, finetuning)
         table, misfit = find_table(recipe, key, force=force)
         if table is not None:

@@ -97,10 +97,22 @@ def separate_readers(module: fx.GraphModule) -> None:
         if _is_zero_pad(node) and node.args[0].target is dequantize:
             _quantize_again(module, node)
     for node in [n for n in module.graph.nodes if n.target is dequantize]:
-        for reader in list(node.users)[1:]:
-            with module.graph.inserting_before(reader):
-                reader.replace_input_with(node, module.graph.node_copy(node))
+        groups: dict[fx.Node, list[fx.Node]] = {}
+        for reader in node.users:
+            groups.setdefault(_range_of(reader), []).append(reader)
+        for readers in list(groups.values())[1:]:
+            with module.graph.inserting_before(readers[0]):
+                own = module.graph.node_copy(node)
+            for reader in readers:
+                reader.replace_input_with(node, own)
     module.recompile()
+
+
+def _range_of(node: fx.Node) -> fx.Node:
+    """Return the node that finds the range of what a node quantizes at run time, else the node itself."""
+    if node.target is torch.ops.quantized_decomposed.quantize_per_tensor.tensor:
+        return node.args[1].args[0]  # type: ignore[union-attr, return-value]
+    return node
 
 
 def _quantize_again(module: fx.GraphModule, pad: fx.Node) -> None:

@@ -115,6 +115,11 @@ class QuantizeSection(Section):
     keep_float: list[str] = Field(
         default=[], description="dotted layer paths that stay float; * matches any part"
     )
+    dynamic: list[str] = Field(
+        default=[],
+        description="dotted layer paths that take the range of what they read from each image and write "
+        "float, where the target can: dense convolutions on executorch",
+    )
     max_drop_db: float | None = Field(
         default=None,
         gt=0,

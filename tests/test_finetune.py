@@ -37,12 +37,17 @@ def calibrate(module, plan, *, section, samples, **more) -> Calibrated:
 
 
 def coarse(
-    net: nn.Module, bits: int = 4, scheme=AFFINE, keep_float: tuple[str, ...] = ()
+    net: nn.Module,
+    bits: int = 4,
+    scheme=AFFINE,
+    keep_float: tuple[str, ...] = (),
+    dynamic: tuple[str, ...] = (),
 ) -> tuple[fx.GraphModule, Plan, Steps, list[Example], list[Example]]:
     """Return a program with weights rounded to the nearest of few codes, and what it is to learn."""
     samples = make_samples()
     module = fold(capture(net, samples[0][0]))
-    plan = make_plan(module, scheme=scheme, keep_float=keep_float, kernels={op.overload for op in KERNELS})
+    kernels = {op.overload for op in KERNELS}
+    plan = make_plan(module, scheme=scheme, keep_float=keep_float, dynamic=dynamic, kernels=kernels)
     section = QuantizeSection(rounding="nearest", equalize=False)
     found = calibrate(module, plan, scheme=scheme, section=section, samples=samples)
     examples = choose_examples(module, samples)
@@ -112,6 +117,14 @@ def test_training_lowers_the_error_of_coarse_weights_on_other_images(net, scheme
     assert error(made, constants, SCHEMES[scheme]) < 0.75 * error(made, {}, SCHEMES[scheme])
 
 
+def test_training_goes_through_ranges_of_each_image(monkeypatch):
+    monkeypatch.setattr(training, "_RATE", 0.05)  # few steps here
+    scheme = targets.load("executorch").int8
+    made = coarse(make_net(), scheme=scheme, dynamic=("*",))
+    assert len(made[1].dynamic) == len(made[1].sites) == 3
+    assert error(made, train(made, 60, scheme), scheme) < 0.75 * error(made, {}, scheme)
+
+
 def test_rounding_lets_the_gradient_through_where_it_does_not_clip():
     x = torch.tensor([-3.0, -2.6, -0.31, 0.0, 0.47, 2.3, 9.0], requires_grad=True)
     step = (0.02, -1)  # -2.54 to 2.56
@@ -119,6 +132,11 @@ def test_rounding_lets_the_gradient_through_where_it_does_not_clip():
     y.sum().backward()
     assert torch.equal(y, quantize_dequantize(x.detach(), step))
     assert x.grad.tolist() == [0, 0, 1, 1, 1, 1, 0]
+    free = x.detach().requires_grad_()
+    y = training._round_activation(free, None)  # by its own range nothing is clipped
+    y.sum().backward()
+    assert free.grad.tolist() == [1] * 7
+    assert 0 < (y - free).abs().max() <= 12 / 255 / 2 + 1e-6
     codes = torch.tensor([-130.0, -126.6, 0.4, 127.0, 127.2], requires_grad=True)
     rounded = training._round_codes(codes)
     rounded.sum().backward()

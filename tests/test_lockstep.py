@@ -17,14 +17,16 @@ from edgedyn.recipe_sections import QuantizeSection
 PLAIN = QuantizeSection(equalize=False, equalize_outputs=False, rounding="nearest")
 
 
+@pytest.mark.parametrize("dynamic", [[], ["body"]])
 @pytest.mark.parametrize("target", ["executorch", "tensorrt"])
-def test_one_world_is_float_and_the_other_the_quantized_program(target):
+def test_one_world_is_float_and_the_other_the_quantized_program(target, dynamic):
     net, scheme = make_net(), targets.load(target).int8
+    section = PLAIN.model_copy(update={"dynamic": dynamic})
     samples = [(make_input((1, 3, 10, 14)),), (make_input((1, 3, 10, 14)).flip(3),)]
     program = torch.export.export(net, samples[0])
-    made = quantize.to_int8(program, samples[0], scheme=scheme, section=PLAIN, samples=samples)
+    made = quantize.to_int8(program, samples[0], scheme=scheme, section=section, samples=samples)
     module = fold(program)
-    plan, steps = make_plan(module, scheme=scheme), steps_of(made.calibrated.entries, scheme)
+    plan, steps = make_plan(module, scheme=scheme, dynamic=dynamic), steps_of(made.calibrated.entries, scheme)
     asked, ticks = [], []
 
     def change(site, inputs, outputs):

@@ -47,19 +47,20 @@ def sample(seed: int) -> tuple[Tensor, ...]:
 
 @pytest.fixture(scope="module")
 def lowered(tmp_path_factory):
-    """The network in both precisions: (trace, path)."""
+    """The network in each precision: (trace, path)."""
     torch.manual_seed(4)
     program = torch.export.export(Kinds().eval(), sample(1))
-    made = {
-        "fp32": quantize.to_float(program, sample(1), "fp32").program,
-        "int8": quantize.to_int8(
+    made = {"fp32": quantize.to_float(program, sample(1), "fp32").program}
+    for precision, dynamic in {"int8": [], "dynamic": ["*"]}.items():
+        made[precision] = quantize.to_int8(
             program,
             sample(1),
             scheme=TARGET.int8,
-            section=QuantizeSection(rounding="nearest", equalize=False, keep_float=["right"]),
+            section=QuantizeSection(
+                rounding="nearest", equalize=False, keep_float=["right"], dynamic=dynamic
+            ),
             samples=[sample(2)],
-        ).program,
-    }
+        ).program
     results = {}
     for precision, ready in made.items():
         folder = tmp_path_factory.mktemp(precision)
@@ -83,7 +84,7 @@ def run(path, times: int = 1) -> Profiled:
     return profiled
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "dynamic"])
 def test_every_call_of_a_layer_is_named_once_in_the_order_of_the_runtime(lowered, precision):
     trace, path = lowered[precision]
     names = [row["layer"] for row in layers(trace)]
@@ -98,8 +99,9 @@ def test_every_call_of_a_layer_is_named_once_in_the_order_of_the_runtime(lowered
 
 def test_trace_says_what_is_int8_and_what_the_recipe_keeps(lowered):
     assert not any(row["int8"] for row in layers(lowered["fp32"][0]))
-    kept = {row["layer"] for row in layers(lowered["int8"][0]) if not row["int8"]}
-    assert kept == {"right"}
+    for precision in ("int8", "dynamic"):
+        kept = {row["layer"] for row in layers(lowered[precision][0]) if not row["int8"]}
+        assert kept == {"right"}
 
 
 def test_shapes_and_multiply_adds_are_those_of_the_layers(lowered):
@@ -119,9 +121,12 @@ def test_conversions_belong_to_the_layers_that_they_are_made_for(lowered):
     assert found[:4] == [["full"], ["point"], ["point#2"], ["point#2"]]
     assert sorted(found[4:]) == [["also"], ["also", "left"], ["left"]]
     assert conversions(lowered["fp32"][0]) == []
+    # each dense layer takes the range of what it reads; depthwise, which cannot, is on either side in float
+    found = conversions(lowered["dynamic"][0])
+    assert found == [["full"], ["depthwise"], ["depthwise"], ["point"], ["point#2"], ["also", "left"]]
 
 
-@pytest.mark.parametrize("precision", ["fp32", "int8"])
+@pytest.mark.parametrize("precision", ["fp32", "int8", "dynamic"])
 def test_runtime_tells_as_many_operators_as_the_trace_names(lowered, precision):
     trace, path = lowered[precision]
     events = run(path, times=3).read()

@@ -148,7 +148,9 @@ def test_missing_weights_are_refused(tmp_path):
 
 
 def test_layer_that_keep_float_does_not_find_is_refused(tmp_path):
-    refuse(tmp_path, RecipeError, "matches no layer", "quantize.keep_float=[nothing.*]", "model.weights=null")
+    for key in ("keep_float", "dynamic"):
+        says = f"quantize.{key}: .* matches no layer"
+        refuse(tmp_path, RecipeError, says, f"quantize.{key}=[nothing.*]", "model.weights=null")
 
 
 def test_input_that_does_not_fit_the_network_is_refused(tmp_path):

@@ -275,9 +275,10 @@ def test_operator_without_int8_rule_is_listed_and_one_that_only_moves_values_is_
 def test_unknown_layer_to_keep_is_refused_with_the_known_ones():
     module = quantize.fold(capture(make_net("affine"), make_samples()[0][0]))
     other = quantize.fold(torch.export.export(nn.Sequential(nn.Conv2d(3, 3, 1)), (make_samples()[0][0],)))
-    quantize.refuse_unknown_layers([module, other], ["tail", "0"])  # a variant need not have every layer
+    # a variant need not have every layer
+    quantize.refuse_unknown_layers([module, other], "keep_float", ["tail", "0"])
     with pytest.raises(RecipeError) as caught:
-        quantize.refuse_unknown_layers([module, other], ["tail", "tial"])
+        quantize.refuse_unknown_layers([module, other], "keep_float", ["tail", "tial"])
     assert "keep_float: 'tial' matches no layer" in str(caught.value)
     assert "head.0, dynamic.predictor.0" in str(caught.value)
     assert caught.value.exit_code == 2

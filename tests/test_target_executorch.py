@@ -46,12 +46,12 @@ def capture(net: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
     return ops.expand(program, ops.choose_forms(program, TARGET, {}), "before_quantize")
 
 
-def to_int8(net: nn.Module, x: Tensor) -> quantize.Quantized:
+def to_int8(net: nn.Module, x: Tensor, **section) -> quantize.Quantized:
     return quantize.to_int8(
         capture(net, x),
         (x,),
         scheme=TARGET.int8,
-        section=QuantizeSection(),
+        section=QuantizeSection(**section),
         samples=[(make_input(seed, tuple(x.shape)),) for seed in (23, 24)],
     )
 
@@ -143,6 +143,10 @@ def assert_within_steps(y: np.ndarray, expected: np.ndarray, step: float) -> Non
     assert np.abs(expected).max() > 10 * step
 
 
+def rms(x: np.ndarray) -> float:
+    return float(np.sqrt(np.mean(x.astype(np.float64) ** 2)))
+
+
 @pytest.mark.parametrize("layer", ["affine", "kernels"])
 def test_dynamic_layer_in_int8(tmp_path, layer):
     net, x = make_net(lambda: LayerNet(LAYERS[layer]())), make_input(shape=(1, 3, 32, 48))
@@ -182,6 +186,7 @@ PATTERNS = {
     ),
     "residual_sum": (lambda net, y: y + net.d(y), 4),
     "pixel_unshuffle": (lambda net, y: F.pixel_unshuffle(y, 2), 16),
+    "pixel_unshuffle_and_product": (lambda net, y: 2.0 * F.pixel_unshuffle(y, 2), 16),
     "concatenation": (lambda net, y: torch.cat([y, net.d(y)], dim=1), 8),
     "zero_pad": (lambda net, y: F.pad(y, (1, 2, 0, 1)), 4),
     "zero_pad_read_in_float": (lambda net, y: torch.sigmoid(F.pad(y, (1, 2, 0, 1))), 4),
@@ -200,6 +205,21 @@ def test_int8_pattern_runs_and_computes_what_the_program_says(tmp_path, name):
     delegates, portable, y, expected = lower_and_run(result.program, tmp_path, "int8", x)
     assert result.int8_mac_share == 1
     assert_within_steps(y, expected, last_step(result.program))
+    if name not in PORTABLE_BY_DESIGN:
+        assert (delegates, portable) == (1, {})
+
+
+@pytest.mark.parametrize("name", PATTERNS)
+def test_pattern_with_ranges_of_each_image_runs_and_computes_what_the_program_says(tmp_path, name):
+    net, x = make_net(Between, *PATTERNS[name]), 3 * make_input()  # beyond what was calibrated on
+    result = to_int8(net, x, dynamic=["*"])
+    delegates, portable, y, expected = lower_and_run(result.program, tmp_path, "int8", x)
+    assert result.int8_mac_share == 1
+    assert any("choose_qparams" in str(node.target) for node in result.program.graph.nodes)
+    with torch.no_grad():
+        float_ = net(x).numpy()
+    # ties fall to other sides, so errors differ; they are no larger
+    assert 1e-4 * np.abs(float_).max() < rms(y - float_) <= 1.5 * rms(expected - float_)
     if name not in PORTABLE_BY_DESIGN:
         assert (delegates, portable) == (1, {})
 

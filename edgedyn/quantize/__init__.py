@@ -139,6 +139,7 @@ def to_int8(
             module,
             scheme=scheme,
             keep_float=section.keep_float,
+            dynamic=section.dynamic,
             float32=float32,
             kernels=kernels,
             generated=generated if section.generated == "float" else (),
@@ -151,7 +152,7 @@ def to_int8(
         trials = Trials(module, plan, scheme, samples, finetuning, sources, generated, progress, vivid)
         calibrated = calibrate(trials, section, exam)
     # from here on a table and a calibration are the same
-    written = {site.y for site in plan(section, module, calibrated.kept).sites} if scheme.outputs else set()
+    written = {site.y for site in plan(section, module, calibrated.kept).written(scheme)}
     final = without_products(calibrated, written)
     insert_products(module, products_of(final.entries))
     restore(module, final)

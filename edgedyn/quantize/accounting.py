@@ -27,7 +27,7 @@ _KEPT_FLOAT = {
     "upsample_bilinear2d": "slices generated kernels, or resizes a float stream",
     "bmm": "interpolates generated kernels",
     "mm": "interpolates generated kernels",
-    "prelu": "its runtime kernel is float; it stands between Q/DQ pairs",
+    "prelu": "its runtime kernel is float",
     "cat": "joins float streams",
     "max_pool2d": "its input is a float stream",
     "avg_pool2d": "its input is a float stream",

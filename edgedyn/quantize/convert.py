@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torchao.quantization.pt2e import ObserverBase
+from torchao.quantization.pt2e import ObserverBase, PlaceholderObserver
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import (
     FixedQParamsQuantizationSpec,
@@ -15,6 +15,7 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
 )
 
+from edgedyn.quantize.lockstep import STEP_EPSILON
 from edgedyn.quantize.plan import Plan, Site, Steps
 from edgedyn.targets import Int8Scheme
 
@@ -64,6 +65,15 @@ def make_quantizer(plan: Plan, steps: Steps, scheme: Int8Scheme) -> Any:
         kind = torch.per_tensor_symmetric if scheme.symmetric else torch.per_tensor_affine
         return FixedQParamsQuantizationSpec(torch.int8, scale, zero_point, -128, 127, kind)
 
+    of_each_image = QuantizationSpec(
+        torch.int8,
+        PlaceholderObserver.with_args(eps=STEP_EPSILON),
+        -128,
+        127,
+        torch.per_tensor_affine,
+        is_dynamic=True,
+    )
+
     def weight(site: Site) -> Any:
         return QuantizationSpec(
             dtype=torch.int8,
@@ -82,11 +92,13 @@ def make_quantizer(plan: Plan, steps: Steps, scheme: Int8Scheme) -> Any:
             nodes = {node.name: node for node in model.graph.nodes}
             for call, x in plan.kernels.items():
                 annotate(nodes[call.name], {nodes[call.name].args[0]: activation(x)})
+            has_step = plan.written(scheme)
             for site in plan.sites:
                 node = nodes[site.node.name]
                 last = nodes[site.last.name]
-                written = activation(site.y) if scheme.outputs else None
-                read = {node.args[0]: activation(site.x), node.args[1]: weight(site)}
+                written = activation(site.y) if site in has_step else None
+                x = of_each_image if site.node in plan.dynamic else activation(site.x)
+                read = {node.args[0]: x, node.args[1]: weight(site)}
                 annotate(node, read, written if last is node else None)
                 if last is not node:
                     annotate(last, {}, written)

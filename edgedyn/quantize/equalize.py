@@ -18,8 +18,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, fused_activation, set_constant, weight_of
-from edgedyn.quantize.rounding import convolution_arguments
+from edgedyn.quantize.nodes import (
+    MULTIPLY_ADD_OPS,
+    bias_of,
+    convolution_arguments,
+    fused_activation,
+    set_constant,
+    weight_of,
+)
 from edgedyn.quantize.statistics import channel_maxima
 
 _LARGEST = 32.0  # a channel that is hardly ever used keeps some of its steps

@@ -21,7 +21,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from edgedyn.ops import load_all
-from edgedyn.quantize.lockstep import codes_of, quantize_dequantize, steps_by_call
+from edgedyn.quantize.lockstep import Step, codes_of, quantize_dequantize, steps_by_call
 from edgedyn.quantize.nodes import bias_of, by_output, weight_of
 from edgedyn.quantize.plan import Plan, Steps
 from edgedyn.targets import Int8Scheme
@@ -120,9 +120,11 @@ def _round_codes(codes: Tensor) -> Tensor:
     return _StraightThrough.apply(inside, inside.detach().round())  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _round_activation(x: Tensor, step: tuple[float, int]) -> Tensor:
-    scale, zero_point = step
-    inside = x.clamp((-128 - zero_point) * scale, (127 - zero_point) * scale)
+def _round_activation(x: Tensor, step: Step) -> Tensor:
+    inside = x
+    if step is not None:
+        scale, zero_point = step
+        inside = x.clamp((-128 - zero_point) * scale, (127 - zero_point) * scale)
     rounded = quantize_dequantize(x.detach(), step)
     return _StraightThrough.apply(inside, rounded)  # type: ignore[no-any-return, no-untyped-call]
 

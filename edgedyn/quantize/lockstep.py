@@ -18,10 +18,18 @@ from edgedyn.quantize.nodes import by_output
 from edgedyn.quantize.plan import Plan, Site, Steps
 from edgedyn.targets import Int8Scheme
 
+STEP_EPSILON = torch.finfo(torch.float32).eps  # least scale of a range taken at run time
 
-def quantize_dequantize(x: Tensor, step: tuple[float, int]) -> Tensor:
+
+Step = tuple[float, int] | None  # scale and zero point; None: by the tensor's own range
+
+
+def quantize_dequantize(x: Tensor, step: Step) -> Tensor:
     """Round a tensor to its INT8 steps, as the Q/DQ pair of a program does."""
     pair = torch.ops.quantized_decomposed
+    if step is None:
+        scale, zero_point = pair.choose_qparams.tensor(x, -128, 127, STEP_EPSILON, torch.int8)
+        step = (float(scale), int(zero_point))
     arguments = (*step, -128, 127, torch.int8)
     return pair.dequantize_per_tensor(pair.quantize_per_tensor(x, *arguments), *arguments)  # type: ignore
 
@@ -38,11 +46,13 @@ def round_weight(weight: Tensor, scales: Tensor) -> Tensor:
 
 def steps_by_call(
     plan: Plan, steps: Steps, scheme: Int8Scheme
-) -> tuple[dict[fx.Node, tuple[float, int]], dict[fx.Node, tuple[float, int]]]:
+) -> tuple[dict[fx.Node, Step], dict[fx.Node, tuple[float, int]]]:
     """Return the steps of what calls read first, and of what calls write."""
-    read = {site.node: steps.of(site.x) for site in plan.sites}
+    read: dict[fx.Node, Step] = {
+        site.node: None if site.node in plan.dynamic else steps.of(site.x) for site in plan.sites
+    }
     read |= {call: steps.of(x) for call, x in plan.kernels.items()}
-    return read, {site.last: steps.of(site.y) for site in plan.sites if scheme.outputs}
+    return read, {site.last: steps.of(site.y) for site in plan.written(scheme)}
 
 
 Change = Callable[[Site, list[Tensor], list[Tensor]], tuple[Tensor, Tensor | None]]

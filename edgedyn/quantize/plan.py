@@ -1,6 +1,7 @@
 """Which tensors of a folded program are INT8, and by which steps.
 
     x -> Q/DQ -> conv(int8 weights, one scale a channel) [-> Q/DQ -> PReLU -> Q/DQ -> conv ...] -> float adds
+    x -> min, max -> Q/DQ -> conv(int8 weights, one scale a channel) -> float          where that is dynamic
 
 Only convolutions and linear layers are INT8, with the PReLU between them where the runtime keeps it so.
 Residual sums, products of two activations, generated kernels and slicing stay float: the residual stream is
@@ -152,11 +153,17 @@ class Plan:
         sites: convolutions and linear layers.
         kernels: calls of our ops that get their x in INT8, with the name of x.
         reasons: of what stays float, by node name.
+        dynamic: calls of layers that take the range of what they read from each image, and write float.
     """
 
     sites: tuple[Site, ...]
     kernels: Mapping[fx.Node, str]
     reasons: Mapping[str, str]
+    dynamic: frozenset[fx.Node] = frozenset()
+
+    def written(self, scheme: Int8Scheme) -> tuple[Site, ...]:
+        """Return the layers whose output has a step."""
+        return tuple(site for site in self.sites if scheme.outputs and site.node not in self.dynamic)
 
 
 def make_plan(
@@ -164,6 +171,7 @@ def make_plan(
     *,
     scheme: Int8Scheme,
     keep_float: Sequence[str] = (),
+    dynamic: Sequence[str] = (),
     float32: Collection[str] = frozenset(),
     kernels: Collection[Any] = frozenset(),
     kept: Sequence[str] = (),
@@ -179,6 +187,8 @@ def make_plan(
         module: a folded program.
         scheme: how the target annotates INT8.
         keep_float: patterns of layer paths that stay float.
+        dynamic: patterns of layer paths that take the range of what they read from each image, where the
+            scheme lets them.
         float32: names of module classes that are never quantized.
         kernels: overloads of our ops that the target computes in INT8 where x is.
         kept: names of layers that stay float because of what INT8 costs there.
@@ -188,8 +198,10 @@ def make_plan(
     found = find_sites(module)
     reasons = {site.node.name: KEPT_FOR_QUALITY for site in found if site.name in kept}
     reasons |= dict.fromkeys(_matching(found, keep_float), KEPT_BY_RECIPE)
+    names = _matching([site for site in found if scheme.dynamic(site.node)], dynamic)
     if scheme.outputs:
-        reasons |= {site.node.name: KEPT_GENERATED for site in found if site.y in generated}
+        written = [site for site in found if site.node.name not in names]
+        reasons |= {site.node.name: KEPT_GENERATED for site in written if site.y in generated}
     reasons |= {node.name: KEPT_ALWAYS for node in module.graph.nodes if belongs_to(node, float32)}
     deciding = find_deciding_layers(module, is_router=is_router)
     reasons |= {node.name: KEPT_ALWAYS for node in deciding}
@@ -198,14 +210,16 @@ def make_plan(
     tensors = {node: name for name, node in name_tensors(module, found).items()}
     calls = [] if scheme.outputs else [node for node in module.graph.nodes if node.target in kernels]
     fed = {node: tensors[node.args[0]] for node in calls if chosen.issuperset(node.users)}
-    return Plan(sites, fed, reasons)
+    ranged = frozenset(node for node in chosen if node.name in names)
+    return Plan(sites, fed, reasons, ranged)
 
 
-def refuse_unknown_layers(programs: Sequence[fx.GraphModule], patterns: Sequence[str]) -> None:
+def refuse_unknown_layers(programs: Sequence[fx.GraphModule], key: str, patterns: Sequence[str]) -> None:
     """Refuse a pattern that matches no layer of any program: variants need not have the same ones.
 
     Args:
         programs: folded, all of a network.
+        key: of the recipe's ``quantize`` section, for the error.
         patterns: of layer paths (``*`` as in file names).
 
     Raises:
@@ -216,7 +230,7 @@ def refuse_unknown_layers(programs: Sequence[fx.GraphModule], patterns: Sequence
         if not fnmatch.filter(paths, pattern):
             near = ", ".join(dict.fromkeys(paths[:8]))
             raise RecipeError(
-                f"quantize.keep_float: {pattern!r} matches no layer; found {len(paths)} convolutions and "
+                f"quantize.{key}: {pattern!r} matches no layer; found {len(paths)} convolutions and "
                 f"linear layers, the first are {near}. Use a dotted path; * matches any part."
             )
 

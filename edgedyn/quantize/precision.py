@@ -126,7 +126,7 @@ class _Int8(fx.Interpreter):
     ) -> None:
         super().__init__(program.module)
         sites = [site for site in program.plan.sites if site.name not in float_]
-        plan = Plan(tuple(sites), program.plan.kernels, {})
+        plan = replace(program.plan, sites=tuple(sites))
         self.read, self.written = steps_by_call(plan, program.steps, program.scheme)
         self.float_ = {site.node: float_[site.name] for site in program.plan.sites if site.name in float_}
         self.weights, self.see = {site.node: program.weights[site.node] for site in sites}, see

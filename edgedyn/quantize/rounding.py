@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from edgedyn.quantize.nodes import channel_axis, weight_shape
+from edgedyn.quantize.nodes import channel_axis, convolution_arguments, weight_shape
 
 _DAMPING = 1e-3  # of H's mean diagonal: inputs that were hardly ever seen keep their weights
 _BLOCK = 64
@@ -136,15 +136,6 @@ def _sums_of_shifts(
     offsets = [i * pitch + j for i, j in taps]
     seen = torch.stack([spread[:, : flat.shape[1] - n] @ flat[:, n:].t() for n in offsets], 2).flatten(1)
     return [xx.flatten(2).flatten(0, 1), seen[:-1], seen[-1], y.sum((0, 2, 3))]
-
-
-def convolution_arguments(node: fx.Node) -> tuple[Any, Any, Any, int]:
-    """Return stride, padding, dilation and groups of a convolution's call."""
-    if node.target is torch.ops.aten.convolution.default:
-        stride, padding, dilation, _, _, groups = node.args[3:9]
-        return stride, padding, dilation, int(groups)  # type: ignore[arg-type]
-    given = [*node.args[3:], *((1, 1), (0, 0), (1, 1), 1)[len(node.args[3:]) :]]
-    return given[0], given[1], given[2], int(given[3])  # type: ignore[arg-type]
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -18,6 +18,7 @@ from edgedyn.errors import RecipeError
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import fx
     from torch.export import ExportedProgram
 
     from edgedyn.validate import Row
@@ -32,10 +33,13 @@ class Int8Scheme:
     Attributes:
         symmetric: activations have zero point 0.
         outputs: convolutions also need a quantized output, and PReLU may follow in INT8.
+        dynamic: says of a convolution or linear layer whether it may take the range of what it reads from
+            each image; it writes float then.
     """
 
     symmetric: bool
     outputs: bool
+    dynamic: Callable[[fx.Node], bool] = lambda node: False
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,11 @@ TARGET = Target(
     capabilities=frozenset({"in_order"}),
     kernels=frozenset({"edgedyn_kernels"}),
     precisions=frozenset({"fp32", "int8"}),
-    int8=Int8Scheme(symmetric=False, outputs=True),
+    int8=Int8Scheme(
+        symmetric=False,
+        outputs=True,
+        dynamic=deferred("edgedyn.targets.executorch.dynamic", "can_be_dynamic"),
+    ),
     lower=deferred("edgedyn.targets.executorch.lower", "lower"),
     preview=deferred("edgedyn.targets.executorch.lower", "preview"),
     load=deferred("edgedyn.targets.executorch.run", "load"),

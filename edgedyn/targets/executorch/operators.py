@@ -16,6 +16,7 @@ from typing import Any
 
 from executorch.backends.xnnpack.utils.quant_utils import (
     is_dequant,
+    is_dynamic_qdq,
     is_per_channel,
     is_quant,
     is_tagged_as_implicit_q_dq,
@@ -78,6 +79,8 @@ def _operator(node: Node) -> str:
 
 def _is_conversion(node: Node) -> bool:
     """Whether a node is run as an operator between float and INT8."""
+    if is_quant(node) and is_dynamic_qdq(node):
+        return True  # with the range of each image
     converts = is_quant(node) or (is_dequant(node) and not is_per_channel(node))
     return bool(converts and not is_tagged_as_implicit_q_dq(node))
 

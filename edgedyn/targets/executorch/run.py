@@ -45,7 +45,8 @@ def load(path: Path, program: str = FORWARD) -> Run:
             shapes = [array.shape for array in arrays]
             raise BundleError(
                 f"ExecuTorch cannot run {path.name} on inputs {shapes}: {error}. Expected the shapes that it "
-                "was built for; if these are, build it again with other layers in quantize.keep_float."
+                "was built for; if these are, build it again with other layers in quantize.keep_float or "
+                "quantize.dynamic."
             ) from error
 
     return run
