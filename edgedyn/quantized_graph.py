@@ -85,6 +85,15 @@ def center(module: fx.GraphModule) -> None:
     module.recompile()
 
 
+def convolution_arguments(node: fx.Node) -> tuple[Any, Any, Any, int]:
+    """Return stride, padding, dilation and groups of a convolution's call."""
+    if node.target is torch.ops.aten.convolution.default:
+        stride, padding, dilation, _, _, groups = node.args[3:9]
+        return stride, padding, dilation, int(groups)  # type: ignore[arg-type]
+    given = [*node.args[3:], *((1, 1), (0, 0), (1, 1), 1)[len(node.args[3:]) :]]
+    return given[0], given[1], given[2], int(given[3])  # type: ignore[arg-type]
+
+
 def separate_readers(module: fx.GraphModule) -> None:
     """Give every reader its own dequantize; no number changes.
 

@@ -120,6 +120,11 @@ class QuantizeSection(Section):
         description="dotted layer paths that take the range of what they read from each image and write "
         "float, where the target can: dense convolutions on executorch",
     )
+    shift: bool = Field(
+        default=False,
+        description="where a target's steps have zero point 0 (tensorrt): move maps so that they use all 256 "
+        "codes, not half of them behind a ReLU; costs a pad of each padded map",
+    )
     max_drop_db: float | None = Field(
         default=None,
         gt=0,

@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from edgedyn.quantize.accounting import KEPT_PRODUCT, account, int8_share
+from edgedyn.quantize.accounting import KEPT_PRODUCT, KEPT_SHIFT, account, int8_share
 from edgedyn.quantize.calibrate import Calibrated, products_of, restore, steps_of, without_products
 from edgedyn.quantize.nodes import (
     COUNTED_OPS,
@@ -30,6 +30,7 @@ from edgedyn.quantize.nodes import (
 from edgedyn.quantize.plan import Plan, find_generators, make_plan, refuse_unknown_layers
 from edgedyn.quantize.precision import Exam
 from edgedyn.quantize.products import PRODUCT, insert_products
+from edgedyn.quantize.shift import SHIFT, shift_zero_points
 from edgedyn.quantize.trials import Trials, calibrate
 from edgedyn.quantized_graph import halve, separate_readers
 from edgedyn.targets import Int8Scheme
@@ -131,6 +132,9 @@ def to_int8(
     """
     from edgedyn.quantize.convert import insert_steps
 
+    is_shifted = section.shift and scheme.symmetric
+    if is_shifted:  # calibrated with zero points, which are gone in the end; kernels of ours read float then
+        scheme, kernels = replace(scheme, symmetric=False), frozenset()
     if calibrated is not None:
         generated = {entry.name for entry in calibrated.entries if entry.kind == "kernel"}
 
@@ -160,6 +164,9 @@ def to_int8(
     reasons = {**chosen.reasons, **{n.name: KEPT_PRODUCT for n in module.graph.nodes if PRODUCT in n.meta}}
     with torch.no_grad():
         converted = insert_steps(module, chosen, steps, scheme)
+        if is_shifted:
+            shift_zero_points(converted)
+    reasons |= {node.name: KEPT_SHIFT for node in converted.graph.nodes if SHIFT in node.meta}
     separate_readers(converted)
     exported = torch.export.export(converted, inputs)
     return Quantized(exported, *int8_share(exported), account(converted, reasons), calibrated)

@@ -22,12 +22,13 @@ from edgedyn.quantize.equalize import equalize, find_pairs
 from edgedyn.quantize.finetune import choose_examples, finetune
 from edgedyn.quantize.generated import find_generating, measure_content, scale_taps
 from edgedyn.quantize.lockstep import Lockstep, codes_of, round_weight
-from edgedyn.quantize.nodes import bias_of, by_output, convolution_arguments, set_constant, weight_of
+from edgedyn.quantize.nodes import bias_of, by_output, set_constant, weight_of
 from edgedyn.quantize.norms import reestimate
 from edgedyn.quantize.plan import Plan, Site, Steps, find_sites, name_tensors
 from edgedyn.quantize.products import scale_outputs
 from edgedyn.quantize.rounding import measure_moments, reconstruct
 from edgedyn.quantize.statistics import observe
+from edgedyn.quantized_graph import convolution_arguments
 from edgedyn.ranges import ESTIMATORS, step_of
 from edgedyn.table_entries import Entry, Kind, Precision
 from edgedyn.targets import Int8Scheme

@@ -21,12 +21,12 @@ from torch import Tensor, fx
 from edgedyn.quantize.nodes import (
     MULTIPLY_ADD_OPS,
     bias_of,
-    convolution_arguments,
     fused_activation,
     set_constant,
     weight_of,
 )
 from edgedyn.quantize.statistics import channel_maxima
+from edgedyn.quantized_graph import convolution_arguments
 
 _LARGEST = 32.0  # a channel that is hardly ever used keeps some of its steps
 _HOMOGENEOUS = {

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Collection
-from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
@@ -97,15 +96,6 @@ def weight_shape(node: fx.Node) -> tuple[int, ...]:
 def channel_axis(value: Tensor) -> int:
     """Return the axis of channels: of a map, or of what a linear layer writes."""
     return 1 if value.dim() == 4 else value.dim() - 1
-
-
-def convolution_arguments(node: fx.Node) -> tuple[Any, Any, Any, int]:
-    """Return stride, padding, dilation and groups of a convolution's call."""
-    if node.target is torch.ops.aten.convolution.default:
-        stride, padding, dilation, _, _, groups = node.args[3:9]
-        return stride, padding, dilation, int(groups)  # type: ignore[arg-type]
-    given = [*node.args[3:], *((1, 1), (0, 0), (1, 1), 1)[len(node.args[3:]) :]]
-    return given[0], given[1], given[2], int(given[3])  # type: ignore[arg-type]
 
 
 def weight_of(module: fx.GraphModule, node: fx.Node) -> Tensor:

@@ -25,7 +25,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from edgedyn.quantize.nodes import channel_axis, convolution_arguments, weight_shape
+from edgedyn.quantize.nodes import channel_axis, weight_shape
+from edgedyn.quantized_graph import convolution_arguments
 
 _DAMPING = 1e-3  # of H's mean diagonal: inputs that were hardly ever seen keep their weights
 _BLOCK = 64
