@@ -4,11 +4,9 @@
     widen                float64, to measure what a rewrite changes
     explicit_padding     before quantizing: "same" and "valid" become numbers
     unshare_constants    before folding and quantizing: every convolution has its own weight and bias
-    center               after: zero point 0 everywhere, for targets of symmetric INT8
     separate_readers     after: every reader of a quantized map has its own dequantize
 
-They are exact, but for ``halve``, and for ``center``, which widens the step of a tensor whose range was
-one-sided.
+They are exact, but for ``halve``.
 """
 
 from __future__ import annotations
@@ -66,22 +64,6 @@ def unshare_constants(module: fx.GraphModule, readers: Container[Any]) -> None:
                 node.update_arg(index, copied)
             elif isinstance(constant, fx.Node):
                 seen.add(str(constant.target))
-    module.recompile()
-
-
-def center(module: fx.GraphModule) -> None:
-    """Give every tensor zero point 0, keeping its largest value.
-
-    NNCF 3.4 makes a symmetric spec unsigned where no sample was negative: zero point -128, which TensorRT
-    refuses.
-    """
-    pair = torch.ops.quantized_decomposed
-    targets = (pair.quantize_per_tensor.default, pair.dequantize_per_tensor.default)
-    for node in module.graph.nodes:
-        if node.target in targets and node.args[2] != 0:
-            scale, zero_point = float(node.args[1]), int(node.args[2])
-            largest = max(127 - zero_point, zero_point + 128) * scale
-            node.args = (node.args[0], largest / 127, 0, *node.args[3:])
     module.recompile()
 
 

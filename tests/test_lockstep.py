@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from small_networks import make_input, make_net
+from torch import Tensor, nn
 
 from edgedyn import quantize, targets
 from edgedyn.quantize.calibrate import steps_of
@@ -44,6 +47,38 @@ def test_one_world_is_float_and_the_other_the_quantized_program(target, dynamic)
             # the same codes; a dequantized weight may round otherwise, once
             torch.testing.assert_close(int8, made.program.module()(*sample), rtol=0, atol=1e-6)
             assert (int8 - float_).abs().max() > 1e-4
+
+
+def test_samples_are_dropped_one_by_one_where_they_are_read_for_the_last_time(monkeypatch):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv = nn.Conv2d(3, 5, 1)
+
+        def forward(self, x):
+            return torch.sigmoid(torch.tanh(self.conv(x))).mean()
+
+    count, held = 8, []
+    samples = [(make_input((1, 3, 10, 14)),) for _ in range(count)]
+    scheme = targets.load("tensorrt").int8
+    module = fold(torch.export.export(Net(), samples[0]))
+    made = quantize.to_int8(
+        torch.export.export(Net(), samples[0]), samples[0], scheme=scheme, section=PLAIN, samples=samples
+    )
+    run = Lockstep._run
+
+    def watch(self, node, given):
+        held.append(sum(isinstance(x, Tensor) and x.shape == (1, 5, 10, 14) for x in gc.get_objects()))
+        return run(self, node, given)
+
+    monkeypatch.setattr(Lockstep, "_run", watch)
+    steps = steps_of(made.calibrated.entries, scheme)
+    lockstep = Lockstep(module, make_plan(module, scheme=scheme), steps, scheme)
+    lockstep.run(
+        samples, lambda site, inputs, outputs: (weight_of(module, site.node), bias_of(module, site.node))
+    )
+    # what stands before the first layer, then one map a sample and world, and those in hand
+    assert max(held) - held[0] <= 2 * count + 3
 
 
 def test_weights_are_rounded_by_channel_and_clipped():

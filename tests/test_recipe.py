@@ -270,3 +270,13 @@ def test_every_recipe_of_the_project_is_valid():
         recipe = load_recipe(path)
         assert path.stem.split(".")[2] == recipe.precision
         assert recipe.precision in targets.load(recipe.target).precisions
+
+
+@pytest.mark.parametrize(
+    "phone",
+    sorted((Path(__file__).parents[1] / "recipes").glob("*.phone.int8.yaml")),
+    ids=lambda path: path.stem,
+)
+def test_one_table_serves_both_targets(phone):
+    jetson = phone.with_name(phone.name.replace("phone", "jetson"))
+    assert load_recipe(phone).quantize == load_recipe(jetson).quantize

@@ -186,6 +186,7 @@ PATTERNS = {
     ),
     "residual_sum": (lambda net, y: y + net.d(y), 4),
     "pixel_unshuffle": (lambda net, y: F.pixel_unshuffle(y, 2), 16),
+    "pixel_unshuffle_and_tanh": (lambda net, y: torch.tanh(F.pixel_unshuffle(y, 2)), 16),
     "pixel_unshuffle_and_product": (lambda net, y: 2.0 * F.pixel_unshuffle(y, 2), 16),
     "concatenation": (lambda net, y: torch.cat([y, net.d(y)], dim=1), 8),
     "zero_pad": (lambda net, y: F.pad(y, (1, 2, 0, 1)), 4),

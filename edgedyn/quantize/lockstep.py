@@ -116,18 +116,29 @@ class Lockstep:
     def _call(
         self, node: fx.Node, values: Mapping[fx.Node, list[tuple[Any, Any]]], count: int, change: Change
     ) -> list[tuple[Any, Any]]:
-        arguments = [[_arguments(node, values, k, world) for k in range(count)] for world in (0, 1)]
-        float_, int8 = arguments
-        if node in self.read:
-            int8 = [([quantize_dequantize(a[0], self.read[node]), *a[1:]], kw) for a, kw in int8]
-        wanted = [node.target(*a, **kw) for a, kw in float_]  # type: ignore[operator]
+        """Run a node on all samples; what it is the last to read is dropped a sample at a time."""
+        wanted, given, found = [], [], []
+        done = [x for x in node.all_input_nodes if self.last_reader[x] is node]
+        for k in range(count):
+            float_, int8 = (_arguments(node, values, k, world) for world in (0, 1))
+            for source in done:
+                values[source][k] = (None, None)
+            if node in self.read:
+                int8[0][0] = quantize_dequantize(int8[0][0], self.read[node])
+            wanted.append(node.target(*float_[0], **float_[1]))  # type: ignore[operator]
+            if node in self.sites:
+                given.append(int8)
+            else:
+                found.append(self._run(node, int8))
         if node in self.sites:
-            weight, bias = change(self.sites[node], [a[0] for a, _ in int8], wanted)
-            int8 = [([a[0], weight, bias, *a[3:]], kw) for a, kw in int8]
-        found = [node.target(*a, **kw) for a, kw in int8]  # type: ignore[operator]
-        if node in self.written:
-            found = [quantize_dequantize(y, self.written[node]) for y in found]
+            weight, bias = change(self.sites[node], [a[0] for a, _ in given], wanted)
+            for a, named in given:
+                found.append(self._run(node, ([a.pop(0), weight, bias, *a[2:]], named)))
         return list(zip(wanted, found, strict=True))
+
+    def _run(self, node: fx.Node, given: tuple[list[Any], dict[str, Any]]) -> Any:
+        y = node.target(*given[0], **given[1])  # type: ignore[operator]
+        return quantize_dequantize(y, self.written[node]) if node in self.written else y
 
 
 def _arguments(
