@@ -65,6 +65,8 @@ def describe(
     if recipe.precision == "int8" and calibration is not None:
         facts["int8_mac_share"] = min(part.quantized.int8_mac_share for part in _variants(converted))
         facts["float_nodes"] = _float_nodes(converted)
+        every = (name for part in converted.parts.values() for name in part.quantized.dynamic)
+        facts["dynamic_ranges"] = list(dict.fromkeys(every))
         if converted.table is not None:
             table = converted.table
             facts["precision"] = {name: found.to_json() for name, found in table.precision.items()}

@@ -66,6 +66,7 @@ def error(result: quantize.Quantized, net: nn.Module, x: Tensor) -> float:
 def test_dense_layers_find_their_range_and_the_others_keep_their_step():
     result = to_int8(make_net(), dynamic=["*"])
     assert dynamic_layers(result.program) == {"first", "last"}
+    assert result.dynamic == ("first", "last")
     assert result.int8_mac_share == 1
 
 

@@ -63,6 +63,10 @@ def test_int8_takes_most_multiply_adds_and_says_what_stays_float(built):
     kept = {row["node"] for row in facts["float_nodes"]}
     assert kept >= {"heads.0", "merges.0", "tail", "add", "mul"}
     assert all(row["reason"] for row in facts["float_nodes"])
+    ranged = facts["dynamic_ranges"]
+    assert ("levels.0.0.body.0" in ranged) == (built.bundle.target == "executorch")
+    report = (built.bundle.path / "report.html").read_text()
+    assert ("takes its range from each image" in report) == bool(ranged)
 
 
 def test_tensorrt_rows_tell_the_check_build_and_its_memory(built):

@@ -6,10 +6,11 @@ import onnxruntime
 import pytest
 import torch
 from small_builds import NEEDS_RTX
-from small_networks import make_input
+from small_networks import LAYERS, make_input
 from torch import Tensor, nn
 
-from edgedyn import quantize, targets
+from edgedyn import ops, quantize, targets
+from edgedyn.layers import canonicalize
 from edgedyn.recipe_sections import QuantizeSection
 from edgedyn.targets.onnx_export import translate
 
@@ -35,9 +36,22 @@ class Chain(nn.Module):
         return self.linear(self.left(y) + self.right(y))
 
 
-def make_net() -> nn.Module:
+class Skips(nn.Module):
+    """What layers read, before its ReLU and behind it, is also read in float."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = (nn.Conv2d(3, 3, 3, padding=1) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = torch.relu(self.second(torch.relu(y)))
+        return y + z + self.third(z)
+
+
+def make_net(cls: type[nn.Module] = Chain) -> nn.Module:
     torch.manual_seed(41)
-    return Chain().eval()
+    return cls().eval()
 
 
 SAMPLES = [(make_input(SHAPE),), (make_input(SHAPE).flip(3),)]
@@ -57,8 +71,9 @@ def targets_of(program: torch.export.ExportedProgram, name: str) -> list[torch.f
     return [node for node in program.graph.nodes if name in str(node.target)]
 
 
-def test_every_zero_point_is_gone_and_codes_are_those_of_affine_steps(monkeypatch):
-    net = make_net()
+@pytest.mark.parametrize("cls", [Chain, Skips])
+def test_every_zero_point_is_gone_and_codes_are_those_of_affine_steps(monkeypatch, cls):
+    net = make_net(cls)
     shifted = to_int8(net, shift=True)
     monkeypatch.setattr(quantize, "shift_zero_points", lambda module: None)
     affine = to_int8(net, shift=True)
@@ -123,6 +138,19 @@ def test_tensorrt_builds_it(tmp_path):
     target = targets.load("tensorrt")
     artifact = target.lower({"forward": to_int8(make_net(), shift=True).program}, tmp_path, "int8")
     assert artifact.facts["check_build"]["passed"] is True
+
+
+def test_kernels_of_ours_read_float_then():
+    net = canonicalize(nn.Sequential(nn.Conv2d(3, 8, 3), LAYERS["kernels"](), nn.Conv2d(8, 3, 1)).eval())
+    program = torch.export.export(net, SAMPLES[0], strict=False)
+    common = {"scheme": TENSORRT, "kernels": {op.overload for op in ops.load_all().values()}}
+    reads = []
+    for shift in (False, True):
+        section = QuantizeSection(shift=shift)
+        made = quantize.to_int8(program, SAMPLES[0], section=section, samples=SAMPLES, **common)
+        (call,) = [node for node in made.program.graph.nodes if ops.is_ours(node)]
+        reads.append("dequantize" in str(call.args[0].target))
+    assert reads == [True, False]
 
 
 def test_target_with_zero_points_needs_no_shift():

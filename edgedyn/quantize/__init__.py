@@ -65,6 +65,7 @@ class Quantized:
         multiply_add_nodes: how many there are.
         float_nodes: ``{"node", "count", "reason"}`` of what stays float.
         calibrated: what its INT8 steps and weights were made of; None for a float program.
+        dynamic: layers that take the range of what they read from each image.
     """
 
     program: ExportedProgram
@@ -72,6 +73,7 @@ class Quantized:
     multiply_add_nodes: int = 0
     float_nodes: tuple[dict[str, object], ...] = ()
     calibrated: Calibrated | None = field(default=None, repr=False)
+    dynamic: tuple[str, ...] = ()
 
 
 def to_float(
@@ -169,4 +171,5 @@ def to_int8(
     reasons |= {node.name: KEPT_SHIFT for node in converted.graph.nodes if SHIFT in node.meta}
     separate_readers(converted)
     exported = torch.export.export(converted, inputs)
-    return Quantized(exported, *int8_share(exported), account(converted, reasons), calibrated)
+    ranged = tuple(site.name for site in chosen.sites if site.node in chosen.dynamic)
+    return Quantized(exported, *int8_share(exported), account(converted, reasons), calibrated, ranged)

@@ -43,6 +43,7 @@ _FACTS_SHOWN = frozenset(
         "latency_ms",
         "int8_mac_share",
         "float_nodes",
+        "dynamic_ranges",
         "generated_kernels",
         "check_build",
         "calibration",
@@ -78,12 +79,12 @@ def write_report(
         pictures: shown in this order.
         facts: what was measured besides the rows. Each may be absent: ``programs`` {file: bytes},
             ``latency_ms`` {median, p95, runs}, ``int8_mac_share`` (a fraction), ``float_nodes``
-            [{node, reason}], ``check_build`` and ``calibration`` {name: value}, ``weights`` (where they are
-            from), ``precision`` and ``ablation`` (of a calibration table: {program: what was measured}),
-            ``generated_kernels`` {name: {spread, between_images}} (shares of a kernel's rms, see
-            ``edgedyn.quantize.generated``), ``decisions`` and ``routes`` (histograms of margins:
-            ``edges``, ``all``, ``changed``). Others are listed at the end, but ``operators``, which is for
-            ``insert_layers``'s measurement.
+            [{node, reason}], ``dynamic_ranges`` [layer], ``check_build`` and ``calibration`` {name: value},
+            ``weights`` (where they are from), ``precision`` and ``ablation`` (of a calibration table:
+            {program: what was measured}), ``generated_kernels`` {name: {spread, between_images}} (shares of a
+            kernel's rms, see ``edgedyn.quantize.generated``), ``decisions`` and ``routes`` (histograms of
+            margins: ``edges``, ``all``, ``changed``). Others are listed at the end, but ``operators``, which
+            is for ``insert_layers``'s measurement.
 
     Raises:
         UsageError: for a verdict that the rows contradict, a row or a manifest without a required key, a
@@ -106,6 +107,7 @@ def write_report(
         groups=_groups(rows),
         floats=_by_reason(facts.get("float_nodes", [])),
         int8_mac_share=facts.get("int8_mac_share"),
+        dynamic_ranges=facts.get("dynamic_ranges", []),
         precisions=list(precision_sections(facts)),
         ablation=ablation_rows(facts),
         sections=[section for section in _sections(manifest, facts) if section[1]],
