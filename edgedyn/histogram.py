@@ -19,6 +19,7 @@ from edgedyn.errors import CalibrationError
 
 MOST_BINS = 1024
 _FINEST = 2.0**-40  # spread of a tensor of zeros
+_TINY = 2.0**-20  # a finer step than that, and large values divided by it need more than float32
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +59,12 @@ class Histogram:
             )
         step = _step(low, high)
         first = math.floor(low / step)
-        # a division by a power of two is exact, so that a value on an edge falls where every merge puts it
-        index = np.floor(flat.astype(np.float64) / step).astype(np.int64) - first
-        return cls(low, high, step, first, np.bincount(index))
+        # a division by a power of two is exact, so that a value on an edge falls where every merge puts it;
+        # by one above 1, of float32 that is next to nothing, in float64 only
+        bins = flat / np.float32(step) if _TINY < step <= 1 else flat.astype(np.float64) / step
+        np.floor(bins, out=bins)
+        bins -= first
+        return cls(low, high, step, first, np.bincount(bins.astype(np.int64)))
 
     def __add__(self, other: Histogram) -> Histogram:
         """Count the values of both."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from edgedyn.quantize.equalize import Pair, equalize, find_pairs
 from edgedyn.quantize.nodes import fold
-from edgedyn.quantize.statistics import look
+from edgedyn.quantize.statistics import channel_maxima, look
 
 
 def spread(net: nn.Sequential) -> nn.Sequential:
@@ -40,7 +40,7 @@ def test_channels_get_one_range_and_the_network_stays(name):
     pairs = find_pairs(module)
     assert len(pairs) == (2 if name == "three" else 1)
     wanted, before = net(x), ranges(module, pairs, samples)
-    equalize(module, pairs, samples, most_dense=3)
+    equalize(module, pairs, channel_maxima(module, samples), most_dense=3)
     y = torch.cat([module(*sample) for sample in samples])
     torch.testing.assert_close(y, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
     after = ranges(module, pairs, samples)
@@ -81,7 +81,7 @@ def test_channel_that_a_prelu_makes_small_does_not_take_the_steps_in_front_of_it
     module = fold(torch.export.export(net, (x,)))
     pairs = find_pairs(module)
     before = ranges(module, pairs, [(x,)])
-    equalize(module, pairs, [(x,)])
+    equalize(module, pairs, channel_maxima(module, [(x,)]))
     after = ranges(module, pairs, [(x,)])
     assert after[pairs[0].first].max() <= before[pairs[0].first].max() * (1 + 1e-6)
 
@@ -116,7 +116,7 @@ def test_dead_channel_takes_no_more_than_the_limit():
     module = fold(torch.export.export(net, (x,)))
     with torch.no_grad():
         expected = net(x)
-        equalize(module, find_pairs(module), [(x,)])
+        equalize(module, find_pairs(module), channel_maxima(module, [(x,)]))
         torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-6)
     weights = [p for name, p in module.named_parameters() if "weight" in name and p.shape[0] == 2]
     assert torch.isfinite(weights[-1]).all()

@@ -27,7 +27,7 @@ from edgedyn.quantize.norms import reestimate
 from edgedyn.quantize.plan import Plan, Site, Steps, find_sites, name_tensors
 from edgedyn.quantize.products import scale_outputs
 from edgedyn.quantize.rounding import measure_moments, reconstruct
-from edgedyn.quantize.statistics import observe
+from edgedyn.quantize.statistics import channel_maxima, observe
 from edgedyn.quantized_graph import convolution_arguments
 from edgedyn.ranges import ESTIMATORS, step_of
 from edgedyn.table_entries import Entry, Kind, Precision
@@ -102,13 +102,15 @@ def observe_program(
     refuse_samples(samples, sources)
     pairs = find_pairs(module)
     most = section.equalize_dense
-    changed = equalize(module, pairs, samples, most_dense=most) if section.equalize else []
+    looks = section.equalize or section.equalize_outputs
+    largest = channel_maxima(module, samples) if looks else {}
+    changed = equalize(module, pairs, largest, most_dense=most) if section.equalize else []
     writing = find_generating(module, generated)
     content = measure_content(module, writing, samples)
     products = scale_taps(module, writing, content) if section.generated == "tap" else {}
     if section.equalize_outputs:
         done = {pair.first for pair in pairs} | {site.node for site in writing}
-        products |= scale_outputs(module, done, samples)
+        products |= scale_outputs(module, done, largest)
     sites = find_sites(module)
     constants = _changed_constants(module, [x for x in sites if x.node in changed or x.y in products])
     found = observe(

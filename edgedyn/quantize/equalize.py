@@ -12,7 +12,7 @@ each, and what the columns v_c lose, reconstruction of their rounding brings bac
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,7 +25,6 @@ from edgedyn.quantize.nodes import (
     set_constant,
     weight_of,
 )
-from edgedyn.quantize.statistics import channel_maxima
 from edgedyn.quantized_graph import convolution_arguments
 
 _LARGEST = 32.0  # a channel that is hardly ever used keeps some of its steps
@@ -71,7 +70,7 @@ def find_pairs(module: fx.GraphModule) -> list[Pair]:
 def equalize(
     module: fx.GraphModule,
     pairs: Sequence[Pair],
-    samples: Sequence[tuple[Tensor, ...]],
+    largest: Mapping[fx.Node, Tensor],
     *,
     most_dense: float = _LARGEST,
 ) -> list[fx.Node]:
@@ -82,12 +81,11 @@ def equalize(
     Args:
         module: a folded program; changed in place.
         pairs: of its convolutions.
-        samples: inputs of the program.
+        largest: absolute value of each channel of what layers write, from ``channel_maxima``.
         most_dense: how many times a channel may be widened that a dense layer takes back: there all inputs of
             an output channel share one step.
     """
     quantized = {pair: (fused_activation(pair.first) or pair.first, pair.between) for pair in pairs}
-    largest = channel_maxima(module, {node for both in quantized.values() for node in both}, samples)
     scaled = [pair for pair in pairs if largest[pair.between].any()]
     for pair in scaled:
         shares = [largest[node] / largest[node].max() for node in quantized[pair]]

@@ -9,7 +9,7 @@ and a residual sum, or of a generated kernel's taps. It costs one float product 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, fx, nn
@@ -18,7 +18,6 @@ from edgedyn.ops import is_ours
 from edgedyn.quantize.accounting import moves_only
 from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, by_output, channel_axis, set_constant, weight_of
 from edgedyn.quantize.plan import Site, find_sites
-from edgedyn.quantize.statistics import channel_maxima
 
 PRODUCT = "product"  # in a node's meta: it gives channels their size back
 _SCALES = {torch.ops.aten.relu.default, torch.ops.aten.relu_.default}  # f(s y) = s f(y)
@@ -28,18 +27,18 @@ _WORTH = 0.5  # of the power of the rounding error, averaged over channels, or l
 
 
 def scale_outputs(
-    module: fx.GraphModule, taken_back: Collection[fx.Node], samples: Sequence[tuple[Tensor, ...]]
+    module: fx.GraphModule, taken_back: Collection[fx.Node], largest: Mapping[fx.Node, Tensor]
 ) -> dict[str, Tensor]:
     """Scale what convolutions write for float operators, where that pays; return the products by name.
 
     Args:
         module: a folded float program; changed in place, exactly but for one float32 rounding a weight.
         taken_back: convolutions whose channels the next one takes back.
-        samples: inputs of the program.
+        largest: absolute value of each channel of what layers write, from ``channel_maxima``; those that are
+            taken back may have other sizes by now.
     """
     sites = [site for site in find_sites(module) if site.node not in taken_back and can_scale(site)]
     sites = [site for site in sites if site.last.meta["val"].dim() == 4]
-    largest = channel_maxima(module, {site.last for site in sites}, samples)
     factors = {}
     for site in sites:
         top = largest[site.last].max()

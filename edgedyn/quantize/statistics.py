@@ -11,6 +11,7 @@ from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
+from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS
 
 
 def look(
@@ -80,11 +81,16 @@ def count(found: dict[str, Histogram], name: str, values: np.ndarray, where: str
     found[name] = found[name] + histogram if name in found else histogram
 
 
-def channel_maxima(
-    module: fx.GraphModule, nodes: Collection[fx.Node], samples: Sequence[tuple[Tensor, ...]]
-) -> dict[fx.Node, Tensor]:
-    """Return the largest absolute value of each channel of maps (B, C, H, W) over all samples, (C,)."""
-    largest = {node: torch.zeros(node.meta["val"].shape[1]) for node in nodes}
+def channel_maxima(module: fx.GraphModule, samples: Sequence[tuple[Tensor, ...]]) -> dict[fx.Node, Tensor]:
+    """Return the largest absolute value of each channel of what convolutions write, over all samples, (C,).
+
+    Of maps (B, C, H, W), before and behind the one operator that reads them alone: an activation.
+    """
+    layers = [node for node in module.graph.nodes if node.target in MULTIPLY_ADD_OPS]
+    behind = [next(iter(node.users)) for node in layers if len(node.users) == 1]
+    values = {node: node.meta.get("val") for node in (*layers, *behind)}
+    maps = [n for n, value in values.items() if isinstance(value, Tensor) and value.dim() == 4]
+    largest = {node: torch.zeros(node.meta["val"].shape[1]) for node in maps}
 
     def widen(node: fx.Node, value: Tensor) -> None:
         largest[node] = torch.maximum(largest[node], value.abs().amax((0, 2, 3)))
