@@ -79,7 +79,7 @@ def overrides(name: str, kernels: str, smaller: tuple[str, ...]) -> list[str]:
     if "ffdnet" in name or "dncnn-gray" in name:
         found.append("model.weights=null")  # the authors' weights are not here
     if smaller is _MALLENET:
-        found.append("quantize.keep_float=[]")
+        found += ["quantize.keep_float=[]", "quantize.dynamic=[]"]
     return found
 
 

@@ -32,6 +32,7 @@ SMALL = [
     "tile.overlap=16",
     "quantize.rounding=nearest",
     "quantize.keep_float=[tail]",
+    "quantize.dynamic=[]",
 ]
 INT8 = {"head", "body"}
 

@@ -29,7 +29,7 @@ from edgedyn.targets.tensorrt.check import check_build
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["model.network=small_networks:small_mallenet", "model.weights=null", "model.arguments={}"]
-SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]"]
+SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]", "quantize.dynamic=[]"]
 SMALL += ["quantize.generated=tensor"]  # so that every convolution is INT8
 
 

@@ -15,14 +15,21 @@ from edgedyn import ops, pipeline, quantize, targets
 from edgedyn.conversion import Converted
 from edgedyn.layers import canonicalize
 from edgedyn.quantize.accounting import KEPT_PRODUCT
-from edgedyn.quantize.generated import find_generating, measure_content, scale_taps
+from edgedyn.quantize.generated import ContentMeter, find_generating, scale_taps
+from edgedyn.quantize.statistics import channel_maxima
 from edgedyn.recipe import load_recipe
 from edgedyn.recipe_sections import QuantizeSection
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["model.network=small_networks:small_affine_net", "model.weights=null", "model.arguments={}"]
-SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]"]
+SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]", "quantize.dynamic=[]"]
 KERNELS = {"1.scales.0.output", "1.offsets.0.output"}
+
+
+def measure_content(module, sites, samples):
+    meter = ContentMeter(sites)
+    channel_maxima(module, samples, dict.fromkeys(meter.names, meter.add))
+    return meter.read()
 
 
 def make_samples(count: int = 3) -> list[tuple[Tensor, ...]]:

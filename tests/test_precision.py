@@ -263,7 +263,7 @@ def test_limit_of_a_task_without_truth_is_refused():
 def test_command_measures_layers_and_a_build_by_its_table_shows_them(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     small = ["model.network=small_networks:make_net", "model.weights=null", "model.arguments={}"]
-    small += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]"]
+    small += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]", "quantize.dynamic=[]"]
     options = [word for value in small for word in ("--set", value)]
     recipe, table = str(RECIPES / "mallenet-s.phone.int8.yaml"), tmp_path / "t.json"
     done = CliRunner().invoke(

@@ -20,7 +20,7 @@ from edgedyn.recipe_table import make_exams, table_key
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["model.network=small_networks:small_mallenet", "model.weights=null", "model.arguments={}"]
-SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]"]
+SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]", "quantize.dynamic=[]"]
 SMALL += ["quantize.rounding=nearest"]  # the quick one: nothing here looks at weights
 ONE_LEVEL = ["noise.sigma=[25.0]", "noise.clip=false"]
 

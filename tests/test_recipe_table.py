@@ -26,7 +26,7 @@ from edgedyn.recipe import Recipe, load_recipe
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "recipes"
 SMALL = ["model.network=small_networks:small_mallenet", "model.weights=null", "model.arguments={}"]
-SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]"]
+SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]", "quantize.dynamic=[]"]
 SMALL += ["quantize.generated=tensor"]  # so that every convolution is INT8
 
 

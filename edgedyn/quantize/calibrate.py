@@ -20,7 +20,7 @@ from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
 from edgedyn.quantize.equalize import equalize, find_pairs
 from edgedyn.quantize.finetune import choose_examples, finetune
-from edgedyn.quantize.generated import find_generating, measure_content, scale_taps
+from edgedyn.quantize.generated import ContentMeter, find_generating, scale_taps
 from edgedyn.quantize.lockstep import Lockstep, codes_of, round_weight
 from edgedyn.quantize.nodes import bias_of, by_output, set_constant, weight_of
 from edgedyn.quantize.norms import reestimate
@@ -102,11 +102,11 @@ def observe_program(
     refuse_samples(samples, sources)
     pairs = find_pairs(module)
     most = section.equalize_dense
-    looks = section.equalize or section.equalize_outputs
-    largest = channel_maxima(module, samples) if looks else {}
-    changed = equalize(module, pairs, largest, most_dense=most) if section.equalize else []
     writing = find_generating(module, generated)
-    content = measure_content(module, writing, samples)
+    meter = ContentMeter(writing)
+    largest = channel_maxima(module, samples, dict.fromkeys(meter.names, meter.add))
+    content = meter.read()
+    changed = equalize(module, pairs, largest, most_dense=most) if section.equalize else []
     products = scale_taps(module, writing, content) if section.generated == "tap" else {}
     if section.equalize_outputs:
         done = {pair.first for pair in pairs} | {site.node for site in writing}

@@ -21,7 +21,6 @@ from torch import Tensor, fx
 from edgedyn.quantize.nodes import channel_axis
 from edgedyn.quantize.plan import Site, find_sites
 from edgedyn.quantize.products import can_scale, insert_products, scale_channels
-from edgedyn.quantize.statistics import look
 
 _LARGEST = 1024.0  # a tap that is hardly ever used keeps a step that is worth one
 
@@ -51,26 +50,28 @@ def find_generating(module: fx.GraphModule, names: Collection[str]) -> list[Site
     return [site for site in find_sites(module) if site.y in names]
 
 
-def measure_content(
-    module: fx.GraphModule, sites: Sequence[Site], samples: Sequence[tuple[Tensor, ...]]
-) -> dict[str, Content]:
-    """Look at the kernels that layers write on every sample; by name of the kernel."""
-    seen: dict[fx.Node, list[tuple[Tensor, Tensor, Tensor]]] = {site.last: [] for site in sites}
+class ContentMeter:
+    """Looks at the kernels that layers write, one sample after another."""
 
-    def add(node: fx.Node, value: Tensor) -> None:
+    def __init__(self, sites: Sequence[Site]) -> None:
+        self.names = {site.last: site.y for site in sites}
+        self._seen: dict[fx.Node, list[tuple[Tensor, Tensor, Tensor]]] = {site.last: [] for site in sites}
+
+    def add(self, node: fx.Node, value: Tensor) -> None:
+        """Take what a layer writes for one sample."""
         flat = value.double().movedim(channel_axis(value), 0).flatten(1)
-        seen[node].append((flat.abs().amax(1), flat.mean(1), flat.square().mean(1)))
+        self._seen[node].append((flat.abs().amax(1), flat.mean(1), flat.square().mean(1)))
 
-    for sample in samples if sites else ():
-        look(module, seen, sample, add)
-    found = {}
-    for site in sites:
-        largest, means, squares = (torch.stack(parts) for parts in zip(*seen[site.last], strict=True))
-        mean, power = means.mean(0), squares.mean().clamp(min=torch.finfo(torch.float64).tiny)
-        all_, images = squares.mean() - mean.square().mean(), (means - mean).square().mean()
-        shares = [float((part.clamp(min=0) / power).sqrt()) for part in (all_, images)]
-        found[site.y] = Content(largest.amax(0).float(), *shares)
-    return found
+    def read(self) -> dict[str, Content]:
+        """Return what was seen, by name of the kernel."""
+        found = {}
+        for node, name in self.names.items():
+            largest, means, squares = (torch.stack(parts) for parts in zip(*self._seen[node], strict=True))
+            mean, power = means.mean(0), squares.mean().clamp(min=torch.finfo(torch.float64).tiny)
+            all_, images = squares.mean() - mean.square().mean(), (means - mean).square().mean()
+            shares = [float((part.clamp(min=0) / power).sqrt()) for part in (all_, images)]
+            found[name] = Content(largest.amax(0).float(), *shares)
+        return found
 
 
 def scale_taps(

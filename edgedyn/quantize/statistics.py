@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -81,10 +82,19 @@ def count(found: dict[str, Histogram], name: str, values: np.ndarray, where: str
     found[name] = found[name] + histogram if name in found else histogram
 
 
-def channel_maxima(module: fx.GraphModule, samples: Sequence[tuple[Tensor, ...]]) -> dict[fx.Node, Tensor]:
+def channel_maxima(
+    module: fx.GraphModule,
+    samples: Sequence[tuple[Tensor, ...]],
+    also: Mapping[fx.Node, Callable[[fx.Node, Tensor], None]] = MappingProxyType({}),
+) -> dict[fx.Node, Tensor]:
     """Return the largest absolute value of each channel of what convolutions write, over all samples, (C,).
 
     Of maps (B, C, H, W), before and behind the one operator that reads them alone: an activation.
+
+    Args:
+        module: a folded float program.
+        samples: its inputs.
+        also: called with these nodes and their values, in the same pass.
     """
     layers = [node for node in module.graph.nodes if node.target in MULTIPLY_ADD_OPS]
     behind = [next(iter(node.users)) for node in layers if len(node.users) == 1]
@@ -92,9 +102,13 @@ def channel_maxima(module: fx.GraphModule, samples: Sequence[tuple[Tensor, ...]]
     maps = [n for n, value in values.items() if isinstance(value, Tensor) and value.dim() == 4]
     largest = {node: torch.zeros(node.meta["val"].shape[1]) for node in maps}
 
-    def widen(node: fx.Node, value: Tensor) -> None:
-        largest[node] = torch.maximum(largest[node], value.abs().amax((0, 2, 3)))
+    def see(node: fx.Node, value: Tensor) -> None:
+        if node in largest:
+            largest[node] = torch.maximum(largest[node], value.abs().amax((0, 2, 3)))
+        if node in also:
+            also[node](node, value)
 
-    for sample in samples if largest else ():
-        look(module, largest, sample, widen)
+    nodes = {*largest, *also}
+    for sample in samples if nodes else ():
+        look(module, nodes, sample, see)
     return largest
