@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from edgedyn import ops, quantize, targets
 from edgedyn.layers import canonicalize
 from edgedyn.recipe_sections import QuantizeSection
+from edgedyn.targets import Int8Scheme
 from edgedyn.targets.onnx_export import translate
 
 TENSORRT = targets.load("tensorrt").int8
@@ -153,8 +154,11 @@ def test_kernels_of_ours_read_float_then():
     assert reads == [True, False]
 
 
-def test_target_with_zero_points_needs_no_shift():
-    scheme = targets.load("executorch").int8
+IMPLICIT = Int8Scheme(symmetric=True, outputs=True)  # of TensorRT's calibration cache
+
+
+@pytest.mark.parametrize("scheme", [targets.load("executorch").int8, IMPLICIT], ids=["executorch", "cache"])
+def test_others_keep_their_steps(scheme):
     program = torch.export.export(make_net(), SAMPLES[0])
     codes = [
         quantize.to_int8(

@@ -134,7 +134,8 @@ def to_int8(
     """
     from edgedyn.quantize.convert import insert_steps
 
-    is_shifted = section.shift and scheme.symmetric
+    # where layers have INT8 outputs, others read these, and have no bias to move them back
+    is_shifted = section.shift and scheme.symmetric and not scheme.outputs
     if is_shifted:  # calibrated with zero points, which are gone in the end; kernels of ours read float then
         scheme, kernels = replace(scheme, symmetric=False), frozenset()
     if calibrated is not None:
