@@ -99,7 +99,11 @@ def channel_maxima(
     layers = [node for node in module.graph.nodes if node.target in MULTIPLY_ADD_OPS]
     behind = [next(iter(node.users)) for node in layers if len(node.users) == 1]
     values = {node: node.meta.get("val") for node in (*layers, *behind)}
-    maps = [n for n, value in values.items() if isinstance(value, Tensor) and value.dim() == 4]
+    maps = [
+        n
+        for n, value in values.items()
+        if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
+    ]
     largest = {node: torch.zeros(node.meta["val"].shape[1]) for node in maps}
 
     def see(node: fx.Node, value: Tensor) -> None:
