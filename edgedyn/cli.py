@@ -17,6 +17,7 @@ from rich.table import Table
 from edgedyn import cli_bench, cli_calibrate, cli_native
 from edgedyn.cli_options import BundlePath, Force, RecipePath, Seed, Set, Trust
 from edgedyn.errors import EdgedynError, TargetMissingError, UsageError
+from edgedyn.memory import keep_freed_memory
 from edgedyn.terminal import ERR, OUT, AsJson, print_json, progress_bars, quiet_libraries
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ _INTERRUPTED = 130
 
 def main() -> None:
     """Run the command line; every refusal becomes one message and its exit code."""
+    keep_freed_memory()
     sys.path.append(str(Path.cwd()))  # model.network may name a module that lies here
     try:
         app()

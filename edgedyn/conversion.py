@@ -155,9 +155,9 @@ def convert(
     if is_int8 and calibration:
         folded = {name: quantize.fold(program) for name, program in captured.items()}
         before = {name: (forms, quantize.fold(program)) for name, (forms, program) in expanded.items()}
-        for name in ("keep_float", "dynamic"):
-            patterns = getattr(recipe.quantize, name)
-            quantize.refuse_unknown_layers([module for _, module in before.values()], name, patterns)
+        modules = [module for _, module in before.values()]
+        quantize.refuse_unknown_layers(modules, "keep_float", recipe.quantize.keep_float)
+        quantize.refuse_unknown_layers(modules, "dynamic", recipe.quantize.dynamic)
         key = table_key(recipe, calibration, folded, before, finetuning)
         table, misfit = find_table(recipe, key, force=force)
         if table is not None:

@@ -19,7 +19,7 @@ from edgedyn.errors import CalibrationError
 
 MOST_BINS = 1024
 _FINEST = 2.0**-40  # spread of a tensor of zeros
-_TINY = 2.0**-20  # a finer step than that, and large values divided by it need more than float32
+_BLOCK = 2**16  # values that are counted at once: what is made of them stays in the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,12 +59,14 @@ class Histogram:
             )
         step = _step(low, high)
         first = math.floor(low / step)
-        # a division by a power of two is exact, so that a value on an edge falls where every merge puts it;
-        # by one above 1, of float32 that is next to nothing, in float64 only
-        bins = flat / np.float32(step) if _TINY < step <= 1 else flat.astype(np.float64) / step
-        np.floor(bins, out=bins)
-        bins -= first
-        return cls(low, high, step, first, np.bincount(bins.astype(np.int64)))
+        counts = np.zeros(math.floor(high / step) - first + 1, np.int64)
+        for start in range(0, flat.size, _BLOCK):
+            block = flat[start : start + _BLOCK]
+            # a division by a power of two is exact, so that a value on an edge falls where every merge puts
+            # it; by one above 1, of float32 that is next to nothing, in float64 only
+            bins = np.floor(block / np.float32(step) if step <= 1 else block.astype(np.float64) / step)
+            counts += np.bincount((bins - first).astype(np.int64), minlength=counts.size)
+        return cls(low, high, step, first, counts)
 
     def __add__(self, other: Histogram) -> Histogram:
         """Count the values of both."""

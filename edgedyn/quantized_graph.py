@@ -56,7 +56,7 @@ def unshare_constants(module: fx.GraphModule, readers: Container[Any]) -> None:
         for index, constant in enumerate(node.args[1:3], start=1):
             if isinstance(constant, fx.Node) and constant.op == "get_attr" and constant.target in seen:
                 name = f"{str(constant.target).replace('.', '_')}_of_{node.name}"
-                value = operator.attrgetter(str(constant.target))(module).detach().clone()
+                value = attribute(module, constant).detach().clone()
                 module.register_parameter(name, nn.Parameter(value, requires_grad=False))
                 with module.graph.inserting_before(node):
                     copied = module.graph.get_attr(name)
@@ -65,6 +65,11 @@ def unshare_constants(module: fx.GraphModule, readers: Container[Any]) -> None:
             elif isinstance(constant, fx.Node):
                 seen.add(str(constant.target))
     module.recompile()
+
+
+def attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    """Return what a ``get_attr`` node reads: a constant, or a module that is called."""
+    return operator.attrgetter(str(node.target))(module)
 
 
 def convolution_arguments(node: fx.Node) -> tuple[Any, Any, Any, int]:

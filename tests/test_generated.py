@@ -28,7 +28,7 @@ KERNELS = {"1.scales.0.output", "1.offsets.0.output"}
 
 def measure_content(module, sites, samples):
     meter = ContentMeter(sites)
-    channel_maxima(module, samples, dict.fromkeys(meter.names, meter.add))
+    channel_maxima(module, (), samples, dict.fromkeys(meter.names, meter.add))
     return meter.read()
 
 

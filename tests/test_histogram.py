@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -57,6 +59,25 @@ def test_tensor_of_one_value_has_one_bin(value):
     histogram = Histogram.of(np.full(5, value))
     assert histogram.counts.tolist() == [5]
     assert histogram.centers.tolist() == [np.float32(value)]
+
+
+LEAST = float(np.finfo(np.float32).smallest_subnormal)
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [-LEAST, 2e6],  # divided by a step above 1, it would be 0 in float32
+        [-LEAST, 2.0**-21],  # by a very fine one, the large value is an index of a bin all the same
+        [2.0**-21, 3e38, -3e38],
+        [-(2.0**-149), LEAST, 1.0],
+    ],
+)
+def test_values_next_to_nothing_fall_where_exact_division_puts_them(values):
+    flat = np.array(values, np.float32)
+    histogram = Histogram.of(flat)
+    bins = [math.floor(Fraction(float(x)) / Fraction(histogram.step)) - histogram.first for x in flat]
+    assert histogram.counts.tolist() == np.bincount(bins).tolist()
 
 
 def test_json_keeps_everything():

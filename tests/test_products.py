@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from edgedyn import quantize, targets
 from edgedyn.quantize.accounting import KEPT_PRODUCT
 from edgedyn.quantize.nodes import fold
-from edgedyn.quantize.products import PRODUCT, scale_outputs
+from edgedyn.quantize.products import PRODUCT, find_scalable, scale_outputs
 from edgedyn.quantize.statistics import channel_maxima
 from edgedyn.recipe_sections import QuantizeSection
 
@@ -60,10 +60,15 @@ def products(made: quantize.Quantized) -> int:
     return sum(row["count"] for row in made.float_nodes if row["reason"] == KEPT_PRODUCT)
 
 
+def scale_all(module, x: Tensor) -> dict[str, Tensor]:
+    sites = find_scalable(module, ())
+    return scale_outputs(module, sites, channel_maxima(module, [site.last for site in sites], [(x,)]))
+
+
 def test_network_stays_what_it_was_and_channels_have_one_range(net):
     wide = copy.deepcopy(net).double()
     module = fold(torch.export.export(wide, (INPUT.double(),)))
-    factors = scale_outputs(module, (), channel_maxima(module, [(INPUT.double(),)]))
+    factors = scale_all(module, INPUT.double())
     assert set(factors) == {
         "body.output"
     }  # what head writes is read by an INT8 layer, tail writes three alike
@@ -130,4 +135,4 @@ class Padded(nn.Module):
 
 def test_map_that_an_int8_layer_reads_behind_its_padding_is_left_alone(net):
     module = fold(torch.export.export(Padded(net), (INPUT,)))
-    assert scale_outputs(module, (), channel_maxima(module, [(INPUT,)])) == {}
+    assert scale_all(module, INPUT) == {}

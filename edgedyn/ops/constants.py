@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from edgedyn.quantized_graph import attribute
+
 
 def fold_constants(program: ExportedProgram) -> ExportedProgram:
     """Replace every value that only parameters and buffers determine by a stored tensor.
@@ -46,7 +48,7 @@ def _constant_values(module: fx.GraphModule) -> dict[fx.Node, Any]:
     values: dict[fx.Node, Any] = {}
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            values[node] = operator.attrgetter(str(node.target))(module)
+            values[node] = attribute(module, node)
         elif _is_foldable(node) and all(source in values for source in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             values[node] = node.target(*args, **kwargs)

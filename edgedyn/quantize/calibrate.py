@@ -25,7 +25,7 @@ from edgedyn.quantize.lockstep import Lockstep, codes_of, round_weight
 from edgedyn.quantize.nodes import bias_of, by_output, set_constant, weight_of
 from edgedyn.quantize.norms import reestimate
 from edgedyn.quantize.plan import Plan, Site, Steps, find_sites, name_tensors
-from edgedyn.quantize.products import scale_outputs
+from edgedyn.quantize.products import find_scalable, scale_outputs
 from edgedyn.quantize.rounding import measure_moments, reconstruct
 from edgedyn.quantize.statistics import channel_maxima, observe
 from edgedyn.quantized_graph import convolution_arguments
@@ -100,17 +100,17 @@ def observe_program(
         CalibrationError: without samples, or for a sample that brings NaN or infinite values.
     """
     refuse_samples(samples, sources)
-    pairs = find_pairs(module)
-    most = section.equalize_dense
+    pairs = find_pairs(module) if section.equalize else []
     writing = find_generating(module, generated)
+    done = {pair.first for pair in pairs} | {site.node for site in writing}
+    scalable = find_scalable(module, done) if section.equalize_outputs else []
+    maps = {node for pair in pairs for node in pair.maps} | {site.last for site in scalable}
     meter = ContentMeter(writing)
-    largest = channel_maxima(module, samples, dict.fromkeys(meter.names, meter.add))
+    largest = channel_maxima(module, maps, samples, dict.fromkeys(meter.names, meter.add))
     content = meter.read()
-    changed = equalize(module, pairs, largest, most_dense=most) if section.equalize else []
+    changed = equalize(module, pairs, largest, most_dense=section.equalize_dense)
     products = scale_taps(module, writing, content) if section.generated == "tap" else {}
-    if section.equalize_outputs:
-        done = {pair.first for pair in pairs} | {site.node for site in writing}
-        products |= scale_outputs(module, done, largest)
+    products |= scale_outputs(module, scalable, largest)
     sites = find_sites(module)
     constants = _changed_constants(module, [x for x in sites if x.node in changed or x.y in products])
     found = observe(

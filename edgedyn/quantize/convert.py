@@ -92,7 +92,7 @@ def make_quantizer(plan: Plan, steps: Steps, scheme: Int8Scheme) -> Any:
             nodes = {node.name: node for node in model.graph.nodes}
             for call, x in plan.kernels.items():
                 annotate(nodes[call.name], {nodes[call.name].args[0]: activation(x)})
-            has_step = plan.written(scheme)
+            has_step = set(plan.written(scheme))
             for site in plan.sites:
                 node = nodes[site.node.name]
                 last = nodes[site.last.name]

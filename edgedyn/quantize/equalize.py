@@ -18,22 +18,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from edgedyn.quantize.nodes import (
-    MULTIPLY_ADD_OPS,
-    bias_of,
-    fused_activation,
-    set_constant,
-    weight_of,
-)
+from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, RELUS, bias_of, fused_activation, set_constant, weight_of
 from edgedyn.quantized_graph import convolution_arguments
 
 _LARGEST = 32.0  # a channel that is hardly ever used keeps some of its steps
-_HOMOGENEOUS = {
-    torch.ops.aten.relu.default,
-    torch.ops.aten.relu_.default,
-    torch.ops.aten.prelu.default,
-    torch.ops.aten.leaky_relu.default,
-}
+_HOMOGENEOUS = RELUS | {torch.ops.aten.prelu.default, torch.ops.aten.leaky_relu.default}
 
 
 @dataclass(frozen=True)
@@ -49,6 +38,11 @@ class Pair:
     first: fx.Node
     between: fx.Node
     second: fx.Node
+
+    @property
+    def maps(self) -> tuple[fx.Node, fx.Node]:
+        """Return what may have an INT8 step: what ``first`` writes, and what ``second`` reads."""
+        return fused_activation(self.first) or self.first, self.between
 
 
 def find_pairs(module: fx.GraphModule) -> list[Pair]:
@@ -81,14 +75,13 @@ def equalize(
     Args:
         module: a folded program; changed in place.
         pairs: of its convolutions.
-        largest: absolute value of each channel of what layers write, from ``channel_maxima``.
+        largest: absolute value of each channel of the maps of the pairs, from ``channel_maxima``.
         most_dense: how many times a channel may be widened that a dense layer takes back: there all inputs of
             an output channel share one step.
     """
-    quantized = {pair: (fused_activation(pair.first) or pair.first, pair.between) for pair in pairs}
     scaled = [pair for pair in pairs if largest[pair.between].any()]
     for pair in scaled:
-        shares = [largest[node] / largest[node].max() for node in quantized[pair]]
+        shares = [largest[node] / largest[node].max() for node in pair.maps]
         _scale(module, pair, torch.stack(shares).amax(0), most_dense)
     module.recompile()
     return list(dict.fromkeys(node for pair in scaled for node in (pair.first, pair.second)))

@@ -6,7 +6,6 @@ errors that reach it.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -16,10 +15,10 @@ from torch.utils import _pytree as pytree
 
 from edgedyn.quantize.nodes import by_output
 from edgedyn.quantize.plan import Plan, Site, Steps
+from edgedyn.quantized_graph import attribute
 from edgedyn.targets import Int8Scheme
 
 STEP_EPSILON = torch.finfo(torch.float32).eps  # least scale of a range taken at run time
-
 
 Step = tuple[float, int] | None  # scale and zero point; None: by the tensor's own range
 
@@ -98,7 +97,7 @@ class Lockstep:
             if node.op == "placeholder":
                 values[node] = [(x, x) for x in next(given)]
             elif node.op == "get_attr":
-                constant = operator.attrgetter(str(node.target))(self.module)
+                constant = attribute(self.module, node)
                 values[node] = [(constant, constant)] * len(samples)
             elif node.op == "output":
                 first = pytree.tree_leaves(node.args[0])[0]
@@ -125,20 +124,24 @@ class Lockstep:
                 values[source][k] = (None, None)
             if node in self.read:
                 int8[0][0] = quantize_dequantize(int8[0][0], self.read[node])
-            wanted.append(node.target(*float_[0], **float_[1]))  # type: ignore[operator]
+            wanted.append(_run(node, *float_))
             if node in self.sites:
                 given.append(int8)
             else:
-                found.append(self._run(node, int8))
+                found.append(self._write(node, *int8))
         if node in self.sites:
             weight, bias = change(self.sites[node], [a[0] for a, _ in given], wanted)
             for a, named in given:
-                found.append(self._run(node, ([a.pop(0), weight, bias, *a[2:]], named)))
+                found.append(self._write(node, [a.pop(0), weight, bias, *a[2:]], named))
         return list(zip(wanted, found, strict=True))
 
-    def _run(self, node: fx.Node, given: tuple[list[Any], dict[str, Any]]) -> Any:
-        y = node.target(*given[0], **given[1])  # type: ignore[operator]
+    def _write(self, node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+        y = _run(node, args, kwargs)
         return quantize_dequantize(y, self.written[node]) if node in self.written else y
+
+
+def _run(node: fx.Node, args: list[Any], kwargs: dict[str, Any]) -> Any:
+    return node.target(*args, **kwargs)  # type: ignore[operator]
 
 
 def _arguments(

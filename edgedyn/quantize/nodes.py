@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Collection
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgedyn.quantized_graph import explicit_padding, unshare_constants
+from edgedyn.quantized_graph import attribute, explicit_padding, unshare_constants
 
 MULTIPLY_ADD_OPS = {
     torch.ops.aten.conv2d.default,
     torch.ops.aten.linear.default,
     torch.ops.aten.convolution.default,
 }
-FUSED_ACTIVATIONS = {
-    torch.ops.aten.relu.default,
-    torch.ops.aten.relu_.default,
+RELUS = {torch.ops.aten.relu.default, torch.ops.aten.relu_.default}
+FUSED_ACTIVATIONS = RELUS | {
     torch.ops.aten.relu6.default,
     torch.ops.aten.relu6_.default,
     torch.ops.aten.hardtanh.default,
@@ -98,19 +96,22 @@ def channel_axis(value: Tensor) -> int:
     return 1 if value.dim() == 4 else value.dim() - 1
 
 
+def constant_of(module: fx.GraphModule, node: object) -> Tensor:
+    """Return the tensor that a ``get_attr`` node reads."""
+    assert isinstance(node, fx.Node)
+    value: Tensor = attribute(module, node)
+    return value.detach()
+
+
 def weight_of(module: fx.GraphModule, node: fx.Node) -> Tensor:
     """Return the weight of a convolution or linear layer."""
-    value: Tensor = operator.attrgetter(str(node.args[1].target))(module)  # type: ignore[union-attr]
-    return value.detach()
+    return constant_of(module, node.args[1])
 
 
 def bias_of(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
     """Return the bias of a convolution or linear layer, or None where it has none."""
     argument = node.args[2] if len(node.args) > 2 else None
-    if not isinstance(argument, fx.Node):
-        return None
-    value: Tensor = operator.attrgetter(str(argument.target))(module)
-    return value.detach()
+    return constant_of(module, argument) if isinstance(argument, fx.Node) else None
 
 
 def by_output(values: Tensor, weight: Tensor) -> Tensor:

@@ -9,36 +9,52 @@ and a residual sum, or of a generated kernel's taps. It costs one float product 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
 
 from edgedyn.ops import is_ours
 from edgedyn.quantize.accounting import moves_only
-from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, by_output, channel_axis, set_constant, weight_of
+from edgedyn.quantize.nodes import (
+    MULTIPLY_ADD_OPS,
+    RELUS,
+    bias_of,
+    by_output,
+    channel_axis,
+    set_constant,
+    shape_of,
+    weight_of,
+)
 from edgedyn.quantize.plan import Site, find_sites
 
 PRODUCT = "product"  # in a node's meta: it gives channels their size back
-_SCALES = {torch.ops.aten.relu.default, torch.ops.aten.relu_.default}  # f(s y) = s f(y)
 _PADS = {torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default}
 _LARGEST = 32.0  # a channel that is hardly ever used
 _WORTH = 0.5  # of the power of the rounding error, averaged over channels, or less must be left
 
 
+def find_scalable(module: fx.GraphModule, taken_back: Collection[fx.Node]) -> list[Site]:
+    """Return the convolutions whose channels can be scaled and taken back by a product.
+
+    Args:
+        module: a folded program.
+        taken_back: convolutions whose channels somebody else takes back.
+    """
+    sites = [site for site in find_sites(module) if site.node not in taken_back and can_scale(site)]
+    return [site for site in sites if len(shape_of(site.last)) == 4]
+
+
 def scale_outputs(
-    module: fx.GraphModule, taken_back: Collection[fx.Node], largest: Mapping[fx.Node, Tensor]
+    module: fx.GraphModule, sites: Sequence[Site], largest: Mapping[fx.Node, Tensor]
 ) -> dict[str, Tensor]:
     """Scale what convolutions write for float operators, where that pays; return the products by name.
 
     Args:
         module: a folded float program; changed in place, exactly but for one float32 rounding a weight.
-        taken_back: convolutions whose channels the next one takes back.
-        largest: absolute value of each channel of what layers write, from ``channel_maxima``; those that are
-            taken back may have other sizes by now.
+        sites: the convolutions, from ``find_scalable``.
+        largest: absolute value of each channel of what they write, from ``channel_maxima``.
     """
-    sites = [site for site in find_sites(module) if site.node not in taken_back and can_scale(site)]
-    sites = [site for site in sites if site.last.meta["val"].dim() == 4]
     factors = {}
     for site in sites:
         top = largest[site.last].max()
@@ -51,7 +67,7 @@ def scale_outputs(
 
 def can_scale(site: Site) -> bool:
     """Whether the channels that a layer writes can be scaled in it and taken back where they are float."""
-    return not _meets_layer(site.last) and (site.last is site.node or site.last.target in _SCALES)
+    return not _meets_layer(site.last) and (site.last is site.node or site.last.target in RELUS)
 
 
 def _meets_layer(node: fx.Node) -> bool:

@@ -10,17 +10,15 @@ and y's bias takes it. Zero padding is s z now, so that a padded map is padded i
 
 from __future__ import annotations
 
-import operator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 
-from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, bias_of, set_constant
+from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, RELUS, bias_of, channel_axis, constant_of, set_constant
 from edgedyn.quantized_graph import convolution_arguments
 
 SHIFT = "shift"  # in a node's meta: it moves a map, or pads one that was moved
-_RELUS = {torch.ops.aten.relu.default, torch.ops.aten.relu_.default}
 
 
 def shift_zero_points(module: fx.GraphModule) -> None:
@@ -51,13 +49,14 @@ def _move(module: fx.GraphModule, quantize: fx.Node, offset: float) -> fx.Node:
     """Return what a quantize node reads, moved by an offset."""
     x = quantize.args[0]
     assert isinstance(x, fx.Node)
-    layer = x.args[0] if x.target in _RELUS else None
+    layer = x.args[0] if x.target in RELUS else None
     is_free = isinstance(layer, fx.Node) and layer.target in MULTIPLY_ADD_OPS and len(layer.users) == 1
     if is_free and len(x.users) == 1:
         assert isinstance(layer, fx.Node)
         bias = bias_of(module, layer)
-        channels = layer.meta["val"].shape[-1 if layer.target is torch.ops.aten.linear.default else 1]
-        set_constant(module, layer, 2, torch.full((channels,), offset) + (0 if bias is None else bias))
+        y = layer.meta["val"]
+        bias = torch.zeros(y.shape[channel_axis(y)]) if bias is None else bias
+        set_constant(module, layer, 2, bias + offset)
         return _insert(module, quantize, torch.ops.aten.clamp.default, (layer, offset), x)
     return _insert(module, quantize, torch.ops.aten.add.Tensor, (x, offset), x)
 
@@ -94,11 +93,6 @@ def _dequantized(module: fx.GraphModule, layer: fx.Node) -> Tensor:
     """Return the weight of a layer as its INT8 codes have it."""
     dequantize = layer.args[1]
     assert isinstance(dequantize, fx.Node)
-    codes, scales, zeros = (_constant(module, node) for node in dequantize.args[:3])
+    codes, scales, zeros = (constant_of(module, node) for node in dequantize.args[:3])
     pair = torch.ops.quantized_decomposed
     return pair.dequantize_per_channel(codes, scales, zeros, *dequantize.args[3:])  # type: ignore[no-any-return]
-
-
-def _constant(module: fx.GraphModule, node: Any) -> Tensor:
-    value: Tensor = operator.attrgetter(str(node.target))(module)
-    return value.detach()

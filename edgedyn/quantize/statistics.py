@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
-from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS
+from edgedyn.quantize.nodes import shape_of
 
 
 def look(
@@ -84,31 +84,24 @@ def count(found: dict[str, Histogram], name: str, values: np.ndarray, where: str
 
 def channel_maxima(
     module: fx.GraphModule,
+    maps: Collection[fx.Node],
     samples: Sequence[tuple[Tensor, ...]],
     also: Mapping[fx.Node, Callable[[fx.Node, Tensor], None]] = MappingProxyType({}),
 ) -> dict[fx.Node, Tensor]:
-    """Return the largest absolute value of each channel of what convolutions write, over all samples, (C,).
-
-    Of maps (B, C, H, W), before and behind the one operator that reads them alone: an activation.
+    """Return the largest absolute value of each channel of maps over all samples, (C,).
 
     Args:
         module: a folded float program.
+        maps: nodes of it, (B, C, H, W).
         samples: its inputs.
         also: called with these nodes and their values, in the same pass.
     """
-    layers = [node for node in module.graph.nodes if node.target in MULTIPLY_ADD_OPS]
-    behind = [next(iter(node.users)) for node in layers if len(node.users) == 1]
-    values = {node: node.meta.get("val") for node in (*layers, *behind)}
-    maps = [
-        n
-        for n, value in values.items()
-        if isinstance(value, Tensor) and value.dim() == 4 and value.is_floating_point()
-    ]
-    largest = {node: torch.zeros(node.meta["val"].shape[1]) for node in maps}
+    largest = {node: torch.zeros(shape_of(node)[1]) for node in maps}
 
     def see(node: fx.Node, value: Tensor) -> None:
         if node in largest:
-            largest[node] = torch.maximum(largest[node], value.abs().amax((0, 2, 3)))
+            high, low = value.amax((0, 2, 3)), value.amin((0, 2, 3))  # abs would copy the map
+            largest[node] = torch.maximum(largest[node], torch.maximum(high, -low))
         if node in also:
             also[node](node, value)
 

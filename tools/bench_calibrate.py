@@ -1,0 +1,77 @@
+"""How long calibrating takes, and what memory: ``edgedyn calibrate`` in a process of its own, by rounding.
+
+    python tools/bench_calibrate.py recipes/mallenet-s.phone.int8.yaml --images PATH
+                                    [--out docs/measurements/calibration-time.json]
+
+Whoever measures leaves the machine alone meanwhile.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated
+
+import measurement
+import typer
+
+ROUNDINGS = ("nearest", "reconstruct")
+
+
+def main(
+    recipe: Path,
+    images: Annotated[Path, typer.Option(help="folder of calibration images")],
+    samples: int = 32,
+    height: int = 320,
+    width: int = 480,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="time the C library's own keeping of memory, too")
+    ] = False,
+    out: Path | None = None,
+) -> None:
+    shape = [1, 3, height, width]
+    what = f"{recipe.stem}, {samples} images of {height} x {width}: seconds of the whole command, peak memory"
+    rows = []
+    for rounding in ROUNDINGS:
+        for keeps in (True, False) if plain and rounding == "nearest" else (True,):
+            settings = {
+                "calibration": str(images),
+                "input.shape": json.dumps(shape),
+                "quantize.samples": samples,
+                "quantize.rounding": rounding,
+            }
+            rows.append({"rounding": rounding, "keeps_memory": keeps, **calibrate(recipe, settings, keeps)})
+            print(json.dumps(rows[-1]), flush=True)
+            measurement.write(out, {"what": what, "rows": rows})
+
+
+def calibrate(recipe: Path, settings: dict[str, object], keeps: bool) -> dict[str, float]:
+    """Run the command and return its seconds, of the processor also, its peak in MiB, and its page faults."""
+    program = ["from edgedyn import cli", "cli.main()"]
+    if not keeps:
+        program.insert(1, "cli.keep_freed_memory = lambda: None")
+    with tempfile.TemporaryDirectory() as folder:
+        command = ["-c", "; ".join(program), "calibrate", str(recipe), "-o", f"{folder}/table.json"]
+        for key, value in settings.items():
+            command += ["--set", f"{key}={value}"]
+        start = time.perf_counter()
+        process = os.posix_spawn(sys.executable, [sys.executable, *command], os.environ)
+        _, status, used = os.wait4(process, 0)
+        seconds = time.perf_counter() - start
+    if status:
+        raise typer.Exit(1)
+    return {
+        "seconds": round(seconds, 1),
+        "user_s": round(used.ru_utime, 1),
+        "system_s": round(used.ru_stime, 1),
+        "peak_mib": round(used.ru_maxrss / 1024),  # Linux counts in KiB
+        "page_faults": used.ru_minflt,
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
