@@ -62,6 +62,17 @@ def test_moments_are_those_of_what_the_layer_reads(name):
             torch.testing.assert_close(a, b, rtol=0, atol=300 * 1.2e-7 * float(b.abs().max() + 9))
 
 
+@pytest.mark.parametrize("name", LAYERS)
+def test_a_mean_does_not_drown_the_spread_of_many_positions(name):
+    layer, x = LAYERS[name], 10 + 1e-2 * correlated(1, 6, 300, 400)
+    with torch.no_grad():
+        y = layer(x)
+    found = measure_moments(node_of(layer, x), [x], [y], layer.groups)
+    for moments, (h, *_) in zip(found, exact_moments(layer, x, y), strict=True):
+        torch.testing.assert_close(moments.h, h, rtol=0, atol=1e-9)
+        assert torch.linalg.eigvalsh(moments.h).min() > -1e-9
+
+
 @pytest.mark.parametrize(
     "layer",
     [
