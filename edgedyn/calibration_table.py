@@ -1,11 +1,11 @@
 """The calibration table: of every tensor what calibration saw, and the INT8 steps that follow. A text file.
 
-    NAME.json          the key, the image set, and for each program its tensors, one a line
-    NAME.safetensors   beside it, where calibration changed weights or biases: their new values
+    NAME.json               the key, the image set, and for each program its tensors, one a line
+    NAME.json.safetensors   beside it, where calibration changed weights or biases: their new values
 
 A table belongs to what its key says: network, graph, forms, images, transform, method, versions. Each tensor
-has the sha256 of its own line, so that one edited by hand is found and named. Standard library, numpy and
-safetensors only.
+has the sha256 of its own line, so that one edited by hand is found and named; so have the key and the list of
+all lines. Standard library, numpy and safetensors only.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from edgedyn.errors import CalibrationError
+from edgedyn.errors import CalibrationError, UsageError
 from edgedyn.files import replace_files
 from edgedyn.table_entries import Entry, Outcome, Precision, digest, sealed
 
-FORMAT = 2
+FORMAT = 3
 _AGAIN = "Calibrate again: edgedyn calibrate RECIPE -o FILE"
 
 
@@ -63,7 +63,7 @@ class CalibrationTable:
             if found != wanted:
                 raise CalibrationError(
                     f"calibration table {path} is of another {name}: {_difference(found, wanted)}. {_AGAIN}, "
-                    "or pass --force to use it as it is; the report will say so."
+                    "or pass --force to use it as it is, which the report says."
                 )
 
     def write(self, path: Path) -> None:
@@ -72,7 +72,7 @@ class CalibrationTable:
         Whoever interrupts this leaves the old table, the new one, or none: never one with other constants.
         """
         weights = save({name: np.ascontiguousarray(x) for name, x in sorted(self.constants.items())})
-        beside = path.with_suffix(".safetensors")
+        beside = _beside(path)
         head = {
             "format": FORMAT,
             "key": dict(self.key),
@@ -81,11 +81,14 @@ class CalibrationTable:
             "precision": {name: sealed(p.to_json()) for name, p in self.precision.items()},
             "ablation": {name: sealed(dict(drops)) for name, drops in self.ablation.items()},
         }
-        outcomes = ",".join(f"\n  {json.dumps(outcome.to_json())}" for outcome in self.coverage)
+        coverage = [outcome.to_json() for outcome in self.coverage]
+        programs = {name: [entry.to_json() for entry in entries] for name, entries in self.programs.items()}
+        head["sha256"] = _whole({**head, "coverage": coverage, "programs": programs})
+        outcomes = ",".join(f"\n  {json.dumps(row)}" for row in coverage)
         lines = [json.dumps(head, indent=1)[:-2] + f',\n "coverage": [{outcomes}],\n "programs": {{']
-        for number, (program, entries) in enumerate(self.programs.items()):
-            rows = ",\n".join(f"   {json.dumps(entry.to_json())}" for entry in entries)
-            comma = "," if number + 1 < len(self.programs) else ""
+        for number, (program, entries) in enumerate(programs.items()):
+            rows = ",\n".join(f"   {json.dumps(row)}" for row in entries)
+            comma = "," if number + 1 < len(programs) else ""
             lines.append(f"  {json.dumps(program)}: [\n{rows}\n  ]{comma}")
         text = "\n".join([*lines, " }\n}\n"]).encode()
         replace_files({beside: weights, path: text} if self.constants else {path: text})
@@ -106,7 +109,7 @@ def read_table(path: Path) -> CalibrationTable:
                 f"calibration table {path} has format {values['format']}; this version reads {FORMAT}. "
                 f"{_AGAIN}."
             )
-        programs = {}
+        whole, programs = _whole(values), {}
         for program, rows in values["programs"].items():
             for row in rows:
                 what = f"the entry {row.get('name')!r} of program {program!r}"
@@ -121,8 +124,13 @@ def read_table(path: Path) -> CalibrationTable:
         for row in values["coverage"]:
             what = f"the coverage of {row.get('decision')} {row.get('name')!r}"
             _refuse_edited(path, row, what, "The recipe says what is demanded (quantize.coverage)")
+        if values["sha256"] != whole:
+            raise CalibrationError(
+                f"calibration table {path}: its key, its images or its list of tensors was edited: the "
+                f"sha256 of all is {whole}, it says {values['sha256']}. {_AGAIN}."
+            )
         coverage = tuple(Outcome(**row) for row in values["coverage"])
-        constants = _read_constants(path.with_suffix(".safetensors"), values["constants"])
+        constants = _read_constants(_beside(path), values["constants"])
         key, images, ablation = values["key"], values["images"], values["ablation"]
         return CalibrationTable(key, images, programs, constants, precision, ablation, coverage)
     except OSError as error:
@@ -133,6 +141,36 @@ def read_table(path: Path) -> CalibrationTable:
         raise CalibrationError(
             f"calibration table {path} is damaged ({type(error).__name__}: {error}). {_AGAIN}."
         ) from error
+
+
+def refuse_place(path: Path) -> None:
+    """Refuse a path that no table can be written to: better before a calibration than after it.
+
+    Raises:
+        UsageError: when it names no JSON file, or its folder is not there.
+    """
+    if path.suffix != ".json":
+        raise UsageError(
+            f"a calibration table is a JSON file, found {path}. Give it a name that ends in .json."
+        )
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"calibration table {path}: there is no folder {path.parent}. Make it first.")
+
+
+def _beside(path: Path) -> Path:
+    """Return where the constants of a table stand: under a name that nobody else gives a file."""
+    return path.with_name(f"{path.name}.safetensors")
+
+
+def _whole(values: Mapping[str, Any]) -> str:
+    """Return the digest of what the rows of a table do not say: its key, and which rows there are."""
+    rows = {
+        "precision": {name: row["sha256"] for name, row in values["precision"].items()},
+        "ablation": {name: row["sha256"] for name, row in values["ablation"].items()},
+        "coverage": [row["sha256"] for row in values["coverage"]],
+        "programs": {name: [row["sha256"] for row in rows] for name, rows in values["programs"].items()},
+    }
+    return digest({name: values[name] for name in ("format", "key", "images", "constants")} | rows)
 
 
 def _refuse_edited(path: Path, row: dict[str, Any], what: str, instead: str) -> None:

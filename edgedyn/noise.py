@@ -88,6 +88,10 @@ class NoiseSection(Section):
         """Whether noise is made and added to clean images."""
         return self.kind in ("gaussian", "poisson-gaussian")
 
+    def at_level(self, sigma: float) -> NoiseSection:
+        """Return Gaussian noise of one level, clipped as before; other kinds have no such level and stay."""
+        return NoiseSection(sigma=[sigma], clip=self.clip) if self.kind == "gaussian" else self
+
     def to_json(self) -> dict[str, object]:
         """Return the keys that are set."""
         return self.model_dump(exclude_none=True)

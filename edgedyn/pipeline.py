@@ -19,6 +19,7 @@ from torch import nn
 
 from edgedyn import coverage, decisions, implicit, ops, targets, validate
 from edgedyn.bundle import Bundle, refuse_existing, staging_folder, write_bundle
+from edgedyn.calibration_table import refuse_place
 from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
 from edgedyn.conversion import Converted, Progress, capture, convert, rewrite
 from edgedyn.dispatch import Decision, Dispatcher, load_programs
@@ -155,13 +156,14 @@ def calibrate(
 
     Raises:
         RecipeError: for a recipe of another precision, or one that has no calibration cache.
-        UsageError: when something stands at ``out`` or ``cache``.
+        UsageError: when something stands at ``out`` or ``cache``, or ``out`` can be no table.
     """
     if recipe.precision != "int8":
         raise RecipeError(
             f"recipe {recipe.name!r} has precision {recipe.precision!r}; only int8 has a calibration table. "
             "Set precision: int8."
         )
+    refuse_place(out)
     if out.exists() and not force:
         raise UsageError(f"{out} exists. Choose another name, or pass --force to replace it.")
     if cache is not None:

@@ -34,7 +34,7 @@ class Recall:
 
     def _read(self) -> dict[str, Values]:
         try:
-            found: dict[str, Values] = json.loads(self.path.read_text(encoding="utf-8"))
+            found = json.loads(self.path.read_text(encoding="utf-8"))
         except (OSError, ValueError):  # nothing measured yet, or a file that somebody damaged: measured again
             return {}
-        return found
+        return found if isinstance(found, dict) else {}

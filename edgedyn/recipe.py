@@ -27,7 +27,7 @@ from edgedyn.recipe_sections import (
     RouteSection,
     TileSection,
 )
-from edgedyn.sections import Section, explain
+from edgedyn.sections import Section, dump_yaml, explain, read_yaml
 from edgedyn.tensors import TensorSpec
 
 if TYPE_CHECKING:
@@ -56,7 +56,8 @@ class Recipe(Section):
     validation: str = Field(description="set manifest or folder, disjoint from the calibration set")
     noise: NoiseSection | None = Field(
         default=None,
-        description="in place of both sets' own; of a network that is told sigma in its arguments, that one",
+        description="in place of both sets' own; else their Gaussian noise is at the level that a network is "
+        "told in its argument sigma, where it has one",
     )
     limits: LimitSection = LimitSection()
     tile: TileSection = TileSection()
@@ -89,9 +90,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """Return the whole recipe, defaults included, as YAML."""
-        values = self.model_dump(exclude={"folder"})
-        text: str = yaml.safe_dump(values, sort_keys=False, allow_unicode=True, width=110)
-        return text
+        return dump_yaml(self.model_dump(exclude={"folder"}))
 
     def digest(self) -> str:
         """Return the sha256 of the recipe's values."""
@@ -104,13 +103,14 @@ class Recipe(Section):
             return ""
         return hashlib.sha256(self.path(self.model.weights).read_bytes()).hexdigest()
 
-    @property
-    def noise_of_sets(self) -> NoiseSection | None:
-        """What both sets add to their images, or None for what they say themselves."""
+    def choose_noise(self, own: NoiseSection) -> NoiseSection:
+        """Return the recipe's noise, else a set's own, at the level that the network is told."""
+        if self.noise is not None:
+            return self.noise
         told = self.model.arguments.get("sigma")
-        if self.noise is None and isinstance(told, int | float):
-            return NoiseSection(sigma=[float(told)], clip=False)
-        return self.noise
+        if not isinstance(told, int | float) or isinstance(told, bool):  # true and false are no level
+            return own
+        return own.at_level(float(told))
 
     @property
     def is_trained(self) -> bool:
@@ -186,7 +186,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: for a missing or unreadable file, an unknown key (the nearest is named) or a wrong type.
     """
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(
             f"recipe {path} cannot be read ({error.strerror}); expected a YAML file. "
@@ -223,7 +223,7 @@ def _override(values: dict[str, Any], override: str) -> None:
             f"--set {override!r} is not of the form key=value, for instance quantize.rounding=nearest."
         )
     try:
-        value = yaml.safe_load(text)
+        value = read_yaml(text)
     except yaml.YAMLError as error:
         raise RecipeError(
             f"--set {override!r}: the value is not YAML. Quote it, or close its brackets."

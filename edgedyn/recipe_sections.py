@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from edgedyn.sections import Section
 
@@ -41,8 +41,15 @@ class RangeSection(Section):
     kernel: Estimator = Field(default="minmax", description="generated kernels, where they are INT8")
     weight: Literal["minmax", "mse"] = Field(default="minmax", description="each output channel by itself")
     percentile: float = Field(
-        default=99.99, gt=50, le=100, description="share of values inside, where an estimator is percentile"
+        default=99.99, description="percent of values inside, (50, 100], where an estimator is percentile"
     )
+
+    @field_validator("percentile")
+    @classmethod
+    def _is_most_of_the_values(cls, value: float) -> float:
+        if not 50 < value <= 100:  # so that nan is refused too
+            raise ValueError("expected more than 50 and at most 100, (50, 100]")
+        return value
 
 
 class CoverageSection(Section):

@@ -28,7 +28,7 @@ def load_sets(
     """Open the calibration set, and draw the validation samples of a disjoint set.
 
     Args:
-        recipe: names the sets; its noise takes the place of theirs.
+        recipe: names the sets; its noise, or the level that its network is told, takes the place of theirs.
         calibration: in place of the recipe's.
 
     Raises:
@@ -88,8 +88,7 @@ def to_tensors(sample: Sample) -> tuple[Tensor, ...]:
 
 
 def _with_noise(recipe: Recipe, images: CalibrationSet) -> CalibrationSet:
-    noise = recipe.noise_of_sets
-    return images if noise is None else images.with_noise(noise)
+    return images.with_noise(recipe.choose_noise(images.noise))
 
 
 def _refuse_unfit(images: CalibrationSet, validation: CalibrationSet) -> None:

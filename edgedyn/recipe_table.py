@@ -1,7 +1,7 @@
 """The calibration table of a recipe: what it belongs to, where it is kept, and how it is made.
 
     model       network, arguments, digest of the weights
-    graph       what each program could have in INT8, before our ops are expanded
+    graph       what each program computes, before our ops are expanded
     forms       of our ops, where they bring convolutions of their own
     data        digest of the image set: files, noise, samples, seed
     transform   task and shapes: how an image becomes an input
@@ -22,12 +22,13 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
-from edgedyn.calibration_table import CalibrationTable, read_table
+from edgedyn.calibration_table import CalibrationTable, read_table, refuse_place
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.manifest import ROUTER
 from edgedyn.quantize import Calibrated, Exam
+from edgedyn.quantize.nodes import shape_of
 from edgedyn.quantize.plan import find_sites
 from edgedyn.recall import Recall
 from edgedyn.recipe_sets import to_tensors
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
     from edgedyn.recipe import Recipe
 
 _EXAM = 12  # samples that INT8 is judged on, once for each layer
-_TOOLS = ("torch", "torchao", "nncf", "numpy")
+_TOOLS = ("edgedyn", "torch", "torchao", "nncf", "numpy")
 
 
 def table_key(
@@ -60,11 +61,11 @@ def table_key(
         expanded: the forms of these ops, and the programs before they are quantized, folded.
         finetuning: the set that weights are trained on, where it is another one.
     """
-    graphs = {name: _digest(program) for name, program in captured.items()}
+    layers = {name: _layers(program) for name, program in captured.items()}
     forms = {
         op.name: form.name
         for name, (chosen, program) in expanded.items()
-        if _digest(program) != graphs[name]
+        if _layers(program) != layers[name]
         for op, form in chosen.items()
         if form.expand == "before_quantize"
     }
@@ -73,7 +74,7 @@ def table_key(
     more = {} if finetuning is None else {"finetuning": finetuning.digest()}
     return {
         "model": {**model, "weights": weights},
-        "graph": graphs,
+        "graph": {name: _graph(program) for name, program in captured.items()},
         "forms": forms,
         "data": images.digest(),
         "transform": {"task": recipe.task, "shapes": [list(shape) for shape in recipe.input_shapes()]},
@@ -98,8 +99,13 @@ def find_table(
 
     Raises:
         CalibrationError: when it is damaged, was edited, or is of something else: the field is named.
+        UsageError: when it is not there, and could not be written there.
     """
-    if recipe.quantize.table is None or not (path := recipe.path(recipe.quantize.table)).exists():
+    if recipe.quantize.table is None:
+        return None, ""
+    path = recipe.path(recipe.quantize.table)
+    refuse_place(path)
+    if not path.exists():
         return None, ""
     table = read_table(path)
     try:
@@ -169,15 +175,16 @@ def make_exams(
         RecipeError: for a task without truth.
     """
     task = TASKS[recipe.task]
+    asked = "what INT8 costs (quantize.max_drop_db, --sensitivity, --ablation) is PSNR against the truth, and"
     if not task.has_truth:
         raise RecipeError(
-            f"quantize.max_drop_db is PSNR against the truth, and the task {recipe.task!r} has none. Choose "
-            "float layers by quantize.keep_float; limits.sqnr_db is what is demanded of the outputs."
+            f"{asked} the task {recipe.task!r} has none. Choose float layers by quantize.keep_float; "
+            "limits.sqnr_db is what is demanded of the outputs."
         )
     if not images.has_truth:
         raise CalibrationError(
-            f"quantize.max_drop_db is PSNR against the truth, and calibration set {images.name!r} has noisy "
-            "photos without clean ones. Add clean: to the manifest, or choose by quantize.keep_float."
+            f"{asked} calibration set {images.name!r} has noisy photos without clean ones. Add clean: to the "
+            "manifest, or choose by quantize.keep_float."
         )
     fresh = images.fresh(1).draw(recipe.input_shapes(), task)
     drawn = list(itertools.islice(fresh, _EXAM))
@@ -192,7 +199,7 @@ def make_exams(
             recipe.quantize.max_drop_db,
             recipe.limits.int8_share,
             ablates,
-            Recall(name + facts, sorted(Path(__file__).parent.glob("quantize/*.py"))),
+            Recall(name + facts, sorted(Path(__file__).parent.rglob("*.py"))),
         )
         for name in parts(canonical)
         if name != ROUTER
@@ -207,7 +214,26 @@ def part_of(table: CalibrationTable, program: str) -> Calibrated:
     return Calibrated(table.programs.get(program, ()), constants, precision, ablation)
 
 
-def _digest(module: fx.GraphModule) -> str:
+def _layers(module: fx.GraphModule) -> str:
     """Return the digest of what could be INT8: layers, the tensors that they read and write, and shapes."""
-    rows = [[site.name, site.x, list(site.node.meta["val"].shape)] for site in find_sites(module)]
+    rows = [[site.name, site.x, list(shape_of(site.node))] for site in find_sites(module)]
+    return _digest(rows)
+
+
+def _graph(module: fx.GraphModule) -> str:
+    """Return the digest of what a program computes: its operators, what they are given, and shapes.
+
+    Weights have their own. Nodes are numbered, because their names follow how a program was written.
+    """
+    numbers = {node: f"%{number}" for number, node in enumerate(module.graph.nodes)}
+    rows = []
+    for node in module.graph.nodes:
+        given = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
+        value = node.meta.get("val")
+        shape = list(value.shape) if isinstance(value, Tensor) else None
+        rows.append([node.op, "" if node.op == "get_attr" else str(node.target), repr(given), shape])
+    return _digest(rows)
+
+
+def _digest(rows: object) -> str:
     return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Sequence
-from typing import get_args
+from typing import Any, get_args
 
+import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 
@@ -13,6 +15,33 @@ class Section(BaseModel):
     """Keys that are known, values of their own type, nothing changed afterwards."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class _Loader(yaml.SafeLoader):
+    """Reads 1e-9 and 1E5 as numbers, as YAML 1.2 does; PyYAML is YAML 1.1 and wants 1.0e-9 and 1.0E+5."""
+
+
+class _Dumper(yaml.SafeDumper):
+    """Quotes a text that _Loader would read as a number."""
+
+
+_EXPONENT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)[eE][-+]?[0-9]+$")
+for _kind in (_Loader, _Dumper):
+    _kind.add_implicit_resolver("tag:yaml.org,2002:float", _EXPONENT, list("-+.0123456789"))
+
+
+def read_yaml(text: str) -> Any:
+    """Return what YAML text holds.
+
+    Raises:
+        yaml.YAMLError: when it is not YAML.
+    """
+    return yaml.load(text, _Loader)
+
+
+def dump_yaml(values: dict[str, Any]) -> str:
+    """Return values as YAML, in their order."""
+    return yaml.dump(values, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=110)
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:

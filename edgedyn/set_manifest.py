@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from edgedyn.bayer import RawSection
 from edgedyn.errors import CalibrationError
 from edgedyn.noise import NoiseSection
-from edgedyn.sections import Section, explain
+from edgedyn.sections import Section, explain, read_yaml
 
 _DIGEST = "^[0-9a-f]{64}$"
 
@@ -70,7 +70,7 @@ def read_manifest(path: Path) -> SetManifest:
         CalibrationError: when it cannot be read, or is none.
     """
     try:
-        return SetManifest(**yaml.safe_load(path.read_text(encoding="utf-8")))
+        return SetManifest(**read_yaml(path.read_text(encoding="utf-8")))
     except OSError as error:
         raise CalibrationError(
             f"image set {path} cannot be read ({error.strerror}); expected a manifest or a folder of images."

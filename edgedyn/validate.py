@@ -106,6 +106,9 @@ def rows(
         rounding: value of ``rounding_row``.
     """
     task, limits = TASKS[recipe.task], recipe.limits
+    if recipe.quantize.max_drop_db is not None:  # what layers stay float for holds on the validation set, too
+        least = min(limits.drop_db, recipe.quantize.max_drop_db)
+        limits = limits.model_copy(update={"drop_db": least})
     found = share_rows(quantized, recipe.precision, limits)
     found += arithmetic_rows(outputs, recipe.precision, limits, task, rounding)
     found += truth_rows(outputs, limits) if task.has_truth else answer_rows(outputs, limits, task)

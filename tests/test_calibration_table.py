@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from edgedyn.calibration_table import CalibrationTable, read_table
-from edgedyn.errors import CalibrationError
+from edgedyn.calibration_table import CalibrationTable, read_table, refuse_place
+from edgedyn.errors import CalibrationError, UsageError
 from edgedyn.histogram import Histogram
 from edgedyn.table_entries import Entry
 
@@ -45,11 +45,11 @@ def same(a: CalibrationTable, b: CalibrationTable) -> bool:
 
 def test_table_is_read_as_it_was_written(table, tmp_path):
     table.write(tmp_path / "t.json")
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.json", "t.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["t.json", "t.json.safetensors"]
     assert same(read_table(tmp_path / "t.json"), table)
-    first = (tmp_path / "t.json").read_bytes(), (tmp_path / "t.safetensors").read_bytes()
+    first = (tmp_path / "t.json").read_bytes(), (tmp_path / "t.json.safetensors").read_bytes()
     read_table(tmp_path / "t.json").write(tmp_path / "u.json")
-    assert ((tmp_path / "u.json").read_bytes(), (tmp_path / "u.safetensors").read_bytes()) == first
+    assert ((tmp_path / "u.json").read_bytes(), (tmp_path / "u.json.safetensors").read_bytes()) == first
 
 
 def test_a_tensor_is_a_line_that_a_person_can_read(table, tmp_path):
@@ -77,7 +77,8 @@ def test_table_without_constants_is_one_file_and_takes_an_old_one_away(table, tm
             '"channels": [0.25, 0.2]',
             "the entry 'a.weight' of program 'wide' was edited",
         ),
-        ('"format": 2', '"format": 9', "has format 9; this version reads 2"),
+        ('"format": 3', '"format": 9', "has format 9; this version reads 3"),
+        ('"weights": "ab"', '"weights": "xy"', "its key, its images or its list of tensors was edited"),
         ('"programs"', '"programmes"', "is damaged .KeyError: 'programs'"),
         ('"class": "feature", ', "", "was edited"),
         ("]\n }\n}\n", "]\n }\n", "is damaged .JSONDecodeError"),
@@ -96,14 +97,44 @@ def test_edited_or_damaged_table_is_refused_by_name(table, tmp_path, old, new, w
     assert caught.value.exit_code == 5
 
 
+def test_table_without_one_of_its_tensors_is_refused(table, tmp_path):
+    path = tmp_path / "t.json"
+    table.write(path)
+    lines = path.read_text().splitlines()
+    (gone,) = [line for line in lines if '"name": "a.weight"' in line]
+    path.write_text("\n".join(line for line in lines if line is not gone).replace("},\n  ]", "}\n  ]"))
+    with pytest.raises(CalibrationError, match="its list of tensors was edited"):
+        read_table(path)
+
+
+def test_weights_of_somebody_else_under_the_same_name_are_left_alone(table, tmp_path):
+    trained = tmp_path / "t.safetensors"
+    trained.write_bytes(b"trained for days")
+    table.write(tmp_path / "t.json")
+    CalibrationTable(table.key, table.images, table.programs).write(tmp_path / "t.json")
+    assert trained.read_bytes() == b"trained for days"
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("t.safetensors", r"is a JSON file, found .*t\.safetensors\. Give it a name that ends in \.json"),
+        ("none/t.json", r"there is no folder .*none\. Make it first"),
+    ],
+)
+def test_place_that_can_hold_no_table_is_refused(tmp_path, name, words):
+    with pytest.raises(UsageError, match=words):
+        refuse_place(tmp_path / name)
+
+
 def test_missing_files_and_other_constants_are_refused(table, tmp_path):
     with pytest.raises(CalibrationError, match=r"none\.json cannot be read \(No such file"):
         read_table(tmp_path / "none.json")
     table.write(tmp_path / "t.json")
-    beside = tmp_path / "t.safetensors"
+    beside = tmp_path / "t.json.safetensors"
     beside.write_bytes(beside.read_bytes()[:-1] + b"\1")
     with pytest.raises(
-        CalibrationError, match=r"t\.safetensors, the weights of .* has sha256 .* the table says"
+        CalibrationError, match=r"t\.json\.safetensors, the weights of .* has sha256 .* the table says"
     ):
         read_table(tmp_path / "t.json")
     beside.unlink()

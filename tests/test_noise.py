@@ -146,6 +146,18 @@ def test_network_trained_on_unclipped_noise_loses_on_clipped_noise():
     assert psnr_db[True] < psnr_db[False] - 1
 
 
+@pytest.mark.parametrize("clip", [False, True])
+@pytest.mark.parametrize("level", [{"sigma": [15.0, 50.0]}, {"sigma_range": [5.0, 50.0]}])
+def test_gaussian_noise_at_a_level_keeps_its_clipping_rule(level, clip):
+    told = NoiseSection(**level, clip=clip).at_level(30.0)
+    assert told == NoiseSection(sigma=[30.0], clip=clip)
+
+
+@pytest.mark.parametrize("values", [SENSOR, {"kind": "real"}, {"kind": "none"}])
+def test_other_noise_has_no_level_to_change(values):
+    assert NoiseSection(**values).at_level(30.0) == NoiseSection(**values)
+
+
 def test_real_pairs_are_cropped_alike(tmp_path):
     path = write_pairs(tmp_path, sigma=20.0)
     samples = draw(path)

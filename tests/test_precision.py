@@ -18,11 +18,12 @@ from edgedyn.cli import app
 from edgedyn.errors import CheckFailedError, RecipeError
 from edgedyn.quantize.accounting import KEPT_FOR_QUALITY
 from edgedyn.quantize.plan import make_plan
-from edgedyn.quantize.precision import Exam
+from edgedyn.quantize.precision import Exam, _refusal
 from edgedyn.quantize.trials import Trials
 from edgedyn.recall import Recall
 from edgedyn.recipe import load_recipe
 from edgedyn.recipe_sections import QuantizeSection
+from edgedyn.table_entries import Point
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SCHEMES = {name: targets.load(name).int8 for name in ("executorch", "tensorrt")}
@@ -197,6 +198,24 @@ def test_limit_that_leaves_too_little_int8_is_refused_with_curve_and_best(net, i
         make(net, inputs, exam=replace(exam, limit_db=1e-9, least_share=0.9))
 
 
+def test_without_a_limit_little_int8_is_measured_and_not_refused(net, inputs, exam):
+    section = PLAIN.model_copy(update={"keep_float": ("head",)})
+    found = make(net, inputs, section=section, exam=replace(exam, least_share=0.9))
+    assert found.int8_mac_share < 0.9
+    assert {layer.layer for layer in found.calibrated.precision.layers} == {"coarse", "tail"}
+
+
+def test_refusal_counts_what_was_tried_with_weights_rounded_for_it(exam):
+    curve = [Point(0, 1.0, 0.3), Point(1, 0.8, 0.05), Point(2, 0.2, 0.01)]
+    tried = [Point(1, 0.8, 0.08), Point(2, 0.6, 0.07)]
+    words = _refusal(curve, tried, replace(exam, limit_db=0.06, least_share=0.5))
+    assert "With weights rounded for that choice: 1: 80.0%, 0.0800 dB; 2: 60.0%, 0.0700 dB. " in words
+    assert "The best is 2 float layers, 0.0700 dB at 60.0%" in words
+    assert "The best is 1 float layers, 0.0500 dB" in _refusal(
+        curve, [], replace(exam, limit_db=0.06, least_share=0.5)
+    )
+
+
 def test_ablation_tries_every_switch_the_other_way(net, inputs, exam):
     section = QuantizeSection(equalize=True, rounding="reconstruct")
     found = make(net, inputs, section=section, exam=replace(exam, ablates=True)).calibrated
@@ -256,7 +275,9 @@ def test_limit_of_a_task_without_truth_is_refused():
     recipe = load_recipe(RECIPES / "dynconv-resnet32.phone.int8.yaml", values)
     calibration, samples = pipeline.load_sets(recipe)
     target = pipeline.load_target(recipe)
-    with pytest.raises(RecipeError, match=r"max_drop_db is PSNR .* the task 'classify' has none"):
+    with pytest.raises(
+        RecipeError, match=r"max_drop_db, --sensitivity, .* is PSNR .* the task 'classify' has none"
+    ):
         pipeline.convert(recipe, target, calibration, samples[0])
 
 

@@ -57,6 +57,13 @@ def test_recipe_survives_a_round_trip_through_yaml(tmp_path):
     assert load_recipe(again).digest() == recipe.digest()
 
 
+def test_text_that_looks_like_a_number_survives_a_round_trip_through_yaml(tmp_path):
+    recipe = load_recipe(write(tmp_path), ["input.name='1e5'", "quantize.max_drop_db=1e-9"])
+    again = tmp_path / "again.yaml"
+    again.write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(again) == recipe
+
+
 def test_digest_follows_the_values_and_not_the_folder(tmp_path):
     (tmp_path / "other").mkdir()
     recipe = load_recipe(write(tmp_path))
@@ -101,7 +108,11 @@ def test_recipe_cannot_be_changed(tmp_path):
         ({"quantize": {"rounding": "up"}}, ["quantize.rounding is 'up'", "'nearest' or 'reconstruct'"]),
         (
             {"quantize": {"ranges": {"percentile": 50}}},
-            ["quantize.ranges.percentile is 50", "greater than 50"],
+            ["quantize.ranges.percentile is 50: ", "expected more than 50 and at most 100, (50, 100]"],
+        ),
+        *(
+            ({"quantize": {"ranges": {"percentile": value}}}, [f"percentile is {value}: ", "(50, 100]"])
+            for value in (100.1, float("nan"))
         ),
         ({"quantize": {"finetune": -1}}, ["quantize.finetune is -1", "greater than or equal to 0"]),
         ({"quantize": {"finetune": 20000}}, ["quantize.finetune is 20000", "less than or equal to 10000"]),
@@ -109,7 +120,6 @@ def test_recipe_cannot_be_changed(tmp_path):
             {"quantize": {"finetune_images": "photos"}},
             ["finetune_images is 'photos' and finetune is 0 steps; expected steps, or no images"],
         ),
-        ({"quantize": {"ranges": {"percentile": 101}}}, ["percentile is 101", "less than or equal to 100"]),
         (
             {"quantize": {"coverage": {"samples": -1}}},
             ["coverage.samples is -1", "greater than or equal to 0"],
@@ -184,6 +194,19 @@ def test_set_replaces_and_adds_values_of_any_type(tmp_path):
     assert recipe.model.sha256 is None
     assert recipe.input.meaning == "a=b"
     assert recipe.model.arguments == {"width": 4}
+
+
+@pytest.mark.parametrize("text", ["1e-9", "1E5", "+2.5e3", ".5e-1", "1.e2", "1.0e-9"])
+def test_number_with_an_exponent_is_a_number_in_the_file_and_on_the_command_line(tmp_path, text):
+    assert load_recipe(write(tmp_path), [f"quantize.max_drop_db={text}"]).quantize.max_drop_db == float(text)
+    path = write(tmp_path)
+    path.write_text(path.read_text(encoding="utf-8") + f"limits: {{drop_db: -{text.lstrip('+')}}}\n")
+    assert load_recipe(path).limits.drop_db == -float(text)
+
+
+@pytest.mark.parametrize("text", ["1e", "e5", "1e5x", "'1e-9'"])
+def test_text_that_is_nearly_a_number_stays_text(tmp_path, text):
+    assert load_recipe(write(tmp_path), [f"input.name={text}"]).input.name == text.strip("'")
 
 
 def test_set_paths_start_at_the_working_directory(tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from small_sets import entry, save_image, write_pairs, write_set
 from torch import nn
 
 from edgedyn import CalibrationSet, pipeline
+from edgedyn.calibration import open_set
 from edgedyn.calibration_table import read_table
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.recipe import Recipe, load_recipe
@@ -186,3 +187,54 @@ def test_network_that_is_told_its_noise_level_is_calibrated_and_validated_at_it(
         calibration, samples = pipeline.load_sets(load_recipe(path, [*small, *overrides]))
         assert {sample.sigma for sample in samples} == {wanted}
         assert {sample.sigma for sample in calibration.draw([(1, 3, 32, 48)])} == {wanted}
+
+
+def told(*overrides: str) -> Recipe:
+    """Return a recipe of a network that is told sigma."""
+    small = ["model.weights=null", "input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.vivid=0"]
+    return load_recipe(RECIPES / "ffdnet-color.phone.int8.yaml", [*small, *overrides])
+
+
+def test_level_that_a_network_is_told_leaves_a_set_its_clipping_rule(tmp_path):
+    made = []
+    for k, name in enumerate(("calibration", "validation")):
+        (tmp_path / name).mkdir()
+        photo = entry(save_image(tmp_path / name / "a.png", seed=k))
+        noise = {"sigma_range": [5.0, 50.0], "clip": True}
+        made.append(f"{name}={write_set(tmp_path / name, names=(), files=[photo], noise=noise)}")
+    calibration, samples = pipeline.load_sets(told("model.arguments.sigma=200", *made))
+    assert (calibration.noise.sigma, calibration.noise.clip) == ([200.0], True)
+    assert {sample.condition for sample in samples} == {"sigma=200"}
+    assert min(sample.noisy.min() for sample in samples) == 0
+    assert max(sample.noisy.max() for sample in samples) == 1
+    with pytest.raises(CalibrationError, match="clip: false, and validation set 'waves' has clip: true"):
+        pipeline.load_sets(told(made[1]))
+
+
+@pytest.mark.parametrize(
+    "noise",
+    [{"kind": "poisson-gaussian", "gain": [0.01], "read_noise": [0.02], "clip": False}, {"kind": "none"}],
+    ids=lambda noise: noise["kind"],
+)
+def test_network_that_is_told_a_level_leaves_noise_without_one_as_it_is(tmp_path, noise):
+    calibration, _ = pipeline.load_sets(told(f"calibration={write_set(tmp_path, noise=noise)}"))
+    assert calibration.noise.to_json() == noise
+
+
+def test_noisy_photos_stay_the_input_of_a_network_that_is_told_a_level(tmp_path):
+    _, samples = pipeline.load_sets(told(f"validation={write_pairs(tmp_path)}"))
+    assert {sample.condition for sample in samples} == {"real"}
+
+
+def test_argument_sigma_that_is_a_fact_is_no_level():
+    _, samples = pipeline.load_sets(told("model.arguments.sigma=true"))
+    assert {sample.condition for sample in samples} == {"sigma=15", "sigma=25", "sigma=50"}
+
+
+@pytest.mark.parametrize("path", sorted(RECIPES.glob("ffdnet-color.*.yaml")), ids=lambda path: path.stem)
+def test_shipped_networks_that_are_told_a_level_have_unclipped_noise_of_it(path):
+    shipped = load_recipe(path)
+    for name in (shipped.calibration, shipped.validation):
+        if name is not None:
+            noise = shipped.choose_noise(open_set(shipped.path(name)).noise)
+            assert noise.to_json() == {"kind": "gaussian", "sigma": [25.0], "clip": False}

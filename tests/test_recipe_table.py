@@ -15,12 +15,14 @@ import pytest
 import skimage
 import torch
 import yaml
+from torch import nn
 
-from edgedyn import pipeline, quantize
+from edgedyn import pipeline, quantize, recipe_table
 from edgedyn.calibration import CalibrationSet
 from edgedyn.calibration_table import read_table
 from edgedyn.conversion import Converted
 from edgedyn.errors import CalibrationError, RecipeError
+from edgedyn.quantize import fold
 from edgedyn.recipe import Recipe, load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -70,7 +72,7 @@ def test_second_conversion_observes_nothing_and_is_the_same_to_the_bit(first, no
 def test_calibrating_again_gives_the_same_table(first, tmp_path):
     folder, _ = first
     convert(recipe(tmp_path))
-    for name in ("table.json", "table.safetensors"):
+    for name in ("table.json", "table.json.safetensors"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
@@ -102,6 +104,23 @@ def test_table_of_something_else_is_refused_by_its_field_unless_forced(first, ov
     with pytest.raises(CalibrationError, match=words) as caught:
         convert(recipe(folder, override))
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        (nn.Tanh(), nn.Sigmoid()),  # no weight and no shape differs
+        (nn.LeakyReLU(0.1), nn.LeakyReLU(0.2)),
+        (nn.AvgPool2d(3, 1, 1), nn.MaxPool2d(3, 1, 1)),
+    ],
+)
+def test_graph_of_another_computation_is_another(one, other):
+    conv, x = nn.Conv2d(3, 4, 1), torch.rand(1, 3, 8, 8)
+    digests = [
+        recipe_table._graph(fold(torch.export.export(nn.Sequential(conv, between), (x,))))
+        for between in (one, one, other)
+    ]
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_forced_table_is_used_and_recorded(first, no_statistics):
@@ -204,7 +223,7 @@ def test_command_writes_the_table_that_a_conversion_writes(first, tmp_path, monk
     printed = json.loads(done.stdout)
     assert printed["images"]["name"] == "skimage"
     assert printed["tensors"].keys() == {"feature", "weight", "kernel"}
-    for name in ("table.json", "table.safetensors"):
+    for name in ("table.json", "table.json.safetensors"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
     again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=False)
     assert again.returncode == 2
@@ -249,23 +268,23 @@ def test_killed_calibration_leaves_no_table_and_the_next_run_starts_clean(first,
     folder, made = first
     command = ["calibrate", str(RECIPES / "mallenet-s.phone.int8.yaml"), "-o", "table.json"]
     # what stands there is of something else: with its weights replaced it must not be taken for a table
-    for name in ("table.json", "table.safetensors"):
+    for name in ("table.json", "table.json.safetensors"):
         (tmp_path / name).write_bytes((folder / name).read_bytes()[:-1])
     killed = stop(tmp_path, monkeypatch, KILL, *command, "--force")
     assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "table.json").exists()
-    weights = (tmp_path / "table.safetensors").read_bytes()
-    assert weights == (folder / "table.safetensors").read_bytes()
-    (tmp_path / "table.safetensors").write_bytes(weights[:-1])
+    weights = (tmp_path / "table.json.safetensors").read_bytes()
+    assert weights == (folder / "table.json.safetensors").read_bytes()
+    (tmp_path / "table.json.safetensors").write_bytes(weights[:-1])
     assert bits(convert(recipe(tmp_path))) == bits(made)
-    for name in ("table.json", "table.safetensors"):
+    for name in ("table.json", "table.json.safetensors"):
         assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "build"])
 def test_interrupted_command_says_so_and_leaves_nothing(tmp_path, monkeypatch, verb):
     table = ["--set", f"quantize.table={tmp_path / 'table.json'}"]
-    command = [verb, str(RECIPES / "mallenet-s.phone.int8.yaml"), "-o", str(tmp_path / "out"), *table]
+    command = [verb, str(RECIPES / "mallenet-s.phone.int8.yaml"), "-o", str(tmp_path / "out.json"), *table]
     stopped = stop(tmp_path, monkeypatch, INTERRUPT, *command)
     assert stopped.returncode == 130
     assert stopped.stderr.strip().startswith("interrupted: every file that stands is whole")

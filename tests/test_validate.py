@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,11 +21,13 @@ from edgedyn.layers import canonicalize
 from edgedyn.pipeline import in_torch
 from edgedyn.quantize import Quantized
 from edgedyn.quantized_graph import widen_like
+from edgedyn.recipe import load_recipe
 from edgedyn.recipe_sections import LimitSection
 from edgedyn.targets import load
 from edgedyn.tasks import TASKS
 from edgedyn.validate import Outputs, Row, ValidationReport
 
+RECIPES = Path(__file__).parents[1] / "recipes"
 SHAPE = (24, 16, 3)
 LIMITS = LimitSection()
 
@@ -75,6 +78,17 @@ def test_row_passes_within_its_limit_if_something_was_measured(value, limit, sam
     assert row.passed is passed
     assert row.to_json()["passed"] is passed
     assert ValidationReport((row,)).ok is passed
+
+
+@pytest.mark.parametrize(("asked", "limit"), [("null", 0.25), (0.02, 0.02), (0.5, 0.25)])
+def test_what_layers_stay_float_for_is_demanded_of_the_build(asked, limit):
+    recipe = load_recipe(RECIPES / "acda-dncnn.phone.int8.yaml", [f"quantize.max_drop_db={asked}"])
+    outputs = make_outputs(quantized=0.0503, device=0.0503)  # 0.052 dB
+    rows = validate.rows(outputs, recipe, {"forward": Quantized(None, 1.0)}, rounding=0.0)
+    drops = [row for row in rows if row.metric.startswith("psnr_drop_db")]
+    assert {row.between for row in drops} == {"quantized:expanded", "device:truth"}
+    assert all(row.limit == {"at_most": limit} for row in drops)
+    assert all(row.passed is (limit > 0.052) for row in drops)
 
 
 def test_report_is_ok_only_with_rows_that_all_pass():

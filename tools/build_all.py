@@ -61,7 +61,12 @@ def digest(name: str) -> str:
     """Return a short hash of all that a recipe's build is made from: package, recipe, sets, weights."""
     files = [ROOT / f"recipes/{name}.yaml"]
     files += sorted(path for path in (ROOT / "edgedyn").rglob("*") if path.suffix in (".py", ".html"))
-    files += sorted(path for folder in ("calib", "recipes/weights") for path in (ROOT / folder).glob("*"))
+    files += sorted(
+        path
+        for folder in ("calib", "recipes/weights")
+        for path in (ROOT / folder).rglob("*")
+        if path.is_file()
+    )
     content = hashlib.sha256()
     for path in files:
         content.update(path.relative_to(ROOT).as_posix().encode() + path.read_bytes())

@@ -179,16 +179,19 @@ def choose_precision(
         if limit is None
         else next(p.layers for p in measured.curve if p.drop_db <= limit or p.int8_share == 0)
     )
+    attempts = []
     for count in range(first, len(measured.layers) + 1):
         kept = tuple(layer.layer for layer in measured.layers[:count])
-        if sum(layer.share for layer in measured.layers[count:]) < exam.least_share:
+        share = sum(layer.share for layer in measured.layers[count:])
+        if limit is not None and share < exam.least_share:
             break
         rounded = attempt(kept) if kept else rounded
         drop = worst_drop_db(before, exam.psnr_db([rounded.run(x) for x in exam.inputs]))
         if limit is None or drop <= limit:
             chosen = replace(measured, kept=kept, drop_db=drop)
             return replace(rounded, calibrated=replace(rounded.calibrated, precision=chosen))
-    raise CheckFailedError(_refusal(measured, exam))
+        attempts.append(Point(count, share, drop))
+    raise CheckFailedError(_refusal(measured.curve, attempts, exam))
 
 
 def measure(
@@ -282,13 +285,19 @@ def _sqnr_db(
     return {name: 10 * math.log10((power[name] + _TINY) / (errors[name] + _TINY)) for name in calls}
 
 
-def _refusal(measured: Precision, exam: Exam) -> str:
-    points = "; ".join(f"{p.layers}: {p.int8_share:.1%}, {p.drop_db:.3f} dB" for p in measured.curve)
-    allowed = [p for p in measured.curve if p.int8_share >= exam.least_share]
-    best = min(allowed or measured.curve, key=lambda p: p.drop_db)
+def _refusal(curve: Sequence[Point], attempts: Sequence[Point], exam: Exam) -> str:
+    """Say what each choice costs, and which came nearest: of attempts, their weights rounded for them."""
+    allowed = attempts or [p for p in curve if p.int8_share >= exam.least_share] or curve
+    best = min(allowed, key=lambda p: p.drop_db)
+    tried = f"With weights rounded for that choice: {_points(attempts)}. " if attempts else ""
     return (
         f"no choice of float layers keeps the drop within quantize.max_drop_db {exam.limit_db:g} dB and "
         f"{exam.least_share:.0%} of the multiply-adds in INT8 (limits.int8_share). Found, as float layers: "
-        f"INT8 share, drop: {points}. The best is {best.layers} float layers, {best.drop_db:.3f} dB at "
-        f"{best.int8_share:.1%}. Raise one of the limits, or train on: quantize.finetune."
+        f"INT8 share, drop: {_points(curve)}. {tried}The best is {best.layers} float layers, "
+        f"{best.drop_db:.4f} dB at {best.int8_share:.1%}. Raise one of the limits, or train on: "
+        "quantize.finetune."
     )
+
+
+def _points(points: Sequence[Point]) -> str:
+    return "; ".join(f"{p.layers}: {p.int8_share:.1%}, {p.drop_db:.4f} dB" for p in points)

@@ -30,6 +30,7 @@ from edgedyn.quantized_graph import convolution_arguments
 
 _DAMPING = 1e-3  # of H's mean diagonal: inputs that were hardly ever seen keep their weights
 _BLOCK = 64
+_STRETCH = 1024  # positions
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ def measure_moments(
     total: list[list[Tensor]] = []
     count = 0
     for x, y in zip(inputs, outputs, strict=True):
-        # a mean of 10 with a spread of 0.01 is lost in a float32 sum over the positions of a photo
-        parts = _sums(node, x.double(), y.double(), groups)
+        parts = _sums(node, x, y, groups)
         count += y.numel() // y.shape[channel_axis(y)]
         total = (
             parts
@@ -90,7 +90,22 @@ def _sums(node: fx.Node, x: Tensor, y: Tensor, groups: int) -> list[list[Tensor]
         columns = F.unfold(x, side, dilation=dilation, padding=padding, stride=stride)
         columns, wanted = columns.transpose(0, 1).flatten(1), y.transpose(0, 1).flatten(1)
     pairs = zip(columns.chunk(groups), wanted.chunk(groups), strict=True)
-    return [[a @ a.t(), b @ a.t(), a.sum(1), b.sum(1)] for a, b in pairs]
+    return [
+        [_product(a, a), _product(b, a), a.sum(1, dtype=torch.float64), b.sum(1, dtype=torch.float64)]
+        for a, b in pairs
+    ]
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b' over many positions, (A, N) and (B, N): in float64 over stretches of float32.
+
+    In one float32 sum over a photo, a mean drowns the spread of what it is the mean of.
+    """
+    count = a.shape[1] // _STRETCH
+    whole = count * _STRETCH
+    stretches = [x[:, :whole].reshape(len(x), count, _STRETCH).transpose(0, 1) for x in (a, b)]
+    rest = a[:, whole:] @ b[:, whole:].t()
+    return torch.bmm(stretches[0], stretches[1].transpose(1, 2)).sum(0, dtype=torch.float64) + rest
 
 
 def _sums_of_shifts(
@@ -112,16 +127,16 @@ def _sums_of_shifts(
     def correlate(top: int, bottom: int, left: int, right: int, i: int, j: int) -> Tensor:
         one = image[:, :, top:bottom, left:right].flatten(1)
         other = image[:, :, top + i : bottom + i, left + j : right + j].flatten(1)
-        return one @ other.t()
+        return _product(one, other)
 
     everywhere: dict[tuple[int, int], Tensor] = {}
-    xx = flat.new_zeros(len(image), len(taps), len(image), len(taps))
+    xx = torch.zeros(len(image), len(taps), len(image), len(taps), dtype=torch.float64)
     for k, (i, j) in enumerate(taps):
         for m, (i_, j_) in enumerate(taps[k:], k):
             shift = (i_ - i, j_ - j)
             offset = shift[0] * pitch + shift[1]
             if shift not in everywhere:
-                everywhere[shift] = flat[:, : flat.shape[1] - offset] @ flat[:, offset:].t()
+                everywhere[shift] = _product(flat[:, : flat.shape[1] - offset], flat[:, offset:])
             found = everywhere[shift].clone()
             left, right = max(0, -shift[1]), width - max(0, shift[1])
             for strip in (
@@ -136,8 +151,8 @@ def _sums_of_shifts(
     wanted = torch.cat([y, torch.ones_like(y[:, :1])], 1).transpose(0, 1)  # with ones for the sums of x
     spread = F.pad(wanted, (0, pitch - columns, 0, image.shape[2] - rows)).flatten(1)
     offsets = [i * pitch + j for i, j in taps]
-    seen = torch.stack([spread[:, : flat.shape[1] - n] @ flat[:, n:].t() for n in offsets], 2).flatten(1)
-    return [xx.flatten(2).flatten(0, 1), seen[:-1], seen[-1], y.sum((0, 2, 3))]
+    seen = torch.stack([_product(spread[:, : flat.shape[1] - n], flat[:, n:]) for n in offsets], 2).flatten(1)
+    return [xx.flatten(2).flatten(0, 1), seen[:-1], seen[-1], y.sum((0, 2, 3), dtype=torch.float64)]
 
 
 def _pair(value: Any) -> tuple[int, int]:
