@@ -92,6 +92,8 @@ def build(
         )
         if not built.bundle.manifest["facts"]["dynamic_layers"]:
             OUT.print("the network has no dynamic layer: it was deployed as a static one")
+        if not parsed.is_trained:
+            OUT.print("no trained weights: picture and decisions are reported, not judged")
         OUT.print(f"report: {out / 'report.html'}", soft_wrap=True)
     _exit_unless(built.report.ok)
 
@@ -323,7 +325,7 @@ def _print_rows(rows: list[Row]) -> None:
         table.add_column(column, overflow="fold", justify="right" if column in ("value", "of") else "left")
     for row in rows:
         limit = " ".join(f"{signs[key]} {value:.4g}" for key, value in row.limit.items())
-        word = "passed" if row.passed else "FAILED"
+        word = "FAILED" if not row.passed else "passed" if row.limit else "reported"
         table.add_row(row.between, row.metric, f"{row.value:.4g}", limit, str(row.samples), word)
     OUT.print(table)
 

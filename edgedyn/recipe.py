@@ -104,13 +104,20 @@ class Recipe(Section):
         return hashlib.sha256(self.path(self.model.weights).read_bytes()).hexdigest()
 
     def choose_noise(self, own: NoiseSection) -> NoiseSection:
-        """Return the recipe's noise, else a set's own, at the level that the network is told."""
+        """Return the recipe's noise, else a set's own, at the level that the network is told.
+
+        Raises:
+            RecipeError: when that is no level of noise.
+        """
         if self.noise is not None:
             return self.noise
         told = self.model.arguments.get("sigma")
         if not isinstance(told, int | float) or isinstance(told, bool):  # true and false are no level
             return own
-        return own.at_level(float(told))
+        try:
+            return own.at_level(float(told))
+        except ValidationError as error:
+            raise RecipeError(f"model.arguments.sigma: {explain(error, NoiseSection)}") from error
 
     @property
     def is_trained(self) -> bool:

@@ -13,6 +13,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from edgedyn.cli import _print_rows
+from edgedyn.validate import Row
+
 ROOT = Path(__file__).parents[1]
 RECIPE = "recipes/mallenet-s.phone.fp32.yaml"
 
@@ -176,3 +179,10 @@ def test_rows_fit_80_columns(bundle):
     assert "max_abs[vectors/first.input.npy]" in done.stdout  # neither folded nor taken for markup
     assert done.stdout.count("passed") == 5
     assert max(map(len, done.stdout.splitlines())) <= 80
+
+
+def test_row_says_whether_it_was_judged(capsys):
+    limits = ({}, {"at_most": 2.0}, {"at_most": 0.5})
+    _print_rows([Row("a:b", f"m{k}", 1.0, limit, 1) for k, limit in enumerate(limits)])
+    words = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
+    assert words[-3:] == ["reported", "passed", "FAILED"]

@@ -221,6 +221,12 @@ def test_network_that_is_told_a_level_leaves_noise_without_one_as_it_is(tmp_path
     assert calibration.noise.to_json() == noise
 
 
+@pytest.mark.parametrize("level", ["-5", ".nan", ".inf"])
+def test_level_that_is_none_is_refused(level):
+    with pytest.raises(RecipeError, match=r"model\.arguments\.sigma: .*sigma.* Mend"):
+        pipeline.load_sets(told(f"model.arguments.sigma={level}"))
+
+
 def test_noisy_photos_stay_the_input_of_a_network_that_is_told_a_level(tmp_path):
     _, samples = pipeline.load_sets(told(f"validation={write_pairs(tmp_path)}"))
     assert {sample.condition for sample in samples} == {"real"}
