@@ -15,7 +15,7 @@ from edgedyn.errors import CalibrationError
 # Random values reach 0.12, also as JPEG of quality 50 to 95 (20 of each, at 16 to 512 pixels a side); photos
 # 0.58 at least (Set12, 568 of BSDS500, 50 of PolyU, 26 of scikit-image), and with noise of sigma 50, 0.19.
 CORRELATED = 0.2
-_SATURATION = 4.0
+_SATURATION = 3.0
 
 
 def random_error(what: str, found: float) -> CalibrationError:
@@ -58,7 +58,7 @@ def crop(pixels: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def make_vivid(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a crop (1, 3, H, W) with its colours exchanged and four times as far from gray, in [0, 1]."""
+    """Return a crop (1, 3, H, W) with its colours exchanged and three times as far from gray, in [0, 1]."""
     exchanged = crop[:, rng.permutation(crop.shape[1])]
     gray = exchanged.mean(axis=1, keepdims=True)
     return np.ascontiguousarray((gray + _SATURATION * (exchanged - gray)).clip(0, 1), dtype=np.float32)
