@@ -65,13 +65,13 @@ def test_samples_are_dropped_one_by_one_where_they_are_read_for_the_last_time(mo
     made = quantize.to_int8(
         torch.export.export(Net(), samples[0]), samples[0], scheme=scheme, section=PLAIN, samples=samples
     )
-    run = Lockstep._run
+    write = Lockstep._write
 
-    def watch(self, node, given):
+    def watch(self, node, args, kwargs):
         held.append(sum(isinstance(x, Tensor) and x.shape == (1, 5, 10, 14) for x in gc.get_objects()))
-        return run(self, node, given)
+        return write(self, node, args, kwargs)
 
-    monkeypatch.setattr(Lockstep, "_run", watch)
+    monkeypatch.setattr(Lockstep, "_write", watch)
     steps = steps_of(made.calibrated.entries, scheme)
     lockstep = Lockstep(module, make_plan(module, scheme=scheme), steps, scheme)
     lockstep.run(
