@@ -52,19 +52,26 @@ class CalibrationTable:
     ablation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     coverage: tuple[Outcome, ...] = ()
 
+    def misfit(self, key: Mapping[str, Any]) -> str:
+        """Say which field of another key differs first, what the table has, what is wanted; else nothing."""
+        for name in {**self.key, **key}:
+            found, wanted = self.key.get(name), key.get(name)
+            if found != wanted:
+                return f"is of another {name}: {_difference(found, wanted)}"
+        return ""
+
     def refuse_other(self, key: Mapping[str, Any], path: Path) -> None:
         """Refuse to be used for anything else than what it was made of.
 
         Raises:
             CalibrationError: naming the first field that differs, what the table has and what is wanted.
         """
-        for name in {**self.key, **key}:
-            found, wanted = self.key.get(name), key.get(name)
-            if found != wanted:
-                raise CalibrationError(
-                    f"calibration table {path} is of another {name}: {_difference(found, wanted)}. {_AGAIN}, "
-                    "or pass --force to use it as it is, which the report says."
-                )
+        misfit = self.misfit(key)
+        if misfit:
+            raise CalibrationError(
+                f"calibration table {path} {misfit}. {_AGAIN}, or pass --force to use it as it is; the "
+                "report will say so."
+            )
 
     def write(self, path: Path) -> None:
         """Write the table, and its constants beside it.

@@ -77,7 +77,7 @@ def build(
         built = pipeline.build(parsed, out, force=force, trust=trust, progress=advance)
     misfit = built.bundle.manifest["facts"].get("calibration", {}).get("forced")
     if misfit:
-        ERR.print(f"warning: {misfit}", style="yellow", soft_wrap=True)
+        ERR.print(f"warning: by --force: the calibration table {misfit}", style="yellow", soft_wrap=True)
     if as_json:
         print_json(built.to_json())
     else:

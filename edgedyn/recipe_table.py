@@ -108,13 +108,9 @@ def find_table(
     if not path.exists():
         return None, ""
     table = read_table(path)
-    try:
+    if not force:
         table.refuse_other(key, path)
-    except CalibrationError as error:
-        if not force:
-            raise
-        return table, str(error)
-    return table, ""
+    return table, table.misfit(key)
 
 
 def make_table(

@@ -19,8 +19,6 @@ from typing import Annotated
 import measurement
 import typer
 
-ROUNDINGS = ("nearest", "reconstruct")
-
 
 def main(
     recipe: Path,
@@ -33,20 +31,15 @@ def main(
     ] = False,
     out: Path | None = None,
 ) -> None:
-    shape = [1, 3, height, width]
+    settings = {"calibration": images, "input.shape": [1, 3, height, width], "quantize.samples": samples}
+    runs = [("nearest", True), *([("nearest", False)] if plain else []), ("reconstruct", True)]
     what = f"{recipe.stem}, {samples} images of {height} x {width}: seconds of the whole command, peak memory"
     rows = []
-    for rounding in ROUNDINGS:
-        for keeps in (True, False) if plain and rounding == "nearest" else (True,):
-            settings = {
-                "calibration": str(images),
-                "input.shape": json.dumps(shape),
-                "quantize.samples": samples,
-                "quantize.rounding": rounding,
-            }
-            rows.append({"rounding": rounding, "keeps_memory": keeps, **calibrate(recipe, settings, keeps)})
-            print(json.dumps(rows[-1]), flush=True)
-            measurement.write(out, {"what": what, "rows": rows})
+    for rounding, keeps in runs:
+        found = calibrate(recipe, settings | {"quantize.rounding": rounding}, keeps)
+        rows.append({"rounding": rounding, "keeps_memory": keeps, **found})
+        print(json.dumps(rows[-1]), flush=True)
+        measurement.write(out, {"what": what, "rows": rows})
 
 
 def calibrate(recipe: Path, settings: dict[str, object], keeps: bool) -> dict[str, float]:
