@@ -251,3 +251,9 @@ def test_rows_put_samples_of_one_noise_model_together():
         "sigma=5..50": [1, 0],
         "sigma=20": [2],
     }
+
+
+def test_exponent_in_a_manifest_is_a_number(tmp_path):
+    path = write_set(tmp_path, noise=SENSOR)
+    path.write_text(path.read_text(encoding="utf-8").replace("0.01", "1e-2"), encoding="utf-8")
+    assert open_set(path).noise == NoiseSection(**SENSOR)

@@ -16,12 +16,14 @@ import skimage
 import torch
 import yaml
 from torch import nn
+from typer.testing import CliRunner
 
 from edgedyn import pipeline, quantize, recipe_table
 from edgedyn.calibration import CalibrationSet
 from edgedyn.calibration_table import read_table
+from edgedyn.cli import app
 from edgedyn.conversion import Converted
-from edgedyn.errors import CalibrationError, RecipeError
+from edgedyn.errors import CalibrationError, RecipeError, UsageError
 from edgedyn.quantize import fold
 from edgedyn.recipe import Recipe, load_recipe
 
@@ -127,6 +129,29 @@ def test_forced_table_is_used_and_recorded(first, no_statistics):
     folder, _ = first
     made = convert(recipe(folder, "quantize.ranges.feature=mse"), force=True)
     assert "is of another method" in made.misfit
+
+
+def test_command_says_that_a_table_was_forced_and_that_nothing_was_trained(first, tmp_path):
+    folder, _ = first
+    values = [*SMALL, f"quantize.table={folder / 'table.json'}", "quantize.ranges.feature=mse"]
+    options = [word for value in values for word in ("--set", value)]
+    command = ["build", str(RECIPES / "mallenet-s.phone.int8.yaml"), *options, "-o", str(tmp_path / "out")]
+    done = CliRunner().invoke(app, [*command, "--force"])
+    assert done.exit_code == 0, done.output
+    assert "warning: by --force: the calibration table is of another method: ranges was" in done.stderr
+    assert "Calibrate again" not in done.stderr
+    assert "no trained weights: picture and decisions are reported, not judged" in done.stdout
+
+
+def test_place_that_can_hold_no_table_is_refused_before_an_image_is_read(tmp_path, monkeypatch):
+    monkeypatch.setattr(CalibrationSet, "draw", lambda *_: pytest.fail("images were read"))
+    with pytest.raises(UsageError, match="there is no folder"):
+        pipeline.calibrate(recipe(tmp_path), tmp_path / "none/table.json")
+
+
+def test_table_of_a_recipe_that_cannot_be_written_is_refused(tmp_path):
+    with pytest.raises(UsageError, match="there is no folder"):
+        convert(recipe(tmp_path / "none"))
 
 
 TRAINED = ("quantize.rounding=nearest", "quantize.finetune=30")  # of coarse weights: 30 steps are enough

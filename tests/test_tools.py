@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import bench
+import build_all
 import evaluate
 import measurement
 import numpy as np
@@ -88,3 +89,14 @@ def test_peak_memory_is_the_process_s_own():
     )
     assert 45 < float(done.stdout) < 100
     assert len(ballast) > 0
+
+
+def test_a_build_is_due_again_when_an_image_of_a_set_changes(tmp_path, monkeypatch):
+    for name in ("recipes/weights/a.safetensors", "recipes/a.yaml", "edgedyn/a.py", "calib/photos/a.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    monkeypatch.setattr(build_all, "ROOT", tmp_path)
+    before = build_all.digest("a")
+    assert build_all.digest("a") == before
+    (tmp_path / "calib/photos/a.png").write_bytes(b"2")
+    assert build_all.digest("a") != before
