@@ -75,6 +75,23 @@ def test_gradient_of_the_decision_is_that_of_sigmoid():
     assert not masks.dilated.requires_grad
 
 
+def test_training_decides_with_logistic_noise_and_not_once_it_is_switched_off():
+    """Of N equal logits z, sigmoid(z) N are let through: that is what the logistic distribution does."""
+    torch.manual_seed(3)
+    unit = fresh(MaskUnit(PointMaskHead(1))).train()
+    unit.maskconv.weight.data.fill_(1)
+    unit.maskconv.bias.data.fill_(0)
+    for z in (-2.0, 0.5, 3.0):
+        x = torch.full((1, 1, 300, 300), z, dtype=torch.float64)
+        share = unit(x).mask.mean().item()
+        assert share == pytest.approx(torch.tensor(z).sigmoid().item(), abs=0.006)
+        unit.noisy = False
+        assert unit(x).mask.mean() == float(z >= 0)
+        unit.noisy = True
+        assert unit.eval()(x).mask.mean() == float(z >= 0)
+        unit.train()
+
+
 @pytest.mark.parametrize("stride", [1, 2, 3])
 @pytest.mark.parametrize("size", [(9, 14), (12, 7)], ids=str)
 def test_dilated_mask_of_both_units_agrees_where_there_are_pixels(stride, size):

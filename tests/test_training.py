@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from edgedyn.errors import TrainingError
+from edgedyn.layers.dynconv import SparseInvertedResidual
 from edgedyn.training.denoise import (
     TrainingPlan,
     charbonnier,
@@ -22,6 +23,7 @@ from edgedyn.training.denoise import (
     plan_card,
     train,
 )
+from edgedyn.training.masks import MaskBudget
 
 PLAN = TrainingPlan(steps=12, batch=4, patch=16, warmup=4, ema=0.5, freeze_norms=1000, sigma=(40.0, 50.0))
 
@@ -242,3 +244,76 @@ def test_damaged_image_is_refused_by_name(tmp_path):
 def test_card_holds_every_setting():
     card = plan_card(PLAN)
     assert TrainingPlan(**card) == PLAN
+
+
+def make_masked() -> nn.Sequential:
+    torch.manual_seed(8)
+    return nn.Sequential(
+        nn.Conv2d(3, 4, 3, padding=1), *[SparseInvertedResidual(4, 4) for _ in range(2)], nn.Conv2d(4, 3, 1)
+    )
+
+
+@pytest.mark.parametrize("share", [0.25, 0.75])
+def test_masks_learn_to_keep_to_their_budget(tmp_path, share):
+    net = make_masked()
+    budget, seen = MaskBudget(net, share, weight=10.0), []
+
+    def report(step: int, loss: float, averaged: nn.Module) -> None:
+        seen.append(torch.stack(budget.shares).mean().item())
+
+    plan = replace(PLAN, steps=50, learning_rate=5e-2)
+    train(net, make_images(), plan, tmp_path / "c.pt", penalty=budget, report=report)
+    assert abs(seen[0] - share) > 0.15
+    assert sum(seen[30:40]) / 10 == pytest.approx(share, abs=0.06)
+
+
+@pytest.mark.parametrize("stop_at", [7, 10])  # with noise on the masks, and in the last fifth without
+def test_interrupted_training_of_masks_ends_at_the_same_bits(tmp_path, stop_at):
+    def masked(name: str, stop: int = -1) -> list[Tensor]:
+        def report(step: int, loss: float, averaged: nn.Module) -> None:
+            if step == stop:
+                raise StopError
+
+        net = make_masked()
+        done, _ = train(
+            net,
+            make_images(),
+            PLAN,
+            tmp_path / name,
+            penalty=MaskBudget(net, 0.5),
+            report=report,
+            save_every=5,
+        )
+        return states(net, done)
+
+    whole = masked("whole.pt")
+    with pytest.raises(StopError):
+        masked("cut.pt", stop_at)
+    assert all(torch.equal(a, b) for a, b in zip(whole, masked("cut.pt"), strict=True))
+
+
+def test_budget_loss_is_the_one_of_the_paper():
+    """Shares 1 and 0, budget 1/4: bounds at the budget at first, (1, 0) from a third of the steps on."""
+    net = make_masked()
+    for block, bias in zip(net[1:3], (99.0, -99.0), strict=True):
+        block.masker.maskconv.weight.data.zero_()
+        block.masker.maskconv.bias.data.fill_(bias)
+    budget = MaskBudget(net, 0.25, weight=3.0)
+    for progress, outside in (
+        (0.0, (0.75**2 + 0.25**2) / 2),
+        (0.165, (0.375**2 + 0.125**2) / 2),
+        (0.33, 0.0),
+    ):
+        budget.begin(progress)
+        net.train()(torch.rand(1, 3, 8, 8))
+        assert budget.loss().item() == pytest.approx(3 * ((0.5 - 0.25) ** 2 + outside), rel=1e-5)
+        assert all(block.masker.noisy for block in net[1:3])
+    budget.begin(0.8)
+    assert not any(block.masker.noisy for block in net[1:3])
+
+
+def test_budget_without_masks_or_out_of_range_is_refused():
+    with pytest.raises(TrainingError, match="with 0 mask units; expected a share between 0 and 1"):
+        MaskBudget(make_net(), 0.5)
+    with pytest.raises(TrainingError, match=r"a mask budget of 1\.5 for a network with 2"):
+        MaskBudget(make_masked(), 1.5)

@@ -1,6 +1,7 @@
 """Train a denoiser on a folder of images: safetensors and a training card out; resumes where it stopped.
 
 python tools/train_denoiser.py IMAGES --validation IMAGES --out recipes/weights/mallenet-s.safetensors
+    [--network dynconv_denoiser --budget 0.5]
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +22,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgedyn import metrics
-from edgedyn.models.mallenet import MalleNet
 from edgedyn.training.denoise import TrainingPlan, load_images, plan_card, train
+from edgedyn.training.masks import MaskBudget
 from edgedyn.weights import load_weights
 
 SIGMAS = (15, 25, 50)
@@ -31,13 +33,17 @@ def main(
     images: Annotated[Path, typer.Argument(help="folder of training images")],
     validation: Annotated[Path, typer.Option(help="folder of images to measure the PSNR on, disjoint")],
     out: Annotated[Path, typer.Option(help="weights, .safetensors; the card is written beside")],
-    width: Annotated[str, typer.Option(help="s, m, l, xl")] = "s",
+    network: Annotated[str, typer.Option(help="one of: edgedyn list networks")] = "mallenet",
+    arguments: Annotated[str, typer.Option(help="its arguments but colors, JSON")] = "{}",
     colors: Annotated[int, typer.Option(help="3 or 1")] = 3,
     steps: int = 10000,
     batch: int = 8,
     patch: int = 64,
     learning_rate: float = 1e-3,
     freeze_norms: int = 2000,
+    budget: Annotated[
+        float, typer.Option(help="share of positions that masks let through, of a network with masks")
+    ] = 0.0,
     seed: int = 0,
     start_from: Annotated[
         Path | None, typer.Option(help="safetensors to go on from; --freeze-norms is then 0")
@@ -61,16 +67,24 @@ def main(
     held_out = load_images(validation, gray=colors == 1)
     started = json.loads(start_from.with_suffix(".json").read_text()) if start_from else None
     torch.manual_seed(seed)
-    network = MalleNet(width, colors=colors)
+    model = import_module(f"edgedyn.models.{network}").NETWORK(**json.loads(arguments), colors=colors)
+    penalty = MaskBudget(model, budget) if budget else None
     if start_from:
-        load_weights(network, start_from)
+        load_weights(model, start_from)
     with _bar(plan.steps) as report:
         model, seconds = train(
-            network, training, plan, checkpoint or out.with_suffix(".resume.pt"), report=report
+            model,
+            training,
+            plan,
+            checkpoint or out.with_suffix(".resume.pt"),
+            penalty=penalty,
+            report=report,
         )
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out)
     card = {
-        "network": f"MalleNet({width!r}, colors={colors})",
+        "network": network,
+        "arguments": {**json.loads(arguments), "colors": colors},
+        **({"budget": budget} if budget else {}),
         "data": {"folder": images.name, "images": len(training)},
         "noise": "white Gaussian, unclipped, sigma uniform in plan.sigma (0..255 scale), blind",
         "plan": plan_card(plan),

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -47,6 +48,16 @@ class TrainingPlan:
     seed: int = 0
     bfloat16: bool = False
     compile: bool = False
+
+
+class Penalty(Protocol):
+    """What a step's loss counts beside the picture, such as ``edgedyn.training.masks.MaskBudget``."""
+
+    def begin(self, progress: float) -> None:
+        """Get ready for a forward pass; ``progress`` is the share of the steps that are done, 0 to 1."""
+
+    def loss(self) -> Tensor:
+        """Return what that forward pass costs."""
 
 
 def load_images(folder: Path, *, gray: bool = False) -> list[Tensor]:
@@ -104,6 +115,7 @@ def train(
     plan: TrainingPlan,
     checkpoint: Path,
     *,
+    penalty: Penalty | None = None,
     report: Callable[[int, float, nn.Module], None] = lambda step, loss, averaged: None,
     save_every: int = 250,
 ) -> tuple[nn.Module, float]:
@@ -114,6 +126,7 @@ def train(
         images: uint8 (C, H, W), each at least ``plan.patch`` high and wide.
         plan: the settings; a checkpoint may be continued with another number of steps.
         checkpoint: file written every ``save_every`` steps, atomically, and read at the start.
+        penalty: what else the loss counts.
         report: called after every step with (step, loss, averaged model).
         save_every: steps between checkpoints.
 
@@ -146,10 +159,15 @@ def train(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(plan, step)
         noisy, clean = patches(images, plan, step)
+        torch.manual_seed(int(np.random.default_rng([plan.seed, step, 1]).integers(2**63)))  # Gumbel masks
+        if penalty:
+            penalty.begin(step / plan.steps)
         optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=plan.bfloat16):
             y = forward(noisy.contiguous(memory_format=torch.channels_last))
         loss = charbonnier(y.float(), clean)
+        if penalty:
+            loss = loss + penalty.loss()
         loss.backward()  # type: ignore[no-untyped-call]
         if not math.isfinite(loss.item()):
             raise TrainingError(

@@ -1,6 +1,7 @@
 """Where a gated block is evaluated (DynConv, arXiv 1912.03203): logits, the decision, the dilated mask.
 
     mask[p] = 1 where logits[p] >= 0, else 0
+    mask[p] = 1 where logits[p] + g >= 0, else 0            in training, g ~ Logistic(0, 1)
     dilated[q] = max of mask[p] over |q - s p| <= reach       s: stride between the two resolutions
 
 logits, mask: (B, 1, h, w)   dilated: (B, 1, s h, s w), the positions that a convolution behind reads
@@ -50,7 +51,9 @@ class PointMaskHead(nn.Conv2d):
 class MaskUnit(nn.Module):
     """Decide where a block is evaluated; the authors have two classes of this name, one a head.
 
-    The gradient passes straight through the decision, as that of sigmoid(logits).
+    The gradient passes straight through the decision, as that of sigmoid(logits). In training mode the logits
+    are decided with noise on them, the difference of two Gumbel variables (the paper's section 3.1), while
+    ``noisy`` is set: only logits far from 0 then decide as they mean to.
 
     Args:
         head: x -> logits, ``PooledMaskHead`` or ``PointMaskHead``.
@@ -60,13 +63,21 @@ class MaskUnit(nn.Module):
     def __init__(self, head: nn.Module, dilate_stride: int = 1) -> None:
         super().__init__()
         self.maskconv, self.dilate_stride = head, dilate_stride
+        self.noisy = True
 
     def forward(self, x: Tensor) -> Masks:
         """Return logits, mask and dilated mask; equality with 0 is active."""
         logits = self.maskconv(x)
-        soft = logits.sigmoid()
-        mask = (logits >= 0).to(x.dtype) + (soft - soft.detach())
+        asked = logits + _logistic(logits) if self.training and self.noisy else logits
+        soft = asked.sigmoid()
+        mask = (asked >= 0).to(x.dtype) + (soft - soft.detach())
         return Masks(logits, mask, dilate(mask.detach(), self.dilate_stride))
+
+
+def _logistic(like: Tensor) -> Tensor:
+    """Draw from the logistic distribution, in the shape and type of a tensor."""
+    uniform = torch.rand_like(like, dtype=torch.float32).clamp(1e-6, 1 - 1e-6)
+    return torch.logit(uniform).to(like.dtype)
 
 
 def dilate(mask: Tensor, stride: int = 1) -> Tensor:
