@@ -17,12 +17,25 @@ import typer
 from PIL import Image
 
 
-def test_measurement_carries_machine_versions_and_command_but_no_folders(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["/somewhere/tools/evaluate.py", "recipes/a.yaml", "--limit", "2"])
+def test_measurement_carries_machine_versions_and_command_but_no_folders_of_this_machine(
+    tmp_path, monkeypatch
+):
+    words = [
+        "recipes/a.yaml",
+        "/mine/set",
+        "../weights",
+        "--set",
+        "model.weights=/mine/w.pth",
+        "--limit",
+        "2",
+    ]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/tools/evaluate.py", *words])
     measurement.write(tmp_path / "m.json", {"rows": [1]})
     written = json.loads((tmp_path / "m.json").read_text())
     assert written["rows"] == [1]
-    assert written["command"] == "python tools/evaluate.py a.yaml --limit 2"
+    assert written["command"] == (
+        "python tools/evaluate.py recipes/a.yaml set weights --set model.weights=w.pth --limit 2"
+    )
     assert written["versions"]["torch"] == torch.__version__
     assert "CPUs" in written["machine"]
     measurement.write(None, {"rows": [1]})

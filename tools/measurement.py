@@ -16,8 +16,8 @@ _PACKAGES = ("torch", "executorch", "torchao", "nncf", "onnxruntime", "numpy")
 
 
 def provenance(packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
-    """Return machine, versions and command of this process; paths in the command by their last part."""
-    arguments = [Path(word).name if os.sep in word else word for word in sys.argv[1:]]
+    """Return machine, versions and command of this process; paths outside the project by their last part."""
+    arguments = [_shorten(word) for word in sys.argv[1:]]
     return {
         "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} CPUs",
         "versions": {
@@ -26,6 +26,13 @@ def provenance(packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
         },
         "command": shlex.join(["python", f"tools/{Path(sys.argv[0]).name}", *arguments]),
     }
+
+
+def _shorten(word: str) -> str:
+    """Return a word of the command, or KEY=PATH of it, without folders that are of this machine alone."""
+    key, equals, value = word.rpartition("=")
+    path = Path(value)
+    return key + equals + path.name if path.is_absolute() or ".." in path.parts else word
 
 
 def write(path: Path | None, record: dict[str, Any]) -> None:
