@@ -9,6 +9,7 @@ import sys
 import bench
 import build_all
 import evaluate
+import measure_ablation
 import measurement
 import numpy as np
 import pytest
@@ -113,3 +114,12 @@ def test_a_build_is_due_again_when_an_image_of_a_set_changes(tmp_path, monkeypat
     assert build_all.digest("a") == before
     (tmp_path / "calib/photos/a.png").write_bytes(b"2")
     assert build_all.digest("a") != before
+
+
+def test_ablation_of_a_recipe_takes_the_place_of_its_own_and_of_no_other(tmp_path):
+    path = tmp_path / "ablation.json"
+    for name, drop in (("a", 1), ("b", 2), ("a", 3)):
+        measure_ablation.add_row(path, name, {"drop_db": drop})
+    assert json.loads(path.read_text()) == {"a": {"drop_db": 3}, "b": {"drop_db": 2}}
+    measure_ablation.add_row(None, "c", {})
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,58 @@
+"""Measure what each switch of the INT8 method is worth: a recipe's drop, and that with one thing changed.
+
+    python tools/measure_ablation.py recipes/mallenet-s.phone.int8.yaml --out docs/measurements/ablation.json
+                                     [--trust --set model.weights=PATH]
+
+The recipe's rows take the place of its own in a file that is there already. What was measured is remembered:
+an interrupted run goes on.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import measurement
+import typer
+from rich.progress import Progress
+
+from edgedyn import pipeline
+from edgedyn.recipe import load_recipe
+from edgedyn.terminal import quiet_libraries
+
+
+def main(
+    recipe: Path,
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="recipe values, a.b=c")] = None,
+    trust: bool = False,
+    out: Annotated[Path | None, typer.Option(help="JSON file, for docs/measurements/")] = None,
+) -> None:
+    asked = load_recipe(recipe, overrides or [])
+    with quiet_libraries(), tempfile.TemporaryDirectory() as folder, Progress() as bar:
+        task = bar.add_task("calibrate")
+        table = pipeline.calibrate(
+            asked,
+            Path(folder) / "table.json",
+            trust=trust,
+            ablation=True,
+            progress=lambda what, done, total: bar.update(
+                task, description=what, completed=done, total=total
+            ),
+        )
+    drops = {what: round(drop, 4) for program in table.ablation.values() for what, drop in program.items()}
+    row = {"drop_db": drops, "shape": list(asked.input.shape), "calibration": table.images["name"]}
+    add_row(out, asked.name, row | measurement.provenance())
+    print(json.dumps(drops, indent=1))
+
+
+def add_row(path: Path | None, name: str, row: dict[str, Any]) -> None:
+    """Put a recipe's measurement into the file, beside those of others; nothing where no path is given."""
+    if path is not None:
+        rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        path.write_text(json.dumps({**rows, name: row}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
