@@ -57,7 +57,8 @@ class CalibrationTable:
         for name in {**self.key, **key}:
             found, wanted = self.key.get(name), key.get(name)
             if found != wanted:
-                return f"is of another {name}: {_difference(found, wanted)}"
+                other = "other" if name.endswith("s") else "another"
+                return f"is of {other} {name}: {_difference(found, wanted)}"
         return ""
 
     def refuse_other(self, key: Mapping[str, Any], path: Path) -> None:

@@ -147,7 +147,7 @@ def test_missing_files_and_other_constants_are_refused(table, tmp_path):
     [
         ({"data": "ef"}, "is of another data: it was 'cd', now 'ef'"),
         ({"model": {"network": "net", "weights": "xy"}}, "of another model: weights was 'ab', now 'xy'"),
-        ({"forms": {"op": "a"}}, "of another forms: op was None, now 'a'"),
+        ({"forms": {"op": "a"}}, "of other forms: op was None, now 'a'"),
         ({"more": 1}, "of another more: it was None, now 1"),
     ],
 )

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -123,6 +124,15 @@ def test_graph_of_another_computation_is_another(one, other):
         for between in (one, one, other)
     ]
     assert digests[0] == digests[1] != digests[2]
+
+
+@pytest.mark.parametrize("tool", ["edgedyn", "torch", "torchao", "nncf", "numpy"])
+def test_table_of_other_tools_is_refused(first, tool, monkeypatch):
+    folder, _ = first
+    newer = lambda name: "99.0" if name == tool else version(name)  # noqa: E731
+    monkeypatch.setattr(recipe_table, "version", newer)
+    with pytest.raises(CalibrationError, match=f"of other versions: {tool} was .*, now '99.0'"):
+        convert(recipe(folder))
 
 
 def test_forced_table_is_used_and_recorded(first, no_statistics):

@@ -308,6 +308,10 @@ def test_budget_loss_is_the_one_of_the_paper():
         net.train()(torch.rand(1, 3, 8, 8))
         assert budget.loss().item() == pytest.approx(3 * ((0.5 - 0.25) ** 2 + outside), rel=1e-5)
         assert all(block.masker.noisy for block in net[1:3])
+    held = MaskBudget(net, 0.25, keep=0.5)
+    held.begin(0.9)
+    net.train()(torch.rand(1, 3, 8, 8))
+    assert held.loss().item() == pytest.approx((0.5 - 0.25) ** 2 + (0.375**2 + 0.125**2) / 2, rel=1e-5)
     budget.begin(0.8)
     assert not any(block.masker.noisy for block in net[1:3])
 

@@ -44,6 +44,9 @@ def main(
     budget: Annotated[
         float, typer.Option(help="share of positions that masks let through, of a network with masks")
     ] = 0.0,
+    keep: Annotated[
+        float, typer.Option(help="with --budget: how tight each block is held to it at last")
+    ] = 0.0,
     seed: int = 0,
     start_from: Annotated[
         Path | None, typer.Option(help="safetensors to go on from; --freeze-norms is then 0")
@@ -68,7 +71,7 @@ def main(
     started = json.loads(start_from.with_suffix(".json").read_text()) if start_from else None
     torch.manual_seed(seed)
     model = import_module(f"edgedyn.models.{network}").NETWORK(**json.loads(arguments), colors=colors)
-    penalty = MaskBudget(model, budget) if budget else None
+    penalty = MaskBudget(model, budget, keep=keep) if budget else None
     if start_from:
         load_weights(model, start_from)
     with _bar(plan.steps) as report:
@@ -84,7 +87,7 @@ def main(
     card = {
         "network": network,
         "arguments": {**json.loads(arguments), "colors": colors},
-        **({"budget": budget} if budget else {}),
+        **({"budget": budget, "keep": keep} if budget else {}),
         "data": {"folder": images.name, "images": len(training)},
         "noise": "white Gaussian, unclipped, sigma uniform in plan.sigma (0..255 scale), blind",
         "plan": plan_card(plan),

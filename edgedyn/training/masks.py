@@ -1,13 +1,14 @@
 """What DynConv's masks are trained with (arXiv 1912.03203, section 3.3): a budget for what they let through.
 
     L = (mean_b r_b - t)^2 + mean_b [max(0, r_b - u)^2 + max(0, l - r_b)^2]
-    c = cos^2(pi/2 min(1, p / 0.33)),  u = 1 - c (1 - t),  l = c t
+    c = max(cos^2(pi/2 min(1, p / 0.33)), k),  u = 1 - c (1 - t),  l = c t
 
 r_b: share of block b's positions that are active in this batch   t: the budget, 0 to 1   p: progress, 0 to 1
 
 The bounds start at the budget for every block alone and open during the first third, so that no block is
-switched off before it has learnt anything. In the last fifth masks are decided without Gumbel noise, as they
-will be when deployed.
+switched off before it has learnt anything: fully in the paper, k = 0, where blocks may end always on or
+always off; with k > 0 each keeps a share to decide about. In the last fifth masks are decided without Gumbel
+noise, as they will be when deployed.
 """
 
 from __future__ import annotations
@@ -28,19 +29,20 @@ class MaskBudget:
         network: holds ``MaskUnit`` modules; their masks are watched by forward hooks.
         budget: share of positions that should be active over all blocks, 0 to 1.
         weight: what the loss is multiplied by.
+        keep: k, 0 to 1, how tight the bounds of single blocks stay.
 
     Raises:
         TrainingError: for a network without masks or a budget outside (0, 1).
     """
 
-    def __init__(self, network: nn.Module, budget: float, weight: float = 1.0) -> None:
+    def __init__(self, network: nn.Module, budget: float, weight: float = 1.0, keep: float = 0.0) -> None:
         self.units = [module for module in network.modules() if isinstance(module, MaskUnit)]
         if not self.units or not 0 < budget < 1:
             raise TrainingError(
                 f"a mask budget of {budget} for a network with {len(self.units)} mask units; expected a "
                 "share between 0 and 1 and at least one unit. Train a network without masks without --budget."
             )
-        self.budget, self.weight = budget, weight
+        self.budget, self.weight, self.keep = budget, weight, keep
         self.shares: list[Tensor] = []
         self.progress = 0.0
         for unit in self.units:
@@ -60,7 +62,7 @@ class MaskBudget:
     def loss(self) -> Tensor:
         """Return the loss of that forward pass."""
         shares = torch.stack(self.shares)
-        tight = math.cos(math.pi / 2 * min(1.0, self.progress / 0.33)) ** 2
+        tight = max(math.cos(math.pi / 2 * min(1.0, self.progress / 0.33)) ** 2, self.keep)
         upper, lower = 1 - tight * (1 - self.budget), tight * self.budget
         outside = (shares - upper).clamp(min=0) ** 2 + (lower - shares).clamp(min=0) ** 2
         return self.weight * ((shares.mean() - self.budget) ** 2 + outside.mean())
