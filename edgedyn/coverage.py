@@ -14,6 +14,7 @@ other images waste steps, but ranges of too few images clip, which costs far mor
 
 from __future__ import annotations
 
+import fnmatch
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgedyn.errors import CalibrationError
+from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.histogram import Histogram
 from edgedyn.manifest import ROUTER
 from edgedyn.quantize.deciding import Mask, find_decisions
@@ -37,6 +38,7 @@ from edgedyn.validate import Row
 if TYPE_CHECKING:
     from edgedyn.calibration import Sample
     from edgedyn.recipe import Recipe
+    from edgedyn.recipe_sections import CoverageSection
 
 _NAMED = 3  # outcomes, and samples nearest to each, that a refusal names
 
@@ -107,9 +109,10 @@ def cover(
         if name != quick and find_decisions(program)[0]:
             samples = [(sources[i], observed[i][name]) for i in chosen[name]]
             front = f"{name}: " if met and not quick else ""
-            found, compared = _look_at_masks(program, samples, section.bands, needed, front)
+            found, compared = _look_at_masks(program, samples, section, needed, front)
             met += found
             logits[name] = (*logits.get(name, ()), *compared)  # a router may have masks, too
+    _refuse_unknown(met, section.unused)
     _refuse_unmet(met, needed)
     return Coverage(tuple(m.outcome for m in met), logits, chosen)
 
@@ -151,7 +154,7 @@ def _ask_quick(
 def _look_at_masks(
     program: ExportedProgram,
     samples: Sequence[tuple[str, tuple[Tensor, ...]]],
-    bands: Sequence[float],
+    section: CoverageSection,
     needed: int,
     front: str,
 ) -> tuple[list[_Met], tuple[Entry, ...]]:
@@ -179,12 +182,13 @@ def _look_at_masks(
     for k, name in enumerate(names):
         taken = shares[:, k] > 0
         span = float(shares[:, k].min()), float(shares[:, k].max())
-        outcome = Outcome("mask", front + name, int(taken.sum()), len(sources), needed, *span)
+        asked = 0 if _matches(name, section.unused) else needed
+        outcome = Outcome("mask", front + name, int(taken.sum()), len(sources), asked, *span)
         told = [f"its nearest logit is {d:.3g} from the threshold" for d in missing[:, k]]
         found.append(_Met(outcome, taken, missing[:, k], told, sources))
-    return found + _sort_into_bands(front, active.sum(1) / sizes.sum(1), bands, sources, needed), _entries(
-        histograms
-    )
+    return found + _sort_into_bands(
+        front, active.sum(1) / sizes.sum(1), section.bands, sources, needed
+    ), _entries(histograms)
 
 
 def _name_masks(masks: Sequence[Mask]) -> list[str]:
@@ -214,19 +218,35 @@ def _entries(histograms: Mapping[str, Histogram]) -> tuple[Entry, ...]:
     return tuple(Entry(name, "decision", histogram) for name, histogram in histograms.items())
 
 
+def _matches(path: str, patterns: Sequence[str]) -> bool:
+    return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+
+
+def _refuse_unknown(met: Sequence[_Met], unused: Sequence[str]) -> None:
+    """Refuse a pattern of masks without demands that matches no mask."""
+    masks = [m.outcome.name.split(": ")[-1] for m in met if m.outcome.decision == "mask"]
+    for pattern in unused:
+        if not any(_matches(name, [pattern]) for name in masks):
+            raise RecipeError(
+                f"quantize.coverage.unused: {pattern!r} matches no mask; the network's are "
+                f"{', '.join(masks) or 'none'}. Mend the pattern."
+            )
+
+
 def _refuse_unmet(met: Sequence[_Met], needed: int) -> None:
     unmet = [m for m in met if m.outcome.taken < m.outcome.needed]
     if not unmet:
         return
     more = f"; and {len(unmet) - _NAMED} more" if len(unmet) > _NAMED else ""
     told = "; ".join(_tell(m) for m in unmet[:_NAMED]) + more
+    kinds = {m.outcome.decision for m in unmet}
     states = ", or state the densities that the network has (quantize.coverage.bands)"
+    leaves = ", or name the masks that training left empty (quantize.coverage.unused)"
     raise CalibrationError(
         f"the calibration set feeds {len(met) - len(unmet)} of {len(met)} outcomes of what the network "
         f"decides; the recipe demands {needed} samples of each (quantize.coverage.samples). {told}. "
-        "Add images like the nearest, at more crops and noise levels"
-        f"{states if any(m.outcome.decision == 'density' for m in unmet) else ''}, or demand fewer samples; "
-        "0 demands nothing."
+        f"Add images like the nearest, at more crops and noise levels{states if 'density' in kinds else ''}"
+        f"{leaves if 'mask' in kinds else ''}, or demand fewer samples; 0 demands nothing."
     )
 
 
@@ -242,7 +262,10 @@ def _tell(met: _Met) -> str:
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:
     """Return how often each outcome was met, as rows of the report; of the masks the one met least."""
     masks = [o for o in outcomes if o.decision == "mask"]
-    shown = [*(o for o in outcomes if o.decision != "mask"), *sorted(masks, key=lambda o: o.taken)[:1]]
+    least = sorted(masks, key=lambda o: (not o.needed, o.taken))[
+        :1
+    ]  # first of those that something is asked of
+    shown = [*(o for o in outcomes if o.decision != "mask"), *least]
     return [
         Row(
             "decisions",

@@ -71,6 +71,11 @@ class CoverageSection(Section):
         min_length=2,
         description="edges of the mask densities that must be met: low < active share of a sample <= high",
     )
+    unused: list[str] = Field(
+        default=[],
+        description="masks that training left empty, by dotted path, of which nothing is demanded; * matches "
+        "any part",
+    )
 
     @model_validator(mode="after")
     def _bands_increase(self) -> CoverageSection:

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from edgedyn import cli, conversion, coverage, pipeline
 from edgedyn.calibration_table import read_table
-from edgedyn.errors import CalibrationError
+from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.recipe import Recipe, load_recipe
 from edgedyn.routing import RoutedModel
 from edgedyn.table_entries import Outcome
@@ -161,6 +161,25 @@ def test_mask_that_is_never_active_is_refused_with_the_distance_to_its_threshold
     )
     with pytest.raises(CalibrationError, match=message):
         cover(BrightParts(), 0.25, 0.375, samples=1)
+
+
+def test_nothing_is_demanded_of_a_mask_that_is_said_to_be_unused_and_still_of_the_others():
+    pair = nn.Sequential(BrightParts(), BrightParts(50.0))  # the first adds what its seed gives
+    with pytest.raises(
+        CalibrationError, match=r"mask 1 has 0 of 1 .*left empty \(quantize\.coverage\.unused\)"
+    ):
+        cover(pair, 0.75, samples=1)
+    found = cover(pair, 0.75, samples=1, unused=["1"])
+    assert [(o.name, o.taken, o.needed) for o in found.outcomes[:2]] == [("0", 1, 1), ("1", 0, 0)]
+    (row, *_) = [row for row in coverage.rows(found.outcomes) if row.metric == "coverage[mask]"]
+    assert (row.value, row.limit) == (1, {"at_least": 1.0})  # of the mask that something is asked of
+    with pytest.raises(CalibrationError, match="mask 0 has 0 of 1"):
+        cover(pair, 0.25, samples=1, unused=["1"])
+
+
+def test_pattern_of_unused_masks_that_matches_none_is_refused_with_their_names():
+    with pytest.raises(RecipeError, match=r"'2\.\*' matches no mask; the network's are 0, 1\. Mend"):
+        cover(nn.Sequential(BrightParts(), BrightParts()), 0.75, samples=1, unused=["2.*"])
 
 
 def test_band_that_is_not_reached_is_refused_with_the_densities_and_the_way_out():
