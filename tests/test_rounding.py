@@ -184,3 +184,16 @@ def test_inputs_that_never_change_leave_the_weights_as_they_are():
     codes, bias = reconstruct(w, torch.tensor([1 / 127]).double(), [moments])
     assert codes.tolist() == [[64, -127, 32]]
     assert bias.item() == pytest.approx(1 - (64 - 127 + 32) / 127)
+
+
+def test_constant_maps_round_to_the_nearest_weights():
+    """As behind a mask that is never active: float32 products would leave an H of either sign."""
+    torch.manual_seed(0)
+    layer, sparse = nn.Conv2d(192, 32, 1), torch.rand(192, 1, 1) * (torch.rand(192, 1, 1) < 0.1)
+    x = sparse.expand(1, 192, 64, 64).contiguous()
+    with torch.no_grad():
+        y = layer(x)
+    (moments,) = measure_moments(node_of(layer, x), [x] * 3, [y] * 3, 1)
+    scales = layer.weight.detach().abs().amax((1, 2, 3)) / 127
+    codes, _ = reconstruct(layer.weight.detach(), scales, [moments])
+    assert torch.equal(codes, torch.round(layer.weight.detach().double() / scales.double().view(-1, 1, 1, 1)))

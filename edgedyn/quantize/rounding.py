@@ -91,9 +91,23 @@ def _sums(node: fx.Node, x: Tensor, y: Tensor, groups: int) -> list[list[Tensor]
         columns, wanted = columns.transpose(0, 1).flatten(1), y.transpose(0, 1).flatten(1)
     pairs = zip(columns.chunk(groups), wanted.chunk(groups), strict=True)
     return [
-        [_product(a, a), _product(b, a), a.sum(1, dtype=torch.float64), b.sum(1, dtype=torch.float64)]
+        [
+            _product_around_means(a, a),
+            _product_around_means(b, a),
+            *(c.sum(1, dtype=torch.float64) for c in (a, b)),
+        ]
         for a, b in pairs
     ]
+
+
+def _product_around_means(a: Tensor, b: Tensor) -> Tensor:
+    """Return a b' as ``_product`` does, where means may be all there is: behind a mask that is never active.
+
+    float32 would leave more of them than there is spread: they are taken off first, and added in float64.
+    """
+    (off_a, p), (off_b, q) = ((x - x.mean(1, keepdim=True), x.mean(1).double()) for x in (a, b))
+    sums = torch.outer(a.sum(1, dtype=torch.float64), q) + torch.outer(p, b.sum(1, dtype=torch.float64))
+    return _product(off_a, off_b) + sums - a.shape[1] * torch.outer(p, q)
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
