@@ -14,7 +14,6 @@ other images waste steps, but ranges of too few images clip, which costs far mor
 
 from __future__ import annotations
 
-import fnmatch
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.histogram import Histogram
 from edgedyn.manifest import ROUTER
 from edgedyn.quantize.deciding import Mask, find_decisions
+from edgedyn.quantize.plan import matches
 from edgedyn.quantize.statistics import count, look
 from edgedyn.routing import RoutedModel
 from edgedyn.table_entries import Entry, Outcome
@@ -182,13 +182,12 @@ def _look_at_masks(
     for k, name in enumerate(names):
         taken = shares[:, k] > 0
         span = float(shares[:, k].min()), float(shares[:, k].max())
-        asked = 0 if _matches(name, section.unused) else needed
+        asked = 0 if matches(name, section.unused) else needed
         outcome = Outcome("mask", front + name, int(taken.sum()), len(sources), asked, *span)
         told = [f"its nearest logit is {d:.3g} from the threshold" for d in missing[:, k]]
         found.append(_Met(outcome, taken, missing[:, k], told, sources))
-    return found + _sort_into_bands(
-        front, active.sum(1) / sizes.sum(1), section.bands, sources, needed
-    ), _entries(histograms)
+    found += _sort_into_bands(front, active.sum(1) / sizes.sum(1), section.bands, sources, needed)
+    return found, _entries(histograms)
 
 
 def _name_masks(masks: Sequence[Mask]) -> list[str]:
@@ -218,15 +217,11 @@ def _entries(histograms: Mapping[str, Histogram]) -> tuple[Entry, ...]:
     return tuple(Entry(name, "decision", histogram) for name, histogram in histograms.items())
 
 
-def _matches(path: str, patterns: Sequence[str]) -> bool:
-    return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
-
-
 def _refuse_unknown(met: Sequence[_Met], unused: Sequence[str]) -> None:
     """Refuse a pattern of masks without demands that matches no mask."""
     masks = [m.outcome.name.split(": ")[-1] for m in met if m.outcome.decision == "mask"]
     for pattern in unused:
-        if not any(_matches(name, [pattern]) for name in masks):
+        if not any(matches(name, [pattern]) for name in masks):
             raise RecipeError(
                 f"quantize.coverage.unused: {pattern!r} matches no mask; the network's are "
                 f"{', '.join(masks) or 'none'}. Mend the pattern."
@@ -262,10 +257,8 @@ def _tell(met: _Met) -> str:
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:
     """Return how often each outcome was met, as rows of the report; of the masks the one met least."""
     masks = [o for o in outcomes if o.decision == "mask"]
-    least = sorted(masks, key=lambda o: (not o.needed, o.taken))[
-        :1
-    ]  # first of those that something is asked of
-    shown = [*(o for o in outcomes if o.decision != "mask"), *least]
+    masks.sort(key=lambda o: (not o.needed, o.taken))  # those that something is asked of come first
+    shown = [*(o for o in outcomes if o.decision != "mask"), *masks[:1]]
     return [
         Row(
             "decisions",

@@ -146,7 +146,7 @@ class Recipe(Section):
         """
         from edgedyn.weights import load_weights
 
-        network = _network(self.model.network)
+        network = find_network(self.model.network)
         try:
             inspect.signature(network).bind(**self.model.arguments)
         except TypeError as error:
@@ -164,7 +164,7 @@ class Recipe(Section):
         return model.eval()  # type: ignore[no-any-return]
 
 
-def _network(name: str) -> Any:
+def find_network(name: str) -> Any:
     """Find ``NETWORK`` of edgedyn/models/<name>.py, or the function ``package.module:function``."""
     module_name, _, function = name.partition(":")
     try:

@@ -39,8 +39,8 @@ QUICK = {
     ("dynconv-denoiser.phone.int8", "fused"): _DYNCONV,
     ("slimmable-dncnn.phone.int8", "stock"): ("arguments={configurations: [[8, 8, 8], [8, 16, 8]]}",),
 }
-# no float operator of their INT8 programs gives other bits on another machine
-EXACT = ("acda-dncnn", "dynconv-resnet32", "slimmable-dncnn")
+# no float operator of their INT8 programs gives other bits on another machine, but for layers kept in float
+EXACT = ("acda-dncnn", "dynconv-denoiser", "dynconv-denoiser-capacity", "dynconv-resnet32", "slimmable-dncnn")
 
 
 @dataclass(frozen=True)
@@ -127,12 +127,13 @@ def assert_same_int8(y: Outputs) -> None:
 
 @pytest.mark.parametrize(("name", "kernels", "smaller"), cases())
 def test_recipe_computes_on_arm64_what_it_computes_on_x86(name, kernels, smaller, tmp_path):
+    keeps = load_recipe(RECIPES / f"{name}.yaml", overrides(name, kernels, smaller)).quantize.keep_float
     for program, y in run_all(name, kernels, smaller, tmp_path).items():
         assert y.arm64.shape == y.x86.shape
         assert len(np.unique(y.x86)) > min(10, y.x86.size // 2)
         if not y.is_int8:  # of a recipe in float32; a router may be so in any
             assert_same_float(y)
-        elif name.split(".")[0] in EXACT:
+        elif name.split(".")[0] in EXACT and not keeps:
             assert np.array_equal(y.arm64, y.x86), program
         else:
             assert_same_int8(y)

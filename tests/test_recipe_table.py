@@ -129,8 +129,8 @@ def test_graph_of_another_computation_is_another(one, other):
 @pytest.mark.parametrize("tool", ["edgedyn", "torch", "torchao", "nncf", "numpy"])
 def test_table_of_other_tools_is_refused(first, tool, monkeypatch):
     folder, _ = first
-    newer = lambda name: "99.0" if name == tool else version(name)  # noqa: E731
-    monkeypatch.setattr(recipe_table, "version", newer)
+    versions = {name: version(name) for name in recipe_table._TOOLS} | {tool: "99.0"}
+    monkeypatch.setattr(recipe_table, "version", versions.__getitem__)
     with pytest.raises(CalibrationError, match=f"of other versions: {tool} was .*, now '99.0'"):
         convert(recipe(folder))
 

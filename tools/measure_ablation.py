@@ -16,11 +16,10 @@ from typing import Annotated, Any
 
 import measurement
 import typer
-from rich.progress import Progress
 
 from edgedyn import pipeline
 from edgedyn.recipe import load_recipe
-from edgedyn.terminal import quiet_libraries
+from edgedyn.terminal import progress_bars, quiet_libraries
 
 
 def main(
@@ -30,16 +29,13 @@ def main(
     out: Annotated[Path | None, typer.Option(help="JSON file, for docs/measurements/")] = None,
 ) -> None:
     asked = load_recipe(recipe, overrides or [])
-    with quiet_libraries(), tempfile.TemporaryDirectory() as folder, Progress() as bar:
-        task = bar.add_task("calibrate")
+    with quiet_libraries(), tempfile.TemporaryDirectory() as folder, progress_bars() as advance:
         table = pipeline.calibrate(
             asked,
             Path(folder) / "table.json",
             trust=trust,
             ablation=True,
-            progress=lambda what, done, total: bar.update(
-                task, description=what, completed=done, total=total
-            ),
+            progress=advance,
         )
     drops = {what: round(drop, 4) for program in table.ablation.values() for what, drop in program.items()}
     row = {"drop_db": drops, "shape": list(asked.input.shape), "calibration": table.images["name"]}

@@ -10,7 +10,6 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Annotated
 
@@ -22,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgedyn import metrics
+from edgedyn.recipe import find_network
 from edgedyn.training.denoise import TrainingPlan, load_images, plan_card, train
 from edgedyn.training.masks import MaskBudget
 from edgedyn.weights import load_weights
@@ -70,7 +70,8 @@ def main(
     held_out = load_images(validation, gray=colors == 1)
     started = json.loads(start_from.with_suffix(".json").read_text()) if start_from else None
     torch.manual_seed(seed)
-    model = import_module(f"edgedyn.models.{network}").NETWORK(**json.loads(arguments), colors=colors)
+    given = {**json.loads(arguments), "colors": colors}
+    model = find_network(network)(**given)
     penalty = MaskBudget(model, budget, keep=keep) if budget else None
     if start_from:
         load_weights(model, start_from)
@@ -86,7 +87,7 @@ def main(
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out)
     card = {
         "network": network,
-        "arguments": {**json.loads(arguments), "colors": colors},
+        "arguments": given,
         **({"budget": budget, "keep": keep} if budget else {}),
         "data": {"folder": images.name, "images": len(training)},
         "noise": "white Gaussian, unclipped, sigma uniform in plan.sigma (0..255 scale), blind",

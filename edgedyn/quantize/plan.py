@@ -235,9 +235,11 @@ def refuse_unknown_layers(programs: Sequence[fx.GraphModule], key: str, patterns
             )
 
 
+def matches(path: str, patterns: Sequence[str]) -> bool:
+    """Say whether a dotted path is one of those that patterns name; * matches any part."""
+    return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
+
+
 def _matching(sites: Sequence[Site], patterns: Sequence[str]) -> list[str]:
     """Name the nodes whose layer path matches a pattern."""
-    paths = {site.node.name: module_path(site.node) for site in sites}
-    return [
-        name for name, path in paths.items() if any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
-    ]
+    return [site.node.name for site in sites if matches(module_path(site.node), patterns)]

@@ -90,24 +90,21 @@ def _sums(node: fx.Node, x: Tensor, y: Tensor, groups: int) -> list[list[Tensor]
         columns = F.unfold(x, side, dilation=dilation, padding=padding, stride=stride)
         columns, wanted = columns.transpose(0, 1).flatten(1), y.transpose(0, 1).flatten(1)
     pairs = zip(columns.chunk(groups), wanted.chunk(groups), strict=True)
-    return [
-        [
-            _product_around_means(a, a),
-            _product_around_means(b, a),
-            *(c.sum(1, dtype=torch.float64) for c in (a, b)),
-        ]
-        for a, b in pairs
-    ]
+    return [_sums_around_means(a, b) for a, b in pairs]
 
 
-def _product_around_means(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b' as ``_product`` does, where means may be all there is: behind a mask that is never active.
+def _sums_around_means(x: Tensor, y: Tensor) -> list[Tensor]:
+    """Return the sums of x x', y x', x and y, (A, N) and (B, N), where means may be all there is.
 
-    float32 would leave more of them than there is spread: they are taken off first, and added in float64.
+    So it is behind a mask that is never active: float32 products would leave more of means than there is
+    spread. They are taken off first, and added in float64.
     """
-    (off_a, p), (off_b, q) = ((x - x.mean(1, keepdim=True), x.mean(1).double()) for x in (a, b))
-    sums = torch.outer(a.sum(1, dtype=torch.float64), q) + torch.outer(p, b.sum(1, dtype=torch.float64))
-    return _product(off_a, off_b) + sums - a.shape[1] * torch.outer(p, q)
+    (off_x, p), (off_y, q) = ((z - z.mean(1, keepdim=True), z.mean(1).double()) for z in (x, y))
+    x_sum, y_sum = (z.sum(1, dtype=torch.float64) for z in (x, y))
+    count = x.shape[1]
+    xx = _product(off_x, off_x) + (torch.outer(x_sum, p) + torch.outer(p, x_sum)) - count * torch.outer(p, p)
+    yx = _product(off_y, off_x) + (torch.outer(y_sum, p) + torch.outer(q, x_sum)) - count * torch.outer(q, p)
+    return [xx, yx, x_sum, y_sum]
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
