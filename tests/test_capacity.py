@@ -18,6 +18,7 @@ from edgedyn.layers.dynconv.capacity import CapacityBlock, Grid, capacities_of, 
 from edgedyn.layers.dynconv.masks import PointMaskHead, Selection
 from edgedyn.pipeline import capture
 from edgedyn.quantize import to_float
+from edgedyn.quantize.nodes import module_path
 from edgedyn.routing import RoutedModel
 from edgedyn.targets.tensorrt.check import check_build
 
@@ -145,16 +146,23 @@ def test_network_sums_the_overflow_of_its_blocks_and_keeps_nothing():
     y, overflow = exact(x)
     assert overflow.tolist() == [0]
     torch.testing.assert_close(y, network(x), rtol=1e-12, atol=1e-12 * y.abs().max().item())
-    assert exact.overflow.counts == []
+    assert exact.body[0].overflow.counts == []
     small = with_capacity(network, dict.fromkeys(capacities, 1))
     first = small(x)[1]
     assert first.item() > 3
     assert torch.equal(small(x)[1], first)
 
 
+def test_layers_keep_the_paths_that_recipes_name():
+    network, x = make_network(), rand(1, 3, 10, 14)
+    program = capture(with_capacity(network, dict.fromkeys(capacities_of(network, [x]), 9)), (x,))
+    paths = {module_path(node) for node in program.graph.nodes}
+    assert {"head", "body.1.masker.maskconv.conv", "body.1.convs.0.products.0"} <= paths
+
+
 def test_block_at_two_places_stays_one_module_and_counts_twice():
     network = make_network()
-    built = with_capacity(network, {"body.0": 2, "body.0.dilated": 500}).network
+    built = with_capacity(network, {"body.0": 2, "body.0.dilated": 500})
     assert isinstance(built.body[0], CapacityBlock)
     assert built.again[0] is built.body[0]
     assert not isinstance(built.body[1], CapacityBlock)

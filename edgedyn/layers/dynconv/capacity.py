@@ -35,10 +35,27 @@ DILATED = ".dilated"  # behind a block's path: the capacity of its inner convolu
 
 
 class Overflow:
-    """What the blocks of one call could not hold; shared by them, emptied by their network."""
+    """What the blocks of one call could not hold; shared by them, returned by their network."""
 
     def __init__(self) -> None:
         self.counts: list[Tensor] = []
+
+    def add_to(self, network: nn.Module) -> nn.Module:
+        """Let a network of such blocks return (y, overflow (1,)) in place of y.
+
+        Hooks do that, and no module around it: its layers keep the paths that recipes name.
+        """
+        network.register_forward_pre_hook(self._begin)
+        network.register_forward_hook(self._end)
+        return network
+
+    def _begin(self, network: nn.Module, x: Any) -> None:
+        self.counts.clear()
+
+    def _end(self, network: nn.Module, x: Any, y: Any) -> tuple[Any, Tensor]:
+        counts = torch.stack(self.counts)
+        self.counts.clear()
+        return y, counts.sum(0, keepdim=True)
 
 
 class Grid(NamedTuple):
@@ -165,24 +182,10 @@ def _gather_rows(rows: Tensor, source: Grid, grid: Grid, conv: GatheredConv2d) -
     return _with_zero_row(rows).index_select(0, index)
 
 
-class CapacityNetwork(nn.Module):
-    """A network of capacity blocks that also returns its overflow."""
-
-    def __init__(self, network: nn.Module, overflow: Overflow) -> None:
-        super().__init__()
-        self.network, self.overflow = network, overflow
-
-    def forward(self, x: Tensor) -> tuple[Any, Tensor]:
-        """Return (what the network returns for x (1, ...), overflow (1,)); exact while overflow is 0."""
-        self.overflow.counts.clear()
-        y = self.network(x)
-        counts = torch.stack(self.overflow.counts)
-        self.overflow.counts.clear()
-        return y, counts.sum(0, keepdim=True)
-
-
 def with_capacity(model: nn.Module, capacities: Mapping[str, int]) -> nn.Module:
     """Return a network whose gated blocks work at k positions at most, and which returns (y, overflow).
+
+    x (1, ...) -> y as the network returns it, overflow (1,): y is exact while it is 0.
 
     Args:
         model: network of DynConv blocks, in evaluation mode; not changed.
@@ -210,7 +213,7 @@ def with_capacity(model: nn.Module, capacities: Mapping[str, int]) -> nn.Module:
         k, window = capacities[path], (2 * block.masker.reach + 1) ** 2
         return CapacityBlock(block, k, capacities.get(path + DILATED, window * k), overflow)
 
-    return CapacityNetwork(replace_modules(model, make), overflow).eval()
+    return overflow.add_to(replace_modules(model, make).eval())
 
 
 def capacities_of(model: nn.Module, inputs: Iterable[Tensor], quantile: float = 1.0) -> dict[str, int]:
