@@ -157,7 +157,7 @@ def test_layers_keep_the_paths_that_recipes_name():
     network, x = make_network(), rand(1, 3, 10, 14)
     program = capture(with_capacity(network, dict.fromkeys(capacities_of(network, [x]), 9)), (x,))
     paths = {module_path(node) for node in program.graph.nodes}
-    assert {"head", "body.1.masker.maskconv.conv", "body.1.convs.0.products.0"} <= paths
+    assert {"head", "body.1.masker.maskconv.conv", "body.1.conv1.products.0"} <= paths
 
 
 def test_block_at_two_places_stays_one_module_and_counts_twice():

@@ -49,6 +49,39 @@ def test_one_world_is_float_and_the_other_the_quantized_program(target, dynamic)
             assert (int8 - float_).abs().max() > 1e-4
 
 
+class Gated(nn.Module):
+    """``body`` reads what ``head`` writes, where logits of it are above 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.logits = nn.Conv2d(3, 5, 3, padding=1), nn.Conv2d(5, 1, 1)
+        self.body = nn.Conv2d(5, 5, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.head(x)
+        return self.body(y * (self.logits(y) > 0))
+
+
+def test_both_worlds_decide_as_float_does():
+    torch.manual_seed(3)
+    net, x, scheme = Gated().eval(), make_input((1, 3, 40, 56)), targets.load("executorch").int8
+    program = torch.export.export(net, (x,))
+    made = quantize.to_int8(program, (x,), scheme=scheme, section=PLAIN, samples=[(x,)])
+    module, seen = fold(program), {}
+
+    def change(site, inputs, outputs):
+        seen[site.name] = inputs[0]
+        weight = weight_of(module, site.node)
+        return (0.9 * weight, bias_of(module, site.node))  # other logits, by far
+
+    steps = steps_of(made.calibrated.entries, scheme)
+    Lockstep(module, make_plan(module, scheme=scheme), steps, scheme).run([(x,)], change)
+    with torch.no_grad():
+        active = net.logits(net.head(x))[0, 0] > 0
+    assert 0.1 < active.float().mean() < 0.9
+    assert torch.equal(seen["body"][0].any(0), active)
+
+
 def test_samples_are_dropped_one_by_one_where_they_are_read_for_the_last_time(monkeypatch):
     class Net(nn.Module):
         def __init__(self) -> None:

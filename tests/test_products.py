@@ -121,6 +121,28 @@ def test_maps_of_equal_channels_are_left_alone(net):
     assert products(make(even)) == 0
 
 
+class Rows(nn.Module):
+    """``body`` as a linear layer on the positions, as layers of gathered positions are."""
+
+    def __init__(self, net: Block) -> None:
+        super().__init__()
+        self.body, self.act = nn.Linear(8, 8), net.act
+        self.head = net.head
+        with torch.no_grad():
+            self.body.weight[:], self.body.bias[:] = net.body.weight.flatten(1), net.body.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = torch.relu(self.head(x)).permute(0, 2, 3, 1).flatten(0, 2)
+        return self.act(self.body(rows))
+
+
+def test_channels_of_rows_are_scaled_too(net):
+    rows = Rows(net).eval()
+    plain, scaled = make(rows, equalize_outputs=False), make(rows)
+    assert (products(plain), products(scaled)) == (0, 1)
+    assert error(rows, scaled) < 0.7 * error(rows, plain)
+
+
 class Padded(nn.Module):
     """What ``body`` writes is padded for a convolution, and summed up by somebody else."""
 

@@ -63,6 +63,12 @@ def find_decisions(program: ExportedProgram) -> tuple[list[Mask], int]:
     return masks, len(found) - len(masks)
 
 
+def find_deciding(module: fx.GraphModule) -> list[fx.Node]:
+    """Return the nodes of a folded program that decide: comparisons, indices, step functions."""
+    inputs = [node.name for node in module.graph.nodes if node.op == "placeholder"]
+    return _deciding(module.graph, inputs)
+
+
 def find_deciding_layers(module: fx.GraphModule, *, is_router: bool = False) -> list[fx.Node]:
     """Return the last convolutions and linear layers in front of every decision of a folded program.
 
@@ -73,8 +79,7 @@ def find_deciding_layers(module: fx.GraphModule, *, is_router: bool = False) -> 
         module: a folded program.
         is_router: whether the host compares the program's first output.
     """
-    inputs = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-    cone = set(_deciding(module.graph, inputs))
+    cone = set(find_deciding(module))
     masks = {mask.logits for mask in map(_read_mask, cone) if mask is not None}
     compared = {source for node in cone for source in node.all_input_nodes}
     compared |= {node for node in module.graph.nodes if node.name in masks}

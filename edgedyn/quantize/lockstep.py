@@ -1,7 +1,8 @@
 """Run a program twice side by side, in float and with the INT8 steps up to here, a node at a time.
 
 What is changed at a layer, its rounded weights, is seen by every later layer: each one is fitted to the
-errors that reach it.
+errors that reach it. Both decide as float does: one position more in a list of active ones would shift all
+behind it, and no row of one be the other's.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from edgedyn.quantize.deciding import find_deciding
 from edgedyn.quantize.nodes import by_output
 from edgedyn.quantize.plan import Plan, Site, Steps
 from edgedyn.quantized_graph import attribute
@@ -71,6 +73,7 @@ class Lockstep:
         self.module = module
         self.sites = {site.node: site for site in plan.sites}
         self.read, self.written = steps_by_call(plan, steps, scheme)
+        self.deciding = set(find_deciding(module))
         self.last_reader = {x: node for node in module.graph.nodes for x in node.all_input_nodes}
 
     @torch.no_grad()
@@ -127,6 +130,8 @@ class Lockstep:
             wanted.append(_run(node, *float_))
             if node in self.sites:
                 given.append(int8)
+            elif node in self.deciding:
+                found.append(wanted[-1])
             else:
                 found.append(self._write(node, *int8))
         if node in self.sites:

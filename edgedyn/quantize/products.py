@@ -23,7 +23,6 @@ from edgedyn.quantize.nodes import (
     by_output,
     channel_axis,
     set_constant,
-    shape_of,
     weight_of,
 )
 from edgedyn.quantize.plan import Site, find_sites
@@ -35,24 +34,23 @@ _WORTH = 0.5  # of the power of the rounding error, averaged over channels, or l
 
 
 def find_scalable(module: fx.GraphModule, taken_back: Collection[fx.Node]) -> list[Site]:
-    """Return the convolutions whose channels can be scaled and taken back by a product.
+    """Return the layers whose channels can be scaled and taken back by a product.
 
     Args:
         module: a folded program.
-        taken_back: convolutions whose channels somebody else takes back.
+        taken_back: layers whose channels somebody else takes back.
     """
-    sites = [site for site in find_sites(module) if site.node not in taken_back and can_scale(site)]
-    return [site for site in sites if len(shape_of(site.last)) == 4]
+    return [site for site in find_sites(module) if site.node not in taken_back and can_scale(site)]
 
 
 def scale_outputs(
     module: fx.GraphModule, sites: Sequence[Site], largest: Mapping[fx.Node, Tensor]
 ) -> dict[str, Tensor]:
-    """Scale what convolutions write for float operators, where that pays; return the products by name.
+    """Scale what layers write for float operators, where that pays; return the products by name.
 
     Args:
         module: a folded float program; changed in place, exactly but for one float32 rounding a weight.
-        sites: the convolutions, from ``find_scalable``.
+        sites: the layers, from ``find_scalable``.
         largest: absolute value of each channel of what they write, from ``channel_maxima``.
     """
     factors = {}

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
-from edgedyn.quantize.nodes import shape_of
+from edgedyn.quantize.nodes import channel_axis, shape_of
 
 
 def look(
@@ -92,15 +92,17 @@ def channel_maxima(
 
     Args:
         module: a folded float program.
-        maps: nodes of it, (B, C, H, W).
+        maps: nodes of it, (B, C, H, W), or (..., C) behind a linear layer.
         samples: its inputs.
         also: called with these nodes and their values, in the same pass.
     """
-    largest = {node: torch.zeros(shape_of(node)[1]) for node in maps}
+    axes = {node: channel_axis(node.meta["val"]) for node in maps}
+    largest = {node: torch.zeros(shape_of(node)[axis]) for node, axis in axes.items()}
 
     def see(node: fx.Node, value: Tensor) -> None:
         if node in largest:
-            high, low = value.amax((0, 2, 3)), value.amin((0, 2, 3))  # abs would copy the map
+            others = [axis for axis in range(value.dim()) if axis != axes[node]]
+            high, low = value.amax(others), value.amin(others)  # abs would copy the map
             largest[node] = torch.maximum(largest[node], torch.maximum(high, -low))
         if node in also:
             also[node](node, value)

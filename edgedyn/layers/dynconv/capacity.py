@@ -141,7 +141,9 @@ class CapacityBlock(nn.Module):
         super().__init__()
         self.masker: Any = block.masker
         self.downsample: Any = getattr(block, "downsample", None)
-        self.convs = nn.ModuleList(GatheredConv2d(m) for m in block.children() if isinstance(m, MaskedConv2d))
+        self.convs = [name for name, child in block.named_children() if isinstance(child, MaskedConv2d)]
+        for name in self.convs:
+            self.add_module(name, GatheredConv2d(getattr(block, name)))
         self.outer, self.inner, self.overflow = Selection(capacity), Selection(inner_capacity), overflow
         self.is_inverted = isinstance(block, CanonicalInvertedResidual)
 
@@ -160,7 +162,7 @@ class CapacityBlock(nn.Module):
         _, mask, dilated = self.masker(x)
         inner, outer = Grid(*self.inner(dilated)), Grid(*self.outer(mask))
         self.overflow.counts += [inner.overflow, outer.overflow]
-        convs: Any = self.convs
+        convs: list[Any] = [getattr(self, name) for name in self.convs]
         y = bend(convs[0](_gather_map(x, inner, convs[0])))
         y = convs[1](_gather_rows(y, inner, outer, convs[1]))
         y = convs[2](bend(y)) if len(convs) == 3 else y
