@@ -62,18 +62,6 @@ def test_moments_are_those_of_what_the_layer_reads(name):
             torch.testing.assert_close(a, b, rtol=0, atol=300 * 1.2e-7 * float(b.abs().max() + 9))
 
 
-def test_free_places_of_a_list_count_once():
-    torch.manual_seed(1)
-    layer, x = nn.Linear(6, 8), correlated(1, 6, 5, 8).flatten(2)[0].t()
-    filled = torch.cat([x, x[:1].expand(200, -1)])
-    found, expected = (
-        measure_moments(node_of(layer, z), [z], [layer(z).detach()], 1)[0]
-        for z in (filled, torch.cat([x, x[:1]]))
-    )
-    for a, b in zip(vars(found).values(), vars(expected).values(), strict=True):
-        assert torch.equal(a, b)
-
-
 @pytest.mark.parametrize("name", LAYERS)
 def test_a_mean_does_not_drown_the_spread_of_many_positions(name):
     layer, x = LAYERS[name], 10 + 1e-2 * correlated(1, 6, 300, 400)

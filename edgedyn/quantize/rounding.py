@@ -64,8 +64,6 @@ def measure_moments(
     total: list[list[Tensor]] = []
     count = 0
     for x, y in zip(inputs, outputs, strict=True):
-        if node.target is torch.ops.aten.linear.default:
-            x, y = _drop_repeated(*(z.reshape(-1, z.shape[-1]) for z in (x, y)))
         parts = _sums(node, x, y, groups)
         count += y.numel() // y.shape[channel_axis(y)]
         total = (
@@ -80,21 +78,10 @@ def measure_moments(
     return found
 
 
-def _drop_repeated(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """Drop the rows (N, D) of x, and those of y with them, that repeat the one before.
-
-    So do the free places of a list of fixed capacity: each holds position 0, and as many of them as there are
-    would outweigh the active positions.
-    """
-    differs = torch.ones(len(x), dtype=torch.bool)
-    differs[1:] = (x[1:] != x[:-1]).any(1)
-    return x[differs], y[differs]
-
-
 def _sums(node: fx.Node, x: Tensor, y: Tensor, groups: int) -> list[list[Tensor]]:
     """Return the sums of x x', y x', x and y over the output positions of one sample, for each group."""
     if node.target is torch.ops.aten.linear.default:
-        columns, wanted = x.t(), y.t()
+        columns, wanted = x.reshape(-1, x.shape[-1]).t(), y.reshape(-1, y.shape[-1]).t()
     else:
         stride, padding, dilation = (_pair(value) for value in convolution_arguments(node)[:3])
         side = weight_shape(node)[2:]
