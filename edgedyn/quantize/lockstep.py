@@ -1,8 +1,8 @@
 """Run a program twice side by side, in float and with the INT8 steps up to here, a node at a time.
 
 What is changed at a layer, its rounded weights, is seen by every later layer: each one is fitted to the
-errors that reach it. Both decide as float does: one position more in a list of active ones would shift all
-behind it, and no row of one be the other's.
+errors that reach it. Both decide as float does: a position that only one of them takes for active would shift
+every row behind it in a list of active ones.
 """
 
 from __future__ import annotations
