@@ -151,6 +151,11 @@ def test_network_sums_the_overflow_of_its_blocks_and_keeps_nothing():
     first = small(x)[1]
     assert first.item() > 3
     assert torch.equal(small(x)[1], first)
+    stop = small.body[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        small(x)
+    stop.remove()
+    assert torch.equal(small(x)[1], first)
 
 
 def test_layers_keep_the_paths_that_recipes_name():

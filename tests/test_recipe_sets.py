@@ -11,7 +11,7 @@ from PIL import Image
 from small_sets import entry, save_image, write_pairs, write_set
 from torch import nn
 
-from edgedyn import CalibrationSet, pipeline
+from edgedyn import CalibrationSet, pipeline, recipe_table
 from edgedyn.calibration import open_set
 from edgedyn.calibration_table import read_table
 from edgedyn.errors import CalibrationError, RecipeError
@@ -59,6 +59,24 @@ def test_vivid_samples_are_no_lessons_and_no_exam():
     assert len(draw_more(given, calibration)) == calibration.samples
     exam = make_exams(given, calibration, nn.Identity(), {"method": {}})["forward"]
     assert len(exam.inputs) == calibration.samples
+
+
+def test_what_was_measured_serves_every_limit_of_the_same_method_and_code(tmp_path, monkeypatch):
+    code = tmp_path / "rounding.py"
+    code.write_text("nearest")
+    monkeypatch.setattr(recipe_table, "__file__", str(tmp_path / "recipe_table.py"))
+
+    def remembered(limit: float, rounding: str = "nearest") -> Path:
+        given = recipe(f"quantize.max_drop_db={limit}", f"quantize.rounding={rounding}")
+        calibration, _ = pipeline.load_sets(given)
+        key = {"method": given.quantize.model_dump()}
+        return make_exams(given, calibration, nn.Identity(), key)["forward"].recall.path
+
+    first = remembered(0.1)
+    assert remembered(0.2) == first
+    assert remembered(0.1, "reconstruct") != first
+    code.write_text("stochastic")
+    assert remembered(0.1) != first
 
 
 def test_recipe_noise_is_as_strict_as_that_of_a_manifest():
