@@ -143,6 +143,11 @@ def test_channels_of_rows_are_scaled_too(net):
     assert error(rows, scaled) < 0.7 * error(rows, plain)
 
 
+def test_channels_of_one_position_are_left_alone(net):
+    pooled = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 8)).eval()
+    assert scale_all(fold(torch.export.export(pooled, (INPUT,))), INPUT) == {}
+
+
 class Padded(nn.Module):
     """What ``body`` writes is padded for a convolution, and summed up by somebody else."""
 

@@ -36,11 +36,16 @@ _WORTH = 0.5  # of the power of the rounding error, averaged over channels, or l
 def find_scalable(module: fx.GraphModule, taken_back: Collection[fx.Node]) -> list[Site]:
     """Return the layers whose channels can be scaled and taken back by a product.
 
+    Not those of a single position: a few values do not tell how far a channel goes, and scaled it has no
+    room.
+
     Args:
         module: a folded program.
         taken_back: layers whose channels somebody else takes back.
     """
-    return [site for site in find_sites(module) if site.node not in taken_back and can_scale(site)]
+    sites = [site for site in find_sites(module) if site.node not in taken_back and can_scale(site)]
+    written = {site: site.last.meta["val"] for site in sites}
+    return [site for site, y in written.items() if y.numel() > y.shape[channel_axis(y)]]
 
 
 def scale_outputs(
