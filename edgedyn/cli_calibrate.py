@@ -35,7 +35,7 @@ def calibrate(
         typer.Option("--sensitivity", help="measure what INT8 costs in each layer; goes on if interrupted"),
     ] = False,
     ablation: Annotated[
-        bool, typer.Option("--ablation", help="measure also what each switch of the method is worth")
+        bool, typer.Option("--ablation", help="measure what each switch of the method is worth")
     ] = False,
 ) -> None:
     """Write only the calibration table, which builds reuse: quantize.table in the recipe names it."""

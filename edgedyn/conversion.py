@@ -129,7 +129,7 @@ def convert(
         force: use the recipe's calibration table also where it is of something else.
         trust: allow weights that are a pickle of tensors.
         sensitivity: measure what INT8 costs in each layer, also where the recipe sets no ``max_drop_db``.
-        ablation: measure also what each switch of the method is worth.
+        ablation: measure what each switch of the method is worth.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
@@ -166,8 +166,10 @@ def convert(
             programs = {name: program for name, (_, program) in expanded.items()}
             observed = [part_inputs(canonical, x) for x in tensors]
             covered = cover(canonical, programs, observed[:natural], drawn=drawn[:natural], recipe=recipe)
-            measures = sensitivity or ablation or recipe.quantize.max_drop_db is not None
-            exams = make_exams(recipe, calibration, canonical, key, ablates=ablation) if measures else {}
+            by_layer = sensitivity or recipe.quantize.max_drop_db is not None
+            exams = {}
+            if by_layer or ablation:
+                exams = make_exams(recipe, calibration, canonical, key, by_layer=by_layer, ablates=ablation)
             more = draw_more(recipe, finetuning or calibration) if recipe.quantize.finetune else []
             trained = [part_inputs(canonical, to_tensors(sample)) for sample in more]
             for name, module in folded.items():

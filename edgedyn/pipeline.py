@@ -151,7 +151,7 @@ def calibrate(
         force: replace what stands there.
         trust: allow weights that are a pickle of tensors.
         sensitivity: measure what INT8 costs in each layer; ``CalibrationTable.precision`` has it.
-        ablation: measure also what each switch of the method is worth; ``CalibrationTable.ablation`` has it.
+        ablation: measure what each switch of the method is worth; ``CalibrationTable.ablation`` has it.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:

@@ -153,6 +153,7 @@ def make_exams(
     canonical: nn.Module,
     key: Mapping[str, Any],
     *,
+    by_layer: bool = True,
     ablates: bool = False,
 ) -> dict[str, Exam]:
     """Return what INT8 is judged on in each program that gives a picture, while its precision is chosen.
@@ -164,7 +165,8 @@ def make_exams(
         images: the calibration set.
         canonical: the network, which says what each of its parts is given.
         key: of the calibration table: what is measured belongs to it, whatever the limit.
-        ablates: whether each switch of the method is also tried the other way.
+        by_layer: whether what each layer costs is measured.
+        ablates: whether each switch of the method is tried the other way.
 
     Raises:
         CalibrationError: for a set without truth.
@@ -194,6 +196,7 @@ def make_exams(
             [sample.condition for sample in drawn],
             recipe.quantize.max_drop_db,
             recipe.limits.int8_share,
+            by_layer,
             ablates,
             Recall(name + facts, sorted(Path(__file__).parent.rglob("*.py"))),
         )

@@ -221,12 +221,17 @@ def test_ablation_tries_every_switch_the_other_way(net, inputs, exam):
     found = make(net, inputs, section=section, exam=replace(exam, ablates=True)).calibrated
     tried = found.ablation
     assert next(iter(tried)) == "as the recipe says"
-    assert tried["as the recipe says"] == found.precision.drop_db
+    assert tried["as the recipe says"] == pytest.approx(found.precision.drop_db, abs=1e-6)
     assert {"equalize: false", "rounding: nearest", "bias_correction: full"} <= set(tried)
     assert "equalize: true" not in tried
     other = make(net, inputs, section=section.model_copy(update={"equalize": False}), exam=exam)
     assert tried["equalize: false"] == pytest.approx(other.calibrated.precision.drop_db, abs=1e-6)
     assert tried["equalize: false"] > 2 * tried["as the recipe says"]
+    assert "dynamic: []" not in tried  # the recipe has none
+    alone = replace(exam, by_layer=False, ablates=True)
+    quick = make(net, inputs, section=section, exam=alone).calibrated
+    assert quick.precision is None
+    assert quick.ablation == pytest.approx(tried, abs=1e-6)
 
 
 def test_interrupted_measurement_goes_on_where_it_stopped(net, inputs, exam, tmp_path, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from edgedyn.quantize.calibrate import Progress
-from edgedyn.quantize.precision import Exam, Measured, Rounded, worst_drop_db
+from edgedyn.quantize.precision import Exam, Measured, Rounded
 
 if TYPE_CHECKING:
     from edgedyn.recipe_sections import QuantizeSection
@@ -25,6 +25,7 @@ _SWITCHES: dict[str, tuple[Any, ...]] = {
     "bias_correction": ("none", "fast", "full"),
     "generated": ("float", "tensor", "tap"),
     "bn_reestimation": (False, True),
+    "dynamic": ([],),
     "finetune": (0,),
     "ranges.feature": ("minmax", "percentile", "mse", "entropy"),
     "ranges.weight": ("minmax", "mse"),
@@ -37,7 +38,7 @@ def ablate(
     make: Callable[[QuantizeSection], Rounded],
     section: QuantizeSection,
     exam: Exam,
-    drop_db: float,
+    rounded: Rounded,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, float]:
     """Return the PSNR drop at the worst noise level of the method, and with one switch changed at a time, dB.
@@ -47,7 +48,7 @@ def ablate(
         make: calibrates it by a section.
         section: the recipe's.
         exam: images with truths.
-        drop_db: of the method as it is.
+        rounded: by the method as it is.
         progress: called with (what is done, steps done, steps in all).
     """
     tried = {}
@@ -56,11 +57,11 @@ def ablate(
             other = _change(section, key, value)
             if other != section:
                 tried[f"{key}: {str(value).lower() if isinstance(value, bool) else value}"] = other
-    before, found = exam.float_psnr_db(module), {AS_IT_IS: drop_db}
+    before = exam.float_psnr_db(module)
+    found = {AS_IT_IS: exam.drop_db(before, rounded)}
 
     def drop(other: QuantizeSection) -> Measured:
-        rounded = make(other)
-        return {"drop_db": worst_drop_db(before, exam.psnr_db([rounded.run(x) for x in exam.inputs]))}
+        return {"drop_db": exam.drop_db(before, make(other))}
 
     for done, (name, other) in enumerate(tried.items()):
         progress("ablate", done, len(tried))

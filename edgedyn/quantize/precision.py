@@ -50,7 +50,8 @@ class Exam:
         levels: name of each sample's noise level.
         limit_db: PSNR that INT8 may cost; None where only its cost is asked for.
         least_share: multiply-adds that have to stay INT8, as a share of all.
-        ablates: whether each switch of the method is also tried the other way.
+        by_layer: whether what each layer costs is measured; without, no layer is kept float for a limit.
+        ablates: whether each switch of the method is tried the other way.
         recall: ``recall(name, measure)``: what was measured before an interruption, else measures it.
     """
 
@@ -59,6 +60,7 @@ class Exam:
     levels: Sequence[str]
     limit_db: float | None = None
     least_share: float = 0.0
+    by_layer: bool = True
     ablates: bool = False
     recall: Callable[[str, Callable[[], Measured]], Measured] = lambda name, measure: measure()
 
@@ -72,6 +74,16 @@ class Exam:
     def float_psnr_db(self, module: fx.GraphModule) -> Measured:
         """Return the same of a float program."""
         return self.psnr_db([pytree.tree_leaves(module(*x))[0] for x in self.inputs])
+
+    def drop_db(self, before: Measured, rounded: Rounded) -> float:
+        """Return the PSNR that INT8 costs at the noise level that loses most, dB.
+
+        Args:
+            before: PSNR of the float program by noise level.
+            rounded: the same program in INT8.
+        """
+        after = self.psnr_db([rounded.run(x) for x in self.inputs])
+        return max(before[level] - after[level] for level in before)
 
 
 @dataclass(frozen=True)
@@ -186,7 +198,7 @@ def choose_precision(
         if limit is not None and share < exam.least_share:
             break
         rounded = attempt(kept) if kept else rounded
-        drop = worst_drop_db(before, exam.psnr_db([rounded.run(x) for x in exam.inputs]))
+        drop = exam.drop_db(before, rounded)
         if limit is None or drop <= limit:
             chosen = replace(measured, kept=kept, drop_db=drop)
             return replace(rounded, calibrated=replace(rounded.calibrated, precision=chosen))
@@ -239,11 +251,6 @@ def measure(
     curve = _curve(point, len(layers), exam.limit_db)
     progress(1, 1)
     return Precision(tuple(layers), curve)
-
-
-def worst_drop_db(before: Measured, after: Measured) -> float:
-    """Return the PSNR that is lost at the noise level that loses most, dB."""
-    return max(before[level] - after[level] for level in before)
 
 
 def _curve(point: Callable[[int], Point], layers: int, limit_db: float | None) -> tuple[Point, ...]:

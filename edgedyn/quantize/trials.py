@@ -100,12 +100,12 @@ def calibrate(trials: Trials, section: QuantizeSection, exam: Exam | None) -> Ca
 
     if exam is None:
         return attempt(()).calibrated
-    chosen = choose_precision(module, attempt, exam, trials.progress).calibrated
-    if not exam.ablates or chosen.precision is None:
+    rounded = choose_precision(module, attempt, exam, trials.progress) if exam.by_layer else attempt(())
+    chosen = rounded.calibrated
+    if not exam.ablates:
         return chosen
 
     def make(other: QuantizeSection) -> Rounded:
         return trials.round(other, *trials.observe(other), chosen.kept)
 
-    drop_db = chosen.precision.drop_db
-    return replace(chosen, ablation=ablate(trials.module, make, section, exam, drop_db, trials.progress))
+    return replace(chosen, ablation=ablate(trials.module, make, section, exam, rounded, trials.progress))
