@@ -103,6 +103,11 @@ class QuantizeSection(Section):
         default=True,
         description="also of what float operators read, where outputs are INT8; costs a product a map",
     )
+    equalize_inputs: bool = Field(
+        default=False,
+        description="also of what float operators write for INT8 layers: a gain where outputs are float "
+        "(tensorrt); costs a product a map",
+    )
     rounding: Literal["nearest", "reconstruct"] = Field(
         default="reconstruct",
         description="of weights: each to the nearest, or so that layers keep their outputs",

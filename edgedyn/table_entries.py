@@ -28,8 +28,9 @@ class Entry:
         estimator: how its range was found.
         affine: (scale, zero point) for runtimes of affine activations; None for weights and decisions.
         symmetric: scale where the zero point is 0.
-        channels: scales of a weight, one an output channel; of a generated kernel with a step a tap what each
-            tap's step is of the tensor's.
+        channels: scales of a weight, one an output channel; of another tensor whose channels were scaled, the
+            factors of the product: what each channel's, or tap's, step is of the tensor's where a layer wrote
+            it, and the other way round where one reads it.
         spread: of a generated kernel: how far it depends on content, and how far on the image as a whole, see
             ``edgedyn.quantize.generated``.
     """

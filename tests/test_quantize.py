@@ -312,6 +312,23 @@ def test_progress_is_reported_and_standard_output_stays_clean(bias_correction, c
     assert capfd.readouterr().out == ""
 
 
+def test_full_bias_correction_reads_no_more_samples_than_fit_into_memory(monkeypatch):
+    """NNCF holds what every layer reads of all of them."""
+    torch.manual_seed(17)
+    net, samples, seen = nn.Conv2d(3, 3, 3).eval(), make_samples(), []
+    monkeypatch.setattr("edgedyn.quantize.bias_correction._HELD", 2 * samples[0][0].nbytes)
+    quantize.to_int8(
+        torch.export.export(net, samples[0]),
+        samples[0],
+        scheme=EXECUTORCH.int8,
+        section=QuantizeSection(bias_correction="full"),
+        samples=samples,
+        progress=lambda what, done, total: seen.append((what, total)),
+    )
+    assert len(samples) == 3
+    assert {total for what, total in seen if what == "correct biases"} == {2}
+
+
 @pytest.mark.parametrize("target", ["executorch", "tensorrt"])
 def test_bias_correction_moves_biases_and_nothing_else(target):
     torch.manual_seed(18)

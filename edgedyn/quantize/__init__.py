@@ -17,8 +17,16 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from edgedyn.quantize.accounting import KEPT_PRODUCT, KEPT_SHIFT, account, int8_share
-from edgedyn.quantize.calibrate import Calibrated, products_of, restore, steps_of, without_products
+from edgedyn.quantize.accounting import KEPT_SHIFT, account, int8_share
+from edgedyn.quantize.calibrate import (
+    Calibrated,
+    input_products_of,
+    products_of,
+    restore,
+    steps_of,
+    without_products,
+)
+from edgedyn.quantize.input_products import drop_input_products, insert_input_products
 from edgedyn.quantize.nodes import (
     COUNTED_OPS,
     MULTIPLY_ADD_OPS,
@@ -162,9 +170,11 @@ def to_int8(
     written = {site.y for site in plan(section, module, calibrated.kept).written(scheme)}
     final = without_products(calibrated, written)
     insert_products(module, products_of(final.entries))
+    insert_input_products(module, input_products_of(final.entries))
     restore(module, final)
     chosen, steps = plan(section, module, final.kept), steps_of(final.entries, scheme)
-    reasons = {**chosen.reasons, **{n.name: KEPT_PRODUCT for n in module.graph.nodes if PRODUCT in n.meta}}
+    drop_input_products(module, {site.node for site in chosen.sites})
+    reasons = {**chosen.reasons, **{n.name: n.meta[PRODUCT] for n in module.graph.nodes if PRODUCT in n.meta}}
     with torch.no_grad():
         converted = insert_steps(module, chosen, steps, scheme)
         if is_shifted:

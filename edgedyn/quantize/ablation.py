@@ -21,6 +21,7 @@ _SWITCHES: dict[str, tuple[Any, ...]] = {
     "equalize": (False, True),
     "equalize_dense": (3.0, 32.0),
     "equalize_outputs": (False, True),
+    "equalize_inputs": (False, True),
     "rounding": ("nearest", "reconstruct"),
     "bias_correction": ("none", "fast", "full"),
     "generated": ("float", "tensor", "tap"),

@@ -38,6 +38,7 @@ KEPT_FOR_QUALITY = "kept in float so that INT8 costs no more than it may (quanti
 KEPT_ALWAYS = "decides or normalises: float32 in every precision"
 KEPT_GENERATED = "writes generated kernels, which stay float (quantize.generated)"
 KEPT_PRODUCT = "gives the channels of an INT8 map or kernel their size back"
+KEPT_INPUT_PRODUCT = "brings the channels that an INT8 layer reads to one size"
 KEPT_SHIFT = "moves a map, or pads a moved one, so that its INT8 step has zero point 0"
 _NO_RULE = "no INT8 rule for this operator"
 _GENERATED = "filters with generated kernels, which stay float"

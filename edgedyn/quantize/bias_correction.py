@@ -34,6 +34,8 @@ from edgedyn.quantize.nodes import bias_of
 from edgedyn.quantize.plan import Plan, Steps
 from edgedyn.targets import Int8Scheme
 
+_HELD = 1 << 30  # bytes of what layers read: NNCF's full correction holds it of all samples, several times
+
 
 class _OurSteps(Algorithm):  # type: ignore[misc]
     """The step of an NNCF pipeline that quantizes: with steps that are known."""
@@ -69,7 +71,7 @@ def correct_biases(
         steps: of their tensors.
         scheme: how the target annotates INT8.
         samples: calibration inputs.
-        how: fast or full.
+        how: fast, or full, on as many of the samples as fit into memory.
         progress: called with (samples seen, samples); the samples are read several times.
     """
 
@@ -79,6 +81,8 @@ def correct_biases(
         FakeTensorProp(quantized, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*samples[0])
         return quantized
 
+    if how == "full":
+        samples = _thin(plan, samples)
     reads = itertools.count(1)
 
     def read(sample: tuple[Tensor, ...]) -> Any:
@@ -97,3 +101,9 @@ def correct_biases(
     nodes = {node.name: node for node in corrected.graph.nodes}
     biases = {site: bias_of(corrected, nodes[site.node.name]) for site in plan.sites}
     return {site.bias: bias.numpy() for site, bias in biases.items() if bias is not None}
+
+
+def _thin(plan: Plan, samples: Sequence[tuple[Tensor, ...]]) -> Sequence[tuple[Tensor, ...]]:
+    """Return every n-th sample, so many that what layers read of them takes no more than ``_HELD`` bytes."""
+    each = sum(site.node.args[0].meta["val"].nbytes for site in plan.sites)  # type: ignore[union-attr]
+    return samples[:: -(-len(samples) * each // _HELD) or 1]

@@ -21,6 +21,7 @@ from edgedyn.histogram import Histogram
 from edgedyn.quantize.equalize import equalize, find_pairs
 from edgedyn.quantize.finetune import choose_examples, finetune
 from edgedyn.quantize.generated import ContentMeter, find_generating, scale_taps
+from edgedyn.quantize.input_products import find_read, scale_inputs
 from edgedyn.quantize.lockstep import Lockstep, codes_of, round_weight
 from edgedyn.quantize.nodes import bias_of, by_output, set_constant, weight_of
 from edgedyn.quantize.norms import reestimate
@@ -105,12 +106,16 @@ def observe_program(
     done = {pair.first for pair in pairs} | {site.node for site in writing}
     scalable = find_scalable(module, done) if section.equalize_outputs else []
     maps = {node for pair in pairs for node in pair.maps} | {site.last for site in scalable}
+    read = find_read(module, [pair.between for pair in pairs]) if section.equalize_inputs else {}
+    maps |= {x for x, _ in read.values()}
     meter = ContentMeter(writing)
     largest = channel_maxima(module, maps, samples, dict.fromkeys(meter.names, meter.add))
     content = meter.read()
     changed = equalize(module, pairs, largest, most_dense=section.equalize_dense)
     products = scale_taps(module, writing, content) if section.generated == "tap" else {}
     products |= scale_outputs(module, scalable, largest)
+    factors = scale_inputs(module, read, largest)
+    changed += [site.node for name in factors for site in read[name][1]]
     sites = find_sites(module)
     constants = _changed_constants(module, [x for x in sites if x.node in changed or x.y in products])
     found = observe(
@@ -128,7 +133,8 @@ def observe_program(
         name: replace(entries[name], spread=(seen.spread, seen.between_images))
         for name, seen in content.items()
     }
-    entries |= {name: replace(entries[name], channels=tuple(x.tolist())) for name, x in products.items()}
+    scaled = (products | factors).items()
+    entries |= {name: replace(entries[name], channels=tuple(x.tolist())) for name, x in scaled}
     entries |= {site.weight: _weight_entry(module, site, section) for site in sites}
     return Observed(tuple(entries.values()), constants)
 
@@ -244,7 +250,16 @@ def steps_of(entries: Sequence[Entry], scheme: Int8Scheme) -> Steps:
 
 def products_of(entries: Sequence[Entry]) -> dict[str, Tensor]:
     """Return the factors that give the channels of what layers write their size back, by its name."""
-    return {e.name: torch.tensor(e.channels) for e in entries if e.kind != "weight" and e.channels}
+    return _factors_of(entries, ".output")
+
+
+def input_products_of(entries: Sequence[Entry]) -> dict[str, Tensor]:
+    """Return the factors that bring the channels of what layers read to one size, by its name."""
+    return _factors_of(entries, ".input")
+
+
+def _factors_of(entries: Sequence[Entry], where: str) -> dict[str, Tensor]:
+    return {e.name: torch.tensor(e.channels) for e in entries if e.channels and e.name.endswith(where)}
 
 
 def without_products(calibrated: Calibrated, kept: Collection[str]) -> Calibrated:

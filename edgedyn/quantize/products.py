@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from edgedyn.ops import is_ours
-from edgedyn.quantize.accounting import moves_only
+from edgedyn.quantize.accounting import KEPT_PRODUCT, moves_only
 from edgedyn.quantize.nodes import (
     MULTIPLY_ADD_OPS,
     RELUS,
@@ -27,8 +27,8 @@ from edgedyn.quantize.nodes import (
 )
 from edgedyn.quantize.plan import Site, find_sites
 
-PRODUCT = "product"  # in a node's meta: it gives channels their size back
-_PADS = {torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default}
+PRODUCT = "product"  # in a node's meta: what it does to the size of channels, and for whom
+PADS = {torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default}
 _LARGEST = 32.0  # a channel that is hardly ever used
 _WORTH = 0.5  # of the power of the rounding error, averaged over channels, or less must be left
 
@@ -78,7 +78,7 @@ def _meets_layer(node: fx.Node) -> bool:
     return any(
         user.target in MULTIPLY_ADD_OPS
         or (is_ours(user) and user.args[0] is node)
-        or ((moves_only(user) or user.target in _PADS) and _meets_layer(user))
+        or ((moves_only(user) or user.target in PADS) and _meets_layer(user))
         for user in node.users
     )
 
@@ -97,18 +97,32 @@ def insert_products(module: fx.GraphModule, factors: Mapping[str, Tensor]) -> No
     for site in find_sites(module):
         if site.y not in factors:
             continue
-        value = site.last.meta["val"]
-        axis = channel_axis(value)
-        column = factors[site.y].reshape([-1 if k == axis else 1 for k in range(value.dim())])
-        name = f"{site.node.name}_product"
-        module.register_parameter(name, nn.Parameter(column.clone(), requires_grad=False))
-        readers = list(site.last.users)
-        with module.graph.inserting_after(site.last):
-            constant = module.graph.get_attr(name)
-        constant.meta = {"val": column}
-        with module.graph.inserting_after(constant):
-            product = module.graph.call_function(torch.ops.aten.mul.Tensor, (site.last, constant))
-        product.meta = {**site.last.meta, PRODUCT: True}
-        for reader in readers:
-            reader.replace_input_with(site.last, product)
+        insert_product(module, site.last, factors[site.y], list(site.last.users), KEPT_PRODUCT)
     module.recompile()
+
+
+def insert_product(
+    module: fx.GraphModule, x: fx.Node, factors: Tensor, readers: Sequence[fx.Node], reason: str
+) -> None:
+    """Multiply a map with a factor a channel for some of its readers; the module has to be recompiled.
+
+    Args:
+        module: changed in place.
+        x: the map.
+        factors: (C,).
+        readers: of the map, that read the product from now on.
+        reason: why that is there, for the account of what is float.
+    """
+    value = x.meta["val"]
+    axis = channel_axis(value)
+    column = factors.reshape([-1 if k == axis else 1 for k in range(value.dim())])
+    name = f"{x.name}_product"
+    module.register_parameter(name, nn.Parameter(column.clone(), requires_grad=False))
+    with module.graph.inserting_after(x):
+        constant = module.graph.get_attr(name)
+    constant.meta = {"val": column}
+    with module.graph.inserting_after(constant):
+        product = module.graph.call_function(torch.ops.aten.mul.Tensor, (x, constant))
+    product.meta = {**x.meta, PRODUCT: reason}
+    for reader in readers:
+        reader.replace_input_with(x, product)
