@@ -58,8 +58,8 @@ def ablate(
             other = _change(section, key, value)
             if other != section:
                 tried[f"{key}: {str(value).lower() if isinstance(value, bool) else value}"] = other
-    before = exam.float_psnr_db(module)
-    found = {AS_IT_IS: exam.drop_db(before, rounded)}
+    before, measured = exam.float_psnr_db(module), rounded.calibrated.precision
+    found = {AS_IT_IS: measured.drop_db if measured else exam.drop_db(before, rounded)}
 
     def drop(other: QuantizeSection) -> Measured:
         return {"drop_db": exam.drop_db(before, make(other))}

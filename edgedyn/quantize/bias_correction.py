@@ -11,6 +11,7 @@ import copy
 import io
 import itertools
 import logging
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -30,7 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from edgedyn.quantize.convert import insert_steps
-from edgedyn.quantize.nodes import bias_of
+from edgedyn.quantize.nodes import bias_of, shape_of
 from edgedyn.quantize.plan import Plan, Steps
 from edgedyn.targets import Int8Scheme
 
@@ -105,5 +106,5 @@ def correct_biases(
 
 def _thin(plan: Plan, samples: Sequence[tuple[Tensor, ...]]) -> Sequence[tuple[Tensor, ...]]:
     """Return every n-th sample, so many that what layers read of them takes no more than ``_HELD`` bytes."""
-    each = sum(site.node.args[0].meta["val"].nbytes for site in plan.sites)  # type: ignore[union-attr]
+    each = 4 * sum(math.prod(shape_of(site.node.args[0])) for site in plan.sites)  # of float32
     return samples[:: -(-len(samples) * each // _HELD) or 1]

@@ -18,7 +18,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
-from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, RELUS, bias_of, fused_activation, set_constant, weight_of
+from edgedyn.quantize.nodes import (
+    MULTIPLY_ADD_OPS,
+    RELUS,
+    bias_of,
+    by_input,
+    by_output,
+    fused_activation,
+    set_constant,
+    weight_of,
+)
 from edgedyn.quantized_graph import convolution_arguments
 
 _LARGEST = 32.0  # a channel that is hardly ever used keeps some of its steps
@@ -91,17 +100,13 @@ def _scale(module: fx.GraphModule, pair: Pair, largest: Tensor, most_dense: floa
     top = largest.max()
     is_depthwise = convolution_arguments(pair.second)[3] > 1
     factor = top / largest.clamp(min=top / (_LARGEST if is_depthwise else most_dense))
-    column = factor[:, None, None, None]
-    set_constant(module, pair.first, 1, weight_of(module, pair.first) * column)
+    weight = weight_of(module, pair.first)
+    set_constant(module, pair.first, 1, weight * by_output(factor, weight))
     bias = bias_of(module, pair.first)
     if bias is not None:
         set_constant(module, pair.first, 2, bias * factor)
     weight = weight_of(module, pair.second)
-    if is_depthwise:
-        weight = weight / column.repeat_interleave(weight.shape[0] // len(factor), dim=0)
-    else:
-        weight = weight / factor[None, :, None, None]
-    set_constant(module, pair.second, 1, weight)
+    set_constant(module, pair.second, 1, weight / by_input(factor, weight))
 
 
 def _is_convolution(node: fx.Node) -> bool:

@@ -11,14 +11,14 @@ Xiao et al. 2023 (SmoothQuant) scale so where a norm takes the factors.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from torch import Tensor, fx
 
 from edgedyn.quantize.accounting import KEPT_INPUT_PRODUCT, moves_only
 from edgedyn.quantize.deciding import find_deciding_layers
-from edgedyn.quantize.nodes import channel_axis, constant_of, set_constant, weight_of
+from edgedyn.quantize.nodes import by_input, channel_axis, constant_of, set_constant, weight_of
 from edgedyn.quantize.plan import Site, find_sites
 from edgedyn.quantize.products import PADS, PRODUCT, insert_product
 
@@ -65,17 +65,18 @@ def scale_inputs(module: fx.GraphModule, read: Read, largest: Mapping[fx.Node, T
         power = torch.stack([_power(module, site, len(up)) for site in sites]).sum(0)
         if top > 0 and float((power / up**2).sum()) <= _WORTH * float(power.sum()):
             factors[name] = up
+            _insert(module, x, sites, up)
             for site in sites:
                 _scale(module, site.node, 1 / up)
-    insert_input_products(module, factors)
+    module.recompile()
     return factors
 
 
 def insert_input_products(module: fx.GraphModule, factors: Mapping[str, Tensor]) -> None:
     """Multiply what layers read, by name, with a factor a channel; their weights are not touched."""
-    for name, (x, sites) in find_read(module).items():
+    for name, (x, sites) in (find_read(module) if factors else {}).items():
         if name in factors:
-            insert_product(module, x, factors[name], [site.node for site in sites], KEPT_INPUT_PRODUCT)
+            _insert(module, x, sites, factors[name])
     module.recompile()
 
 
@@ -92,10 +93,14 @@ def drop_input_products(module: fx.GraphModule, int8: Collection[fx.Node]) -> No
     module.recompile()
 
 
+def _insert(module: fx.GraphModule, x: fx.Node, sites: Sequence[Site], factors: Tensor) -> None:
+    insert_product(module, x, factors, [site.node for site in sites], KEPT_INPUT_PRODUCT)
+
+
 def _scale(module: fx.GraphModule, layer: fx.Node, factors: Tensor) -> None:
     """Multiply the weight of a layer by a factor an input channel."""
     weight = weight_of(module, layer)
-    set_constant(module, layer, 1, weight * _by_input(factors, weight))
+    set_constant(module, layer, 1, weight * by_input(factors, weight))
 
 
 def _power(module: fx.GraphModule, site: Site, channels: int) -> Tensor:
@@ -103,13 +108,6 @@ def _power(module: fx.GraphModule, site: Site, channels: int) -> Tensor:
     weight = weight_of(module, site.node)
     groups = channels // weight.shape[1]
     return weight.square().reshape(groups, -1, weight.shape[1], weight[0, 0].numel()).sum((1, 3)).flatten()
-
-
-def _by_input(values: Tensor, weight: Tensor) -> Tensor:
-    """Shape one value an input channel, (C,), so that it multiplies a weight (O, C / groups, ...)."""
-    groups = len(values) // weight.shape[1]
-    rows = values.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
-    return rows.reshape(*rows.shape, *[1] * (weight.dim() - 2))
 
 
 def _has_positions(site: Site, x: fx.Node) -> bool:

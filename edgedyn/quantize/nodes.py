@@ -119,6 +119,13 @@ def by_output(values: Tensor, weight: Tensor) -> Tensor:
     return values.reshape(-1, *[1] * (weight.dim() - 1))
 
 
+def by_input(values: Tensor, weight: Tensor) -> Tensor:
+    """Shape one value an input channel, (C,), so that it multiplies a weight (O, C / groups, ...)."""
+    groups = len(values) // weight.shape[1]
+    rows = values.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
+    return rows.reshape(*rows.shape, *[1] * (weight.dim() - 2))
+
+
 def set_constant(module: fx.GraphModule, node: fx.Node, index: int, value: Tensor) -> None:
     """Give a convolution or linear layer another weight (1) or bias (2), its first bias too.
 
