@@ -135,7 +135,7 @@ class QuantizeSection(Section):
     dynamic: list[str] = Field(
         default=[],
         description="dotted layer paths that take the range of what they read from each image and write "
-        "float, where the target can: dense convolutions on executorch",
+        "float, where the target can: dense convolutions and linear layers of rows on executorch",
     )
     shift: bool = Field(
         default=False,

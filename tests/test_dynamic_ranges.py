@@ -70,6 +70,19 @@ def test_dense_layers_find_their_range_and_the_others_keep_their_step():
     assert result.int8_mac_share == 1
 
 
+def test_linear_layers_of_rows_do_too():
+    net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
+    rows = (make_input((1, 3, 8, 4)).flatten(0, 2),)
+    result = quantize.to_int8(
+        torch.export.export(net, rows),
+        rows,
+        scheme=SCHEMES["executorch"],
+        section=QuantizeSection(dynamic=["*"]),
+        samples=[rows],
+    )
+    assert dynamic_layers(result.program) == {"0", "2"}
+
+
 def test_only_named_layers_do_and_keep_float_goes_before():
     assert dynamic_layers(to_int8(make_net(), dynamic=["la*"]).program) == {"last"}
     result = to_int8(make_net(), dynamic=["*"], keep_float=["last"])

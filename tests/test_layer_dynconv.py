@@ -51,8 +51,9 @@ def test_equality_with_zero_is_active_and_the_smallest_negative_number_is_not():
     logits = torch.tensor(
         [0.0, -0.0, SMALLEST, -SMALLEST, -1e-45, 1e-45, 7.0, -7.0, float("inf"), -float("inf")]
     )
-    assert decide(logits).tolist() == [1, 1, 1, 0, 0, 1, 1, 0, 1, 0]
-    assert torch.equal(decide(logits), (logits >= 0).float())
+    mask = decide(logits, torch.ones(1))
+    assert mask.tolist() == [1, 1, 1, 0, 0, 1, 1, 0, 1, 0]
+    assert torch.equal(mask, (logits >= 0).float())
 
 
 @pytest.mark.parametrize("head", [PooledMaskHead, PointMaskHead])

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from edgedyn import ops, quantize, targets
 from edgedyn.errors import BundleError, ModelError
 from edgedyn.layers import canonicalize
+from edgedyn.layers.dynconv import SparseInvertedResidual
 from edgedyn.recipe_sections import QuantizeSection
 
 TARGET = targets.load("executorch")
@@ -167,6 +168,7 @@ class Between(nn.Module):
         super().__init__()
         self.a, self.d = nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
         self.b, self.c = nn.Conv2d(channels, 4, 3, padding=1), nn.Conv2d(4, 3, 1)
+        self.linear = nn.Linear(4, 4)
         self.pattern = pattern
 
     def forward(self, x: Tensor) -> Tensor:
@@ -192,6 +194,15 @@ PATTERNS = {
     "zero_pad": (lambda net, y: F.pad(y, (1, 2, 0, 1)), 4),
     "zero_pad_read_in_float": (lambda net, y: torch.sigmoid(F.pad(y, (1, 2, 0, 1))), 4),
     "reflect_pad": (lambda net, y: F.pad(y, (0, 3, 0, 2), mode="reflect"), 4),
+    "linear_of_positions": (
+        lambda net, y: net.linear(y.permute(0, 2, 3, 1).flatten(0, 2)).view(1, 16, 24, 4).permute(0, 3, 1, 2),
+        4,
+    ),
+    "linear_gate": (
+        lambda net, y: y * net.linear(y.mean((2, 3), keepdim=True).flatten(1)).sigmoid()[:, :, None, None],
+        4,
+    ),
+    "linear_along_width": (lambda net, y: net.linear(y.unflatten(3, (6, 4))).flatten(3), 4),
     "same_convolution_twice": (lambda net, y: 4.0 * net.b(5.0 * torch.sigmoid(net.b(y))), 4),
 }
 PORTABLE_BY_DESIGN = {
@@ -223,6 +234,17 @@ def test_pattern_with_ranges_of_each_image_runs_and_computes_what_the_program_sa
     assert 1e-4 * np.abs(float_).max() < rms(y - float_) <= 1.5 * rms(expected - float_)
     if name not in PORTABLE_BY_DESIGN:
         assert (delegates, portable) == (1, {})
+
+
+def test_layers_behind_a_mask_take_their_range_from_each_image(tmp_path):
+    net, x = make_net(lambda: LayerNet(SparseInvertedResidual(8, 8))), 3 * make_input()
+    result = to_int8(net, x, dynamic=["*"])
+    assert {"dynamic.expand", "dynamic.project", "tail"} <= set(result.dynamic)
+    delegates, portable, y, expected = lower_and_run(result.program, tmp_path, "int8", x)
+    assert (delegates, portable) == (1, {})
+    with torch.no_grad():
+        float_ = net(x).numpy()
+    assert 1e-4 * np.abs(float_).max() < rms(y - float_) <= 1.5 * rms(expected - float_)
 
 
 def test_program_runs_again_after_its_file_and_maker_are_gone(tmp_path):

@@ -88,13 +88,18 @@ def dilate(mask: Tensor, stride: int = 1) -> Tensor:
     return F.max_pool2d(spread, 3, stride=1, padding=1)
 
 
-def decide(logits: Tensor) -> Tensor:
+def decide(logits: Tensor, one: Tensor) -> Tensor:
     """Return 1 where logits >= 0, else 0, in their own type.
 
     ``logits >= 0`` would leave XNNPACK's delegate, which has no comparison (executorch 1.5). Clamped to
     [-1, 0] a negative value, however small, has the floor -1, and any other the floor 0.
+
+    Args:
+        logits: (B, 1, h, w).
+        one: 1 in (1, 1, 1, 1): a sum with a number would keep XNNPACK from one layout for all maps, without
+            which no layer behind can take its range from each image.
     """
-    return logits.clamp(-1, 0).floor() + 1.0
+    return logits.clamp(-1, 0).floor() + one
 
 
 class CanonicalMaskUnit(nn.Module):
@@ -112,12 +117,14 @@ class CanonicalMaskUnit(nn.Module):
         weight = next(unit.maskconv.parameters())
         side = 2 * reach + 1
         self.register_buffer("window", weight.new_ones(1, 1, side, side).detach(), persistent=False)
+        self.register_buffer("one", weight.new_ones(1, 1, 1, 1).detach(), persistent=False)
         self.window: Tensor
+        self.one: Tensor
 
     def forward(self, x: Tensor) -> Masks:
         """Return logits, mask and dilated mask of x (B, C, H, W)."""
         logits = self.maskconv(x)
-        mask = decide(logits)
+        mask = decide(logits, self.one)
         if self.stride == 1:
             return Masks(logits, mask, F.max_pool2d(mask, 2 * self.reach + 1, stride=1, padding=self.reach))
         # one transposed convolution puts the zeros in and counts the active neighbours

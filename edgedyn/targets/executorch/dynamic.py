@@ -1,8 +1,9 @@
-"""Which convolutions XNNPACK can run in INT8 with the range of each image: float in, float out.
+"""Which layers XNNPACK can run in INT8 with the range of each image: float in, float out.
 
-It takes dense convolutions (executorch 1.5.1). Where what one of them reads is not channels-last yet, the
-delegate's layout pass changes the layout of everything back to the network's input instead, and the program
-dies at its first run ("Propagating input shapes failed"). So such a layer keeps its calibrated step.
+It takes linear layers of rows, and dense convolutions (executorch 1.5.1). Where what a convolution reads is
+not channels-last yet, the delegate's layout pass changes the layout of everything back to the network's input
+instead, and the program dies at its first run ("Propagating input shapes failed"). So such a layer keeps its
+calibrated step.
 """
 
 from __future__ import annotations
@@ -33,10 +34,11 @@ _TERMS = {
 
 def can_be_dynamic(node: fx.Node) -> bool:
     """Whether a convolution or linear layer of a float program may take its range from each image."""
-    if node.target is torch.ops.aten.linear.default or convolution_arguments(node)[3] != 1:
-        return False
     x = node.args[0]
-    return isinstance(x, fx.Node) and (x.op == "placeholder" or _is_channels_last(x))
+    assert isinstance(x, fx.Node)
+    if node.target is torch.ops.aten.linear.default:
+        return len(x.meta["val"].shape) == 2
+    return convolution_arguments(node)[3] == 1 and (x.op == "placeholder" or _is_channels_last(x))
 
 
 def _is_channels_last(node: fx.Node) -> bool:
