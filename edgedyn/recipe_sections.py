@@ -105,8 +105,8 @@ class QuantizeSection(Section):
     )
     equalize_inputs: bool = Field(
         default=False,
-        description="also of what float operators write for INT8 layers: a gain where outputs are float "
-        "(tensorrt); costs a product a map",
+        description="also of what float operators write for INT8 layers: a gain where those write float "
+        "(on tensorrt, and layers that are dynamic); costs a product a map",
     )
     rounding: Literal["nearest", "reconstruct"] = Field(
         default="reconstruct",
