@@ -1,9 +1,10 @@
 """Which layers XNNPACK can run in INT8 with the range of each image: float in, float out.
 
 It takes linear layers of rows, and dense convolutions (executorch 1.5.1). Where what a convolution reads is
-not channels-last yet, the delegate's layout pass changes the layout of everything back to the network's input
-instead, and the program dies at its first run ("Propagating input shapes failed"). So such a layer keeps its
-calibrated step.
+not channels-last yet, the delegate's layout pass changes the layout of everything back to the network's
+input instead, and the program dies at its first run ("Propagating input shapes failed"). So such a layer
+keeps its calibrated step. Each row of a linear layer has a range of its own in the runtime, where the
+program has one of all rows: the runtime is nearer to float.
 """
 
 from __future__ import annotations
