@@ -351,6 +351,18 @@ def test_bias_correction_moves_biases_and_nothing_else(target):
     assert shifts["full"] < 0.5 * shifts["none"]
 
 
+@pytest.mark.parametrize("how", ["fast", "full"])
+def test_biases_behind_reconstructed_weights_are_corrected_too(how):
+    """Reconstruction gives a layer without a bias its first one."""
+    torch.manual_seed(19)
+    net = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.ReLU(), nn.Conv2d(8, 3, 3)).eval()
+    plain, corrected = (
+        torch.cat([constant(program, node.args[2]) for node in calls(program, "conv2d")]).detach()
+        for program in (to_int8(net, EXECUTORCH.int8, bias_correction=x).program for x in ("none", how))
+    )
+    assert 0 < (corrected - plain).abs().max() < 0.1
+
+
 def test_folding_is_exact_in_float64():
     net, x = make_net("affine").double(), make_samples()[0][0].double()
     module = quantize.fold(capture(net, x))

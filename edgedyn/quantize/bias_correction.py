@@ -12,7 +12,7 @@ import io
 import itertools
 import logging
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Literal
 
 import nncf
@@ -31,25 +31,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from edgedyn.quantize.convert import insert_steps
-from edgedyn.quantize.nodes import bias_of, shape_of
+from edgedyn.quantize.nodes import bias_of, set_constant, shape_of, weight_of
 from edgedyn.quantize.plan import Plan, Steps
 from edgedyn.targets import Int8Scheme
 
 _HELD = 1 << 30  # bytes of what layers read: NNCF's full correction holds it of all samples, several times
 
 
-class _OurSteps(Algorithm):  # type: ignore[misc]
-    """The step of an NNCF pipeline that quantizes: with steps that are known."""
+class _Quantized(Algorithm):  # type: ignore[misc]
+    """The step of an NNCF pipeline that quantizes: it gives the program that is quantized already."""
 
-    def __init__(self, quantize: Callable[[fx.GraphModule], fx.GraphModule]) -> None:
-        self._quantize = quantize
+    def __init__(self, program: fx.GraphModule) -> None:
+        self._program = program
 
     @property
     def available_backends(self) -> list[BackendType]:
         return [BackendType.TORCH_FX]
 
     def apply(self, model: fx.GraphModule, *rest: Any, **more: Any) -> fx.GraphModule:
-        return self._quantize(copy.deepcopy(model))
+        return self._program
 
     def get_statistic_points(self, *rest: Any) -> StatisticPointsContainer:
         return StatisticPointsContainer()
@@ -57,6 +57,7 @@ class _OurSteps(Algorithm):  # type: ignore[misc]
 
 def correct_biases(
     module: fx.GraphModule,
+    wanted: fx.GraphModule,
     plan: Plan,
     steps: Steps,
     scheme: Int8Scheme,
@@ -67,21 +68,21 @@ def correct_biases(
     """Return the corrected biases of the INT8 layers by ``layer.bias``; layers without a bias get none.
 
     Args:
-        module: a folded float program.
-        plan: its INT8 layers.
+        module: a folded program with its rounded weights.
+        wanted: the same with the weights that were rounded: what its layers write on average is wanted.
+        plan: INT8 layers of ``module``.
         steps: of their tensors.
         scheme: how the target annotates INT8.
         samples: calibration inputs.
         how: fast, or full, on as many of the samples as fit into memory.
         progress: called with (samples seen, samples); the samples are read several times.
     """
-
-    def quantize(model: fx.GraphModule) -> fx.GraphModule:
-        quantized = insert_steps(model, plan, steps, scheme, fold=False)
-        # NNCF reads the shape of every node
-        FakeTensorProp(quantized, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*samples[0])
-        return quantized
-
+    quantized = insert_steps(copy.deepcopy(module), plan, steps, scheme, fold=False)
+    # NNCF reads the shape of every node
+    FakeTensorProp(quantized, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*samples[0])
+    wanted = _with_biases(
+        wanted, [site.node.name for site in plan.sites if bias_of(module, site.node) is not None]
+    )
     if how == "full":
         samples = _thin(plan, samples)
     reads = itertools.count(1)
@@ -98,10 +99,21 @@ def correct_biases(
     nncf.set_log_level(logging.ERROR)
     # its progress bars: standard output is the command's result
     with contextlib.redirect_stdout(io.StringIO()):
-        corrected = Pipeline([[_OurSteps(quantize), chosen]]).run(module, nncf.Dataset(list(samples), read))
+        data = nncf.Dataset(list(samples), read)
+        corrected = Pipeline([[_Quantized(quantized), chosen]]).run(wanted, data)
     nodes = {node.name: node for node in corrected.graph.nodes}
     biases = {site: bias_of(corrected, nodes[site.node.name]) for site in plan.sites}
     return {site.bias: bias.numpy() for site, bias in biases.items() if bias is not None}
+
+
+def _with_biases(module: fx.GraphModule, layers: Collection[str]) -> fx.GraphModule:
+    """Return a copy whose layers of these names have a bias, 0 where there was none: NNCF looks for one."""
+    module = copy.deepcopy(module)
+    for node in list(module.graph.nodes):
+        if node.name in layers and bias_of(module, node) is None:
+            set_constant(module, node, 2, weight_of(module, node).new_zeros(len(weight_of(module, node))))
+    module.recompile()
+    return module
 
 
 def _thin(plan: Plan, samples: Sequence[tuple[Tensor, ...]]) -> Sequence[tuple[Tensor, ...]]:

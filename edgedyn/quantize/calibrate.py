@@ -8,6 +8,7 @@ constants that changed: with them ``restore`` and ``steps_of`` make the same INT
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
@@ -165,6 +166,7 @@ def round_program(
     steps = steps_of(observed.entries, scheme)
     entries, constants = {entry.name: entry for entry in observed.entries}, dict(observed.constants)
     examples = choose_examples(module, finetuning or samples) if section.finetune else ([], [])
+    unrounded = copy.deepcopy(module) if section.bias_correction != "none" else module
     if section.rounding == "reconstruct" or section.bn_reestimation:
         rounded, scales = _round_weights(module, plan, steps, scheme, section, samples, progress)
         entries |= {name: replace(entries[name], channels=channels) for name, channels in scales.items()}
@@ -176,6 +178,7 @@ def round_program(
 
         corrected = correct_biases(
             module,
+            unrounded,
             plan,
             steps,
             scheme,
