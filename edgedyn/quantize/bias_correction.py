@@ -17,15 +17,13 @@ from typing import Any, Literal
 
 import nncf
 import numpy as np
-from nncf.common.tensor_statistics.statistic_point import StatisticPointsContainer
-from nncf.common.utils.backend import BackendType
-from nncf.quantization.algorithms.algorithm import Algorithm
+from nncf.common.factory import build_graph
 from nncf.quantization.algorithms.bias_correction.algorithm import BIAS_CORRECTION_THRESHOLD, BiasCorrection
 from nncf.quantization.algorithms.fast_bias_correction.algorithm import (
     FAST_BIAS_CORRECTION_THRESHOLD,
     FastBiasCorrection,
 )
-from nncf.quantization.algorithms.pipeline import Pipeline
+from nncf.quantization.algorithms.pipeline import collect_statistics
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -36,23 +34,6 @@ from edgedyn.quantize.plan import Plan, Steps
 from edgedyn.targets import Int8Scheme
 
 _HELD = 1 << 30  # bytes of what layers read: NNCF's full correction holds it of all samples, several times
-
-
-class _Quantized(Algorithm):  # type: ignore[misc]
-    """The step of an NNCF pipeline that quantizes: it gives the program that is quantized already."""
-
-    def __init__(self, program: fx.GraphModule) -> None:
-        self._program = program
-
-    @property
-    def available_backends(self) -> list[BackendType]:
-        return [BackendType.TORCH_FX]
-
-    def apply(self, model: fx.GraphModule, *rest: Any, **more: Any) -> fx.GraphModule:
-        return self._program
-
-    def get_statistic_points(self, *rest: Any) -> StatisticPointsContainer:
-        return StatisticPointsContainer()
 
 
 def correct_biases(
@@ -70,6 +51,7 @@ def correct_biases(
     Args:
         module: a folded program with its rounded weights.
         wanted: the same with the weights that were rounded: what its layers write on average is wanted.
+            Layers that have no bias get one of 0 where ``module`` has one.
         plan: INT8 layers of ``module``.
         steps: of their tensors.
         scheme: how the target annotates INT8.
@@ -80,9 +62,7 @@ def correct_biases(
     quantized = insert_steps(copy.deepcopy(module), plan, steps, scheme, fold=False)
     # NNCF reads the shape of every node
     FakeTensorProp(quantized, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*samples[0])
-    wanted = _with_biases(
-        wanted, [site.node.name for site in plan.sites if bias_of(module, site.node) is not None]
-    )
+    _add_biases(wanted, [site.node.name for site in plan.sites if bias_of(module, site.node) is not None])
     if how == "full":
         samples = _thin(plan, samples)
     reads = itertools.count(1)
@@ -100,20 +80,20 @@ def correct_biases(
     # its progress bars: standard output is the command's result
     with contextlib.redirect_stdout(io.StringIO()):
         data = nncf.Dataset(list(samples), read)
-        corrected = Pipeline([[_Quantized(quantized), chosen]]).run(wanted, data)
+        graph = build_graph(wanted)
+        means = collect_statistics(chosen.get_statistic_points(wanted, graph), wanted, graph, data)
+        corrected = chosen.apply(quantized, build_graph(quantized), means)
     nodes = {node.name: node for node in corrected.graph.nodes}
     biases = {site: bias_of(corrected, nodes[site.node.name]) for site in plan.sites}
     return {site.bias: bias.numpy() for site, bias in biases.items() if bias is not None}
 
 
-def _with_biases(module: fx.GraphModule, layers: Collection[str]) -> fx.GraphModule:
-    """Return a copy whose layers of these names have a bias, 0 where there was none: NNCF looks for one."""
-    module = copy.deepcopy(module)
+def _add_biases(module: fx.GraphModule, layers: Collection[str]) -> None:
+    """Give layers of these names a bias of 0 where they have none: NNCF looks for one."""
     for node in list(module.graph.nodes):
         if node.name in layers and bias_of(module, node) is None:
             set_constant(module, node, 2, weight_of(module, node).new_zeros(len(weight_of(module, node))))
     module.recompile()
-    return module
 
 
 def _thin(plan: Plan, samples: Sequence[tuple[Tensor, ...]]) -> Sequence[tuple[Tensor, ...]]:
