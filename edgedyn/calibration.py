@@ -184,7 +184,7 @@ class CalibrationSet:
             if image.path not in correlations:
                 correlations[image.path] = correlate(truth)
                 self._refuse_random(image, correlations[image.path])
-            window = choose_window(truth.shape, (height * task.scale, width * task.scale), rng)
+            window = choose_window((given, truth), (height * task.scale, width * task.scale), rng)
             given, truth = crop(given, window), crop(truth, window)
             if is_vivid:
                 given = truth = make_vivid(truth, rng)

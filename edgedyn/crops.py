@@ -6,6 +6,7 @@ random      neighbouring pixels are not alike; INT8 ranges of random values are 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from edgedyn.errors import CalibrationError
 # 0.58 at least (Set12, 568 of BSDS500, 50 of PolyU, 26 of scikit-image), and with noise of sigma 50, 0.19.
 CORRELATED = 0.2
 _SATURATION = 3.0
+_DRAWS = 64  # of a crop: a photo may have a margin without contents
 
 
 def random_error(what: str, found: float) -> CalibrationError:
@@ -32,19 +34,29 @@ def refuse_constant(crop: np.ndarray, path: Path) -> None:
     Raises:
         CalibrationError: naming the file.
     """
-    if crop.min() == crop.max():
+    if _is_constant(crop):
         raise CalibrationError(
-            f"{path} is constant ({crop.min():.3f}) in the crop drawn from it; a set needs real "
+            f"{path} is constant ({crop.min():.3f}) in each crop drawn from it; a set needs real "
             "images. Remove the file from the set."
         )
 
 
 def choose_window(
-    shape: tuple[int, ...], size: tuple[int, int], rng: np.random.Generator
+    images: Sequence[np.ndarray], size: tuple[int, int], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of a crop of an image (H, W, C), which may be smaller than it."""
-    top, left = (int(rng.integers(max(0, have - want) + 1)) for have, want in zip(shape, size, strict=False))
-    return top, left, *size
+    """Return top, left, height and width of a crop of images (H, W, C), which may be smaller than it.
+
+    Where one of them is constant, it is drawn again, a limited number of times.
+    """
+    for _ in range(_DRAWS):
+        top, left = (
+            int(rng.integers(max(0, have - want) + 1))
+            for have, want in zip(images[0].shape, size, strict=False)
+        )
+        window = top, left, *size
+        if not any(_is_constant(crop(pixels, window)) for pixels in images):
+            break
+    return window
 
 
 def crop(pixels: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:
@@ -81,6 +93,10 @@ def correlate(pixels: np.ndarray) -> float:
         gray = gray[:height, :width].reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3))
         found.append(_neighbours(gray))
     return max(found)
+
+
+def _is_constant(crop: np.ndarray) -> bool:
+    return bool(crop.min() == crop.max())
 
 
 def _neighbours(gray: np.ndarray) -> float:

@@ -236,6 +236,16 @@ def test_constant_image_is_refused(tmp_path):
     assert "Remove the file" in text
 
 
+def test_crop_of_a_margin_is_drawn_again(tmp_path):
+    pixels = np.array(Image.open(save_image(tmp_path / "a.png")))
+    pixels[: len(pixels) * 2 // 3] = 0
+    Image.fromarray(pixels).save(tmp_path / "a.png")
+    path = write_set(tmp_path, names=(), samples=12, files=[entry(tmp_path / "a.png")])
+    truths = [sample.truth for sample in draw(path, (1, 3, 16, 16))]
+    assert len(truths) == 12
+    assert all(truth.min() < truth.max() for truth in truths)
+
+
 def test_truncated_image_is_refused(tmp_path):
     path = save_image(tmp_path / "a.png")
     path.write_bytes(path.read_bytes()[:-200])
