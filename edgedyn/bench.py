@@ -4,7 +4,8 @@
     layers            the bundle's program beside its float32 counterpart, in turns: ``edgedyn/speed.py``
 
 The counterpart is lowered here from the network that the bundle's recipe names, with initial weights: no time
-depends on a weight's value, and the weights file may be elsewhere. BatchNorm and range of its input come from
+depends on a weight's value (but a fused ``masked_conv2d``'s, by its mask), and the weights file may be
+elsewhere. BatchNorm and range of its input come from
 the bundle's own vectors.
 """
 

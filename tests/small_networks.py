@@ -110,11 +110,23 @@ def small_affine() -> AffineMalleConv:
 LAYERS = {"affine": small_affine, "kernels": lambda: MalleConv(8, 8, num_blocks=1)}
 
 
-def small_mallenet() -> nn.Module:
+def small_mallenet(first: nn.Module | None = None) -> nn.Module:
     """Return a denoiser of one MalleConv between two convolutions."""
     torch.manual_seed(0)
+    first = first or nn.Conv2d(3, 8, 3, padding=1)
+    return nn.Sequential(first, LAYERS["kernels"](), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)).eval()
+
+
+def pointwise_mallenet() -> nn.Module:
+    """Return the same with a first convolution of one tap."""
+    return small_mallenet(nn.Conv2d(3, 8, 1))
+
+
+def wide_convolutions() -> nn.Module:
+    """Return a denoiser whose convolutions have the names of the same's."""
+    torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(3, 8, 3, padding=1), LAYERS["kernels"](), nn.ReLU(), nn.Conv2d(8, 3, 3, padding=1)
+        nn.Conv2d(3, 12, 3, padding=1), nn.ReLU(), nn.ReLU(), nn.Conv2d(12, 3, 3, padding=1)
     ).eval()
 
 

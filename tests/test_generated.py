@@ -14,9 +14,13 @@ from torch import Tensor, nn
 from edgedyn import ops, pipeline, quantize, targets
 from edgedyn.conversion import Converted
 from edgedyn.layers import canonicalize
+from edgedyn.layers.acda import ACDAConv
+from edgedyn.layers.ddf import DDFPack
+from edgedyn.layers.dynconv import SparseBasicBlock
 from edgedyn.quantize.accounting import KEPT_PRODUCT
 from edgedyn.quantize.generated import ContentMeter, find_generating, scale_taps
-from edgedyn.quantize.statistics import channel_maxima
+from edgedyn.quantize.plan import name_tensors
+from edgedyn.quantize.statistics import channel_maxima, look
 from edgedyn.recipe import load_recipe
 from edgedyn.recipe_sections import QuantizeSection
 
@@ -27,7 +31,7 @@ KERNELS = {"1.scales.0.output", "1.offsets.0.output"}
 
 
 def measure_content(module, sites, samples):
-    meter = ContentMeter(sites)
+    meter = ContentMeter({site.y: site.last for site in sites})
     channel_maxima(module, (), samples, dict.fromkeys(meter.names, meter.add))
     return meter.read()
 
@@ -137,6 +141,34 @@ def test_products_of_taps_are_accounted_as_such():
     rows = to_int8(make_net(), "tap", equalize_outputs=False).float_nodes
     (row,) = [row for row in rows if row["reason"] == KEPT_PRODUCT]
     assert (row["node"], row["count"]) == ("mul", 2)
+
+
+@pytest.mark.parametrize("target", ["executorch", "tensorrt"])
+@pytest.mark.parametrize(
+    ("layer", "kernels"),
+    [
+        (lambda: ACDAConv(3, 4), {"0.bases_net.5.kernel": (1, 36, 32, 48)}),
+        (
+            lambda: DDFPack(3, se_ratio=0.5),
+            {"0.channel_branch.3.kernel": (1, 27, 1, 1), "0.spatial_branch.0.kernel": (1, 9, 32, 48)},
+        ),
+        (lambda: SparseBasicBlock(3, 3), {}),
+    ],
+    ids=["tanh", "filter_norm", "mask"],
+)
+def test_kernels_that_float_operators_write_are_the_same_tensors_in_every_form(layer, kernels, target):
+    torch.manual_seed(23)
+    net, (x,) = nn.Sequential(layer()).eval(), make_samples()[0]
+    modules = quantize.fold(captured(net)), quantize.fold(expanded(net, target))
+    names = quantize.find_generators(modules[0])
+    assert names == kernels.keys()
+    seen: list[dict[str, Tensor]] = [{}, {}]
+    for module, values in zip(modules, seen, strict=True):
+        nodes = {node: name for name, node in name_tensors(module, [], names).items() if name in names}
+        look(module, nodes, (x,), lambda node, y, values=values, nodes=nodes: values.update({nodes[node]: y}))
+    for name, shape in kernels.items():
+        assert seen[0][name].shape == shape
+        assert torch.equal(seen[0][name], seen[1][name])
 
 
 class Generator(nn.Module):

@@ -141,6 +141,22 @@ def test_forced_table_is_used_and_recorded(first, no_statistics):
     assert "is of another method" in made.misfit
 
 
+@pytest.mark.parametrize("dynamic", ["[]", "['*']"])
+@pytest.mark.parametrize(
+    ("network", "words"),
+    [
+        ("make_net", r"layer 'head' has a weight of \(8, 3, 3, 3\), and the calibration table has none"),
+        ("wide_convolutions", r"layer '0' has a weight of \(12, .* has one of 8 output channels"),
+        ("pointwise_mallenet", r"layer '0' has a weight of \(8, 3, 1, 1\), .* has one of \(8, 3, 3, 3\)"),
+    ],
+)
+def test_table_of_other_layers_cannot_be_forced(first, network, words, dynamic):
+    folder, _ = first
+    given = recipe(folder, f"model.network=small_networks:{network}", f"quantize.dynamic={dynamic}")
+    with pytest.raises(CalibrationError, match=words):
+        convert(given, force=True)
+
+
 def test_command_says_that_a_table_was_forced_and_that_nothing_was_trained(first, tmp_path):
     folder, _ = first
     values = [*SMALL, f"quantize.table={folder / 'table.json'}", "quantize.ranges.feature=mse"]

@@ -10,6 +10,7 @@ import pytest
 from small_builds import NEEDS_RTX, STAGES
 
 from edgedyn import bench, pipeline, session
+from edgedyn.calibration_table import read_table
 from edgedyn.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
@@ -52,6 +53,21 @@ def test_rewrite_is_exact_and_demanded_to_be(built):
 def test_forms_name_the_primitive_of_the_system(built):
     _, primitive, build = built
     assert set(build.to_json()["forms"]) == ({primitive} if primitive else set())
+
+
+def test_generated_kernels_say_how_far_they_depend_on_content(built):
+    """Of every op of ours that filters with them; a mask is a decision, and a width has none."""
+    system, _, build = built
+    if build.bundle.precision != "int8":
+        return
+    found = build.bundle.manifest["facts"]["generated_kernels"]
+    assert bool(found) == (system in ("acda", "ddf"))
+    assert all(name.endswith(".kernel") for name in found)
+    for seen in found.values():
+        assert 0 < seen["between_images"] <= seen["spread"] * (1 + 1e-9) <= 1  # equal for one position
+    table = read_table(build.bundle.path / "calibration.json")
+    kinds = {entry.name: entry.kind for entries in table.programs.values() for entry in entries}
+    assert {name for name, kind in kinds.items() if kind == "kernel"} == set(found)
 
 
 def test_bundle_runs_where_it_stands_and_routes_by_its_manifest(built):

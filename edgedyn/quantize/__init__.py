@@ -22,6 +22,7 @@ from edgedyn.quantize.calibrate import (
     Calibrated,
     input_products_of,
     products_of,
+    refuse_other_layers,
     restore,
     steps_of,
     without_products,
@@ -137,7 +138,7 @@ def to_int8(
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
-        CalibrationError: when there are neither samples nor what calibration found out.
+        CalibrationError: when there are neither samples nor what calibration found out, or that is of others.
         CheckFailedError: when the exam's limits leave no choice.
     """
     from edgedyn.quantize.convert import insert_steps
@@ -166,6 +167,8 @@ def to_int8(
     if calibrated is None:
         trials = Trials(module, plan, scheme, samples, finetuning, sources, generated, progress, vivid)
         calibrated = calibrate(trials, section, exam)
+    else:
+        refuse_other_layers(module, plan(section, module, calibrated.kept).sites, calibrated)
     # from here on a table and a calibration are the same
     written = {site.y for site in plan(section, module, calibrated.kept).written(scheme)}
     final = without_products(calibrated, written)

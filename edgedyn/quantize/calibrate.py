@@ -109,7 +109,9 @@ def observe_program(
     maps = {node for pair in pairs for node in pair.maps} | {site.last for site in scalable}
     read = find_read(module, [pair.between for pair in pairs]) if section.equalize_inputs else {}
     maps |= {x for x, _ in read.values()}
-    meter = ContentMeter(writing)
+    tensors = name_tensors(module, find_sites(module), generated)
+    kernels = {name: node for name, node in tensors.items() if name in generated}
+    meter = ContentMeter(kernels)
     largest = channel_maxima(module, maps, samples, dict.fromkeys(meter.names, meter.add))
     content = meter.read()
     changed = equalize(module, pairs, largest, most_dense=section.equalize_dense)
@@ -121,7 +123,7 @@ def observe_program(
     constants = _changed_constants(module, [x for x in sites if x.node in changed or x.y in products])
     found = observe(
         module,
-        name_tensors(module, sites),
+        {**name_tensors(module, sites), **kernels},
         samples,
         sources=sources,
         progress=lambda done, total: progress("observe", done, total),
@@ -223,6 +225,35 @@ def refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]
                 f"calibration sample {index}, {sources[index] if sources else 'of a program'}: {bad} values "
                 "are NaN or infinite; a range needs finite ones. Take the file out of the set, or mend it."
             )
+
+
+def refuse_other_layers(module: fx.GraphModule, sites: Sequence[Site], calibrated: Calibrated) -> None:
+    """Refuse what calibration found out about other layers: a table can be forced onto any program.
+
+    Args:
+        module: a folded program.
+        sites: its INT8 layers.
+        calibrated: from a calibration table.
+
+    Raises:
+        CalibrationError: naming the first layer that does not fit.
+    """
+    entries = {entry.name: entry for entry in calibrated.entries}
+    for site in sites:
+        shape, entry = tuple(weight_of(module, site.node).shape), entries.get(site.weight)
+        value = calibrated.constants.get(site.weight)
+        if entry is None:
+            found = "none"
+        elif len(entry.channels) != shape[0]:
+            found = f"one of {len(entry.channels)} output channels"
+        elif value is not None and value.shape != shape:
+            found = f"one of {value.shape}"
+        else:
+            continue
+        raise CalibrationError(
+            f"layer {site.name!r} has a weight of {shape}, and the calibration table has {found}: it is of "
+            "another network, and cannot be forced on this one. Calibrate again."
+        )
 
 
 def restore(module: fx.GraphModule, calibrated: Calibrated) -> None:

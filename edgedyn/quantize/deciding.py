@@ -58,15 +58,20 @@ class Mask:
 
 def find_decisions(program: ExportedProgram) -> tuple[list[Mask], int]:
     """List the masks of a program, and count its other data-dependent decisions."""
-    found = [_read_mask(node) for node in _deciding(program.graph, program.graph_signature.user_inputs)]
+    deciding, _ = _decide(program.graph, program.graph_signature.user_inputs)
+    found = [_read_mask(node) for node in deciding]
     masks = [mask for mask in found if mask is not None]
     return masks, len(found) - len(masks)
 
 
 def find_deciding(module: fx.GraphModule) -> list[fx.Node]:
     """Return the nodes of a folded program that decide: comparisons, indices, step functions."""
-    inputs = [node.name for node in module.graph.nodes if node.op == "placeholder"]
-    return _deciding(module.graph, inputs)
+    return _decide(module.graph, _inputs(module))[0]
+
+
+def find_decided(module: fx.GraphModule) -> set[fx.Node]:
+    """Return the nodes of a folded program that decide, and what is computed from decisions alone: masks."""
+    return _decide(module.graph, _inputs(module))[1]
 
 
 def find_deciding_layers(module: fx.GraphModule, *, is_router: bool = False) -> list[fx.Node]:
@@ -97,8 +102,12 @@ def find_deciding_layers(module: fx.GraphModule, *, is_router: bool = False) -> 
     return layers
 
 
-def _deciding(graph: fx.Graph, inputs: Collection[str]) -> list[fx.Node]:
-    """List the nodes that decide.
+def _inputs(module: fx.GraphModule) -> list[str]:
+    return [node.name for node in module.graph.nodes if node.op == "placeholder"]
+
+
+def _decide(graph: fx.Graph, inputs: Collection[str]) -> tuple[list[fx.Node], set[fx.Node]]:
+    """List the nodes that decide, and return them with what is computed from them alone.
 
     A decision is a boolean or integer computed from the input (a comparison, an index), or a step function of
     it. What is computed from decisions alone decides nothing more.
@@ -118,7 +127,7 @@ def _deciding(graph: fx.Graph, inputs: Collection[str]) -> list[fx.Node]:
         if name in _STEPS or (not _is_float(node) and all(_is_float(x) for x in sources - decided)):
             decided.add(node)
             found.append(node)
-    return found
+    return found, decided
 
 
 def _read_mask(node: fx.Node) -> Mask | None:

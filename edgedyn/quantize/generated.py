@@ -51,14 +51,18 @@ def find_generating(module: fx.GraphModule, names: Collection[str]) -> list[Site
 
 
 class ContentMeter:
-    """Looks at the kernels that layers write, one sample after another."""
+    """Looks at generated kernels, one sample after another.
 
-    def __init__(self, sites: Sequence[Site]) -> None:
-        self.names = {site.last: site.y for site in sites}
-        self._seen: dict[fx.Node, list[tuple[Tensor, Tensor, Tensor]]] = {site.last: [] for site in sites}
+    Args:
+        kernels: the nodes that write them, by name.
+    """
+
+    def __init__(self, kernels: Mapping[str, fx.Node]) -> None:
+        self.names = {node: name for name, node in kernels.items()}
+        self._seen: dict[fx.Node, list[tuple[Tensor, Tensor, Tensor]]] = {node: [] for node in self.names}
 
     def add(self, node: fx.Node, value: Tensor) -> None:
-        """Take what a layer writes for one sample."""
+        """Take a kernel of one sample."""
         flat = value.double().movedim(channel_axis(value), 0).flatten(1)
         self._seen[node].append((flat.abs().amax(1), flat.mean(1), flat.square().mean(1)))
 

@@ -27,7 +27,7 @@ from edgedyn.quantize.accounting import (
     KEPT_GENERATED,
     moves_only,
 )
-from edgedyn.quantize.deciding import find_deciding_layers
+from edgedyn.quantize.deciding import find_decided, find_deciding_layers
 from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, belongs_to, fused_activation, module_path
 from edgedyn.targets import Int8Scheme
 
@@ -85,8 +85,13 @@ def find_sites(module: fx.GraphModule) -> list[Site]:
     return sites
 
 
-def name_tensors(module: fx.GraphModule, sites: Sequence[Site]) -> dict[str, fx.Node]:
-    """Return what INT8 layers read or write on any target, and the x of every op of ours, by name."""
+def name_tensors(
+    module: fx.GraphModule, sites: Sequence[Site], generated: Collection[str] = ()
+) -> dict[str, fx.Node]:
+    """Return what INT8 layers read or write on any target, and the x of every op of ours, by name.
+
+    Generated kernels too, whose names are given, where float operators write them.
+    """
     tensors: dict[str, fx.Node] = {}
     for site in sites:
         tensors |= {site.x: site.node.args[0], site.y: site.last}  # type: ignore[dict-item]
@@ -95,28 +100,41 @@ def name_tensors(module: fx.GraphModule, sites: Sequence[Site]) -> dict[str, fx.
         if is_ours(node):
             x = node.args[0]
             tensors[known.setdefault(x, f"{module_path(node) or node.name}.input")] = x
-    return tensors
+    last = _last_of_modules(module)
+    return tensors | {name: last[name] for name in generated if name in last}
 
 
 def find_generators(module: fx.GraphModule) -> frozenset[str]:
-    """Name the tensors that are generated kernels: what a layer writes straight into an op of ours.
+    """Name the tensors that are generated kernels: what an op of ours takes as such, but masks, which decide.
+
+    One that a layer writes straight into the op is that layer's output; one that float operators write, a
+    Tanh or a norm, is named by the module which they end, and not at all where the op is in the same module.
 
     Args:
         module: a folded program with our ops as nodes.
     """
     written = {site.last: site.y for site in find_sites(module)}
+    names = {node: name for name, node in _last_of_modules(module).items()}
     ops = {op.overload: op for op in load_all().values()}
+    decided = find_decided(module)
     found = set()
     for node in filter(is_ours, module.graph.nodes):
         op = ops[node.target]
         for argument, value in zip(op.overload._schema.arguments, node.args, strict=False):
-            while isinstance(value, fx.Node) and argument.name in op.generated:
+            if isinstance(value, fx.Node) and argument.name in op.generated:
+                while moves_only(value) and len(value.all_input_nodes) == 1:
+                    value = value.all_input_nodes[0]
                 if value in written:
                     found.add(written[value])
-                    break
-                sources = value.all_input_nodes if moves_only(value) else []
-                value = sources[0] if len(sources) == 1 else None
+                elif value in names and value not in decided and module_path(value) != module_path(node):
+                    found.add(names[value])
     return frozenset(found)
+
+
+def _last_of_modules(module: fx.GraphModule) -> dict[str, fx.Node]:
+    """Return what each module of the network computes last, by the name that it has as a kernel."""
+    computed = (n for n in module.graph.nodes if n.op == "call_function" and not moves_only(n))
+    return {f"{module_path(node)}.kernel": node for node in computed if module_path(node)}
 
 
 @dataclass(frozen=True)
