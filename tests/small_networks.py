@@ -138,6 +138,15 @@ def small_affine_net() -> nn.Module:
     return net.eval()
 
 
+def coarse_identity() -> nn.Module:
+    """Return a network that gives back its input; a large channel beside it leaves few INT8 steps to it."""
+    net = nn.Sequential(nn.Conv2d(3, 4, 1, bias=False), nn.Conv2d(4, 3, 1, bias=False))
+    with torch.no_grad():
+        net[0].weight.copy_(torch.cat([torch.eye(3), torch.full((1, 3), 100.0)])[:, :, None, None])
+        net[1].weight.copy_(torch.eye(3, 4)[:, :, None, None])
+    return net.eval()
+
+
 class ColourGate(nn.Module):
     """Logits of two variants: the mean of the first colour, and that of the second."""
 

@@ -18,11 +18,13 @@ from edgedyn.layers.acda import ACDAConv
 from edgedyn.layers.ddf import DDFPack
 from edgedyn.layers.dynconv import SparseBasicBlock
 from edgedyn.quantize.accounting import KEPT_PRODUCT
+from edgedyn.quantize.calibrate import observe_program
 from edgedyn.quantize.generated import ContentMeter, find_generating, scale_taps
 from edgedyn.quantize.plan import name_tensors
 from edgedyn.quantize.statistics import channel_maxima, look
 from edgedyn.recipe import load_recipe
-from edgedyn.recipe_sections import QuantizeSection
+from edgedyn.recipe_sections import QuantizeSection, RangeSection
+from edgedyn.table_entries import Entry
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["model.network=small_networks:small_affine_net", "model.weights=null", "model.arguments={}"]
@@ -207,6 +209,41 @@ def test_only_taps_that_can_be_scaled_exactly_are(net, scaled):
         assert len(sites) == 1
         assert len(scale_taps(module, sites, measure_content(module, sites, samples))) == scaled
         torch.testing.assert_close(module(*samples[0]), expected, rtol=1e-5, atol=1e-5)  # float32, 6 terms
+
+
+def entries_of(**ranges: str) -> dict[str, Entry]:
+    plain = {"equalize": False, "equalize_outputs": False, "rounding": "nearest"}
+    section = QuantizeSection(ranges=RangeSection(**ranges, percentile=90.0), **plain)
+    net = make_net()
+    with torch.no_grad():
+        net[2].weight[0] = 63.5 / 127  # between two steps of the full range
+        net[2].weight[0, 0, 0, 0] = 1
+    module = quantize.fold(expanded(net))
+    found = observe_program(module, section=section, samples=make_samples(), generated=KERNELS)
+    return {entry.name: entry for entry in found.entries}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [(kind, method) for kind in ("feature", "kernel") for method in ("percentile", "mse", "entropy")]
+    + [("weight", "mse")],
+)
+def test_estimator_of_a_class_chooses_the_ranges_of_that_class_alone(kind, method):
+    before, after = entries_of(), entries_of(**{kind: method})
+    assert before.keys() == after.keys()
+    for name, entry in after.items():
+        assert entry.estimator == (method if entry.kind == kind else "minmax")
+        if entry.kind != kind:
+            assert entry.to_json() == before[name].to_json()
+    # all of them cut off what is rare: no range is wider, and some are narrower
+    ratios = [
+        np.array(entry.channels or entry.symmetric)
+        / np.array(before[name].channels or before[name].symmetric)
+        for name, entry in after.items()
+        if entry.kind == kind
+    ]
+    assert max(ratio.max() for ratio in ratios) <= 1
+    assert min(ratio.min() for ratio in ratios) < 0.995
 
 
 def content_of(kernels: np.ndarray) -> tuple[float, float]:

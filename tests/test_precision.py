@@ -286,6 +286,32 @@ def test_limit_of_a_task_without_truth_is_refused():
         pipeline.convert(recipe, target, calibration, samples[0])
 
 
+@pytest.mark.parametrize("verb", ["calibrate", "build"])
+def test_command_ends_with_1_and_writes_nothing_where_no_precision_keeps_the_limit(
+    tmp_path, monkeypatch, verb
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    values = ["model.network=small_networks:coarse_identity", "model.weights=null", "model.arguments={}"]
+    values += [
+        "input.shape=[1, 3, 32, 48]",
+        "tile.overlap=0",
+        "quantize.keep_float=[]",
+        "quantize.dynamic=[]",
+    ]
+    values += ["quantize.equalize=false", "quantize.equalize_outputs=false", "quantize.rounding=nearest"]
+    values += ["quantize.max_drop_db=0.01", "limits.int8_share=0.9"]
+    options = [word for value in values for word in ("--set", value)]
+    recipe, out = str(RECIPES / "mallenet-s.phone.int8.yaml"), tmp_path / "out.json"
+    done = CliRunner().invoke(app, [verb, recipe, *options, "-o", str(out)])
+    assert isinstance(done.exception, CheckFailedError)
+    assert done.exception.exit_code == 1
+    assert "no choice of float layers keeps the drop within quantize.max_drop_db 0.01 dB" in str(
+        done.exception
+    )
+    assert "The best is 0 float layers" in str(done.exception)
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
+
+
 def test_command_measures_layers_and_a_build_by_its_table_shows_them(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     small = ["model.network=small_networks:make_net", "model.weights=null", "model.arguments={}"]

@@ -37,7 +37,11 @@ def main(
             ablation=True,
             progress=advance,
         )
-    drops = {what: round(drop, 4) for program in table.ablation.values() for what, drop in program.items()}
+    drops = {
+        what if len(table.ablation) == 1 else f"{name}: {what}": round(drop, 4)
+        for name, program in table.ablation.items()
+        for what, drop in program.items()
+    }
     row = {"drop_db": drops, "shape": list(asked.input.shape), "calibration": table.images["name"]}
     add_row(out, asked.name, row | measurement.provenance())
     print(json.dumps(drops, indent=1))

@@ -53,8 +53,9 @@ def ablate(
         progress: called with (what is done, steps done, steps in all).
     """
     tried = {}
+    has_kernels = any(entry.kind == "kernel" for entry in rounded.calibrated.entries)
     for key, values in _SWITCHES.items():
-        for value in values:
+        for value in values if has_kernels or key != "generated" else ():
             other = _change(section, key, value)
             if other != section:
                 tried[f"{key}: {str(value).lower() if isinstance(value, bool) else value}"] = other
