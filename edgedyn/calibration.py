@@ -1,7 +1,7 @@
 """Image sets with a noise model: what INT8 is calibrated on, and what everything is validated on.
 
     a manifest (calib/<set>.yaml), a folder, or any iterable of images: ``CalibrationSet.of``
-    sample = crop of an image -> shrunk by the task -> noise (``edgedyn.noise``)
+    sample = crop of an image [resized] -> shrunk by the task -> noise (``edgedyn.noise``)
 
 Every image is known by its sha256, and the same samples are drawn every time. Refused is what proves nothing:
 constant images, random values, and a set that shares an image with the one it is validated on.
@@ -30,7 +30,7 @@ from edgedyn.crops import (
 )
 from edgedyn.errors import CalibrationError
 from edgedyn.noise import FOLDER_NOISE, NO_NOISE, NoiseSection
-from edgedyn.pixels import SUFFIXES, read_pixels, unpack, with_channels
+from edgedyn.pixels import SUFFIXES, read_pixels, resize, unpack, with_channels
 from edgedyn.set_manifest import find_folder, read_manifest
 from edgedyn.tasks import TASKS, Task, make_guide, shrink
 
@@ -95,6 +95,7 @@ class CalibrationSet:
     Attributes:
         samples: crops that are drawn.
         vivid: crops of exchanged and saturated colours that are drawn after these.
+        short_side: pixels that the shorter side of every image is resized to; None leaves images as they are.
     """
 
     name: str
@@ -105,6 +106,7 @@ class CalibrationSet:
     seed: int = 0
     raw: RawSection | None = None
     vivid: int = 0
+    short_side: int | None = None
 
     @classmethod
     def of(
@@ -206,6 +208,8 @@ class CalibrationSet:
     def _pixels(self, image: SetImage, channels: int) -> tuple[np.ndarray, np.ndarray]:
         """Return what noise is added to, and the truth: the same but for noisy photos with a clean one."""
         given = with_channels(image.read(self.raw), channels)
+        if self.short_side is not None:
+            given = resize(given, self.short_side)
         if image.clean is None:
             return given, given
         truth = with_channels(image.clean.read(self.raw), channels)
@@ -222,10 +226,10 @@ class CalibrationSet:
             raise random_error(str((image.clean or image).path), found)
 
     def digest(self) -> str:
-        """Return the sha256 over digests of images, noise model, numbers of samples, seed and raw section."""
+        """Return the sha256 over digests of images, noise, numbers of samples, seed and preprocessing."""
         pairs = [[image.sha256, image.clean and image.clean.sha256] for image in self.images]
         raw = self.raw and self.raw.model_dump()
-        values = [pairs, self.noise.to_json(), self.samples, self.vivid, self.seed, raw]
+        values = [pairs, self.noise.to_json(), self.samples, self.vivid, self.seed, raw, self.short_side]
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def with_noise(self, noise: NoiseSection) -> CalibrationSet:
@@ -305,6 +309,7 @@ def open_set(path: Path, *, most: int = MOST_SAMPLES) -> CalibrationSet:
         manifest.samples,
         manifest.seed,
         manifest.raw,
+        short_side=manifest.short_side,
     )
     for image, expected in opened.files:
         found = _sha256(image, path)

@@ -130,6 +130,17 @@ def unpack(item: Any, name: str) -> Iterator[np.ndarray]:
         yield to_pixels(image, name)
 
 
+def resize(pixels: np.ndarray, short_side: int) -> np.ndarray:
+    """Resize (H, W, C), antialiased: its shorter side has so many pixels then; values stay in their range."""
+    height, width, _ = pixels.shape
+    scale = short_side / min(height, width)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    planes = (
+        Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR) for plane in np.moveaxis(pixels, 2, 0)
+    )
+    return np.stack([np.asarray(plane, np.float32) for plane in planes], axis=2)
+
+
 def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     """Repeat gray, average colour: (H, W, C) to (H, W, channels)."""
     if pixels.shape[2] == channels:

@@ -48,6 +48,12 @@ class SetManifest(Section):
     seed: int = Field(default=0, description="of where crops lie, and of the noise")
     noise: NoiseSection = Field(description="what makes the network's input of a file")
     raw: RawSection | None = Field(default=None, description="how .raw files are read; one sensor mode a set")
+    short_side: int | None = Field(
+        default=None,
+        ge=1,
+        description="preprocessing: pixels that the shorter side of every image is resized to, before crops "
+        "and noise; by default images are taken as large as they are",
+    )
     files: list[SetFile] = Field(min_length=1, description="the images")
 
     @model_validator(mode="after")
@@ -60,6 +66,15 @@ class SetManifest(Section):
                 )
             if file.clean is not None and file.clean.sha256 == file.sha256:
                 raise ValueError(f"{file.name} and its clean file {file.clean.name} are the same file")
+        return self
+
+    @model_validator(mode="after")
+    def _real_noise_keeps_its_size(self) -> SetManifest:
+        if self.noise.kind == "real" and self.short_side is not None:
+            raise ValueError(
+                f"short_side is {self.short_side}, and the set's noise is 'real', of which resizing takes "
+                "some away; expected no short_side"
+            )
         return self
 
 

@@ -9,7 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
-from small_sets import NOISE, RAW, SHAPE, digest, draw, entry, refused, save_image, waves, write_set
+from small_sets import (
+    NOISE,
+    RAW,
+    SHAPE,
+    digest,
+    draw,
+    entry,
+    refused,
+    save_image,
+    waves,
+    write_pairs,
+    write_set,
+)
 
 from edgedyn.calibration import CalibrationSet, open_set, refuse_overlap
 from edgedyn.errors import CalibrationError
@@ -234,6 +246,29 @@ def test_constant_image_is_refused(tmp_path):
     text = refused(open_set, tmp_path)
     assert "flat.png is constant (0.200)" in text
     assert "Remove the file" in text
+
+
+def test_images_are_resized_before_crops_are_drawn_and_noise_is_added(tmp_path):
+    """To half its size: each pixel is a mean of 4 x 4, weighted by a triangle, 1 3 3 1 in a row."""
+    path = write_set(tmp_path, names=("a.png",), samples=1, short_side=35)
+    whole = np.asarray(Image.open(tmp_path / "a.png"), dtype=np.float64).transpose(2, 0, 1) / 255
+    windows = np.lib.stride_tricks.sliding_window_view(whole, (4, 4), axis=(1, 2))[:, 1::2, 1::2]
+    means = np.einsum("chwij,i,j->chw", windows, *[np.array([1, 3, 3, 1]) / 8] * 2)
+    (sample,) = draw(path, (1, 3, 45, 35))
+    inner = sample.truth[0, :, 1:-1, 1:-1]
+    np.testing.assert_allclose(inner, means, rtol=0, atol=1e-6)  # float32
+    noise = (sample.noisy - sample.truth).ravel() * 255
+    assert abs(noise.std() - sample.sigma) < 4 * sample.sigma / np.sqrt(2 * noise.size)
+
+
+def test_size_is_part_of_what_a_set_is(tmp_path):
+    digests = {open_set(write_set(tmp_path, short_side=side)).digest() for side in (None, 35, 36)}
+    assert len(digests) == 3
+
+
+def test_photos_with_noise_of_their_own_are_not_resized(tmp_path):
+    text = refused(open_set, write_pairs(tmp_path, short_side=35))
+    assert "short_side is 35, and the set's noise is 'real'" in text
 
 
 def test_crop_of_a_margin_is_drawn_again(tmp_path):
