@@ -4,9 +4,8 @@
     layers            the bundle's program beside its float32 counterpart, in turns: ``edgedyn/speed.py``
 
 The counterpart is lowered here from the network that the bundle's recipe names, with initial weights: no time
-depends on a weight's value (but a fused ``masked_conv2d``'s, by its mask), and the weights file may be
-elsewhere. BatchNorm and range of its input come from
-the bundle's own vectors.
+depends on a weight's value, and the weights file may be elsewhere. Only a fused ``masked_conv2d`` is as fast
+as its mask is empty. BatchNorm and range of its input come from the bundle's own vectors.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Image sets with a noise model: what INT8 is calibrated on, and what everything is validated on.
 
     a manifest (calib/<set>.yaml), a folder, or any iterable of images: ``CalibrationSet.of``
-    sample = crop of an image [resized] -> shrunk by the task -> noise (``edgedyn.noise``)
+    sample = image [resized] -> crop -> shrunk by the task -> noise (``edgedyn.noise``)
 
 Every image is known by its sha256, and the same samples are drawn every time. Refused is what proves nothing:
 constant images, random values, and a set that shares an image with the one it is validated on.
@@ -186,6 +186,9 @@ class CalibrationSet:
             if image.path not in correlations:
                 correlations[image.path] = correlate(truth)
                 self._refuse_random(image, correlations[image.path])
+            if self.short_side is not None:  # no image has a clean one then
+                self._refuse_small(image, truth)
+                given = truth = resize(truth, self.short_side)
             window = choose_window((given, truth), (height * task.scale, width * task.scale), rng)
             given, truth = crop(given, window), crop(truth, window)
             if is_vivid:
@@ -208,8 +211,6 @@ class CalibrationSet:
     def _pixels(self, image: SetImage, channels: int) -> tuple[np.ndarray, np.ndarray]:
         """Return what noise is added to, and the truth: the same but for noisy photos with a clean one."""
         given = with_channels(image.read(self.raw), channels)
-        if self.short_side is not None:
-            given = resize(given, self.short_side)
         if image.clean is None:
             return given, given
         truth = with_channels(image.clean.read(self.raw), channels)
@@ -225,11 +226,20 @@ class CalibrationSet:
         if is_clean and found < CORRELATED:
             raise random_error(str((image.clean or image).path), found)
 
+    def _refuse_small(self, image: SetImage, pixels: np.ndarray) -> None:
+        if min(pixels.shape[:2]) < (self.short_side or 0):
+            raise CalibrationError(
+                f"{image.path} is {_size(pixels)}, and short_side of the set {self.name!r} is "
+                f"{self.short_side}: an enlarged photo has no details. Take the file out, or make short_side "
+                "smaller."
+            )
+
     def digest(self) -> str:
         """Return the sha256 over digests of images, noise, numbers of samples, seed and preprocessing."""
         pairs = [[image.sha256, image.clean and image.clean.sha256] for image in self.images]
         raw = self.raw and self.raw.model_dump()
-        values = [pairs, self.noise.to_json(), self.samples, self.vivid, self.seed, raw, self.short_side]
+        values = [pairs, self.noise.to_json(), self.samples, self.vivid, self.seed, raw]
+        values += [self.short_side] if self.short_side is not None else []
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def with_noise(self, noise: NoiseSection) -> CalibrationSet:

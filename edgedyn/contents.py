@@ -150,6 +150,7 @@ def _describe_calibration(recipe: Recipe, calibration: CalibrationSet, misfit: s
         "equalized": method.equalize,
         "rounding": method.rounding,
         "bias_correction": method.bias_correction,
+        **({"short_side": calibration.short_side} if calibration.short_side is not None else {}),
         **({"forced": misfit} if misfit else {}),
     }
 

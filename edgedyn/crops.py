@@ -36,7 +36,7 @@ def refuse_constant(crop: np.ndarray, path: Path) -> None:
     """
     if _is_constant(crop):
         raise CalibrationError(
-            f"{path} is constant ({crop.min():.3f}) in each crop drawn from it; a set needs real "
+            f"{path} is constant ({crop.mean():.3f}) in each crop drawn from it; a set needs real "
             "images. Remove the file from the set."
         )
 
@@ -46,7 +46,7 @@ def choose_window(
 ) -> tuple[int, int, int, int]:
     """Return top, left, height and width of a crop of images (H, W, C), which may be smaller than it.
 
-    Where one of them is constant, it is drawn again, a limited number of times.
+    The window is drawn again where one of them is constant, a limited number of times.
     """
     for _ in range(_DRAWS):
         top, left = (
@@ -96,7 +96,7 @@ def correlate(pixels: np.ndarray) -> float:
 
 
 def _is_constant(crop: np.ndarray) -> bool:
-    return bool(crop.min() == crop.max())
+    return bool((crop == crop[:, :, :1, :1]).all())  # a coloured area is constant, too
 
 
 def _neighbours(gray: np.ndarray) -> float:

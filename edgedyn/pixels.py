@@ -134,7 +134,7 @@ def resize(pixels: np.ndarray, short_side: int) -> np.ndarray:
     """Resize (H, W, C), antialiased: its shorter side has so many pixels then; values stay in their range."""
     height, width, _ = pixels.shape
     scale = short_side / min(height, width)
-    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    size = (round(width * scale), round(height * scale))
     planes = (
         Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR) for plane in np.moveaxis(pixels, 2, 0)
     )

@@ -38,7 +38,7 @@ class RangeSection(Section):
     """How the INT8 range of a tensor is found, by what the tensor is."""
 
     feature: Estimator = Field(default="minmax", description="feature maps")
-    kernel: Estimator = Field(default="minmax", description="generated kernels, where they are INT8")
+    kernel: Estimator = Field(default="minmax", description="generated kernels")
     weight: Literal["minmax", "mse"] = Field(default="minmax", description="each output channel by itself")
     percentile: float = Field(
         default=99.99, description="percent of values inside, (50, 100], where an estimator is percentile"

@@ -51,7 +51,7 @@ class SetManifest(Section):
     short_side: int | None = Field(
         default=None,
         ge=1,
-        description="preprocessing: pixels that the shorter side of every image is resized to, before crops "
+        description="preprocessing: pixels that the shorter side of every image is reduced to, before crops "
         "and noise; by default images are taken as large as they are",
     )
     files: list[SetFile] = Field(min_length=1, description="the images")

@@ -261,6 +261,19 @@ def test_images_are_resized_before_crops_are_drawn_and_noise_is_added(tmp_path):
     assert abs(noise.std() - sample.sigma) < 4 * sample.sigma / np.sqrt(2 * noise.size)
 
 
+def test_random_values_are_refused_also_where_they_are_made_smaller(tmp_path):
+    """The mean of some pixels is like that of those beside them."""
+    values = np.random.default_rng(0).integers(256, size=(96, 96, 3), dtype=np.uint8)
+    Image.fromarray(values).save(tmp_path / "random.png")
+    path = write_set(tmp_path, names=(), files=[entry(tmp_path / "random.png")], short_side=48)
+    assert "random.png is random" in refused(draw, path)
+
+
+def test_image_that_would_be_enlarged_is_refused(tmp_path):
+    text = refused(draw, write_set(tmp_path, short_side=71))
+    assert "a.png is 70 x 90, and short_side of the set 'waves' is 71" in text
+
+
 def test_size_is_part_of_what_a_set_is(tmp_path):
     digests = {open_set(write_set(tmp_path, short_side=side)).digest() for side in (None, 35, 36)}
     assert len(digests) == 3
@@ -273,12 +286,12 @@ def test_photos_with_noise_of_their_own_are_not_resized(tmp_path):
 
 def test_crop_of_a_margin_is_drawn_again(tmp_path):
     pixels = np.array(Image.open(save_image(tmp_path / "a.png")))
-    pixels[: len(pixels) * 2 // 3] = 0
+    pixels[: len(pixels) * 2 // 3] = (10, 20, 200)
     Image.fromarray(pixels).save(tmp_path / "a.png")
     path = write_set(tmp_path, names=(), samples=12, files=[entry(tmp_path / "a.png")])
     truths = [sample.truth for sample in draw(path, (1, 3, 16, 16))]
     assert len(truths) == 12
-    assert all(truth.min() < truth.max() for truth in truths)
+    assert all((truth != truth[:, :, :1, :1]).any() for truth in truths)
 
 
 def test_truncated_image_is_refused(tmp_path):

@@ -151,12 +151,16 @@ def test_products_of_taps_are_accounted_as_such():
     [
         (lambda: ACDAConv(3, 4), {"0.bases_net.5.kernel": (1, 36, 32, 48)}),
         (
+            lambda: DDFPack(3, head=3, se_ratio=0.5),
+            {"0.channel_branch.3.kernel": (1, 27, 1, 1), "0.spatial_branch.0.kernel": (1, 27, 32, 48)},
+        ),
+        (
             lambda: DDFPack(3, se_ratio=0.5),
             {"0.channel_branch.3.kernel": (1, 27, 1, 1), "0.spatial_branch.0.kernel": (1, 9, 32, 48)},
         ),
         (lambda: SparseBasicBlock(3, 3), {}),
     ],
-    ids=["tanh", "filter_norm", "mask"],
+    ids=["tanh", "heads", "filter_norm", "mask"],
 )
 def test_kernels_that_float_operators_write_are_the_same_tensors_in_every_form(layer, kernels, target):
     torch.manual_seed(23)
@@ -209,6 +213,20 @@ def test_only_taps_that_can_be_scaled_exactly_are(net, scaled):
         assert len(sites) == 1
         assert len(scale_taps(module, sites, measure_content(module, sites, samples))) == scaled
         torch.testing.assert_close(module(*samples[0]), expected, rtol=1e-5, atol=1e-5)  # float32, 6 terms
+
+
+def test_kernel_that_a_convolution_reads_as_well_is_both():
+    torch.manual_seed(24)
+    net = Generator(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Tanh()), is_read_twice=True).eval()
+    module = quantize.fold(torch.export.export(net, make_samples()[0]))
+    names = quantize.find_generators(module)
+    assert names == {"layer.1.kernel"}
+    section = QuantizeSection(rounding="nearest")
+    found = observe_program(module, section=section, samples=make_samples(), generated=names)
+    entries = {entry.name: entry for entry in found.entries}
+    kinds = {name: entries[name].kind for name in ("layer.1.kernel", "reader.input")}
+    assert kinds == {"layer.1.kernel": "kernel", "reader.input": "feature"}
+    assert entries["layer.1.kernel"].histogram.total == entries["reader.input"].histogram.total
 
 
 def entries_of(**ranges: str) -> dict[str, Entry]:

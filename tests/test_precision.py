@@ -228,6 +228,7 @@ def test_ablation_tries_every_switch_the_other_way(net, inputs, exam):
     assert tried["equalize: false"] == pytest.approx(other.calibrated.precision.drop_db, abs=1e-6)
     assert tried["equalize: false"] > 2 * tried["as the recipe says"]
     assert "dynamic: []" not in tried  # the recipe has none
+    assert not any(name.startswith("generated") for name in tried)  # nor the network kernels
     alone = replace(exam, by_layer=False, ablates=True)
     quick = make(net, inputs, section=section, exam=alone).calibrated
     assert quick.precision is None

@@ -157,6 +157,14 @@ def test_table_of_other_layers_cannot_be_forced(first, network, words, dynamic):
         convert(given, force=True)
 
 
+@pytest.mark.parametrize("network", ["wide_convolutions", "pointwise_mallenet"])
+def test_weights_of_another_network_are_not_given_to_float_layers_either(first, network):
+    folder, _ = first
+    given = recipe(folder, f"model.network=small_networks:{network}", "quantize.keep_float=['*']")
+    with pytest.raises(CalibrationError, match=r"layer '0' has a weight of .* has one of"):
+        convert(given, force=True)
+
+
 def test_command_says_that_a_table_was_forced_and_that_nothing_was_trained(first, tmp_path):
     folder, _ = first
     values = [*SMALL, f"quantize.table={folder / 'table.json'}", "quantize.ranges.feature=mse"]

@@ -59,7 +59,7 @@ def test_generated_kernels_say_how_far_they_depend_on_content(built):
     """Of every op of ours that filters with them; a mask is a decision, and a width has none."""
     system, _, build = built
     if build.bundle.precision != "int8":
-        return
+        pytest.skip("float16 is not calibrated")
     found = build.bundle.manifest["facts"]["generated_kernels"]
     assert bool(found) == (system in ("acda", "ddf"))
     assert all(name.endswith(".kernel") for name in found)

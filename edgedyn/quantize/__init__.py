@@ -138,7 +138,7 @@ def to_int8(
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
-        CalibrationError: when there are neither samples nor what calibration found out, or that is of others.
+        CalibrationError: without samples and what calibration found out, or where that is of other layers.
         CheckFailedError: when the exam's limits leave no choice.
     """
     from edgedyn.quantize.convert import insert_steps

@@ -53,7 +53,9 @@ def ablate(
         progress: called with (what is done, steps done, steps in all).
     """
     tried = {}
-    has_kernels = any(entry.kind == "kernel" for entry in rounded.calibrated.entries)
+    # those that a layer writes; what float operators write is float in any case
+    names = [entry.name for entry in rounded.calibrated.entries if entry.kind == "kernel"]
+    has_kernels = any(name.endswith(".output") for name in names)
     for key, values in _SWITCHES.items():
         for value in values if has_kernels or key != "generated" else ():
             other = _change(section, key, value)

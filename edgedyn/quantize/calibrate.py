@@ -239,12 +239,13 @@ def refuse_other_layers(module: fx.GraphModule, sites: Sequence[Site], calibrate
         CalibrationError: naming the first layer that does not fit.
     """
     entries = {entry.name: entry for entry in calibrated.entries}
-    for site in sites:
+    int8 = {site.node for site in sites}
+    for site in find_sites(module):
         shape, entry = tuple(weight_of(module, site.node).shape), entries.get(site.weight)
         value = calibrated.constants.get(site.weight)
-        if entry is None:
+        if entry is None and site.node in int8:
             found = "none"
-        elif len(entry.channels) != shape[0]:
+        elif entry is not None and len(entry.channels) != shape[0]:
             found = f"one of {len(entry.channels)} output channels"
         elif value is not None and value.shape != shape:
             found = f"one of {value.shape}"
@@ -252,7 +253,8 @@ def refuse_other_layers(module: fx.GraphModule, sites: Sequence[Site], calibrate
             continue
         raise CalibrationError(
             f"layer {site.name!r} has a weight of {shape}, and the calibration table has {found}: it is of "
-            "another network, and cannot be forced on this one. Calibrate again."
+            "another network, or of other forms of our ops, and cannot be forced on this one. Calibrate "
+            "again, or give this recipe the table's kernels and forms."
         )
 
 

@@ -11,6 +11,7 @@ where an 8-bit step would be paid at every block.
 from __future__ import annotations
 
 import fnmatch
+import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -90,7 +91,11 @@ def name_tensors(
 ) -> dict[str, fx.Node]:
     """Return what INT8 layers read or write on any target, and the x of every op of ours, by name.
 
-    Generated kernels too, whose names are given, where float operators write them.
+    Args:
+        module: a folded program.
+        sites: its layers.
+        generated: names of generated kernels, from ``find_generators``: those that float operators write are
+            returned too, and may be what a layer reads as well.
     """
     tensors: dict[str, fx.Node] = {}
     for site in sites:
@@ -107,8 +112,9 @@ def name_tensors(
 def find_generators(module: fx.GraphModule) -> frozenset[str]:
     """Name the tensors that are generated kernels: what an op of ours takes as such, but masks, which decide.
 
-    One that a layer writes straight into the op is that layer's output; one that float operators write, a
-    Tanh or a norm, is named by the module which they end, and not at all where the op is in the same module.
+    One that a layer writes straight into the op is that layer's output. One that float operators write, a
+    Tanh or a norm, is named by the module that ends with them, at its last call; where the op is in the same
+    module it has no name.
 
     Args:
         module: a folded program with our ops as nodes.
@@ -119,22 +125,26 @@ def find_generators(module: fx.GraphModule) -> frozenset[str]:
     decided = find_decided(module)
     found = set()
     for node in filter(is_ours, module.graph.nodes):
-        op = ops[node.target]
+        op, path = ops[node.target], module_path(node)
         for argument, value in zip(op.overload._schema.arguments, node.args, strict=False):
             if isinstance(value, fx.Node) and argument.name in op.generated:
-                while moves_only(value) and len(value.all_input_nodes) == 1:
-                    value = value.all_input_nodes[0]
-                if value in written:
-                    found.add(written[value])
-                elif value in names and value not in decided and module_path(value) != module_path(node):
-                    found.add(names[value])
+                moved = [value]  # from what the op is given to what was computed
+                while moves_only(moved[-1]) and len(moved[-1].all_input_nodes) == 1:
+                    moved.append(moved[-1].all_input_nodes[0])
+                if moved[-1] in written:
+                    found.add(written[moved[-1]])
+                elif moved[-1] not in decided:
+                    outside = (n for n in moved if module_path(n) != path)
+                    found |= {names[n] for n in itertools.islice(outside, 1) if n in names}
     return frozenset(found)
 
 
 def _last_of_modules(module: fx.GraphModule) -> dict[str, fx.Node]:
-    """Return what each module of the network computes last, by the name that it has as a kernel."""
-    computed = (n for n in module.graph.nodes if n.op == "call_function" and not moves_only(n))
-    return {f"{module_path(node)}.kernel": node for node in computed if module_path(node)}
+    """Return the tensor that each module of the network gives, by the name that it has as a kernel."""
+    given = (node for node in module.graph.nodes if isinstance(node.meta.get("val"), Tensor))
+    return {
+        f"{path}.kernel": node for node in given if node.op == "call_function" and (path := module_path(node))
+    }
 
 
 @dataclass(frozen=True)

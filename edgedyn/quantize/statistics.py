@@ -54,13 +54,15 @@ def observe(
     Raises:
         CalibrationError: when a sample brings NaN or infinite values: it is named.
     """
-    names = {node: name for name, node in tensors.items()}
+    names: dict[fx.Node, list[str]] = {}
+    for name, node in tensors.items():
+        names.setdefault(node, []).append(name)
     found: dict[str, Histogram] = {}
     source = ""
 
     def see(node: fx.Node, value: Tensor) -> None:
-        name = names[node]
-        count(found, name, value.numpy(), f"{source}, tensor {name!r}")
+        for name in names[node]:
+            count(found, name, value.numpy(), f"{source}, tensor {name!r}")
 
     for index, sample in enumerate(samples):
         source = sources[index] if sources else f"sample {index}"
