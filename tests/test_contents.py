@@ -47,6 +47,15 @@ def describe(outputs: Outputs, *overrides: str, ok: bool = True, converted: Conv
     return contents.describe(recipe, artifact, converted, calibration, outputs, {}, ok)
 
 
+@pytest.mark.parametrize(("short_side", "told"), [("null", None), ("128", 128)])
+def test_preprocessing_of_the_calibration_set_is_told(tmp_path, short_side, told):
+    recipe = load_recipe(RECIPE)
+    text = recipe.path(recipe.calibration).read_text(encoding="utf-8")
+    (tmp_path / "set.yaml").write_text(f"{text}short_side: {short_side}\n", encoding="utf-8")
+    facts = describe(make_outputs((15, "a")), f"calibration={tmp_path / 'set.yaml'}")["facts"]
+    assert facts["calibration"].get("short_side") == told
+
+
 def test_spread_of_generated_kernels_is_named_by_program():
     seen = Histogram.of(np.ones(3))
     kernel = Entry("level.output", "kernel", seen, "minmax", (0.1, 0), 0.1, spread=(0.5, 0.25))

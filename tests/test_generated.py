@@ -215,6 +215,25 @@ def test_only_taps_that_can_be_scaled_exactly_are(net, scaled):
         torch.testing.assert_close(module(*samples[0]), expected, rtol=1e-5, atol=1e-5)  # float32, 6 terms
 
 
+@pytest.mark.parametrize(("behind", "is_tried"), [(nn.Identity, True), (nn.Tanh, False)])
+def test_ablation_tries_steps_of_kernels_that_a_layer_writes(behind, is_tried):
+    """What a Tanh writes is float, whatever the recipe says."""
+    torch.manual_seed(25)
+    net, samples = Generator(nn.Sequential(nn.Conv2d(3, 6, 1), behind())).eval(), make_samples()
+    program = torch.export.export(net, samples[0])
+    truths = [x.numpy() for (x,) in samples]
+    found = quantize.to_int8(
+        program,
+        samples[0],
+        scheme=targets.load("executorch").int8,
+        section=QuantizeSection(rounding="nearest"),
+        samples=samples,
+        generated=quantize.find_generators(quantize.fold(program)),
+        exam=quantize.Exam(samples, truths, ["as they are"] * 3, by_layer=False, ablates=True),
+    )
+    assert ("generated: tensor" in found.calibrated.ablation) == is_tried
+
+
 def test_kernel_that_a_convolution_reads_as_well_is_both():
     torch.manual_seed(24)
     net = Generator(nn.Sequential(nn.Conv2d(3, 6, 1), nn.Tanh()), is_read_twice=True).eval()
