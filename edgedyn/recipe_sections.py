@@ -39,7 +39,10 @@ class RangeSection(Section):
 
     feature: Estimator = Field(default="minmax", description="feature maps")
     kernel: Estimator = Field(default="minmax", description="generated kernels")
-    weight: Literal["minmax", "mse"] = Field(default="minmax", description="each output channel by itself")
+    weight: Literal["minmax", "percentile", "mse"] = Field(
+        default="minmax",
+        description="each output channel by itself, whose values are too few for a distribution (entropy)",
+    )
     percentile: float = Field(
         default=99.99, description="percent of values inside, (50, 100], where an estimator is percentile"
     )

@@ -263,7 +263,7 @@ def entries_of(**ranges: str) -> dict[str, Entry]:
 @pytest.mark.parametrize(
     ("kind", "method"),
     [(kind, method) for kind in ("feature", "kernel") for method in ("percentile", "mse", "entropy")]
-    + [("weight", "mse")],
+    + [("weight", "percentile"), ("weight", "mse")],
 )
 def test_estimator_of_a_class_chooses_the_ranges_of_that_class_alone(kind, method):
     before, after = entries_of(), entries_of(**{kind: method})

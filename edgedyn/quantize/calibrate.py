@@ -335,6 +335,8 @@ def _weight_entry(module: fx.GraphModule, site: Site, section: QuantizeSection) 
     weight = weight_of(module, site.node)
     flat = weight.flatten(1).double()
     largest = flat.abs().amax(1)
+    if section.ranges.weight == "percentile":  # torch.quantile takes 16 million values at most
+        largest = torch.from_numpy(np.percentile(flat.abs().numpy(), section.ranges.percentile, axis=1))
     largest = largest.clamp(min=max(float(largest.max()) * _WEAKEST, _WEAKEST))
     scales = largest / 127
     if section.ranges.weight == "mse":
