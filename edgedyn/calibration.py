@@ -21,9 +21,8 @@ import numpy as np
 from edgedyn.bayer import RawSection
 from edgedyn.crops import (
     CORRELATED,
-    choose_window,
     correlate,
-    crop,
+    draw_crops,
     make_vivid,
     random_error,
     refuse_constant,
@@ -187,10 +186,8 @@ class CalibrationSet:
                 correlations[image.path] = correlate(truth)
                 self._refuse_random(image, correlations[image.path])
             if self.short_side is not None:  # no image has a clean one then
-                self._refuse_small(image, truth)
-                given = truth = resize(truth, self.short_side)
-            window = choose_window((given, truth), (height * task.scale, width * task.scale), rng)
-            given, truth = crop(given, window), crop(truth, window)
+                given = truth = self._reduce(image, truth, self.short_side)
+            given, truth = draw_crops((given, truth), (height * task.scale, width * task.scale), rng)
             if is_vivid:
                 given = truth = make_vivid(truth, rng)
             for pixels, source in ((given, image), (truth, image.clean or image)):
@@ -226,13 +223,13 @@ class CalibrationSet:
         if is_clean and found < CORRELATED:
             raise random_error(str((image.clean or image).path), found)
 
-    def _refuse_small(self, image: SetImage, pixels: np.ndarray) -> None:
-        if min(pixels.shape[:2]) < (self.short_side or 0):
+    def _reduce(self, image: SetImage, pixels: np.ndarray, short_side: int) -> np.ndarray:
+        if min(pixels.shape[:2]) < short_side:
             raise CalibrationError(
-                f"{image.path} is {_size(pixels)}, and short_side of the set {self.name!r} is "
-                f"{self.short_side}: an enlarged photo has no details. Take the file out, or make short_side "
-                "smaller."
+                f"{image.path} is {_size(pixels)}, and short_side of the set {self.name!r} is {short_side}: "
+                "an enlarged photo has no details. Take the file out, or make short_side smaller."
             )
+        return resize(pixels, short_side)
 
     def digest(self) -> str:
         """Return the sha256 over digests of images, noise, numbers of samples, seed and preprocessing."""

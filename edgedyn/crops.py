@@ -41,22 +41,27 @@ def refuse_constant(crop: np.ndarray, path: Path) -> None:
         )
 
 
-def choose_window(
+def draw_crops(
     images: Sequence[np.ndarray], size: tuple[int, int], rng: np.random.Generator
-) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of a crop of images (H, W, C), which may be smaller than it.
+) -> list[np.ndarray]:
+    """Return the same crop, (1, C, height, width), of images (H, W, C), which may be smaller than it.
 
-    The window is drawn again where one of them is constant, a limited number of times.
+    It is drawn elsewhere where one of them is constant, a limited number of times.
     """
     for _ in range(_DRAWS):
-        top, left = (
-            int(rng.integers(max(0, have - want) + 1))
-            for have, want in zip(images[0].shape, size, strict=False)
-        )
-        window = top, left, *size
-        if not any(_is_constant(crop(pixels, window)) for pixels in images):
+        window = choose_window(images[0].shape, size, rng)
+        crops = [crop(pixels, window) for pixels in images]
+        if not any(map(_is_constant, crops)):
             break
-    return window
+    return crops
+
+
+def choose_window(
+    shape: tuple[int, ...], size: tuple[int, int], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """Return top, left, height and width of a crop of an image (H, W, C), which may be smaller than it."""
+    top, left = (int(rng.integers(max(0, have - want) + 1)) for have, want in zip(shape, size, strict=False))
+    return top, left, *size
 
 
 def crop(pixels: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:

@@ -20,7 +20,7 @@ from edgedyn.layers.dynconv import SparseBasicBlock
 from edgedyn.quantize.accounting import KEPT_PRODUCT
 from edgedyn.quantize.calibrate import observe_program
 from edgedyn.quantize.generated import ContentMeter, find_generating, scale_taps
-from edgedyn.quantize.plan import name_tensors
+from edgedyn.quantize.plan import find_kernels
 from edgedyn.quantize.statistics import channel_maxima, look
 from edgedyn.recipe import load_recipe
 from edgedyn.recipe_sections import QuantizeSection, RangeSection
@@ -170,7 +170,7 @@ def test_kernels_that_float_operators_write_are_the_same_tensors_in_every_form(l
     assert names == kernels.keys()
     seen: list[dict[str, Tensor]] = [{}, {}]
     for module, values in zip(modules, seen, strict=True):
-        nodes = {node: name for name, node in name_tensors(module, [], names).items() if name in names}
+        nodes = {node: name for name, node in find_kernels(module, names).items()}
         look(module, nodes, (x,), lambda node, y, values=values, nodes=nodes: values.update({nodes[node]: y}))
     for name, shape in kernels.items():
         assert seen[0][name].shape == shape

@@ -116,6 +116,13 @@ def test_a_build_is_due_again_when_an_image_of_a_set_changes(tmp_path, monkeypat
     assert build_all.digest("a") != before
 
 
+def test_switches_of_several_programs_are_named_by_program():
+    found = {"quick": {"equalize: false": 0.12345}, "dense": {"equalize: false": 0.5}}
+    named = measure_ablation.name_drops(found)
+    assert named == {"quick: equalize: false": 0.1235, "dense: equalize: false": 0.5}
+    assert measure_ablation.name_drops({"forward": found["dense"]}) == {"equalize: false": 0.5}
+
+
 def test_ablation_of_a_recipe_takes_the_place_of_its_own_and_of_no_other(tmp_path):
     path = tmp_path / "ablation.json"
     for name, drop in (("a", 1), ("b", 2), ("a", 3)):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,14 +38,19 @@ def main(
             ablation=True,
             progress=advance,
         )
-    drops = {
-        what if len(table.ablation) == 1 else f"{name}: {what}": round(drop, 4)
-        for name, program in table.ablation.items()
-        for what, drop in program.items()
-    }
+    drops = name_drops(table.ablation)
     row = {"drop_db": drops, "shape": list(asked.input.shape), "calibration": table.images["name"]}
     add_row(out, asked.name, row | measurement.provenance())
     print(json.dumps(drops, indent=1))
+
+
+def name_drops(ablation: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
+    """Return what was changed and its drop, dB, with the name of the program where there are several."""
+    return {
+        what if len(ablation) == 1 else f"{name}: {what}": round(drop, 4)
+        for name, program in ablation.items()
+        for what, drop in program.items()
+    }
 
 
 def add_row(path: Path | None, name: str, row: dict[str, Any]) -> None:

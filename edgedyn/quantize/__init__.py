@@ -167,10 +167,10 @@ def to_int8(
     if calibrated is None:
         trials = Trials(module, plan, scheme, samples, finetuning, sources, generated, progress, vivid)
         calibrated = calibrate(trials, section, exam)
-    else:
-        refuse_other_layers(module, plan(section, module, calibrated.kept).sites, calibrated)
     # from here on a table and a calibration are the same
-    written = {site.y for site in plan(section, module, calibrated.kept).written(scheme)}
+    planned = plan(section, module, calibrated.kept)
+    refuse_other_layers(module, planned.sites, calibrated)
+    written = {site.y for site in planned.written(scheme)}
     final = without_products(calibrated, written)
     insert_products(module, products_of(final.entries))
     insert_input_products(module, input_products_of(final.entries))

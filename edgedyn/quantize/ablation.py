@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from edgedyn.quantize.calibrate import Progress
+from edgedyn.quantize.generated import find_generating
 from edgedyn.quantize.precision import Exam, Measured, Rounded
 
 if TYPE_CHECKING:
@@ -53,9 +54,8 @@ def ablate(
         progress: called with (what is done, steps done, steps in all).
     """
     tried = {}
-    # those that a layer writes; what float operators write is float in any case
     names = [entry.name for entry in rounded.calibrated.entries if entry.kind == "kernel"]
-    has_kernels = any(name.endswith(".output") for name in names)
+    has_kernels = bool(find_generating(module, names))  # what float operators write is float in any case
     for key, values in _SWITCHES.items():
         for value in values if has_kernels or key != "generated" else ():
             other = _change(section, key, value)

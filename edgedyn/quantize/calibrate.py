@@ -26,7 +26,7 @@ from edgedyn.quantize.input_products import find_read, scale_inputs
 from edgedyn.quantize.lockstep import Lockstep, codes_of, round_weight
 from edgedyn.quantize.nodes import bias_of, by_output, set_constant, weight_of
 from edgedyn.quantize.norms import reestimate
-from edgedyn.quantize.plan import Plan, Site, Steps, find_sites, name_tensors
+from edgedyn.quantize.plan import Plan, Site, Steps, find_kernels, find_sites, name_tensors
 from edgedyn.quantize.products import find_scalable, scale_outputs
 from edgedyn.quantize.rounding import measure_moments, reconstruct
 from edgedyn.quantize.statistics import channel_maxima, observe
@@ -109,8 +109,7 @@ def observe_program(
     maps = {node for pair in pairs for node in pair.maps} | {site.last for site in scalable}
     read = find_read(module, [pair.between for pair in pairs]) if section.equalize_inputs else {}
     maps |= {x for x, _ in read.values()}
-    tensors = name_tensors(module, find_sites(module), generated)
-    kernels = {name: node for name, node in tensors.items() if name in generated}
+    kernels = find_kernels(module, generated)  # before a product stands behind one
     meter = ContentMeter(kernels)
     largest = channel_maxima(module, maps, samples, dict.fromkeys(meter.names, meter.add))
     content = meter.read()

@@ -11,7 +11,6 @@ where an 8-bit step would be paid at every block.
 from __future__ import annotations
 
 import fnmatch
-import itertools
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -86,17 +85,8 @@ def find_sites(module: fx.GraphModule) -> list[Site]:
     return sites
 
 
-def name_tensors(
-    module: fx.GraphModule, sites: Sequence[Site], generated: Collection[str] = ()
-) -> dict[str, fx.Node]:
-    """Return what INT8 layers read or write on any target, and the x of every op of ours, by name.
-
-    Args:
-        module: a folded program.
-        sites: its layers.
-        generated: names of generated kernels, from ``find_generators``: those that float operators write are
-            returned too, and may be what a layer reads as well.
-    """
+def name_tensors(module: fx.GraphModule, sites: Sequence[Site]) -> dict[str, fx.Node]:
+    """Return what INT8 layers read or write on any target, and the x of every op of ours, by name."""
     tensors: dict[str, fx.Node] = {}
     for site in sites:
         tensors |= {site.x: site.node.args[0], site.y: site.last}  # type: ignore[dict-item]
@@ -105,8 +95,7 @@ def name_tensors(
         if is_ours(node):
             x = node.args[0]
             tensors[known.setdefault(x, f"{module_path(node) or node.name}.input")] = x
-    last = _last_of_modules(module)
-    return tensors | {name: last[name] for name in generated if name in last}
+    return tensors
 
 
 def find_generators(module: fx.GraphModule) -> frozenset[str]:
@@ -134,9 +123,21 @@ def find_generators(module: fx.GraphModule) -> frozenset[str]:
                 if moved[-1] in written:
                     found.add(written[moved[-1]])
                 elif moved[-1] not in decided:
-                    outside = (n for n in moved if module_path(n) != path)
-                    found |= {names[n] for n in itertools.islice(outside, 1) if n in names}
+                    given = next((n for n in moved if module_path(n) != path), None)
+                    if given in names:
+                        found.add(names[given])
     return frozenset(found)
+
+
+def find_kernels(module: fx.GraphModule, names: Collection[str]) -> dict[str, fx.Node]:
+    """Return generated kernels by name, in whichever form our ops are; one may be what a layer reads as well.
+
+    Args:
+        module: a folded program.
+        names: from ``find_generators``.
+    """
+    tensors = _last_of_modules(module) | {site.y: site.last for site in find_sites(module)}
+    return {name: node for name, node in tensors.items() if name in names}
 
 
 def _last_of_modules(module: fx.GraphModule) -> dict[str, fx.Node]:
