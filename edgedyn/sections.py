@@ -48,6 +48,7 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     """Put the first problem of a pydantic error in our words: where, found, expected, next."""
     problem = error.errors()[0]
     where = ".".join(str(part) for part in problem["loc"])
+    message = problem["msg"].removeprefix("Value error, ")  # pydantic's, of a rule of ours
     more = f" ({len(error.errors()) - 1} more problems follow.)" if len(error.errors()) > 1 else ""
     if problem["type"] == "extra_forbidden":
         known = _keys_at(model, problem["loc"][:-1])
@@ -57,8 +58,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"the key {where!r} is missing. Add it.{more}"
     if not where:  # a rule over several values
-        return f"{problem['msg']}. Mend these values.{more}"
-    return f"{where} is {problem['input']!r}: {problem['msg']}. Mend this value.{more}"
+        return f"{message}. Mend these values.{more}"
+    return f"{where} is {problem['input']!r}: {message}. Mend this value.{more}"
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

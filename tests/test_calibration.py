@@ -281,7 +281,7 @@ def test_size_is_part_of_what_a_set_is(tmp_path):
 
 def test_photos_with_noise_of_their_own_are_not_resized(tmp_path):
     text = refused(open_set, write_pairs(tmp_path, short_side=35))
-    assert "short_side is 35, and the set's noise is 'real'" in text
+    assert "set.yaml: short_side is 35, and the set's noise is 'real'" in text
 
 
 def test_crop_of_a_margin_is_drawn_again(tmp_path):
