@@ -32,6 +32,7 @@ from edgedyn.weights import settle_norms
 if TYPE_CHECKING:
     from edgedyn.calibration import CalibrationSet, Sample
     from edgedyn.calibration_table import CalibrationTable
+    from edgedyn.coverage import Coverage
     from edgedyn.ops import Form, Op
     from edgedyn.recipe import Recipe
     from edgedyn.targets import Target
@@ -92,16 +93,46 @@ class Converted:
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What one program is calibrated on, or what a table says of it: arguments of ``quantize.to_int8``."""
+class Rewritten:
+    """A recipe's network on our ops, captured and expanded: all that does not depend on the precision.
 
-    samples: Sequence[tuple[Tensor, ...]] = ()
+    Attributes:
+        reference: the user's network.
+        canonical: the same on our ops; a ``RoutedModel`` where it has variants.
+        capacities: positions that the quick variant evaluates by layer; None where nothing is split so.
+        inputs: example inputs by program name.
+        captured: programs with our ops as single nodes, by name.
+        expanded: the chosen forms and the program in these forms, by name.
+        drawn: samples of the calibration set; the last ``vivid`` of them only widen ranges.
+        vivid: number of these.
+    """
+
+    reference: nn.Module
+    canonical: nn.Module
+    capacities: dict[str, int] | None
+    inputs: dict[str, tuple[Tensor, ...]]
+    captured: dict[str, ExportedProgram]
+    expanded: dict[str, tuple[dict[Op, Form], ExportedProgram]]
+    drawn: Sequence[Sample] = ()
     vivid: int = 0
-    finetuning: Sequence[tuple[Tensor, ...]] = ()
-    sources: Sequence[str] = ()
-    exam: quantize.Exam | None = None
-    calibrated: quantize.Calibrated | None = None
-    generated: frozenset[str] = frozenset()
+
+    @property
+    def natural(self) -> int:
+        """Number of the samples that are images as they are."""
+        return len(self.drawn) - self.vivid
+
+
+@dataclass(frozen=True)
+class Measurements:
+    """Measurements that a calibration makes besides those that the recipe needs.
+
+    Attributes:
+        sensitivity: the cost of INT8 in each layer, also where the recipe sets no ``max_drop_db``.
+        ablation: the worth of each switch of the method.
+    """
+
+    sensitivity: bool = False
+    ablation: bool = False
 
 
 def convert(
@@ -112,8 +143,7 @@ def convert(
     *,
     force: bool = False,
     trust: bool = False,
-    sensitivity: bool = False,
-    ablation: bool = False,
+    measure: Measurements = Measurements(),
     progress: Progress = lambda what, done, total: None,
 ) -> Converted:
     """Bring the recipe's network to the programs that the target lowers.
@@ -128,79 +158,164 @@ def convert(
         example: an input of the recipe's shape, to export with.
         force: use the recipe's calibration table also where it is of something else.
         trust: allow weights that are a pickle of tensors.
-        sensitivity: measure what INT8 costs in each layer, also where the recipe sets no ``max_drop_db``.
-        ablation: measure what each switch of the method is worth.
+        measure: measurements that calibration makes besides.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
         CalibrationError: when images to fine-tune on are refused, or are validated on.
         RecipeError: when a pattern of ``keep_float`` matches no layer of any program.
     """
-    is_int8 = recipe.precision == "int8"
-    finetuning = open_finetuning(recipe) if is_int8 else None
+    finetuning = open_finetuning(recipe) if recipe.precision == "int8" else None  # refused before long work
+    network = rewrite_network(recipe, target, calibration, example, trust=trust, progress=progress)
+    table, misfit = find_or_calibrate(
+        network, recipe, target, calibration, finetuning, force=force, measure=measure, progress=progress
+    )
+    finished = {name: apply_precision(network, name, recipe, target, table) for name in network.expanded}
+    dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(network.reference)))
+    routing = routing_of(network.canonical)
+    return Converted(network.reference, finished, routing, network.capacities, dynamic, table, misfit)
+
+
+def rewrite_network(
+    recipe: Recipe,
+    target: Target,
+    calibration: CalibrationSet | None,
+    example: Sample,
+    *,
+    trust: bool = False,
+    progress: Progress = lambda what, done, total: None,
+) -> Rewritten:
+    """Rewrite the recipe's network on our ops, capture its programs and expand them for the target.
+
+    Every program is captured and expanded before the first is calibrated: one that the target cannot run is
+    refused at once. Arguments and errors as ``convert``.
+    """
     progress("rewrite layers", 0, 1)
-    needed = is_int8 or recipe.route.capacity is not None or not recipe.is_trained
+    needed = recipe.precision == "int8" or recipe.route.capacity is not None or not recipe.is_trained
     drawn = draw(recipe, calibration) if calibration and needed else []
-    tensors = [to_tensors(sample) for sample in drawn]
-    natural = calibration.samples if calibration else 0  # those drawn behind them are for ranges only
-    reference = load_reference(recipe, tensors[:natural], trust=trust)
-    capacities = count_capacities(reference, tensors[:natural], recipe.route.capacity)
+    vivid = calibration.vivid if calibration and drawn else 0
+    tensors = [to_tensors(sample) for sample in drawn[: len(drawn) - vivid]]
+    reference = load_reference(recipe, tensors, trust=trust)
+    capacities = count_capacities(reference, tensors, recipe.route.capacity)
     canonical = rewrite(reference, capacities)
     inputs = part_inputs(canonical, to_tensors(example))
-    # every part before the first is calibrated: what a target cannot run is refused at once
     captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
     expanded = {name: expand_part(program, target, recipe) for name, program in captured.items()}
     progress("rewrite layers", 1, 1)
-    given, covered, table, misfit = dict.fromkeys(captured, _Given()), None, None, ""
-    if is_int8 and calibration:
-        folded = {name: quantize.fold(program) for name, program in captured.items()}
-        before = {name: (forms, quantize.fold(program)) for name, (forms, program) in expanded.items()}
-        modules = [module for _, module in before.values()]
-        quantize.refuse_unknown_layers(modules, "keep_float", recipe.quantize.keep_float)
-        quantize.refuse_unknown_layers(modules, "dynamic", recipe.quantize.dynamic)
-        key = table_key(recipe, calibration, folded, before, finetuning)
-        table, misfit = find_table(recipe, key, force=force)
-        if table is not None:
-            given = {name: _Given(calibrated=part_of(table, name)) for name in captured}
-        else:
-            programs = {name: program for name, (_, program) in expanded.items()}
-            observed = [part_inputs(canonical, x) for x in tensors]
-            covered = cover(canonical, programs, observed[:natural], drawn=drawn[:natural], recipe=recipe)
-            by_layer = sensitivity or recipe.quantize.max_drop_db is not None
-            exams = {}
-            if by_layer or ablation:
-                exams = make_exams(recipe, calibration, canonical, key, by_layer=by_layer, ablates=ablation)
-            more = draw_more(recipe, finetuning or calibration) if recipe.quantize.finetune else []
-            trained = [part_inputs(canonical, to_tensors(sample)) for sample in more]
-            for name, module in folded.items():
-                chosen = [*covered.chosen[name], *range(natural, len(drawn))]
-                given[name] = _Given(
-                    samples=[observed[i][name] for i in chosen],
-                    vivid=calibration.vivid,
-                    finetuning=[x[name] for x in trained],
-                    sources=[sample.source for sample in (*(drawn[i] for i in chosen), *more)],
-                    exam=exams.get(name),
-                    generated=quantize.find_generators(module),
-                )
-    finished = {
-        name: _finish_part(
-            forms,
+    return Rewritten(reference, canonical, capacities, inputs, captured, expanded, drawn, vivid)
+
+
+def find_or_calibrate(
+    network: Rewritten,
+    recipe: Recipe,
+    target: Target,
+    images: CalibrationSet | None,
+    finetuning: CalibrationSet | None = None,
+    *,
+    force: bool = False,
+    measure: Measurements = Measurements(),
+    progress: Progress = lambda what, done, total: None,
+) -> tuple[CalibrationTable | None, str]:
+    """Return the calibration table of a network: the recipe's where it fits, else a new one.
+
+    Arguments and errors as ``convert``; ``finetuning`` is the set that weights are trained on, where the
+    recipe names another one.
+
+    Returns:
+        The table, None for a float precision; and which fields of its key do not fit, where ``force`` took it
+        all the same.
+    """
+    if recipe.precision != "int8" or images is None:
+        return None, ""
+    folded = {name: quantize.fold(program) for name, program in network.captured.items()}
+    before = {name: (forms, quantize.fold(program)) for name, (forms, program) in network.expanded.items()}
+    modules = [module for _, module in before.values()]
+    quantize.refuse_unknown_layers(modules, "keep_float", recipe.quantize.keep_float)
+    quantize.refuse_unknown_layers(modules, "dynamic", recipe.quantize.dynamic)
+    key = table_key(recipe, images, folded, before, finetuning)
+    table, misfit = find_table(recipe, key, force=force)
+    if table is not None:
+        return table, misfit
+    tensors = [part_inputs(network.canonical, to_tensors(sample)) for sample in network.drawn]
+    natural = slice(network.natural)
+    programs = {name: program for name, (_, program) in network.expanded.items()}
+    covered = cover(
+        network.canonical, programs, tensors[natural], drawn=network.drawn[natural], recipe=recipe
+    )
+    inputs = _calibration_inputs(network, tensors, covered, recipe, finetuning or images)
+    by_layer = measure.sensitivity or recipe.quantize.max_drop_db is not None
+    exams = {}
+    if by_layer or measure.ablation:
+        exams = make_exams(
+            recipe, images, network.canonical, key, by_layer=by_layer, ablates=measure.ablation
+        )
+    found = {
+        name: quantize.calibrate(
             program,
             inputs[name],
-            recipe,
-            target,
-            given=given[name],
-            is_router=name == ROUTER,
+            int8_method(network, name, recipe, target),
+            generated=quantize.find_generators(folded[name]),
+            exam=exams.get(name),
             progress=_label(progress, name),
         )
-        for name, (forms, program) in expanded.items()
+        for name, program in programs.items()
     }
-    if calibration and covered:
-        found = {name: part.quantized.calibrated for name, part in finished.items()}
-        made = {name: calibrated for name, calibrated in found.items() if calibrated}
-        table = make_table(recipe, calibration, key, made, covered, finetuning)
-    dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(reference)))
-    return Converted(reference, finished, routing_of(canonical), capacities, dynamic, table, misfit)
+    return make_table(recipe, images, key, found, covered, finetuning), ""
+
+
+def _calibration_inputs(
+    network: Rewritten,
+    tensors: Sequence[dict[str, tuple[Tensor, ...]]],
+    covered: Coverage,
+    recipe: Recipe,
+    training: CalibrationSet,
+) -> dict[str, quantize.CalibrationInputs]:
+    """Return the inputs that each program is calibrated on, by its name.
+
+    Args:
+        network: it names the samples.
+        tensors: inputs of every program, for each sample.
+        covered: it chooses samples for each program.
+        recipe: it asks for fine-tuning.
+        training: the set that fine-tuning draws from.
+    """
+    more = draw_more(recipe, training) if recipe.quantize.finetune else []
+    trained = [part_inputs(network.canonical, to_tensors(sample)) for sample in more]
+    inputs = {}
+    for name in network.expanded:
+        chosen = [*covered.chosen[name], *range(network.natural, len(network.drawn))]
+        inputs[name] = quantize.CalibrationInputs(
+            [tensors[i][name] for i in chosen],
+            network.vivid,
+            [x[name] for x in trained],
+            [sample.source for sample in (*(network.drawn[i] for i in chosen), *more)],
+        )
+    return inputs
+
+
+def int8_method(network: Rewritten, name: str, recipe: Recipe, target: Target) -> quantize.Int8Method:
+    """Return how one program becomes INT8 on a target."""
+    assert target.int8 is not None  # a target that lists int8 says how
+    forms, _ = network.expanded[name]
+    kernels = {op.overload for op, form in forms.items() if form.fn is None}
+    return quantize.Int8Method(target.int8, recipe.quantize, float32_classes(), kernels, name == ROUTER)
+
+
+def apply_precision(
+    network: Rewritten, name: str, recipe: Recipe, target: Target, table: CalibrationTable | None
+) -> Part:
+    """Bring one expanded program to the recipe's precision, and expand the ops that are left."""
+    inputs, (forms, expanded) = network.inputs[name], network.expanded[name]
+    if table is None:
+        quantized = quantize.to_float(expanded, inputs, recipe.precision, float32_classes())
+        program = ops.expand(quantized.program, forms, "after_quantize")
+        return Part(inputs, forms, expanded, quantized, program)
+    method = int8_method(network, name, recipe, target)
+    quantized = quantize.apply(expanded, inputs, part_of(table, name), method)
+    program = ops.expand(quantized.program, forms, "after_quantize")
+    share, nodes = quantize.int8_share(program)  # forms that are expanded only now bring float convolutions
+    quantized = replace(quantized, int8_mac_share=share, multiply_add_nodes=nodes)
+    return Part(inputs, forms, expanded, quantized, program)
 
 
 def _label(progress: Progress, name: str) -> Progress:
@@ -224,41 +339,6 @@ def expand_part(
     """Choose the forms of one program and expand our ops."""
     forms = ops.choose_forms(captured, target, recipe.forms)
     return forms, ops.expand(captured, forms, "before_quantize")
-
-
-def _finish_part(
-    forms: dict[Op, Form],
-    expanded: ExportedProgram,
-    inputs: tuple[Tensor, ...],
-    recipe: Recipe,
-    target: Target,
-    *,
-    given: _Given,
-    is_router: bool,
-    progress: Progress,
-) -> Part:
-    """Bring one expanded program to the recipe's precision."""
-    float32 = float32_classes()
-    if recipe.precision != "int8":
-        quantized = quantize.to_float(expanded, inputs, recipe.precision, float32)
-    else:
-        assert target.int8 is not None  # a target that lists int8 says how
-        quantized = quantize.to_int8(
-            expanded,
-            inputs,
-            scheme=target.int8,
-            section=recipe.quantize,
-            **vars(given),
-            float32=float32,
-            kernels={op.overload for op, form in forms.items() if form.fn is None},
-            is_router=is_router,
-            progress=progress,
-        )
-    program = ops.expand(quantized.program, forms, "after_quantize")
-    if recipe.precision == "int8":  # forms that are expanded only now bring float convolutions of their own
-        share, nodes = quantize.int8_share(program)
-        quantized = replace(quantized, int8_mac_share=share, multiply_add_nodes=nodes)
-    return Part(inputs, forms, expanded, quantized, program)
 
 
 def load_reference(recipe: Recipe, drawn: Sequence[tuple[Tensor, ...]], *, trust: bool = False) -> nn.Module:

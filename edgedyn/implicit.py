@@ -78,12 +78,7 @@ def write_caches(recipe: Recipe, converted: Converted, folder: Path) -> list[Pat
 
 def _with_outputs(recipe: Recipe, part: Part) -> ExportedProgram:
     """Return a part with a Q/DQ pair at all that INT8 layers read and write."""
-    quantized = quantize.to_int8(
-        part.expanded,
-        part.inputs,
-        scheme=_SCHEME,
-        section=recipe.quantize,
-        calibrated=part.quantized.calibrated,
-        float32=float32_classes(),
-    )
+    assert part.quantized.calibrated is not None  # of INT8 there is one
+    method = quantize.Int8Method(_SCHEME, recipe.quantize, float32_classes())
+    quantized = quantize.apply(part.expanded, part.inputs, part.quantized.calibrated, method)
     return ops.expand(quantized.program, part.forms, "after_quantize")

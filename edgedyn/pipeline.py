@@ -21,7 +21,7 @@ from edgedyn import coverage, decisions, implicit, ops, targets, validate
 from edgedyn.bundle import Bundle, refuse_existing, staging_folder, write_bundle
 from edgedyn.calibration_table import refuse_place
 from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
-from edgedyn.conversion import Converted, Progress, capture, convert, rewrite
+from edgedyn.conversion import Converted, Measurements, Progress, capture, convert, rewrite
 from edgedyn.dispatch import Decision, Dispatcher, load_programs
 from edgedyn.errors import RecipeError, TargetMissingError, UsageError
 from edgedyn.provenance import shared_provenance
@@ -177,8 +177,7 @@ def calibrate(
         calibration,
         samples[0],
         trust=trust,
-        sensitivity=sensitivity,
-        ablation=ablation,
+        measure=Measurements(sensitivity, ablation),
         progress=progress,
     )
     assert converted.table is not None  # of INT8 there is one

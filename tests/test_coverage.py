@@ -310,9 +310,9 @@ def test_statistics_of_a_variant_are_of_the_photos_that_pick_it(tmp_path):
 def test_vivid_samples_reach_every_variant_and_decide_nothing(tmp_path, monkeypatch):
     vivid, real = [], conversion.quantize.calibrate
 
-    def spy(trials, *more):
-        vivid.append(trials.vivid)
-        return real(trials, *more)
+    def spy(program, inputs, *more, **named):
+        vivid.append(inputs.vivid)
+        return real(program, inputs, *more, **named)
 
     monkeypatch.setattr(conversion.quantize, "calibrate", spy)
     given = photos(tmp_path, "routed_denoiser", "quantize.coverage.own=2", "model.weights=null")

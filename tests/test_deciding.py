@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from small_decisions import BrightParts, NearestBrightness
+from small_int8 import quantize_program
 from small_slimmable import make_gated
 from small_slimmable import make_net as make_dsnet
 from torch import Tensor, fx, nn
@@ -29,7 +30,7 @@ def quantized(net: nn.Module, x: Tensor, target: str, *, float32=frozenset(), is
     loaded = targets.load(target)
     program = torch.export.export(net, (x,), strict=False)
     program = ops.expand(program, ops.choose_forms(program, loaded, {}), "before_quantize")
-    return quantize.to_int8(
+    return quantize_program(
         program,
         (x,),
         scheme=loaded.int8,

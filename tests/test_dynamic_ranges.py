@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_int8 import quantize_program
 from small_networks import make_input
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ def to_int8(net: nn.Module, *, target: str = "executorch", **section) -> quantiz
     program = torch.export.export(net, SAMPLES[0])
     method = QuantizeSection(**section)
     scheme = SCHEMES[target]
-    return quantize.to_int8(program, SAMPLES[0], scheme=scheme, section=method, samples=SAMPLES)
+    return quantize_program(program, SAMPLES[0], scheme=scheme, section=method, samples=SAMPLES)
 
 
 def dynamic_layers(program: torch.export.ExportedProgram) -> set[str]:
@@ -73,7 +74,7 @@ def test_dense_layers_find_their_range_and_the_others_keep_their_step():
 def test_linear_layers_of_rows_do_too():
     net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 4)).eval()
     rows = (make_input((1, 3, 8, 4)).flatten(0, 2),)
-    result = quantize.to_int8(
+    result = quantize_program(
         torch.export.export(net, rows),
         rows,
         scheme=SCHEMES["executorch"],
@@ -123,7 +124,7 @@ def test_layer_that_writes_generated_kernels_may_be_int8_when_it_writes_float():
     program = torch.export.export(make_net(), SAMPLES[0])
     common = {"scheme": SCHEMES["executorch"], "samples": SAMPLES, "generated": {"last.output"}}
     shares = [
-        quantize.to_int8(program, SAMPLES[0], section=QuantizeSection(dynamic=d), **common).int8_mac_share
+        quantize_program(program, SAMPLES[0], section=QuantizeSection(dynamic=d), **common).int8_mac_share
         for d in ([], ["last"])
     ]
     assert shares[0] < shares[1] == 1
@@ -142,8 +143,8 @@ def test_biases_are_corrected_as_those_of_other_layers(how):
 def test_table_makes_the_same_program():
     program = torch.export.export(make_net(), SAMPLES[0])
     common = {"scheme": SCHEMES["executorch"], "section": QuantizeSection(dynamic=["*"])}
-    made = quantize.to_int8(program, SAMPLES[0], samples=SAMPLES, **common)
-    again = quantize.to_int8(program, SAMPLES[0], calibrated=made.calibrated, **common)
+    made = quantize_program(program, SAMPLES[0], samples=SAMPLES, **common)
+    again = quantize_program(program, SAMPLES[0], calibrated=made.calibrated, **common)
     x = 2 * SAMPLES[1][0]
     assert torch.equal(made.program.module()(x), again.program.module()(x))
 
@@ -153,7 +154,7 @@ def test_cost_of_each_layer_is_measured_as_it_runs():
     truth = SAMPLES[0][0].numpy() + np.float32(0.1)
     exam = Exam([SAMPLES[0]], [truth], ["sigma=25"])
     program = torch.export.export(net, SAMPLES[0])
-    result = quantize.to_int8(
+    result = quantize_program(
         program,
         SAMPLES[0],
         scheme=SCHEMES["executorch"],

@@ -13,7 +13,8 @@ from torch import Tensor, fx, nn
 from edgedyn import ops, targets
 from edgedyn.layers import canonicalize
 from edgedyn.quantize import finetune as training
-from edgedyn.quantize.calibrate import Calibrated, observe_program, restore, round_program, steps_of
+from edgedyn.quantize.calibrate import observe_program, round_program
+from edgedyn.quantize.calibrated import Calibrated, restore, steps_of
 from edgedyn.quantize.convert import insert_steps
 from edgedyn.quantize.finetune import Example, choose_examples, finetune
 from edgedyn.quantize.lockstep import quantize_dequantize

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_int8 import quantize_program
 from small_networks import LAYERS
 from torch import Tensor, nn
 
@@ -68,7 +69,7 @@ def expanded(net: nn.Module, target: str = "executorch") -> torch.export.Exporte
 def to_int8(net: nn.Module, generated: str, target: str = "executorch", **section) -> quantize.Quantized:
     names = quantize.find_generators(quantize.fold(captured(net)))
     assert names == KERNELS
-    return quantize.to_int8(
+    return quantize_program(
         expanded(net, target),
         make_samples()[0],
         scheme=targets.load(target).int8,
@@ -222,7 +223,7 @@ def test_ablation_tries_steps_of_kernels_that_a_layer_writes(behind, is_tried):
     net, samples = Generator(nn.Sequential(nn.Conv2d(3, 6, 1), behind())).eval(), make_samples()
     program = torch.export.export(net, samples[0])
     truths = [x.numpy() for (x,) in samples]
-    found = quantize.to_int8(
+    found = quantize_program(
         program,
         samples[0],
         scheme=targets.load("executorch").int8,

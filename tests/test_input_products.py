@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_int8 import quantize_program
 from torch import Tensor, nn
 
 from edgedyn import quantize, targets
@@ -75,7 +76,7 @@ def make(net, *, calibrated=None, keep_float=(), equalize_inputs=True) -> quanti
         rounding="nearest", equalize_inputs=equalize_inputs, keep_float=list(keep_float)
     )
     program, samples = torch.export.export(net, (INPUT,)), [] if calibrated else [(INPUT,)]
-    return quantize.to_int8(
+    return quantize_program(
         program, (INPUT,), scheme=SCHEME, section=section, samples=samples, calibrated=calibrated
     )
 

@@ -13,12 +13,12 @@ import torch
 from executorch.runtime import Runtime
 from kernel_check import INT8_LIMIT, exact_int8, int8_call, rounding, to_double
 from lowered_calls import EXAMPLES, OPS, Calls, lower_call, lower_calls
+from small_int8 import quantize_program
 from small_networks import LAYERS, FilterBetween
 from torch import Tensor, nn
 
 from edgedyn import cli, inspection, native, ops, pipeline, session, targets
 from edgedyn.errors import RecipeError, TargetMissingError
-from edgedyn.quantize import to_int8
 from edgedyn.recipe import load_recipe
 from edgedyn.recipe_sections import QuantizeSection
 from edgedyn.targets.executorch import TARGET as EXECUTORCH
@@ -67,7 +67,9 @@ def test_op_between_int8_tensors_becomes_its_int8_twin(is_read_twice, tmp_path):
     inputs = torch.rand(1, 3, 12, 14), torch.randn(1, 36, 3, 4)
     program = torch.export.export(network, inputs)
     scheme = EXECUTORCH.int8
-    done = to_int8(program, inputs, scheme=scheme, section=QuantizeSection(), samples=[inputs]).program
+    done = quantize_program(
+        program, inputs, scheme=scheme, section=QuantizeSection(), samples=[inputs]
+    ).program
     fused = fuse_int8(done)
     called = [node.target for node in fused.graph.nodes if getattr(node.target, "namespace", "") == "edgedyn"]
     name = "sliced_depthwise2d" if is_read_twice else "sliced_depthwise2d_int8"
@@ -193,6 +195,8 @@ def test_float_op_of_ours_is_counted_with_its_reason():
         (torch.rand(1, 3, 12, 14), torch.randn(1, 36, 3, 4)),
     )
     program = torch.export.export(network, inputs)
-    done = to_int8(program, inputs, scheme=EXECUTORCH.int8, section=QuantizeSection(), samples=[inputs])
+    done = quantize_program(
+        program, inputs, scheme=EXECUTORCH.int8, section=QuantizeSection(), samples=[inputs]
+    )
     reasons = {row["node"]: row["reason"] for row in done.float_nodes}
     assert reasons["sliced_depthwise2d"] == "filters with generated kernels, which stay float"

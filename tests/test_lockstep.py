@@ -6,11 +6,12 @@ import gc
 
 import pytest
 import torch
+from small_int8 import quantize_program
 from small_networks import make_input, make_net
 from torch import Tensor, nn
 
-from edgedyn import quantize, targets
-from edgedyn.quantize.calibrate import steps_of
+from edgedyn import targets
+from edgedyn.quantize.calibrated import steps_of
 from edgedyn.quantize.lockstep import Lockstep, round_weight
 from edgedyn.quantize.nodes import bias_of, fold, weight_of
 from edgedyn.quantize.plan import make_plan
@@ -27,7 +28,7 @@ def test_one_world_is_float_and_the_other_the_quantized_program(target, dynamic)
     section = PLAIN.model_copy(update={"dynamic": dynamic})
     samples = [(make_input((1, 3, 10, 14)),), (make_input((1, 3, 10, 14)).flip(3),)]
     program = torch.export.export(net, samples[0])
-    made = quantize.to_int8(program, samples[0], scheme=scheme, section=section, samples=samples)
+    made = quantize_program(program, samples[0], scheme=scheme, section=section, samples=samples)
     module = fold(program)
     plan, steps = make_plan(module, scheme=scheme, dynamic=dynamic), steps_of(made.calibrated.entries, scheme)
     asked, ticks = [], []
@@ -66,7 +67,7 @@ def test_both_worlds_decide_as_float_does():
     torch.manual_seed(3)
     net, x, scheme = Gated().eval(), make_input((1, 3, 40, 56)), targets.load("executorch").int8
     program = torch.export.export(net, (x,))
-    made = quantize.to_int8(program, (x,), scheme=scheme, section=PLAIN, samples=[(x,)])
+    made = quantize_program(program, (x,), scheme=scheme, section=PLAIN, samples=[(x,)])
     module, seen = fold(program), {}
 
     def change(site, inputs, outputs):
@@ -95,7 +96,7 @@ def test_samples_are_dropped_one_by_one_where_they_are_read_for_the_last_time(mo
     samples = [(make_input((1, 3, 10, 14)),) for _ in range(count)]
     scheme = targets.load("tensorrt").int8
     module = fold(torch.export.export(Net(), samples[0]))
-    made = quantize.to_int8(
+    made = quantize_program(
         torch.export.export(Net(), samples[0]), samples[0], scheme=scheme, section=PLAIN, samples=samples
     )
     write = Lockstep._write

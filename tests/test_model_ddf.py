@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_int8 import quantize_program
 from torch import Tensor, nn
 
 from edgedyn import ops, pipeline, quantize, targets
@@ -265,7 +266,7 @@ def lower_and_run(net: nn.Module, inputs: tuple[Tensor, ...], folder, precision:
     if precision == "fp32":
         result = quantize.to_float(program, inputs, precision, kept)
     else:
-        result = quantize.to_int8(
+        result = quantize_program(
             program,
             inputs,
             scheme=EXECUTORCH.int8,

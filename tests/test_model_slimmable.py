@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_int8 import quantize_program
 from small_slimmable import assert_equal, fresh, noise
 from torch import nn
 
@@ -145,7 +146,7 @@ def test_router_and_variant_run_on_the_phone_as_one_delegate(make, precision, tm
         if precision == "fp32":
             converted = quantize.to_float(program, inputs, "fp32")
         else:
-            converted = quantize.to_int8(
+            converted = quantize_program(
                 program, inputs, scheme=target.int8, section=QuantizeSection(), samples=[inputs]
             )
         artifact = target.lower({"forward": converted.program}, tmp_path, precision)

@@ -8,7 +8,8 @@ from small_networks import capture, make_net
 from torch import Tensor, fx, nn
 
 from edgedyn import targets
-from edgedyn.quantize.calibrate import Calibrated, observe_program, round_program, steps_of
+from edgedyn.quantize.calibrate import observe_program, round_program
+from edgedyn.quantize.calibrated import Calibrated, steps_of
 from edgedyn.quantize.lockstep import Lockstep
 from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, fold, weight_of
 from edgedyn.quantize.norms import reestimate

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from small_int8 import quantize_program
 from torch import Tensor, nn
 
 from edgedyn import ops, quantize, targets
@@ -151,7 +152,7 @@ def test_fixed_bases_stay_float_in_int8():
     target = targets.load("executorch")
     forms = ops.choose_forms(program, target, {})
     program = ops.expand(program, forms, "before_quantize")
-    program = quantize.to_int8(
+    program = quantize_program(
         program, (x,), scheme=target.int8, section=QuantizeSection(), samples=[(x,), (2 * x,)]
     ).program
     program = ops.expand(program, forms, "after_quantize")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from small_int8 import quantize_program
 from torch import Tensor, nn
 
 from edgedyn import quantize, targets
@@ -52,7 +53,7 @@ def lowered(tmp_path_factory):
     program = torch.export.export(Kinds().eval(), sample(1))
     made = {"fp32": quantize.to_float(program, sample(1), "fp32").program}
     for precision, dynamic in {"int8": [], "dynamic": ["*"]}.items():
-        made[precision] = quantize.to_int8(
+        made[precision] = quantize_program(
             program,
             sample(1),
             scheme=TARGET.int8,

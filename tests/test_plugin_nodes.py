@@ -12,12 +12,12 @@ import pytest
 import torch
 from kernel_check import INT8_LIMIT, exact_int8, int8_call
 from small_builds import NEEDS_RTX
+from small_int8 import quantize_program
 from small_networks import LAYERS, FilterBetween
 from torch import Tensor, nn
 
 from edgedyn import inspection, ops, pipeline, session, targets
 from edgedyn.errors import ModelError
-from edgedyn.quantize import to_int8
 from edgedyn.recipe import load_recipe
 from edgedyn.recipe_sections import QuantizeSection
 from edgedyn.targets.onnx_export import lint_for_tensorrt, translate, write_onnx
@@ -179,7 +179,7 @@ def test_filter_is_int8_where_all_that_reads_it_is(is_read_twice, tmp_path):
     torch.manual_seed(4)
     network = FilterBetween(is_read_twice=is_read_twice).eval()
     inputs = torch.rand(1, 3, 12, 14), torch.randn(1, 36, 3, 4)
-    program = to_int8(
+    program = quantize_program(
         torch.export.export(network, inputs),
         inputs,
         scheme=EQUIPPED.int8,

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from small_int8 import quantize_program
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
@@ -17,9 +18,8 @@ from edgedyn.calibration_table import read_table
 from edgedyn.cli import app
 from edgedyn.errors import CheckFailedError, RecipeError
 from edgedyn.quantize.accounting import KEPT_FOR_QUALITY
-from edgedyn.quantize.plan import make_plan
+from edgedyn.quantize.calibration import Calibrator
 from edgedyn.quantize.precision import Exam, _refusal
-from edgedyn.quantize.trials import Trials
 from edgedyn.recall import Recall
 from edgedyn.recipe import load_recipe
 from edgedyn.recipe_sections import QuantizeSection
@@ -69,7 +69,7 @@ def exam(net, inputs) -> Exam:
 
 def make(net, inputs, target="tensorrt", section=PLAIN, **more) -> quantize.Quantized:
     program = torch.export.export(net, inputs[0])
-    return quantize.to_int8(
+    return quantize_program(
         program, inputs[0], scheme=SCHEMES[target], section=section, samples=inputs, **more
     )
 
@@ -80,28 +80,26 @@ def measured(net, inputs, exam) -> quantize.Quantized:
 
 
 def rounded_by(net, inputs, target):
-    module, scheme = quantize.fold(torch.export.export(net, inputs[0])), SCHEMES[target]
-
-    def plan(section, module, kept):
-        return make_plan(module, scheme=scheme, kept=kept)
-
-    trials = Trials(module, plan, scheme, inputs, (), (), frozenset(), lambda *_: None)
-    return trials.round(PLAIN, *trials.observe(PLAIN))
+    calibrator = Calibrator(
+        quantize.fold(torch.export.export(net, inputs[0])),
+        quantize.CalibrationInputs(inputs),
+        quantize.Int8Method(SCHEMES[target], PLAIN),
+    )
+    return calibrator.round(*calibrator.observe())
 
 
 def test_vivid_samples_widen_ranges_and_round_no_weight(net, inputs):
     """Weights are those that rounding on the others finds, within the ranges of all."""
     extreme, section = (1 - 3 * inputs[0][0],), QuantizeSection(equalize=False)
     found = make(net, [*inputs, extreme], section=section, vivid=1).calibrated
-    module = quantize.fold(torch.export.export(net, inputs[0]))
-    program = Trials(
-        module,
-        lambda section, module, kept: make_plan(module, scheme=SCHEMES["tensorrt"]),
-        *(SCHEMES["tensorrt"], [*inputs, extreme], (), (), frozenset(), lambda *_: None),
+    program = Calibrator(
+        quantize.fold(torch.export.export(net, inputs[0])),
+        quantize.CalibrationInputs([*inputs, extreme]),
+        quantize.Int8Method(SCHEMES["tensorrt"], section),
     )
-    observed = program.observe(section)
-    wanted = replace(program, samples=inputs).round(section, *observed).calibrated
-    other = program.round(section, *observed).calibrated
+    observed = program.observe()
+    wanted = replace(program, inputs=quantize.CalibrationInputs(inputs)).round(*observed).calibrated
+    other = program.round(*observed).calibrated
     assert [e.affine for e in found.entries] == [e.affine for e in wanted.entries]
     lows = {entry.name: entry.histogram.low for entry in found.entries}
     assert lows["head.input"] == float(extreme[0].min())
@@ -225,14 +223,14 @@ def test_ablation_tries_every_switch_the_other_way(net, inputs, exam):
     assert {"equalize: false", "rounding: nearest", "bias_correction: full"} <= set(tried)
     assert "equalize: true" not in tried
     other = make(net, inputs, section=section.model_copy(update={"equalize": False}), exam=exam)
-    assert tried["equalize: false"] == pytest.approx(other.calibrated.precision.drop_db, abs=1e-6)
+    assert tried["equalize: false"] == other.calibrated.precision.drop_db
     assert tried["equalize: false"] > 2 * tried["as the recipe says"]
     assert "dynamic: []" not in tried  # the recipe has none
     assert not any(name.startswith("generated") for name in tried)  # nor the network kernels
     alone = replace(exam, by_layer=False, ablates=True)
     quick = make(net, inputs, section=section, exam=alone).calibrated
     assert quick.precision is None
-    assert quick.ablation == pytest.approx(tried, abs=1e-6)
+    assert quick.ablation == tried
 
 
 def test_interrupted_measurement_goes_on_where_it_stopped(net, inputs, exam, tmp_path, monkeypatch):

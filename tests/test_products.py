@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from small_int8 import quantize_program
 from torch import Tensor, nn
 
 from edgedyn import quantize, targets
@@ -48,7 +49,7 @@ def net() -> nn.Module:
 def make(net, target="executorch", **values) -> quantize.Quantized:
     section = QuantizeSection(equalize=False, rounding="nearest", **values)
     program = torch.export.export(net, (INPUT,))
-    return quantize.to_int8(program, (INPUT,), scheme=SCHEMES[target], section=section, samples=[(INPUT,)])
+    return quantize_program(program, (INPUT,), scheme=SCHEMES[target], section=section, samples=[(INPUT,)])
 
 
 def error(net, made: quantize.Quantized) -> float:
@@ -104,7 +105,7 @@ def test_program_from_the_table_is_the_same(net):
     first = make(net)
     program = torch.export.export(net, (INPUT,))
     section = QuantizeSection(equalize=False, rounding="nearest")
-    again = quantize.to_int8(
+    again = quantize_program(
         program, (INPUT,), scheme=SCHEMES["executorch"], section=section, calibrated=first.calibrated
     )
     assert products(again) == 1

@@ -6,6 +6,7 @@ import functools
 
 import pytest
 import torch
+from small_int8 import quantize_program
 from small_networks import LAYERS, make_input
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ def to_int8(
     net: nn.Module, scheme: Int8Scheme, rounding: str = "reconstruct", **section
 ) -> quantize.Quantized:
     samples = make_samples()
-    return quantize.to_int8(
+    return quantize_program(
         capture(net, samples[0][0]),
         samples[0],
         scheme=scheme,
@@ -225,7 +226,7 @@ def test_zero_pad_of_dequantized_values_is_quantized_again_without_loss(value, p
     torch.manual_seed(16)
     net, x = PadNet(value).eval(), make_samples()[0][0]
     separated = to_int8(net, EXECUTORCH.int8)
-    monkeypatch.setattr(quantize, "separate_readers", lambda module: None)
+    monkeypatch.setattr("edgedyn.quantize.quantized.separate_readers", lambda module: None)
     shared = to_int8(net, EXECUTORCH.int8)
     assert len(steps(separated.program)) == pairs
     assert len(steps(shared.program)) == 4
@@ -290,7 +291,7 @@ def test_no_samples_are_refused():
     with pytest.raises(
         CalibrationError, match="no calibration samples; INT8 needs at least one image"
     ) as caught:
-        quantize.to_int8(program, x, scheme=EXECUTORCH.int8, section=QuantizeSection(), samples=[])
+        quantize_program(program, x, scheme=EXECUTORCH.int8, section=QuantizeSection(), samples=[])
     assert caught.value.exit_code == 5
 
 
@@ -299,7 +300,7 @@ def test_progress_is_reported_and_standard_output_stays_clean(bias_correction, c
     """``--json`` owns the standard output; NNCF draws its bars there."""
     torch.manual_seed(17)
     net, samples, seen = nn.Conv2d(3, 3, 3).eval(), make_samples(), []
-    quantize.to_int8(
+    quantize_program(
         torch.export.export(net, samples[0]),
         samples[0],
         scheme=EXECUTORCH.int8,
@@ -317,7 +318,7 @@ def test_full_bias_correction_reads_no_more_samples_than_fit_into_memory(monkeyp
     torch.manual_seed(17)
     net, samples, seen = nn.Conv2d(3, 3, 3).eval(), make_samples(), []
     monkeypatch.setattr("edgedyn.quantize.bias_correction._HELD", 2 * samples[0][0].nbytes)
-    quantize.to_int8(
+    quantize_program(
         torch.export.export(net, samples[0]),
         samples[0],
         scheme=EXECUTORCH.int8,
@@ -516,7 +517,7 @@ def test_modules_that_stay_float_are_not_quantized_and_say_why():
         nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1)), nn.Conv2d(4, 3, 1)),
         make_input(),
     )
-    result = quantize.to_int8(
+    result = quantize_program(
         torch.export.export(net.eval(), (x,)),
         (x,),
         scheme=EXECUTORCH.int8,
@@ -533,7 +534,7 @@ def test_modules_that_stay_float_are_not_quantized_and_say_why():
 def test_activation_behind_a_convolution_is_quantized_with_it(activation):
     torch.manual_seed(2)
     net, x = nn.Sequential(nn.Conv2d(3, 8, 3), activation, nn.Conv2d(8, 3, 3)).eval(), make_input()
-    result = quantize.to_int8(
+    result = quantize_program(
         torch.export.export(net, (x,)),
         (x,),
         scheme=EXECUTORCH.int8,

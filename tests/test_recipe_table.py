@@ -203,17 +203,17 @@ def test_what_follows_rounding_is_in_the_table_to_the_bit(tmp_path, more, reques
 def test_fine_tuning_sees_other_crops_of_the_calibration_images(tmp_path, monkeypatch):
     seen = []
 
-    def look(trials, *_):
-        seen.append(trials)
+    def look(program, inputs, *_, **__):
+        seen.append(inputs)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(quantize, "calibrate", look)
     with pytest.raises(KeyboardInterrupt):
         convert(recipe(tmp_path, *TRAINED))
-    (trials,) = seen
-    assert len(trials.finetuning) == len(trials.samples) == 7
-    assert trials.sources == trials.sources[:7] * 2
-    assert not any(torch.equal(a, b) for (a,), (b,) in zip(trials.samples, trials.finetuning, strict=True))
+    (inputs,) = seen
+    assert len(inputs.finetuning) == len(inputs.samples) == 7
+    assert inputs.sources == inputs.sources[:7] * 2
+    assert not any(torch.equal(a, b) for (a,), (b,) in zip(inputs.samples, inputs.finetuning, strict=True))
 
 
 def images_of(folder: Path, *names: str) -> str:

@@ -6,11 +6,13 @@ import onnxruntime
 import pytest
 import torch
 from small_builds import NEEDS_RTX
+from small_int8 import quantize_program
 from small_networks import LAYERS, make_input
 from torch import Tensor, nn
 
 from edgedyn import ops, quantize, targets
 from edgedyn.layers import canonicalize
+from edgedyn.quantize.accounting import KEPT_SHIFT
 from edgedyn.recipe_sections import QuantizeSection
 from edgedyn.targets import Int8Scheme
 from edgedyn.targets.onnx_export import translate
@@ -59,7 +61,7 @@ SAMPLES = [(make_input(SHAPE),), (make_input(SHAPE).flip(3),)]
 
 
 def to_int8(net: nn.Module, **section) -> quantize.Quantized:
-    return quantize.to_int8(
+    return quantize_program(
         torch.export.export(net, SAMPLES[0]),
         SAMPLES[0],
         scheme=TENSORRT,
@@ -76,7 +78,7 @@ def targets_of(program: torch.export.ExportedProgram, name: str) -> list[torch.f
 def test_every_zero_point_is_gone_and_codes_are_those_of_affine_steps(monkeypatch, cls):
     net = make_net(cls)
     shifted = to_int8(net, shift=True)
-    monkeypatch.setattr(quantize, "shift_zero_points", lambda module: None)
+    monkeypatch.setattr("edgedyn.quantize.quantized.shift_zero_points", lambda module: None)
     affine = to_int8(net, shift=True)
     steps = [node.args[1:3] for node in targets_of(affine.program, "quantize_per_tensor.default")]
     assert {-128} < {zero for _, zero in steps}  # behind ReLU, and others elsewhere
@@ -112,7 +114,7 @@ def test_all_is_int8_and_accounted():
     result = to_int8(make_net(), shift=True)
     assert result.int8_mac_share == 1
     reasons = {(row["node"], row["reason"]): row["count"] for row in result.float_nodes}
-    said = quantize.KEPT_SHIFT
+    said = KEPT_SHIFT
     assert (reasons["add", said], reasons["constant_pad_nd", said]) == (3, 4)
     assert sum(count for (_, reason), count in reasons.items() if reason != said) == 3  # two sums, PReLU
 
@@ -148,7 +150,7 @@ def test_kernels_of_ours_read_float_then():
     reads = []
     for shift in (False, True):
         section = QuantizeSection(shift=shift)
-        made = quantize.to_int8(program, SAMPLES[0], section=section, samples=SAMPLES, **common)
+        made = quantize_program(program, SAMPLES[0], section=section, samples=SAMPLES, **common)
         (call,) = [node for node in made.program.graph.nodes if ops.is_ours(node)]
         reads.append("dequantize" in str(call.args[0].target))
     assert reads == [True, False]
@@ -161,7 +163,7 @@ IMPLICIT = Int8Scheme(symmetric=True, outputs=True)  # of TensorRT's calibration
 def test_others_keep_their_steps(scheme):
     program = torch.export.export(make_net(), SAMPLES[0])
     codes = [
-        quantize.to_int8(
+        quantize_program(
             program, SAMPLES[0], scheme=scheme, section=QuantizeSection(shift=shift), samples=SAMPLES
         ).program.graph_module.code
         for shift in (False, True)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from small_int8 import quantize_program
 from small_networks import LAYERS, sum_of_terms
 from torch import Tensor, nn
 
@@ -48,7 +49,7 @@ def capture(net: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
 
 
 def to_int8(net: nn.Module, x: Tensor, **section) -> quantize.Quantized:
-    return quantize.to_int8(
+    return quantize_program(
         capture(net, x),
         (x,),
         scheme=TARGET.int8,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import fx
 
 from edgedyn.quantize.calibrate import Progress
 from edgedyn.quantize.generated import find_generating
+from edgedyn.quantize.plan import Int8Method
 from edgedyn.quantize.precision import Exam, Measured, Rounded
 
 if TYPE_CHECKING:
@@ -37,9 +39,10 @@ _SWITCHES: dict[str, tuple[Any, ...]] = {
 @torch.no_grad()
 def ablate(
     module: fx.GraphModule,
-    make: Callable[[QuantizeSection], Rounded],
-    section: QuantizeSection,
+    calibrate_by: Callable[[Int8Method], Rounded],
+    method: Int8Method,
     exam: Exam,
+    before: Measured,
     rounded: Rounded,
     progress: Progress = lambda what, done, total: None,
 ) -> dict[str, float]:
@@ -47,10 +50,11 @@ def ablate(
 
     Args:
         module: the folded float program.
-        make: calibrates it by a section.
-        section: the recipe's.
+        calibrate_by: calibrates the program by another method.
+        method: the recipe's.
         exam: images with truths.
-        rounded: by the method as it is.
+        before: PSNR of the float program by noise level, dB, from ``Exam.float_psnr_db``.
+        rounded: the program in INT8 by the method as it is.
         progress: called with (what is done, steps done, steps in all).
     """
     tried = {}
@@ -58,19 +62,19 @@ def ablate(
     has_kernels = bool(find_generating(module, names))  # what float operators write is float in any case
     for key, values in _SWITCHES.items():
         for value in values if has_kernels or key != "generated" else ():
-            other = _change(section, key, value)
-            if other != section:
+            other = _change(method.section, key, value)
+            if other != method.section:
                 tried[f"{key}: {str(value).lower() if isinstance(value, bool) else value}"] = other
-    before, measured = exam.float_psnr_db(module), rounded.calibrated.precision
+    measured = rounded.calibrated.precision
     found = {AS_IT_IS: measured.drop_db if measured else exam.drop_db(before, rounded)}
 
     def drop(other: QuantizeSection) -> Measured:
-        return {"drop_db": exam.drop_db(before, make(other))}
+        return {"drop_db": exam.drop_db(before, calibrate_by(replace(method, section=other)))}
 
     for done, (name, other) in enumerate(tried.items()):
         progress("ablate", done, len(tried))
-        method = other.model_dump_json(exclude={"table", "max_drop_db"})
-        found[name] = exam.recall(f"ablation {method}", functools.partial(drop, other))["drop_db"]
+        keys = other.model_dump_json(exclude={"table", "max_drop_db"})
+        found[name] = exam.recall(f"ablation {keys}", functools.partial(drop, other))["drop_db"]
     progress("ablate", len(tried), len(tried))
     return found
 

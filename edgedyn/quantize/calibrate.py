@@ -10,21 +10,21 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor, fx
 
-from edgedyn.errors import CalibrationError
 from edgedyn.histogram import Histogram
+from edgedyn.quantize.calibrated import Calibrated, restore, steps_of
 from edgedyn.quantize.equalize import equalize, find_pairs
 from edgedyn.quantize.finetune import choose_examples, finetune
 from edgedyn.quantize.generated import ContentMeter, find_generating, scale_taps
 from edgedyn.quantize.input_products import find_read, scale_inputs
 from edgedyn.quantize.lockstep import Lockstep, codes_of, round_weight
-from edgedyn.quantize.nodes import bias_of, by_output, set_constant, weight_of
+from edgedyn.quantize.nodes import bias_of, by_output, weight_of
 from edgedyn.quantize.norms import reestimate
 from edgedyn.quantize.plan import Plan, Site, Steps, find_kernels, find_sites, name_tensors
 from edgedyn.quantize.products import find_scalable, scale_outputs
@@ -32,7 +32,7 @@ from edgedyn.quantize.rounding import measure_moments, reconstruct
 from edgedyn.quantize.statistics import channel_maxima, observe
 from edgedyn.quantized_graph import convolution_arguments
 from edgedyn.ranges import ESTIMATORS, step_of
-from edgedyn.table_entries import Entry, Kind, Precision
+from edgedyn.table_entries import Entry, Kind
 from edgedyn.targets import Int8Scheme
 
 if TYPE_CHECKING:
@@ -41,29 +41,6 @@ if TYPE_CHECKING:
 Progress = Callable[[str, int, int], None]
 _WEAKEST = 2.0**-12  # channel of a weight, against the strongest: one of zeros has a step, too
 _WIDTHS = np.linspace(1, 0.6, 41)  # shares of a channel's largest weight that ``mse`` tries as its range
-
-
-@dataclass(frozen=True)
-class Calibrated:
-    """What calibration found out about one program.
-
-    Attributes:
-        entries: its tensors, in the order of its graph.
-        constants: new weights and biases by ``layer.weight``, ``layer.bias``: int8 codes of a reconstructed
-            weight, whose scales are in its entry; else float32.
-        precision: which layers stay float because of what INT8 costs; None where that was not measured.
-        ablation: PSNR drop by what was changed in the method, dB, where that was measured.
-    """
-
-    entries: tuple[Entry, ...]
-    constants: Mapping[str, np.ndarray]
-    precision: Precision | None = None
-    ablation: Mapping[str, float] = field(default_factory=dict)
-
-    @property
-    def kept(self) -> tuple[str, ...]:
-        """Names of the layers that stay float because of what INT8 costs."""
-        return self.precision.kept if self.precision else ()
 
 
 @dataclass(frozen=True)
@@ -99,9 +76,8 @@ def observe_program(
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
-        CalibrationError: without samples, or for a sample that brings NaN or infinite values.
+        CalibrationError: for a sample that brings NaN or infinite values to a tensor.
     """
-    refuse_samples(samples, sources)
     pairs = find_pairs(module) if section.equalize else []
     writing = find_generating(module, generated)
     done = {pair.first for pair in pairs} | {site.node for site in writing}
@@ -205,121 +181,6 @@ def round_program(
         restore(module, Calibrated(tuple(entries.values()), trained))
         constants |= trained
     return Calibrated(tuple(entries.values()), constants)
-
-
-def refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]) -> None:
-    """Refuse to calibrate on nothing, or on what is not finite.
-
-    Raises:
-        CalibrationError: naming the sample by its source.
-    """
-    if not samples:
-        raise CalibrationError(
-            "there are no calibration samples; INT8 needs at least one image. Mend the set."
-        )
-    for index, sample in enumerate(samples):
-        bad = sum(int((~torch.isfinite(x)).sum()) for x in sample)
-        if bad:
-            raise CalibrationError(
-                f"calibration sample {index}, {sources[index] if sources else 'of a program'}: {bad} values "
-                "are NaN or infinite; a range needs finite ones. Take the file out of the set, or mend it."
-            )
-
-
-def refuse_other_layers(module: fx.GraphModule, sites: Sequence[Site], calibrated: Calibrated) -> None:
-    """Refuse what calibration found out about other layers: a table can be forced onto any program.
-
-    Args:
-        module: a folded program.
-        sites: its INT8 layers.
-        calibrated: from a calibration table.
-
-    Raises:
-        CalibrationError: naming the first layer that does not fit.
-    """
-    entries = {entry.name: entry for entry in calibrated.entries}
-    int8 = {site.node for site in sites}
-    for site in find_sites(module):
-        shape, entry = tuple(weight_of(module, site.node).shape), entries.get(site.weight)
-        value = calibrated.constants.get(site.weight)
-        if entry is None and site.node in int8:
-            found = "none"
-        elif entry is not None and len(entry.channels) != shape[0]:
-            found = f"one of {len(entry.channels)} output channels"
-        elif value is not None and value.shape != shape:
-            found = f"one of {value.shape}"
-        else:
-            continue
-        raise CalibrationError(
-            f"layer {site.name!r} has a weight of {shape}, and the calibration table has {found}: it is of "
-            "another network, or of other forms of our ops, and cannot be forced on this one. Calibrate "
-            "again, or give this recipe the table's kernels and forms."
-        )
-
-
-def restore(module: fx.GraphModule, calibrated: Calibrated) -> None:
-    """Give a folded program the weights and biases that calibration chose."""
-    scales = {entry.name: entry.channels for entry in calibrated.entries}
-    for site in find_sites(module):
-        for index, name in ((1, site.weight), (2, site.bias)):
-            value = calibrated.constants.get(name)
-            if value is None:
-                continue
-            tensor = torch.from_numpy(np.ascontiguousarray(value))
-            if tensor.dtype == torch.int8:
-                tensor = tensor.float() * by_output(torch.tensor(scales[name]), tensor)
-            set_constant(module, site.node, index, tensor)
-    module.recompile()
-
-
-def steps_of(entries: Sequence[Entry], scheme: Int8Scheme) -> Steps:
-    """Return the steps of all tensors for a target's scheme."""
-    tensors, weights = {}, {}
-    for entry in entries:
-        if entry.kind == "weight":
-            weights[entry.name] = torch.tensor(entry.channels)
-        elif entry.affine is not None and entry.symmetric is not None:
-            tensors[entry.name] = (entry.symmetric, 0) if scheme.symmetric else entry.affine
-    return Steps(tensors, weights)
-
-
-def products_of(entries: Sequence[Entry]) -> dict[str, Tensor]:
-    """Return the factors that give the channels of what layers write their size back, by its name."""
-    return _factors_of(entries, ".output")
-
-
-def input_products_of(entries: Sequence[Entry]) -> dict[str, Tensor]:
-    """Return the factors that bring the channels of what layers read to one size, by its name."""
-    return _factors_of(entries, ".input")
-
-
-def _factors_of(entries: Sequence[Entry], where: str) -> dict[str, Tensor]:
-    return {e.name: torch.tensor(e.channels) for e in entries if e.channels and e.name.endswith(where)}
-
-
-def without_products(calibrated: Calibrated, kept: Collection[str]) -> Calibrated:
-    """Return the same where only the named tensors are INT8: channels of others have their own size again."""
-    products = {
-        name.removesuffix(".output"): factors
-        for name, factors in products_of(calibrated.entries).items()
-        if name not in kept
-    }
-    constants, entries = dict(calibrated.constants), []
-    for entry in calibrated.entries:
-        layer, _, what = entry.name.rpartition(".")
-        factors = products.get(layer)
-        if factors is not None and what == "weight":
-            scales = tuple(float(x) for x in torch.tensor(entry.channels) * factors)
-            entries.append(replace(entry, channels=scales))
-            for name in (entry.name, f"{layer}.bias"):
-                value = constants.get(name)
-                if value is not None and value.dtype != np.int8:
-                    tensor = torch.from_numpy(value)
-                    constants[name] = (tensor * by_output(factors, tensor)).numpy()
-        else:
-            is_product = factors is not None and what == "output"
-            entries.append(replace(entry, channels=()) if is_product else entry)
-    return replace(calibrated, entries=tuple(entries), constants=constants)
 
 
 def _entry(name: str, kind: Kind, histogram: Histogram, section: QuantizeSection) -> Entry:

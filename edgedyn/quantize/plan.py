@@ -13,8 +13,8 @@ from __future__ import annotations
 import fnmatch
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
@@ -30,6 +30,9 @@ from edgedyn.quantize.accounting import (
 from edgedyn.quantize.deciding import find_decided, find_deciding_layers
 from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, belongs_to, fused_activation, module_path
 from edgedyn.targets import Int8Scheme
+
+if TYPE_CHECKING:
+    from edgedyn.recipe_sections import QuantizeSection
 
 
 @dataclass(frozen=True)
@@ -241,6 +244,60 @@ def make_plan(
     fed = {node: tensors[node.args[0]] for node in calls if chosen.issuperset(node.users)}
     ranged = frozenset(node for node in chosen if node.name in names)
     return Plan(sites, fed, reasons, ranged)
+
+
+@dataclass(frozen=True)
+class Int8Method:
+    """How a program becomes INT8: the recipe's ``quantize`` section on one target.
+
+    Attributes:
+        scheme: how the target annotates INT8.
+        section: the recipe's ``quantize`` section.
+        float32: names of module classes that are never quantized.
+        kernels: overloads of our ops that the target computes in INT8 where x is.
+        is_router: whether the program's first output is compared, so that what computes it stays float.
+    """
+
+    scheme: Int8Scheme
+    section: QuantizeSection
+    float32: Collection[str] = frozenset()
+    kernels: Collection[Any] = frozenset()
+    is_router: bool = False
+
+    @property
+    def shifts(self) -> bool:
+        """Whether zero points become offsets of the activations: ``quantize.shift`` on a symmetric target.
+
+        Not where layers have INT8 outputs: others read these, and have no bias that could take the offset.
+        """
+        return self.section.shift and self.scheme.symmetric and not self.scheme.outputs
+
+    @property
+    def ranges(self) -> Int8Scheme:
+        """The scheme that ranges are chosen for: with zero points where ``shifts`` takes them away later."""
+        return replace(self.scheme, symmetric=False) if self.shifts else self.scheme
+
+    def plan(
+        self, module: fx.GraphModule, *, kept: Sequence[str] = (), generated: Collection[str] = frozenset()
+    ) -> Plan:
+        """Choose the INT8 layers of a folded program.
+
+        Args:
+            module: the program.
+            kept: names of layers that stay float because of what INT8 costs there.
+            generated: names of the tensors that are generated kernels.
+        """
+        return make_plan(
+            module,
+            scheme=self.ranges,
+            keep_float=self.section.keep_float,
+            dynamic=self.section.dynamic,
+            float32=self.float32,
+            kernels=frozenset() if self.shifts else self.kernels,  # these read float then
+            generated=generated if self.section.generated == "float" else (),
+            kept=kept,
+            is_router=self.is_router,
+        )
 
 
 def refuse_unknown_layers(programs: Sequence[fx.GraphModule], key: str, patterns: Sequence[str]) -> None:

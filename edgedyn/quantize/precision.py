@@ -26,7 +26,8 @@ from torch.utils import _pytree as pytree
 from edgedyn import metrics
 from edgedyn.errors import CheckFailedError
 from edgedyn.quantize.accounting import all_multiply_adds
-from edgedyn.quantize.calibrate import Calibrated, Progress, steps_of
+from edgedyn.quantize.calibrate import Progress
+from edgedyn.quantize.calibrated import Calibrated, steps_of
 from edgedyn.quantize.lockstep import quantize_dequantize, round_weight, steps_by_call
 from edgedyn.quantize.nodes import bias_of, weight_of
 from edgedyn.quantize.plan import Plan, Steps
@@ -71,10 +72,12 @@ class Exam:
             found.setdefault(level, []).append(metrics.psnr_db(y.numpy(), truth))
         return {level: float(np.mean(values)) for level, values in found.items()}
 
+    @torch.no_grad()
     def float_psnr_db(self, module: fx.GraphModule) -> Measured:
         """Return the same of a float program."""
         return self.psnr_db([pytree.tree_leaves(module(*x))[0] for x in self.inputs])
 
+    @torch.no_grad()
     def drop_db(self, before: Measured, rounded: Rounded) -> float:
         """Return the PSNR that INT8 costs at the noise level that loses most, dB.
 
@@ -164,6 +167,7 @@ def choose_precision(
     module: fx.GraphModule,
     attempt: Callable[[Sequence[str]], Rounded],
     exam: Exam,
+    before: Measured,
     progress: Progress = lambda what, done, total: None,
 ) -> Rounded:
     """Measure what INT8 costs, and keep so many layers float that it costs no more than the limit.
@@ -172,6 +176,7 @@ def choose_precision(
         module: the folded program, its weights not rounded.
         attempt: rounds the weights of the program for INT8 layers that are all but the named ones.
         exam: images with truths; without a limit every layer stays INT8.
+        before: PSNR of the float program by noise level, dB, from ``Exam.float_psnr_db``.
         progress: called with (what is done, steps done, steps in all).
 
     Returns:
@@ -181,7 +186,6 @@ def choose_precision(
         CheckFailedError: when the limit leaves too little INT8; it says what each choice costs.
     """
     rounded = attempt(())
-    before = exam.float_psnr_db(module)
     measured = measure(
         module, rounded, exam, before, lambda done, total: progress("measure layers", done, total)
     )

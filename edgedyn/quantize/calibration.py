@@ -1,0 +1,157 @@
+"""Calibrate one program: once by the recipe, or as often as the precision search and the ablation ask."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from edgedyn.errors import CalibrationError
+from edgedyn.quantize.ablation import ablate
+from edgedyn.quantize.calibrate import Observed, Progress, observe_program, round_program
+from edgedyn.quantize.calibrated import Calibrated
+from edgedyn.quantize.nodes import fold
+from edgedyn.quantize.plan import Int8Method
+from edgedyn.quantize.precision import Exam, Rounded, choose_precision
+
+
+@dataclass(frozen=True)
+class CalibrationInputs:
+    """The inputs that one program is calibrated on, each a tuple of tensors of the program's shapes.
+
+    Attributes:
+        samples: inputs that ranges are observed on and weights are rounded for.
+        vivid: number of the last samples that only widen ranges; weights are not rounded for them.
+        finetuning: inputs that fine-tuning trains and is scored on; the samples where there are none.
+        sources: origin of each sample, then of each of ``finetuning``, for errors.
+    """
+
+    samples: Sequence[tuple[Tensor, ...]]
+    vivid: int = 0
+    finetuning: Sequence[tuple[Tensor, ...]] = ()
+    sources: Sequence[str] = ()
+
+    @property
+    def natural(self) -> Sequence[tuple[Tensor, ...]]:
+        """The samples that weights are rounded for."""
+        return self.samples[: len(self.samples) - self.vivid]
+
+
+def calibrate(
+    program: ExportedProgram,
+    inputs: CalibrationInputs,
+    method: Int8Method,
+    *,
+    generated: Collection[str] = frozenset(),
+    exam: Exam | None = None,
+    progress: Progress = lambda what, done, total: None,
+) -> Calibrated:
+    """Choose the INT8 ranges, weights and float layers of an expanded float program.
+
+    Args:
+        program: expanded float program; left as it is.
+        inputs: calibration inputs of the program.
+        method: the recipe's ``quantize`` section on a target.
+        generated: names of the tensors that are generated kernels, from ``find_generators``.
+        exam: images with truths that the precision search and the ablation are scored on; None for neither.
+        progress: called with (what is done, steps done, steps in all).
+
+    Raises:
+        CalibrationError: without samples, or for a sample that brings NaN or infinite values.
+        CheckFailedError: when the exam's limits leave no choice.
+    """
+    inputs = replace(inputs, samples=list(inputs.samples))
+    calibrator = Calibrator(fold(program), inputs, method, generated, progress)
+    refuse_samples(inputs.samples, inputs.sources)
+    if inputs.finetuning:
+        refuse_samples(inputs.finetuning, inputs.sources[len(inputs.samples) :])
+    module, observed = calibrator.observe()
+
+    def attempt(kept: Sequence[str]) -> Rounded:
+        return calibrator.round(module, observed, kept)
+
+    if exam is None:
+        return attempt(()).calibrated
+    before = exam.float_psnr_db(calibrator.module)
+    rounded = choose_precision(module, attempt, exam, before, progress) if exam.by_layer else attempt(())
+    chosen = rounded.calibrated
+    if not exam.ablates:
+        return chosen
+
+    def calibrate_by(other: Int8Method) -> Rounded:
+        changed = replace(calibrator, method=other)
+        return changed.round(*changed.observe(), chosen.kept)
+
+    return replace(
+        chosen, ablation=ablate(calibrator.module, calibrate_by, method, exam, before, rounded, progress)
+    )
+
+
+@dataclass(frozen=True)
+class Calibrator:
+    """The two halves of a calibration, for callers that repeat one of them.
+
+    Attributes:
+        module: the folded float program; left as it is.
+        inputs: its calibration inputs.
+        method: the recipe's ``quantize`` section on a target.
+        generated: names of the tensors that are generated kernels.
+        progress: called with (what is done, steps done, steps in all).
+    """
+
+    module: fx.GraphModule
+    inputs: CalibrationInputs
+    method: Int8Method
+    generated: Collection[str] = frozenset()
+    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+
+    def observe(self) -> tuple[fx.GraphModule, Observed]:
+        """Return the program, equalized, with the ranges of its tensors."""
+        module = copy.deepcopy(self.module)
+        observed = observe_program(
+            module,
+            section=self.method.section,
+            samples=self.inputs.samples,
+            sources=self.inputs.sources,
+            generated=self.generated,
+            progress=self.progress,
+        )
+        return module, observed
+
+    def round(self, module: fx.GraphModule, observed: Observed, kept: Sequence[str] = ()) -> Rounded:
+        """Round the weights of an observed program, which is left as it is; ``kept`` names float layers."""
+        made = copy.deepcopy(module)
+        plan = self.method.plan(made, kept=kept, generated=self.generated)
+        calibrated = round_program(
+            made,
+            plan,
+            observed,
+            scheme=self.method.ranges,
+            section=self.method.section,
+            samples=self.inputs.natural,
+            finetuning=self.inputs.finetuning,
+            progress=self.progress,
+        )
+        return Rounded(made, plan, self.method.ranges, calibrated)
+
+
+def refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]) -> None:
+    """Refuse an empty list of inputs, and inputs that are not finite.
+
+    Raises:
+        CalibrationError: naming the sample by its source.
+    """
+    if not samples:
+        raise CalibrationError(
+            "there are no calibration samples; INT8 needs at least one image. Mend the set."
+        )
+    for index, sample in enumerate(samples):
+        bad = sum(int((~x.isfinite()).sum()) for x in sample)
+        if bad:
+            raise CalibrationError(
+                f"calibration sample {index}, {sources[index] if sources else 'of a program'}: {bad} values "
+                "are NaN or infinite; a range needs finite ones. Take the file out of the set, or mend it."
+            )

@@ -1,0 +1,106 @@
+"""From an expanded float program to the program that a target lowers: INT8, half or float.
+
+fold -> restore calibrated weights -> rescale Muls -> Q/DQ pairs -> shifted zero points
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from edgedyn.quantize.accounting import KEPT_SHIFT, account, int8_share
+from edgedyn.quantize.calibrated import (
+    Calibrated,
+    input_products_of,
+    products_of,
+    refuse_other_layers,
+    restore,
+    steps_of,
+    without_products,
+)
+from edgedyn.quantize.input_products import drop_input_products, insert_input_products
+from edgedyn.quantize.nodes import belongs_to, fold
+from edgedyn.quantize.plan import Int8Method
+from edgedyn.quantize.products import PRODUCT, insert_products
+from edgedyn.quantize.shift import SHIFT, shift_zero_points
+from edgedyn.quantized_graph import halve, separate_readers
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """A program ready for lowering, with an account of its precision.
+
+    Attributes:
+        program: BatchNorm folded; INT8 as ``quantized_decomposed`` Q/DQ pairs, half, or float32.
+        int8_mac_share: multiply-adds of convolutions and linear layers that run in INT8, as a share of all.
+        multiply_add_nodes: number of these layers.
+        float_nodes: ``{"node", "count", "reason"}`` of operators that stay float.
+        calibrated: origin of the INT8 parameters and weights; None for a float program.
+        dynamic: layers whose input range is taken from each image.
+    """
+
+    program: ExportedProgram
+    int8_mac_share: float = 0.0
+    multiply_add_nodes: int = 0
+    float_nodes: tuple[dict[str, object], ...] = ()
+    calibrated: Calibrated | None = field(default=None, repr=False)
+    dynamic: tuple[str, ...] = ()
+
+
+def to_float(
+    program: ExportedProgram,
+    inputs: tuple[Tensor, ...],
+    precision: str,
+    float32: Collection[str] = frozenset(),
+) -> Quantized:
+    """Return the folded program in float32 or float16; modules of the classes ``float32`` stay float32."""
+    module = fold(program)
+    if precision == "fp16":
+        # a copy: the program shares its tensors with the module, and halving would change both
+        module, inputs = copy.deepcopy(module), tuple(x.half() for x in inputs)
+        halve(module, {node for node in module.graph.nodes if belongs_to(node, float32)})
+    return Quantized(torch.export.export(module, inputs))
+
+
+def apply(
+    program: ExportedProgram, inputs: tuple[Tensor, ...], calibrated: Calibrated, method: Int8Method
+) -> Quantized:
+    """Convert an expanded float program to INT8 by its calibration; no image is needed.
+
+    Args:
+        program: expanded float program; left as it is.
+        inputs: one set of example inputs, for the shapes.
+        calibrated: of this program, from ``calibrate`` or from a calibration table.
+        method: the recipe's ``quantize`` section on a target.
+
+    Raises:
+        CalibrationError: when the calibration is of other layers.
+    """
+    from edgedyn.quantize.convert import insert_steps
+
+    scheme = method.ranges
+    generated = {entry.name for entry in calibrated.entries if entry.kind == "kernel"}
+    module = fold(program)
+    planned = method.plan(module, kept=calibrated.kept, generated=generated)
+    refuse_other_layers(module, planned.sites, calibrated)
+    final = without_products(calibrated, {site.y for site in planned.written(scheme)})
+    insert_products(module, products_of(final.entries))
+    insert_input_products(module, input_products_of(final.entries))
+    restore(module, final)
+    plan, steps = method.plan(module, kept=final.kept, generated=generated), steps_of(final.entries, scheme)
+    drop_input_products(module, {site.node for site in plan.sites})
+    reasons = {**plan.reasons, **{n.name: n.meta[PRODUCT] for n in module.graph.nodes if PRODUCT in n.meta}}
+    with torch.no_grad():
+        converted = insert_steps(module, plan, steps, scheme)
+        if method.shifts:
+            shift_zero_points(converted)
+    reasons |= {node.name: KEPT_SHIFT for node in converted.graph.nodes if SHIFT in node.meta}
+    separate_readers(converted)
+    exported = torch.export.export(converted, inputs)
+    ranged = tuple(site.name for site in plan.sites if site.node in plan.dynamic)
+    return Quantized(exported, *int8_share(exported), account(converted, reasons), calibrated, ranged)
