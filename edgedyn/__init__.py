@@ -9,13 +9,13 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edgedyn.authors import from_authors
-    from edgedyn.bundle import open_bundle
-    from edgedyn.calibration import CalibrationSet
+    from edgedyn.bundle.bundle import open_bundle
+    from edgedyn.checkpoints.authors import from_authors
+    from edgedyn.device.session import open_session
+    from edgedyn.images.image_set import CalibrationSet
     from edgedyn.layers import canonicalize
     from edgedyn.pipeline import build
-    from edgedyn.recipe import load_recipe
-    from edgedyn.session import open_session
+    from edgedyn.recipe.recipe import load_recipe
 
 __version__ = "0.1.0"
 __all__ = [
@@ -28,13 +28,13 @@ __all__ = [
     "open_session",
 ]
 _HOMES = {
-    "CalibrationSet": "edgedyn.calibration",
+    "CalibrationSet": "edgedyn.images.image_set",
     "build": "edgedyn.pipeline",
     "canonicalize": "edgedyn.layers",
-    "from_authors": "edgedyn.authors",
-    "load_recipe": "edgedyn.recipe",
-    "open_bundle": "edgedyn.bundle",
-    "open_session": "edgedyn.session",
+    "from_authors": "edgedyn.checkpoints.authors",
+    "load_recipe": "edgedyn.recipe.recipe",
+    "open_bundle": "edgedyn.bundle.bundle",
+    "open_session": "edgedyn.device.session",
 }
 
 

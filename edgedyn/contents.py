@@ -1,7 +1,7 @@
 """What goes into a bundle beside its program: vectors, manifest, texts for people and programs, pictures.
 
     vectors/        the first and the noisiest sample, with what the quantized program makes of them
-    manifest        tensors, forms, versions, digests, measured facts; ``edgedyn.bundle`` adds the files
+    manifest        tensors, forms, versions, digests, measured facts; ``bundle.bundle`` adds the files
     recipe.yaml, report.json, calibration.json and .safetensors
 
 Everything is read from what the build measured; nothing is run here.
@@ -16,16 +16,17 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgedyn.bundle.manifest import FORMAT, FORWARD, ROUTER
 from edgedyn.files import to_json
-from edgedyn.manifest import FORMAT, FORWARD, ROUTER
+from edgedyn.images.tasks import TASKS
 from edgedyn.report import Picture
-from edgedyn.tasks import TASKS
-from edgedyn.validate import Outputs, ValidationReport, enlarge, to_hwc
+from edgedyn.report.rows import ValidationReport
+from edgedyn.validation.stages import Outputs, enlarge, to_hwc
 
 if TYPE_CHECKING:
-    from edgedyn.calibration import CalibrationSet
-    from edgedyn.conversion import Converted, Part
-    from edgedyn.recipe import Recipe
+    from edgedyn.conversion.convert import Converted, Part
+    from edgedyn.images.image_set import CalibrationSet
+    from edgedyn.recipe.recipe import Recipe
     from edgedyn.targets import Artifact
 
 

@@ -6,11 +6,13 @@ atomic only inside one file system. Of several that belong together one stands f
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
+import platform
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +95,16 @@ def _finite(values: Any) -> Any:
     if isinstance(values, float) and not math.isfinite(values):
         return str(values)
     return values
+
+
+def cached_path(file: str, sources: Iterable[Path], *facts: str) -> Path:
+    """Return where a file made of these sources stands or would stand on such a machine."""
+    content = hashlib.sha256(" ".join((platform.platform(), *facts)).encode())
+    for path in sources:
+        content.update(f"\n{path.parent.name}/{path.name}\0".encode() + path.read_bytes())
+    return cache() / f"{Path(file).stem}-{content.hexdigest()[:16]}" / file
+
+
+def cache() -> Path:
+    """Return the folder of what is built or fetched once and used by every checkout."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgedyn"

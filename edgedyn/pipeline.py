@@ -8,38 +8,33 @@ line once a part, its router and its variants, up to one bundle.
 
 from __future__ import annotations
 
-import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import torch
-from torch import nn
-
-from edgedyn import coverage, decisions, implicit, ops, targets, validate
-from edgedyn.bundle import Bundle, refuse_existing, staging_folder, write_bundle
-from edgedyn.calibration_table import refuse_place
+from edgedyn.bench.speed import time_runs
+from edgedyn.bundle.bundle import Bundle, refuse_existing, staging_folder, write_bundle
+from edgedyn.bundle.dispatch import load_programs
 from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
-from edgedyn.conversion import Converted, Measurements, Progress, capture, convert, rewrite
-from edgedyn.dispatch import Decision, Dispatcher, load_programs
-from edgedyn.errors import RecipeError, TargetMissingError, UsageError
-from edgedyn.provenance import shared_provenance
-from edgedyn.quantized_graph import widen_like
-from edgedyn.recipe_sets import load_sets
+from edgedyn.conversion import coverage, implicit
+from edgedyn.conversion.capture import capture
+from edgedyn.conversion.convert import Measurements, Progress, convert, load_target
+from edgedyn.conversion.image_sets import load_sets
+from edgedyn.errors import RecipeError, UsageError
+from edgedyn.graph.provenance import shared_provenance
+from edgedyn.quantize.table.table import refuse_place
 from edgedyn.report import write_report
-from edgedyn.routing import parts
-from edgedyn.speed import time_runs
-from edgedyn.validate import Outputs, Row, ValidationReport
+from edgedyn.report.rows import ValidationReport
+from edgedyn.validation import decisions
+from edgedyn.validation import stages as validate
+from edgedyn.validation.runs import exactness_rows, run_samples
 
 if TYPE_CHECKING:
-    from edgedyn.calibration import CalibrationSet, Sample
-    from edgedyn.calibration_table import CalibrationTable
-    from edgedyn.recipe import Recipe
-    from edgedyn.targets import Run, Target
+    from edgedyn.images.image_set import CalibrationSet
+    from edgedyn.quantize.table.table import CalibrationTable
+    from edgedyn.recipe.recipe import Recipe
 
 __all__ = ["Build", "build", "calibrate", "capture", "convert", "load_sets", "load_target"]
-_EXACT_SAMPLES = 1  # float64 comparison of whole networks; the rewrite does not depend on the image
 
 
 @dataclass(frozen=True)
@@ -147,7 +142,7 @@ def calibrate(
         recipe: what to calibrate; a table that it names is not looked at.
         out: the table, a JSON file; weights that calibration changes stand beside it as safetensors.
         calibration: in place of the recipe's calibration set.
-        cache: folder for TensorRT's calibration cache and its float ONNX, see ``edgedyn.implicit``.
+        cache: folder for TensorRT's calibration cache and its float ONNX, see ``conversion.implicit``.
         force: replace what stands there.
         trust: allow weights that are a pickle of tensors.
         sensitivity: measure what INT8 costs in each layer; ``CalibrationTable.precision`` has it.
@@ -185,85 +180,3 @@ def calibrate(
     if cache is not None:
         implicit.write_caches(fresh, converted, cache)
     return converted.table
-
-
-def load_target(recipe: Recipe) -> Target:
-    """Return the recipe's target, able to lower and run the recipe's precision here.
-
-    Raises:
-        RecipeError: for an unknown target or a precision that it does not have.
-        TargetMissingError: when its packages are not installed.
-    """
-    target = targets.load(recipe.target, recipe.kernels)
-    if recipe.precision not in target.precisions:
-        raise RecipeError(
-            f"target {target.name!r} has no precision {recipe.precision!r}; it has "
-            f"{', '.join(sorted(target.precisions))}. Change precision in the recipe."
-        )
-    if reason := target.missing():
-        raise TargetMissingError(f"target {target.name!r} is not available here: {reason}")
-    return target
-
-
-def exactness_rows(converted: Converted, outputs: Outputs, recipe: Recipe) -> list[Row]:
-    """Prove the rewrite in float64: reference, canonical and expanded network on real images.
-
-    The first row says what float32 costs this network: it bounds what comparing programs can show.
-    """
-    wide = copy.deepcopy(converted.reference).double()
-    canonical = rewrite(wide, converted.capacities)
-    expanded = {}
-    for name, module in parts(canonical).items():
-        made = converted.parts[name]
-        program = ops.expand(made.expanded, made.forms, "after_quantize")
-        expanded[name] = in_torch(widen_like(program, module), torch.float64)
-    # every float32 row is judged by it; other precisions cost far more than it
-    judged = outputs.samples if recipe.precision == "fp32" else outputs.samples[:_EXACT_SAMPLES]
-    exact = validate.run_wide(in_torch(wide, torch.float64), judged)
-    rounding = validate.rounding_row(exact, outputs.expanded[: len(exact)])
-    return [
-        rounding,
-        *validate.rewrite_rows(
-            exact[:_EXACT_SAMPLES],
-            in_torch(canonical, torch.float64),
-            Dispatcher(expanded, converted.routing),
-            outputs.samples[:_EXACT_SAMPLES],
-            validate.at_least_rounding(recipe.limits.exact, rounding.value, np.float64),
-        ),
-    ]
-
-
-def in_torch(module: nn.Module, dtype: torch.dtype) -> Run:
-    """Return a module as a target's ``run``: numpy arrays in and out, computed in ``dtype``."""
-
-    def run(*arrays: np.ndarray) -> list[np.ndarray]:
-        with torch.no_grad():
-            y = module(*(torch.from_numpy(np.ascontiguousarray(x)).to(dtype) for x in arrays))
-        outputs = y if isinstance(y, tuple | list) else (y,)
-        return [np.asarray((t if dtype == torch.float64 else t.float()).numpy()) for t in outputs]
-
-    return run
-
-
-def run_samples(
-    converted: Converted, device: Dispatcher, samples: list[Sample], recipe: Recipe, progress: Progress
-) -> Outputs:
-    """Run expanded, quantized and lowered programs on every validation sample."""
-    half = recipe.precision == "fp16"
-    parts_of = converted.parts.items()
-    expanded = {name: in_torch(p.expanded.module(), torch.float32) for name, p in parts_of}
-    dtype = torch.float16 if half else torch.float32
-    quantized = {name: in_torch(p.program.module(), dtype) for name, p in parts_of}
-    dispatchers = {
-        "expanded": Dispatcher(expanded, converted.routing),
-        "quantized": Dispatcher(quantized, converted.routing),
-        "device": device,
-    }
-    outputs: dict[str, list[np.ndarray]] = {}
-    decided: dict[str, list[Decision | None]] = {}
-    for done, (name, dispatcher) in enumerate(dispatchers.items(), 1):
-        kind = np.float16 if half and name == "device" else np.float32
-        results = validate.run_all(dispatcher, samples, name, kind)
-        outputs[name], decided[name] = [y for y, _ in results], [d for _, d in results]
-        progress("validate", done, len(dispatchers))
-    return Outputs(samples, **outputs, decided=decided, dispatchers=dispatchers)

@@ -17,7 +17,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 @pytest.fixture(scope="session", autouse=True)
 def _shared_provenance():
     """As a build does: the tests export and lower as often."""
-    from edgedyn.provenance import shared_provenance
+    from edgedyn.graph.provenance import shared_provenance
 
     with shared_provenance():
         yield

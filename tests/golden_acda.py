@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from edgedyn.authors import from_authors
+from edgedyn.checkpoints.authors import from_authors
 from edgedyn.layers import canonicalize
 
 

@@ -6,7 +6,7 @@ import torch
 from golden_check import Golden
 from torch import Tensor, nn
 
-from edgedyn.authors import from_authors
+from edgedyn.checkpoints.authors import from_authors
 from edgedyn.layers import canonicalize
 from edgedyn.layers.ddf import FilterGenerator, FilterNorm, decoupled_filter
 from edgedyn.ops.decoupled_depthwise2d import decoupled_depthwise2d

@@ -7,7 +7,7 @@ import re
 from golden_check import Golden
 from torch import Tensor
 
-from edgedyn.authors import from_authors
+from edgedyn.checkpoints.authors import from_authors
 from edgedyn.layers import canonicalize
 from edgedyn.layers.ddsnet.blocks import SlimmableBlock
 from edgedyn.layers.ddsnet.slimmable import SlimmableDepthwiseConv2d

@@ -5,7 +5,7 @@ from __future__ import annotations
 from golden_check import Golden
 from torch import Tensor, nn
 
-from edgedyn.authors import from_authors
+from edgedyn.checkpoints.authors import from_authors
 from edgedyn.layers import canonicalize
 from edgedyn.layers.dynconv.masks import CanonicalMaskUnit, MaskUnit
 

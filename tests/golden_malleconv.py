@@ -5,7 +5,7 @@ from __future__ import annotations
 from golden_check import Golden
 from torch import Tensor
 
-from edgedyn.authors import from_authors
+from edgedyn.checkpoints.authors import from_authors
 from edgedyn.layers import canonicalize
 from edgedyn.layers.malleconv import affine_slice, bilateral_slice, bilateral_slice_apply, slice_and_convolve
 from edgedyn.ops.sliced_depthwise2d import sliced_depthwise2d

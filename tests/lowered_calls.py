@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from edgedyn import native, ops
+from edgedyn import ops
+from edgedyn.targets import native
 from edgedyn.targets.executorch.lower import lower
 from edgedyn.targets.executorch.run import load
 

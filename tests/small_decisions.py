@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgedyn.calibration import Sample
-from edgedyn.recipe import Recipe
-from edgedyn.routing import RoutedModel, part_inputs, parts
+from edgedyn.images.image_set import Sample
+from edgedyn.layers._routed import RoutedModel, part_inputs, parts
+from edgedyn.recipe.recipe import Recipe
 
 CENTERS = (0.125, 0.5, 0.875)
 

@@ -10,7 +10,7 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, ImageCms
 
-from edgedyn.imaging import _png16
+from edgedyn.images.photo import _png16
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 

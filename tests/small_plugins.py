@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from edgedyn import native, ops
+from edgedyn import ops
+from edgedyn.targets import native
 
 OPS = ops.load_all()
 KINDS = ("float32", "float16", "int8")

@@ -10,8 +10,8 @@ import pytest
 import yaml
 from PIL import Image
 
-from edgedyn.calibration import Sample, open_set
 from edgedyn.errors import CalibrationError
+from edgedyn.images.image_set import Sample, open_set
 
 SHAPE = (1, 3, 32, 48)
 NOISE = {"sigma": [15.0, 25.0, 50.0], "clip": False}

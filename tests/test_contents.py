@@ -11,15 +11,16 @@ import numpy as np
 import pytest
 
 from edgedyn import contents
-from edgedyn.calibration import Sample, open_set
-from edgedyn.calibration_table import CalibrationTable
-from edgedyn.conversion import Converted, Part
-from edgedyn.histogram import Histogram
+from edgedyn.conversion.convert import Converted, Part
+from edgedyn.images.image_set import Sample, open_set
 from edgedyn.quantize import Quantized
-from edgedyn.recipe import load_recipe
-from edgedyn.table_entries import Entry
+from edgedyn.quantize.observe.histogram import Histogram
+from edgedyn.quantize.table.entries import Entry
+from edgedyn.quantize.table.table import CalibrationTable
+from edgedyn.recipe.recipe import load_recipe
+from edgedyn.report.rows import Row, ValidationReport
 from edgedyn.targets import Artifact
-from edgedyn.validate import Outputs, Row, ValidationReport
+from edgedyn.validation.stages import Outputs
 
 RECIPE = Path(__file__).parents[1] / "recipes/mallenet-s.phone.int8.yaml"
 

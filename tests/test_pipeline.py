@@ -10,9 +10,9 @@ import pytest
 import torch
 from small_builds import NEEDS_RTX, STAGES
 
-from edgedyn import pipeline, session
-from edgedyn.bundle import open_bundle
-from edgedyn.calibration_table import read_table
+from edgedyn import pipeline
+from edgedyn.bundle.bundle import open_bundle
+from edgedyn.device import session
 from edgedyn.errors import (
     BundleError,
     CalibrationError,
@@ -23,7 +23,8 @@ from edgedyn.errors import (
     WeightsError,
 )
 from edgedyn.layers.ddf import DDFPack
-from edgedyn.recipe import load_recipe
+from edgedyn.quantize.table.table import read_table
+from edgedyn.recipe.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["input.shape=[1, 3, 64, 64]", "tile.overlap=32"]

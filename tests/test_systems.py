@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 from small_builds import NEEDS_RTX, STAGES
 
-from edgedyn import bench, pipeline, session
-from edgedyn.calibration_table import read_table
-from edgedyn.recipe import load_recipe
+from edgedyn import pipeline
+from edgedyn.bench import bench
+from edgedyn.device import session
+from edgedyn.quantize.table.table import read_table
+from edgedyn.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 SMALL = ["input.shape=[1, 3, 64, 64]", "tile.overlap=16"]

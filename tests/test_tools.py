@@ -94,7 +94,7 @@ def test_bench_ratios_are_against_eager_of_the_same_network():
 def test_peak_memory_is_the_process_s_own():
     ballast = bytearray(300 * 2**20)  # a child must not inherit it
     code = (
-        "from edgedyn.bench_process import status_bytes;"
+        "from edgedyn.bench.process import status_bytes;"
         "before = status_bytes('VmRSS'); x = bytearray(50 * 2**20); del x;"
         "print((status_bytes('VmHWM') - before) / 2**20)"
     )

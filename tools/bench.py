@@ -30,8 +30,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from edgedyn.bench_process import status_bytes
-from edgedyn.terminal import quiet_libraries
+from edgedyn.bench.process import status_bytes
+from edgedyn.targets.quiet import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
 THREADS = 2
@@ -135,7 +135,7 @@ def lower_ours(folder: Path, name: str, overrides: list[str]) -> None:
     """Deploy a recipe by the straight line, without the bundle; nothing where that is done."""
     from lowering import INDEX, lower_recipe
 
-    from edgedyn.recipe import load_recipe
+    from edgedyn.recipe.recipe import load_recipe
 
     if not (folder / INDEX).is_file():
         lower_recipe(load_recipe(ROOT / f"recipes/{name}.yaml", overrides), folder, trust=True)
@@ -161,9 +161,9 @@ def lower_naive(folder: Path, name: str, shape: list[int]) -> Path:
 def reference(name: str):
     """Return a network in PyTorch: a recipe's, or FFDNet from a file."""
     from edgedyn import pipeline
-    from edgedyn.conversion import load_reference
-    from edgedyn.recipe import load_recipe
-    from edgedyn.recipe_sets import draw, to_tensors
+    from edgedyn.conversion.image_sets import draw, to_tensors
+    from edgedyn.conversion.reference import load_reference
+    from edgedyn.recipe.recipe import load_recipe
 
     if Path(name).suffix:
         recipe = load_recipe(ROOT / "recipes/ffdnet-color.phone.fp32.yaml", [f"model.weights={name}"])

@@ -44,7 +44,7 @@ def main(
 
 def calibrate(recipe: Path, settings: dict[str, object], keeps: bool) -> dict[str, float]:
     """Run the command and return its seconds, of the processor also, its peak in MiB, and its page faults."""
-    program = ["from edgedyn import cli", "cli.main()"]
+    program = ["from edgedyn.cli import app as cli", "cli.main()"]
     if not keeps:
         program.insert(1, "cli.keep_freed_memory = lambda: None")
     with tempfile.TemporaryDirectory() as folder:

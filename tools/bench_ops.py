@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from edgedyn import targets
 from edgedyn.ops import Form, choose_forms, expand, load_all, sliced_depthwise2d
-from edgedyn.recipe import load_recipe
-from edgedyn.terminal import quiet_libraries
+from edgedyn.recipe.recipe import load_recipe
+from edgedyn.targets.quiet import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
 THREADS = 2

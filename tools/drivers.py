@@ -19,7 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgedyn import native
+from edgedyn.files import cached_path
+from edgedyn.targets import native
 from edgedyn.targets.executorch import kernels
 
 SOURCES = Path(__file__).parent / "driver"
@@ -90,7 +91,7 @@ def build_formula_driver(sanitize: str = "") -> Path:
     """
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
     flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
-    program = native.cached_path("run_formulas", _sources(), *flags)
+    program = cached_path("run_formulas", _sources(), *flags)
     if not program.is_file():
         program.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=program.parent) as place:

@@ -25,11 +25,11 @@ from lowering import load_lowered, lower_recipe
 from make_noisy import add_noise
 from rich.progress import track
 
-from edgedyn import metrics
-from edgedyn.dispatch import Dispatcher
-from edgedyn.imaging import SUFFIXES, read_image
-from edgedyn.recipe import load_recipe
-from edgedyn.terminal import quiet_libraries
+from edgedyn.bundle.dispatch import Dispatcher
+from edgedyn.images import metrics
+from edgedyn.images.photo import SUFFIXES, read_image
+from edgedyn.recipe.recipe import load_recipe
+from edgedyn.targets.quiet import quiet_libraries
 
 FLOAT = "float32"
 

@@ -6,9 +6,10 @@ import json
 from pathlib import Path
 
 from edgedyn import pipeline, targets
-from edgedyn.dispatch import Dispatcher, load_programs
-from edgedyn.manifest import ROUTER, Routing
-from edgedyn.recipe import Recipe
+from edgedyn.bundle.dispatch import Dispatcher, load_programs
+from edgedyn.bundle.manifest import ROUTER, Routing
+from edgedyn.conversion.convert import load_target
+from edgedyn.recipe.recipe import Recipe
 
 INDEX = "programs.json"
 
@@ -16,7 +17,7 @@ INDEX = "programs.json"
 def lower_recipe(recipe: Recipe, folder: Path, *, trust: bool = False) -> float:
     """Lower a recipe into a folder; return the INT8 share of multiply-adds, the least of its variants."""
     folder.mkdir(parents=True, exist_ok=True)
-    target = pipeline.load_target(recipe)
+    target = load_target(recipe)
     calibration, samples = pipeline.load_sets(recipe)
     converted = pipeline.convert(recipe, target, calibration, samples[0], trust=trust)
     artifact = target.lower(converted.programs, folder, recipe.precision)

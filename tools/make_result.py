@@ -14,9 +14,9 @@ import typer
 from make_noisy import add_noise
 from PIL import Image, ImageDraw
 
-from edgedyn import metrics
-from edgedyn.recipe import load_recipe
-from edgedyn.session import open_session
+from edgedyn.device.session import open_session
+from edgedyn.images import metrics
+from edgedyn.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 CUT = np.s_[20:340, 150:470]

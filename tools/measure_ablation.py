@@ -19,8 +19,9 @@ import measurement
 import typer
 
 from edgedyn import pipeline
-from edgedyn.recipe import load_recipe
-from edgedyn.terminal import progress_bars, quiet_libraries
+from edgedyn.cli.terminal import progress_bars
+from edgedyn.recipe.recipe import load_recipe
+from edgedyn.targets.quiet import quiet_libraries
 
 
 def main(

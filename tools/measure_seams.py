@@ -20,12 +20,13 @@ import torch
 import typer
 from make_noisy import add_noise
 
-from edgedyn import metrics
-from edgedyn.bundle import Bundle
-from edgedyn.calibration import open_set
-from edgedyn.imaging import read_image
-from edgedyn.recipe import load_recipe
-from edgedyn.session import Session, tiles
+from edgedyn.bundle.bundle import Bundle
+from edgedyn.device.session import Session
+from edgedyn.device.tiling import tiles
+from edgedyn.images import metrics
+from edgedyn.images.image_set import open_set
+from edgedyn.images.photo import read_image
+from edgedyn.recipe.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 

@@ -20,11 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from edgedyn import metrics
-from edgedyn.recipe import find_network
+from edgedyn.checkpoints.weights import load_weights
+from edgedyn.images import metrics
+from edgedyn.recipe.recipe import find_network
 from edgedyn.training.denoise import TrainingPlan, load_images, plan_card, train
 from edgedyn.training.masks import MaskBudget
-from edgedyn.weights import load_weights
 
 SIGMAS = (15, 25, 50)
 

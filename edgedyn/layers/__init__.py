@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
-from edgedyn.routing import RoutedModel
+from edgedyn.layers._routed import RoutedModel
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ class Layer:
 
 def load_all() -> dict[str, Layer]:
     """Return every paper's layers by file name."""
-    files = sorted(m.name for m in pkgutil.iter_modules(__path__))
+    files = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
     found = [importlib.import_module(f"edgedyn.layers.{file}").LAYER for file in files]
     return {layer.name: layer for layer in found}
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 
 from edgedyn.errors import NoFormError, RecipeError
-from edgedyn.ops.constants import fold_constants
+from edgedyn.graph.constants import fold_constants
 
 if TYPE_CHECKING:
     from edgedyn.targets import Target

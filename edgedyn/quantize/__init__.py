@@ -9,13 +9,14 @@ to the bit.
 
 from __future__ import annotations
 
+from edgedyn.graph.nodes import COUNTED_OPS, MULTIPLY_ADD_OPS, module_path, multiply_adds
 from edgedyn.quantize.accounting import int8_share
 from edgedyn.quantize.calibrated import Calibrated
 from edgedyn.quantize.calibration import CalibrationInputs, calibrate
-from edgedyn.quantize.nodes import COUNTED_OPS, MULTIPLY_ADD_OPS, fold, module_path, multiply_adds
+from edgedyn.quantize.fold import fold
 from edgedyn.quantize.plan import Int8Method, find_generators, refuse_unknown_layers
-from edgedyn.quantize.precision import Exam
 from edgedyn.quantize.quantized import Quantized, apply, to_float
+from edgedyn.quantize.search.precision import Exam
 
 __all__ = [
     "COUNTED_OPS",

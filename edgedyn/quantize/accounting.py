@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from edgedyn.ops import is_ours
-from edgedyn.quantize.nodes import (
+from edgedyn.graph.nodes import (
     COUNTED_OPS,
     FUSED_ACTIVATIONS,
     MULTIPLY_ADD_OPS,
@@ -18,6 +17,7 @@ from edgedyn.quantize.nodes import (
     module_path,
     multiply_adds,
 )
+from edgedyn.ops import is_ours
 
 _KEPT_FLOAT = {
     "add": "sum of a residual stream: one 8-bit step a block would add up",

@@ -17,26 +17,26 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from edgedyn.histogram import Histogram
+from edgedyn.graph.nodes import bias_of, by_output, weight_of
+from edgedyn.graph.rewrites import convolution_arguments
 from edgedyn.quantize.calibrated import Calibrated, restore, steps_of
-from edgedyn.quantize.equalize import equalize, find_pairs
-from edgedyn.quantize.finetune import choose_examples, finetune
-from edgedyn.quantize.generated import ContentMeter, find_generating, scale_taps
-from edgedyn.quantize.input_products import find_read, scale_inputs
-from edgedyn.quantize.lockstep import Lockstep, codes_of, round_weight
-from edgedyn.quantize.nodes import bias_of, by_output, weight_of
-from edgedyn.quantize.norms import reestimate
+from edgedyn.quantize.observe.histogram import Histogram
+from edgedyn.quantize.observe.ranges import ESTIMATORS, step_of
+from edgedyn.quantize.observe.statistics import channel_maxima, observe
 from edgedyn.quantize.plan import Plan, Site, Steps, find_kernels, find_sites, name_tensors
-from edgedyn.quantize.products import find_scalable, scale_outputs
-from edgedyn.quantize.rounding import measure_moments, reconstruct
-from edgedyn.quantize.statistics import channel_maxima, observe
-from edgedyn.quantized_graph import convolution_arguments
-from edgedyn.ranges import ESTIMATORS, step_of
-from edgedyn.table_entries import Entry, Kind
+from edgedyn.quantize.rescale.equalize import equalize, find_pairs
+from edgedyn.quantize.rescale.generated import ContentMeter, find_generating, scale_taps
+from edgedyn.quantize.rescale.input_products import find_read, scale_inputs
+from edgedyn.quantize.rescale.products import find_scalable, scale_outputs
+from edgedyn.quantize.rounding.finetune import choose_examples, finetune
+from edgedyn.quantize.rounding.lockstep import Lockstep, codes_of, round_weight
+from edgedyn.quantize.rounding.norms import reestimate
+from edgedyn.quantize.rounding.reconstruct import measure_moments, reconstruct
+from edgedyn.quantize.table.entries import Entry, Kind
 from edgedyn.targets import Int8Scheme
 
 if TYPE_CHECKING:
-    from edgedyn.recipe_sections import QuantizeSection
+    from edgedyn.recipe.keys import QuantizeSection
 
 Progress = Callable[[str, int, int], None]
 _WEAKEST = 2.0**-12  # channel of a weight, against the strongest: one of zeros has a step, too
@@ -151,7 +151,7 @@ def round_program(
         restore(module, Calibrated(tuple(entries.values()), rounded))
         constants |= rounded
     if section.bias_correction != "none":
-        from edgedyn.quantize.bias_correction import correct_biases
+        from edgedyn.quantize.rounding.bias_correction import correct_biases
 
         corrected = correct_biases(
             module,

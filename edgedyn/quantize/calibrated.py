@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError
-from edgedyn.quantize.nodes import by_output, set_constant, weight_of
+from edgedyn.graph.nodes import by_output, set_constant, weight_of
 from edgedyn.quantize.plan import Site, Steps, find_sites
-from edgedyn.table_entries import Entry, Precision
+from edgedyn.quantize.table.entries import Entry, Precision
 from edgedyn.targets import Int8Scheme
 
 

@@ -10,12 +10,12 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from edgedyn.errors import CalibrationError
-from edgedyn.quantize.ablation import ablate
 from edgedyn.quantize.calibrate import Observed, Progress, observe_program, round_program
 from edgedyn.quantize.calibrated import Calibrated
-from edgedyn.quantize.nodes import fold
+from edgedyn.quantize.fold import fold
 from edgedyn.quantize.plan import Int8Method
-from edgedyn.quantize.precision import Exam, Rounded, choose_precision
+from edgedyn.quantize.search.ablation import ablate
+from edgedyn.quantize.search.precision import Exam, Rounded, choose_precision
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,8 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
 )
 
-from edgedyn.quantize.lockstep import STEP_EPSILON
 from edgedyn.quantize.plan import Plan, Site, Steps
+from edgedyn.quantize.rounding.lockstep import STEP_EPSILON
 from edgedyn.targets import Int8Scheme
 
 

@@ -18,8 +18,8 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from edgedyn.graph.nodes import COUNTED_OPS, module_path
 from edgedyn.ops import is_ours
-from edgedyn.quantize.nodes import COUNTED_OPS, module_path
 
 _COMPARISONS: Mapping[Any, Callable[[np.ndarray, float], np.ndarray]] = {
     torch.ops.aten.ge.Scalar: operator.ge,

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError, RecipeError
+from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, belongs_to, fused_activation, module_path
 from edgedyn.ops import is_ours, load_all
 from edgedyn.quantize.accounting import (
     KEPT_ALWAYS,
@@ -28,11 +29,10 @@ from edgedyn.quantize.accounting import (
     moves_only,
 )
 from edgedyn.quantize.deciding import find_decided, find_deciding_layers
-from edgedyn.quantize.nodes import MULTIPLY_ADD_OPS, belongs_to, fused_activation, module_path
 from edgedyn.targets import Int8Scheme
 
 if TYPE_CHECKING:
-    from edgedyn.recipe_sections import QuantizeSection
+    from edgedyn.recipe.keys import QuantizeSection
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from edgedyn.graph.nodes import belongs_to
+from edgedyn.graph.rewrites import halve
 from edgedyn.quantize.accounting import KEPT_SHIFT, account, int8_share
 from edgedyn.quantize.calibrated import (
     Calibrated,
@@ -23,12 +25,12 @@ from edgedyn.quantize.calibrated import (
     steps_of,
     without_products,
 )
-from edgedyn.quantize.input_products import drop_input_products, insert_input_products
-from edgedyn.quantize.nodes import belongs_to, fold
+from edgedyn.quantize.fold import fold
 from edgedyn.quantize.plan import Int8Method
-from edgedyn.quantize.products import PRODUCT, insert_products
-from edgedyn.quantize.shift import SHIFT, shift_zero_points
-from edgedyn.quantized_graph import halve, separate_readers
+from edgedyn.quantize.rescale.input_products import drop_input_products, insert_input_products
+from edgedyn.quantize.rescale.products import PRODUCT, insert_products
+from edgedyn.quantize.rescale.shift import SHIFT, shift_zero_points
+from edgedyn.targets.executorch.readers import separate_readers
 
 
 @dataclass(frozen=True)

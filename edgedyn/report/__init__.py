@@ -82,7 +82,7 @@ def write_report(
             [{node, reason}], ``dynamic_ranges`` [layer], ``check_build`` and ``calibration`` {name: value},
             ``weights`` (where they are from), ``precision`` and ``ablation`` (of a calibration table:
             {program: what was measured}), ``generated_kernels`` {name: {spread, between_images}} (shares of a
-            kernel's rms, see ``edgedyn.quantize.generated``), ``decisions`` and ``routes`` (histograms of
+            kernel's rms, see ``quantize.rescale.generated``), ``decisions`` and ``routes`` (histograms of
             margins: ``edges``, ``all``, ``changed``). Others are listed at the end, but ``operators``, which
             is for ``insert_layers``'s measurement.
 

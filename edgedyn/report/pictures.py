@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edgedyn import metrics
 from edgedyn.errors import UsageError
+from edgedyn.images import metrics
 from edgedyn.report.text import MINUS, TIMES, number
 
 _GAIN = 10

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import fx
     from torch.export import ExportedProgram
 
-    from edgedyn.validate import Row
+    from edgedyn.report.rows import Row
 
     Run = Callable[..., list[np.ndarray]]
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from edgedyn.errors import TrainingError
-from edgedyn.imaging import IMAGE_SUFFIXES
+from edgedyn.images.photo import IMAGE_SUFFIXES
 
 
 @dataclass(frozen=True)

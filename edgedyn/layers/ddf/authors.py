@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
-from edgedyn.foreign import adopt, require
+from edgedyn.layers._adopt import adopt, require
 from edgedyn.layers.ddf.reference import DDFPack, DDFUpPack, FilterNorm
 
 

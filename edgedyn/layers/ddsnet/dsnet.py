@@ -295,7 +295,7 @@ def recognise_dsnet(module: nn.Module) -> DSNet | None:
     except (AttributeError, LookupError, RuntimeError, TypeError, ValueError, ModelError) as error:
         raise ModelError(
             f"a DSNet is not the authors' network: {str(error).splitlines()[0]}. Build it with "
-            "edgedyn.authors.from_authors from its constructor arguments and state_dict."
+            "edgedyn.checkpoints.authors.from_authors from its constructor arguments and state_dict."
         ) from error
     return network.train(module.training)
 

@@ -24,8 +24,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
-from edgedyn.foreign import adopt, require
 from edgedyn.layers import Layer
+from edgedyn.layers._adopt import adopt, require
 from edgedyn.layers.dynconv.masks import (
     AuthorsMaskUnit,
     CanonicalMaskUnit,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from edgedyn.bundle.manifest import FORWARD
 from edgedyn.errors import TargetMissingError
-from edgedyn.manifest import FORWARD
 from edgedyn.targets import Events
 from edgedyn.targets.executorch.run import open_method, to_tensors
 

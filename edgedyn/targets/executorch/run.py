@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgedyn.bundle.manifest import FORWARD
 from edgedyn.errors import BundleError
-from edgedyn.manifest import FORWARD
 from edgedyn.targets.executorch import kernels
 
 if TYPE_CHECKING:

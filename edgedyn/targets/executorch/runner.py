@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgedyn import native
+from edgedyn.bundle.manifest import FORWARD
 from edgedyn.errors import BundleError, TargetMissingError
-from edgedyn.manifest import FORWARD
+from edgedyn.files import cache
+from edgedyn.targets import native
 from edgedyn.targets.executorch import kernels
 
 if TYPE_CHECKING:
@@ -64,11 +65,11 @@ def arm64_package() -> Path:
         TargetMissingError: where pip cannot fetch it, with pip's words.
     """
     release = version("executorch").split("+")[0]
-    folder = native.cache() / f"executorch-{release}-aarch64"
+    folder = cache() / f"executorch-{release}-aarch64"
     if folder.is_dir():
         return folder / "executorch"
-    native.cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=native.cache()) as fetched:
+    cache().mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache()) as fetched:
         choice = ("--platform", "manylinux_2_28_aarch64", "--only-binary=:all:", "--no-deps")
         pip = (sys.executable, "-m", "pip", "download", "--quiet", *choice, "--dest", fetched)
         done = subprocess.run([*pip, f"executorch=={release}"], capture_output=True, text=True, check=False)

@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedyn.bundle.manifest import FORWARD
 from edgedyn.errors import ModelError
-from edgedyn.manifest import FORWARD
 from edgedyn.targets import Artifact
 from edgedyn.targets.onnx_export import check_precision, describe, export_onnx
 from edgedyn.targets.onnxruntime.run import load

@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgedyn.bundle.manifest import FORWARD
 from edgedyn.errors import BundleError, ModelError, TargetMissingError, UsageError
-from edgedyn.manifest import FORWARD
 
 if TYPE_CHECKING:
     from edgedyn.targets import Run

@@ -16,8 +16,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from edgedyn import native
 from edgedyn.errors import ModelError, TargetMissingError
+from edgedyn.files import cached_path
+from edgedyn.targets import native
 from edgedyn.targets.tensorrt.signatures import SIGNATURES
 
 LIBRARY = "libedgedyn_ops_cuda.so"
@@ -89,7 +90,7 @@ def library_path(architecture: str) -> Path:
     """Return where the library of these sources stands or would stand: a folder named by their content."""
     words = subprocess.run([find_nvcc(), "--version"], capture_output=True, check=False).stdout
     files = native.find_sources("*.h", "*.cuh", "kernel_cuda.cu")
-    return native.cached_path(LIBRARY, files, words.decode(), architecture)
+    return cached_path(LIBRARY, files, words.decode(), architecture)
 
 
 def build(architecture: str) -> Path:

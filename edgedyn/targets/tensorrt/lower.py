@@ -13,8 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edgedyn.bundle.manifest import FORWARD
 from edgedyn.errors import ModelError
-from edgedyn.manifest import FORWARD
+from edgedyn.report.rows import Row
 from edgedyn.targets import Artifact
 from edgedyn.targets.onnx_export import lint_for_tensorrt, write_onnx
 from edgedyn.targets.onnxruntime.lower import (
@@ -27,7 +28,6 @@ from edgedyn.targets.onnxruntime.lower import (
 from edgedyn.targets.tensorrt.check import check_build
 from edgedyn.targets.tensorrt.nodes import expand_nodes, has_nodes, with_nodes
 from edgedyn.targets.tensorrt.run import expanded_path, host_path
-from edgedyn.validate import Row
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram

@@ -21,7 +21,7 @@ from torch.export import ExportedProgram
 
 from edgedyn import ops, targets
 from edgedyn.errors import ModelError
-from edgedyn.ops.constants import fold_constants
+from edgedyn.graph.constants import fold_constants
 from edgedyn.targets.fuse import calls_kernels, fuse_int8
 from edgedyn.targets.onnx_export import PLUGIN_DOMAIN, translate
 from edgedyn.targets.tensorrt.signatures import NAMESPACE, SCALES, SIGNATURES, VERSION, Signature, node_type

@@ -13,8 +13,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from edgedyn import native
 from edgedyn.errors import TargetMissingError
+from edgedyn.targets import native
 from edgedyn.targets.tensorrt import cuda_kernels
 from edgedyn.targets.tensorrt.plugins import make_creators
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edgedyn.bundle.manifest import FORWARD
 from edgedyn.errors import BundleError, TargetMissingError
-from edgedyn.manifest import FORWARD
 from edgedyn.targets.onnxruntime import run as onnxruntime_run
 
 if TYPE_CHECKING:

@@ -1,0 +1,192 @@
+"""How fast a bundle is on this machine: the whole, its memory, and each layer in INT8 against float32.
+
+    latency, memory   a process of its own runs the bundle's programs on its first vector
+    layers            the bundle's program beside its float32 counterpart, in turns: ``bench/speed.py``
+
+The counterpart is lowered here from the network that the bundle's recipe names, with initial weights: no time
+depends on a weight's value, and the weights file may be elsewhere. Only a fused ``masked_conv2d`` is as fast
+as its mask is empty. BatchNorm and range of its input come from the bundle's own vectors.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from edgedyn import targets
+from edgedyn.bench.speed import Comparison, Trace, attribute, compare, run_in_turns
+from edgedyn.bundle.bundle import Bundle, add_files, open_bundle, staging_folder
+from edgedyn.errors import BundleError, CheckFailedError, TargetMissingError, UsageError
+from edgedyn.files import to_json
+from edgedyn.report import insert_layers
+from edgedyn.report.rows import Row
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from edgedyn.recipe.recipe import Recipe
+
+FILE = "bench.json"
+_REPORT = ("report.html", "report.json")
+Progress = Callable[[str, int, int], None]
+
+
+def measure(bundle: Path, *, runs: int) -> dict[str, Any]:
+    """Time a bundle's programs on its first vector, in a process of its own.
+
+    Returns:
+        ``programs``: name -> ``latency_ms`` {median, p95, runs} of one tile, router included where there is
+        one, and ``megapixels_per_second``; ``memory_bytes``: ``peak`` of the process, Python and the
+        runtime's libraries included, and by how much ``running`` raised it after loading; None where the
+        system does not tell; ``runtime``.
+
+    Raises:
+        EdgedynError: as ``session.open_session``.
+        CheckFailedError: when the process ends badly.
+    """
+    from edgedyn.device import session
+
+    opened = session.open_session(bundle)  # what is refused is refused here, with its own error
+    if not opened.bundle.vectors:
+        raise BundleError(f"bundle {bundle} has no vectors; expected one to run. Build it again.")
+    command = [sys.executable, "-m", "edgedyn.bench.process", str(bundle), str(runs)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CheckFailedError(
+            f"bundle {bundle}: the process that runs it ended with {done.returncode}: "
+            f"{done.stderr.strip()[-300:]}. Run edgedyn check on it."
+        )
+    measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+def compare_with_float(
+    path: Path, *, runs: int, progress: Progress = lambda what, done, total: None
+) -> Comparison:
+    """Compare an INT8 bundle with its float32 counterpart, layer by layer; nothing is written.
+
+    Raises:
+        UsageError: for a bundle of another precision.
+        TargetMissingError: for a target that does not tell what a layer takes.
+        BundleError: when the bundle does not say what its operators are of.
+    """
+    bundle = open_bundle(path)
+    if bundle.precision != "int8":
+        raise UsageError(
+            f"bundle {path} is {bundle.precision}; layers are compared where they are INT8. Build the recipe "
+            "with precision: int8."
+        )
+    target = targets.load(bundle.target)
+    if target.profile is None:
+        raise TargetMissingError(
+            f"target {bundle.target!r} does not tell here what a layer takes. On a Jetson: trtexec "
+            "--loadEngine=model.engine --dumpProfile; a host's time of its layers would say nothing of one."
+        )
+    if reason := target.missing():
+        raise TargetMissingError(f"bundle {path} needs the target {bundle.target!r}: {reason}")
+    traces: dict[str, Trace] = bundle.manifest["facts"].get("operators", {})
+    if set(traces) != set(bundle.programs):
+        raise BundleError(
+            f"bundle {path} does not say which layers its operators are of; found {sorted(traces)}, expected "
+            f"{sorted(bundle.programs)}. Build it again with this version."
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        inputs, lowered = lower_in_float(bundle, target, Path(folder), progress)
+        pairs = {
+            name: (
+                target.profile(Path(folder) / lowered.programs[name], name),
+                target.profile(path / bundle.programs[name], name),
+            )
+            for name in traces
+        }
+        jobs = [(program, inputs[name]) for name, pair in pairs.items() for program in pair]
+        events = run_in_turns(jobs, runs=runs, progress=lambda done, total: progress("run", done, total))
+    float_traces: Any = lowered.facts["operators"]
+    float32 = {name: attribute(events[2 * i], float_traces[name]) for i, name in enumerate(pairs)}
+    int8 = {name: attribute(events[2 * i + 1], traces[name]) for i, name in enumerate(pairs)}
+    return compare(float32, int8, traces)
+
+
+def lower_in_float(
+    bundle: Bundle, target: targets.Target, folder: Path, progress: Progress
+) -> tuple[dict[str, list[np.ndarray]], targets.Artifact]:
+    """Lower the float32 counterpart of an INT8 bundle; return the inputs of each program and the artifact."""
+    from edgedyn import ops, quantize
+    from edgedyn.conversion import convert as conversion
+    from edgedyn.conversion.capture import capture
+    from edgedyn.conversion.reference import load_reference, rewrite
+    from edgedyn.graph.provenance import shared_provenance
+    from edgedyn.layers import float32_classes
+    from edgedyn.layers._routed import part_inputs, parts
+
+    recipe, samples = stored_recipe(bundle), stored_inputs(bundle)
+    target = targets.load(recipe.target, recipe.kernels)
+    with shared_provenance():
+        progress("float32", 0, 1)
+        reference = load_reference(recipe, samples)
+        canonical = rewrite(reference, bundle.manifest["facts"].get("capacities"))
+        inputs = part_inputs(canonical, samples[0])
+        programs = {}
+        for name, module in parts(canonical).items():
+            captured = capture(module, inputs[name])
+            forms, expanded = conversion.expand_part(captured, target, recipe)
+            folded = quantize.to_float(expanded, inputs[name], "fp32", float32_classes())
+            programs[name] = ops.expand(folded.program, forms, "after_quantize")
+        artifact = target.lower(programs, folder, "fp32")
+        progress("float32", 1, 1)
+    return {name: [x.numpy() for x in given] for name, given in inputs.items()}, artifact
+
+
+def stored_recipe(bundle: Bundle) -> Recipe:
+    """Return the recipe that a bundle holds, with initial weights."""
+    from edgedyn.recipe.recipe import load_recipe
+
+    return load_recipe(bundle.path / "recipe.yaml", ["model.weights=null", "model.sha256=null"])
+
+
+def stored_inputs(bundle: Bundle) -> list[tuple[Tensor, ...]]:
+    """Return the inputs of a bundle's vectors."""
+    import torch
+
+    return [
+        tuple(torch.from_numpy(np.load(bundle.path / name, allow_pickle=False)) for name in vector.inputs)
+        for vector in bundle.vectors
+    ]
+
+
+def write_comparison(path: Path, comparison: Comparison) -> None:
+    """Write a comparison into its bundle: ``bench.json``, a row of ``report.json``, a section of the page.
+
+    What an earlier one wrote is replaced.
+
+    Raises:
+        BundleError: if the bundle does not verify.
+        UsageError: if it cannot be written.
+    """
+    bundle = open_bundle(path)
+    row = Row("int8:float", "slower_layers", len(comparison.slower), {}, len(comparison.int8_layers))
+    report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    rows = [entry for entry in report["rows"] if entry["between"] != row.between]
+    values = {**comparison.to_json(), "machine": machine()}
+    page = insert_layers((path / "report.html").read_text(encoding="utf-8"), values, row.to_json())
+    with staging_folder(path) as staging:
+        (staging / FILE).write_text(to_json(values), encoding="utf-8")
+        (staging / "report.json").write_text(
+            to_json({**report, "rows": [*rows, row.to_json()]}), encoding="utf-8"
+        )
+        (staging / "report.html").write_text(page, encoding="utf-8")
+        add_files(bundle, [staging / name for name in (FILE, *_REPORT)])
+
+
+def machine() -> str:
+    """Name this machine for whoever reads the numbers elsewhere."""
+    return f"{platform.machine()}, {platform.processor() or platform.system()}, {os.cpu_count()} CPUs"

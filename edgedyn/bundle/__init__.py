@@ -1,0 +1,1 @@
+"""The directory that travels. Standard library and numpy."""

@@ -1,0 +1,240 @@
+"""A bundle: one directory with a program, what belongs to it, and a manifest that vouches for every byte.
+
+    manifest.json   its serialization and its rules: ``edgedyn/bundle/manifest.py``
+    model.pte ...   every other file is listed with size and sha256, and no other may stand there
+    vectors/        the one folder: inputs and expected outputs, ``.npy`` without pickle
+
+Opening fails closed. The digests find damage and mix-ups; they are no signature: who can write the directory
+can write a manifest that fits. Device side: standard library only.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from edgedyn.bundle.manifest import (
+    MANIFEST,
+    VECTOR_KEYS,
+    VECTORS,
+    Routing,
+    canonical,
+    check_files,
+    describe_file,
+    list_files,
+    listed_names,
+    read_manifest,
+    refusal,
+    seal,
+    tensor_specs,
+)
+from edgedyn.bundle.tensors import TensorSpec
+from edgedyn.errors import BundleError, UsageError
+from edgedyn.files import replace_file, sibling, sync
+
+
+@dataclass(frozen=True)
+class Vector:
+    """One validation vector: the file of the input, of the expected output, and how far a device may be off.
+
+    Attributes:
+        inputs: names of a ``.npy`` in the bundle for each input, of its shape and dtype.
+        output: name of a ``.npy`` in the bundle, of the first output's shape and dtype.
+        max_abs: largest difference that is allowed at any element, in units of the output.
+        rms: largest root mean square of the differences that is allowed.
+    """
+
+    inputs: tuple[str, ...]
+    output: str
+    max_abs: float
+    rms: float
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A verified bundle: its directory and the parsed manifest, to be treated as read-only.
+
+    Only ``open_bundle``, ``write_bundle`` and ``add_files`` make one.
+    """
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check of the build passed."""
+        return bool(self.manifest["ok"])
+
+    @property
+    def target(self) -> str:
+        """Name of the target that the program was lowered to."""
+        return str(self.manifest["target"])
+
+    @property
+    def precision(self) -> str:
+        """``fp32``, ``fp16`` or ``int8``."""
+        return str(self.manifest["precision"])
+
+    @property
+    def programs(self) -> dict[str, str]:
+        """The file of each program: ``forward`` alone, or a router and its variants."""
+        return dict(self.manifest["programs"])
+
+    @property
+    def routing(self) -> Routing | None:
+        """How the variants are chosen between, or None where there is one program."""
+        return Routing.from_json(self.manifest["routing"])
+
+    @property
+    def inputs(self) -> list[TensorSpec]:
+        """What the program takes, in order."""
+        return tensor_specs(self.manifest["inputs"])
+
+    @property
+    def outputs(self) -> list[TensorSpec]:
+        """What the program returns, in order."""
+        return tensor_specs(self.manifest["outputs"])
+
+    @property
+    def overlap(self) -> int:
+        """Pixels that neighbouring tiles share at least."""
+        return int(self.manifest["tile"]["overlap"])
+
+    @property
+    def vectors(self) -> list[Vector]:
+        """The validation vectors."""
+        known = [{key: vector[key] for key in VECTOR_KEYS} for vector in self.manifest["vectors"]]
+        return [Vector(**{**vector, "inputs": tuple(vector["inputs"])}) for vector in known]
+
+
+def open_bundle(path: Path, *, rebuilt: Collection[str] = ()) -> Bundle:
+    """Verify the bundle in the directory ``path``, every byte of it, and open it.
+
+    Args:
+        path: the directory.
+        rebuilt: names of files that are about to be made again with ``add_files``, so that their state, and
+            whether they are there or listed, do not matter.
+
+    Raises:
+        BundleError: if it is no bundle, or anything in it is not as its manifest says.
+    """
+    if not path.is_dir():
+        raise refusal(path, "the path", "no directory", "the directory of a bundle", "Check the path.")
+    manifest = read_manifest(path)
+    check_files(path, manifest["files"], rebuilt=rebuilt)
+    return Bundle(path, manifest)
+
+
+def engine_names(path: Path) -> set[str]:
+    """Return the engines that stand in a bundle or are listed in it: what a compilation makes again."""
+    names = {file.name for file in path.glob("*")} if path.is_dir() else set()
+    listed = listed_names(path) if MANIFEST in names else set()
+    return {name for name in names | listed if name.endswith(".engine")}
+
+
+@contextmanager
+def staging_folder(out: Path) -> Iterator[Path]:
+    """Make a hidden empty folder to build a bundle in, and remove what is left of it at the end.
+
+    Beside ``out``, because a rename is atomic only inside one file system. Parents of ``out`` are made.
+
+    Raises:
+        UsageError: if the folder cannot be made.
+    """
+    staging = sibling(out, "part")
+    try:
+        staging.mkdir(parents=True)
+    except OSError as error:
+        raise UsageError(f"cannot write beside {out}: {error}. Choose another place.") from error
+    try:
+        yield staging
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def refuse_existing(out: Path, *, force: bool = False) -> None:
+    """Refuse to write over what is at ``out``: call it before long work; ``write_bundle`` calls it last.
+
+    Raises:
+        UsageError: if ``out`` exists; with ``force`` unless it is empty or a bundle and nothing else.
+    """
+    if not os.path.lexists(out):
+        return
+    if not force:
+        raise UsageError(f"{out} exists already; expected a new path. Choose one, or use --force.")
+    if out.is_symlink() or not out.is_dir():
+        raise UsageError(f"{out} is no directory, and --force replaces only bundles. Choose another path.")
+    if not any(out.iterdir()):
+        return
+    try:
+        strangers = list_files(out) - {MANIFEST, *listed_names(out)}
+    except BundleError as error:
+        raise UsageError(f"{out} is no bundle, and --force replaces only bundles: {error}") from error
+    if strangers:
+        raise UsageError(f"{out} also holds {sorted(strangers)}, which --force would delete. Move it away.")
+
+
+def write_bundle(out: Path, staging: Path, manifest: dict[str, Any], *, force: bool = False) -> Bundle:
+    """Turn the files in ``staging`` into the bundle ``out``: complete, verified and synced, or not there.
+
+    Args:
+        staging: from ``staging_folder(out)``, holding every file but the manifest; it is gone afterwards.
+        manifest: everything but ``files`` and ``manifest_sha256``; plain JSON values.
+        force: replace the bundle at ``out``, after the new one is complete. Between the two renames that this
+            takes, a power cut leaves the old one as a hidden sibling ``.<name>.old-...``.
+
+    Raises:
+        UsageError: if ``out`` may not be written (``refuse_existing``).
+        BundleError: if the staged files or the manifest would not open as a bundle. ``out`` is untouched.
+    """
+    names = list_files(staging)
+    complete = {**manifest, "files": {name: describe_file(staging / name) for name in names}}
+    sync(*(staging / name for name in names))
+    replace_file(staging / MANIFEST, canonical(seal(complete)))
+    bundle = open_bundle(staging)
+    sync(*(path for path in (staging / VECTORS, staging) if path.is_dir()))
+    refuse_existing(out, force=force)
+    _publish(staging, out)
+    return replace(bundle, path=out)
+
+
+def add_files(bundle: Bundle, files: Sequence[Path]) -> Bundle:
+    """Move files into the bundle, under their own names, and list them in the manifest.
+
+    A power cut in between leaves a bundle that does not open, until the files are added again.
+
+    Args:
+        bundle: the bundle, opened with ``rebuilt`` names where these stand in it already.
+        files: on the bundle's file system, made in a ``staging_folder``.
+
+    Raises:
+        BundleError: if a name is not plain, or the rest of the bundle is not as it was.
+    """
+    added = {file.name: describe_file(file) for file in files}
+    listed = {**bundle.manifest["files"], **added}
+    check_files(bundle.path, listed, rebuilt=added)
+    manifest = seal({**bundle.manifest, "files": listed})
+    sync(*files)
+    for file in files:
+        file.replace(bundle.path / file.name)
+    replace_file(bundle.path / MANIFEST, canonical(manifest))
+    return replace(bundle, manifest=manifest)
+
+
+def _publish(staging: Path, out: Path) -> None:
+    old = sibling(out, "old")
+    if out.exists():
+        out.rename(old)
+    try:
+        staging.rename(out)
+    except OSError:
+        if old.exists():
+            old.rename(out)
+        raise
+    sync(staging.parent)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,274 @@
+"""The manifest of a bundle: its one serialization, its rules, and the bytes that it vouches for.
+
+    manifest.json   canonical JSON (sorted keys, indent 1, newline at the end) with its own sha256 inside
+    files           {name: {size, sha256}} of every other file; plain names, one folder ``vectors/``
+
+A manifest that passes is complete: reading it later needs no further check. Device side: standard
+library only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import stat
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from edgedyn.bundle.tensors import TensorSpec
+from edgedyn.errors import BundleError
+
+FORMAT = 2
+MANIFEST = "manifest.json"
+VECTORS = "vectors"
+RULES = ("argmax", "fallback")
+ROUTER = "router"
+FORWARD = "forward"  # the one program of a bundle that routes nothing
+_PLAIN_NAME = re.compile(rf"({VECTORS}/)?[A-Za-z0-9][A-Za-z0-9._-]*")
+_MAX_MANIFEST_BYTES = 16 * 2**20
+# The integers that every JSON reader agrees on (RFC 8259, section 6).
+_MAX_NUMBER = 2**53
+_NUMBER = (int, float)
+_DTYPES = ("float16", "float32")
+_MANIFEST_KEYS: dict[str, tuple[type, ...]] = {
+    "format": (int,),
+    "ok": (bool,),
+    **dict.fromkeys(("name", "edgedyn", "target", "precision"), (str,)),
+    **dict.fromkeys(("inputs", "outputs", "vectors"), (list,)),
+    **dict.fromkeys(("programs", "routing", "forms", "tile", "versions", "digests", "facts"), (dict,)),
+}
+_TENSOR_KEYS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("name", "dtype", "meaning"), (str,)),
+    "shape": (list,),
+    **dict.fromkeys(("low", "high"), _NUMBER),
+}
+_ROUTING_KEYS: dict[str, tuple[type, ...]] = {"rule": (str,), "router": (str,), "variants": (list,)}
+VECTOR_KEYS: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("inputs",), (list,)),
+    **dict.fromkeys(("output",), (str,)),
+    **dict.fromkeys(("max_abs", "rms"), _NUMBER),
+}
+
+
+@dataclass(frozen=True)
+class Routing:
+    """How the manifest tells it.
+
+    Attributes:
+        rule: ``argmax`` or ``fallback``.
+        router: name of the program that gives the logits; empty for ``fallback``.
+        variants: names of the variants' programs, in the order of the logits.
+    """
+
+    rule: str
+    router: str
+    variants: tuple[str, ...]
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Routing | None:
+        """Return what ``to_json`` wrote; None for an empty object: one program, nothing to choose."""
+        return cls(values["rule"], values["router"], tuple(values["variants"])) if values else None
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as JSON values."""
+        return {"rule": self.rule, "router": self.router, "variants": list(self.variants)}
+
+
+def canonical(manifest: dict[str, Any]) -> bytes:
+    """Return the one serialization of a manifest.
+
+    Raises:
+        BundleError: if it holds anything but finite numbers, strings, booleans, None, lists and dictionaries.
+    """
+    try:
+        return (json.dumps(manifest, sort_keys=True, indent=1, allow_nan=False) + "\n").encode("ascii")
+    except (TypeError, ValueError) as error:
+        raise BundleError(f"the manifest is not plain JSON: {error}. Give it plain finite values.") from error
+
+
+def seal(manifest: dict[str, Any]) -> dict[str, Any]:
+    """Return the manifest with the sha256 of its serialization inside."""
+    bare = {key: value for key, value in manifest.items() if key != "manifest_sha256"}
+    return {**bare, "manifest_sha256": hashlib.sha256(canonical(bare)).hexdigest()}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """Return the manifest in the directory ``path``; the files that it lists are not read.
+
+    Raises:
+        BundleError: if it is missing, of another format, not canonical, changed, or its values do not fit.
+    """
+    data = _manifest_bytes(path)
+    manifest = _parse(path, data)
+    if manifest.get("format") != FORMAT:
+        found = f"{manifest.get('format')!r} (written by edgedyn {manifest.get('edgedyn', 'unknown')})"
+        raise refusal(path, "format", found, str(FORMAT), "Use that edgedyn, or build it again.")
+    if data != canonical(manifest):
+        raise refusal(path, MANIFEST, "another serialization", "the canonical one")
+    expected = seal(manifest)["manifest_sha256"]
+    if manifest.get("manifest_sha256") != expected:
+        raise refusal(path, "manifest_sha256", repr(manifest.get("manifest_sha256")), expected)
+    _check_values(path, manifest)
+    return manifest
+
+
+def listed_names(path: Path) -> set[str]:
+    """Return the names that the manifest in the directory ``path`` lists, unverified.
+
+    Raises:
+        BundleError: if there is no manifest, or it is not strict JSON.
+    """
+    return set(_parse(path, _manifest_bytes(path))["files"])
+
+
+def check_files(path: Path, files: dict[str, Any], *, rebuilt: Collection[str] = ()) -> None:
+    """Compare every byte in the directory ``path`` with the entries ``files``, but not the files ``rebuilt``.
+
+    Raises:
+        BundleError: for a name that is not plain, a file that is missing, changed or not listed.
+    """
+    for name in files:
+        if not _PLAIN_NAME.fullmatch(name):
+            raise refusal(path, "a listed name", repr(name), f"letters, digits, . _ - and only {VECTORS}/")
+    taken = [name.lower() for name in (MANIFEST, VECTORS, *files)]
+    if len(set(taken)) != len(taken):
+        raise refusal(path, "listed names", str(sorted(files)), f"distinct ones in any case, no {MANIFEST}")
+    here = list_files(path) - {MANIFEST, *rebuilt}
+    if missing := sorted(set(files) - here - set(rebuilt)):
+        raise refusal(path, "listed files", f"no {', '.join(missing)}", "every listed file")
+    if extra := sorted(here - set(files)):
+        raise refusal(path, "other files", ", ".join(extra), f"only those in {MANIFEST}", "Remove them.")
+    for name, entry in files.items():
+        if name in rebuilt:
+            continue
+        found = describe_file(path / name)
+        if found != entry:
+            raise refusal(path, f"file {name}", str(found), str(entry))
+
+
+def list_files(path: Path) -> set[str]:
+    """Return the names of the files in the directory ``path`` and its vectors, the manifest's too.
+
+    Raises:
+        BundleError: for anything but plain files of plain names.
+    """
+    names = set()
+    for entry in [*path.iterdir(), *(path / VECTORS).glob("*")]:
+        name = entry.relative_to(path).as_posix()
+        kind = entry.lstat().st_mode
+        if name == VECTORS and stat.S_ISDIR(kind):
+            continue
+        if not stat.S_ISREG(kind) or not _PLAIN_NAME.fullmatch(name):
+            raise refusal(path, f"entry {name!r}", "a link, folder or odd name", "plain files", "Remove it.")
+        names.add(name)
+    return names
+
+
+def describe_file(path: Path) -> dict[str, Any]:
+    """Return a file's entry in the manifest: its size in bytes and its sha256."""
+    sha256 = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            sha256.update(block)
+    return {"size": path.stat().st_size, "sha256": sha256.hexdigest()}
+
+
+def tensor_specs(entries: list[dict[str, Any]]) -> list[TensorSpec]:
+    """Return the tensors that a checked manifest lists under ``inputs`` or ``outputs``."""
+    known = [{key: entry[key] for key in _TENSOR_KEYS} for entry in entries]
+    return [TensorSpec(**{**entry, "shape": tuple(entry["shape"])}) for entry in known]
+
+
+def refusal(path: Path, what: str, found: str, expected: str, step: str = "Build it again.") -> BundleError:
+    """Return the error for a bundle in which ``what`` is not as expected, to be raised."""
+    return BundleError(f"bundle {path}: {what}: found {found}, expected {expected}. {step}")
+
+
+def _manifest_bytes(path: Path) -> bytes:
+    file = path / MANIFEST
+    if file.is_symlink() or not file.is_file():
+        raise refusal(path, MANIFEST, "no such plain file", "the manifest of a bundle", "Check the path.")
+    if file.stat().st_size > _MAX_MANIFEST_BYTES:
+        raise refusal(path, MANIFEST, f"{file.stat().st_size} bytes", f"at most {_MAX_MANIFEST_BYTES}")
+    return file.read_bytes()
+
+
+def _parse(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        manifest = json.loads(data, object_pairs_hook=_distinct, parse_int=_number, parse_float=_number)
+    except (ValueError, RecursionError) as error:
+        raise refusal(path, MANIFEST, str(error), "strict JSON in ASCII") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise refusal(path, MANIFEST, "no object with the key 'files'", "the manifest of a bundle")
+    return manifest
+
+
+def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) != len(pairs):
+        raise ValueError(f"a key twice among {sorted(key for key, _ in pairs)}")
+    return values
+
+
+def _number(text: str) -> int | float:
+    if not abs(float(text)) <= _MAX_NUMBER:
+        raise ValueError(f"number {text[:24]}, which is not finite or beyond 2**53")
+    return int(text) if text.lstrip("-").isdigit() else float(text)
+
+
+def _check_values(path: Path, manifest: dict[str, Any]) -> None:
+    _check_types(path, "manifest", manifest, _MANIFEST_KEYS)
+    _check_types(path, "tile", manifest["tile"], {"overlap": (int,)})
+    rules = [
+        ("tile.overlap", manifest["tile"]["overlap"], "from 0", manifest["tile"]["overlap"] >= 0),
+        ("programs", manifest["programs"], "plain file names", _are_programs(manifest["programs"])),
+        ("routing", manifest["routing"], f"programs of the bundle, by {RULES}", _is_routing(manifest)),
+        ("inputs", manifest["inputs"], "at least one", bool(manifest["inputs"])),
+        ("outputs", manifest["outputs"], "at least one", bool(manifest["outputs"])),
+    ]
+    for tensor in manifest["inputs"] + manifest["outputs"]:
+        _check_types(path, "a tensor", tensor, _TENSOR_KEYS)
+        sized = all(type(size) is int and 0 < size < 2**31 for size in tensor["shape"])
+        rules.append(("shape", tensor["shape"], "sizes from 1", sized))
+        rules.append(("dtype", tensor["dtype"], f"one of {_DTYPES}", tensor["dtype"] in _DTYPES))
+    for vector in manifest["vectors"]:
+        _check_types(path, "a vector", vector, VECTOR_KEYS)
+        names = [*vector["inputs"], vector["output"]]
+        listed = all(isinstance(name, str) and name in manifest["files"] for name in names)
+        fits = listed and len(vector["inputs"]) == len(manifest["inputs"])
+        fits = fits and min(vector["max_abs"], vector["rms"]) >= 0
+        rules.append(("a vector", vector, "listed files, one an input, max_abs and rms from 0", fits))
+    for what, found, expected, holds in rules:
+        if not holds:
+            raise refusal(path, what, repr(found), expected)
+
+
+def _are_programs(programs: dict[str, Any]) -> bool:
+    names = [*programs, *programs.values()]
+    return bool(programs) and all(isinstance(name, str) and _PLAIN_NAME.fullmatch(name) for name in names)
+
+
+def _is_routing(manifest: dict[str, Any]) -> bool:
+    """Whether every program has its place: one called forward, or a router and its variants."""
+    routing, programs = manifest["routing"], manifest["programs"]
+    if not routing:
+        return set(programs) == {FORWARD}
+    if any(type(routing.get(key)) not in kinds for key, kinds in _ROUTING_KEYS.items()):
+        return False
+    variants, router = routing["variants"], routing["router"]
+    named = [*variants, *([router] if router else [])]
+    counted = len(variants) >= 2 and bool(router) == (routing["rule"] == "argmax")
+    plain = all(isinstance(name, str) for name in named) and len(set(named)) == len(named)
+    return routing["rule"] in RULES and counted and plain and set(named) == set(programs)
+
+
+def _check_types(path: Path, what: str, values: Any, kinds: dict[str, tuple[type, ...]]) -> None:
+    if not isinstance(values, dict):
+        raise refusal(path, what, repr(values), f"an object of {sorted(kinds)}")
+    for key, allowed in kinds.items():
+        if type(values.get(key)) not in allowed:
+            expected = " or ".join(kind.__name__ for kind in allowed)
+            raise refusal(path, f"{what}, key {key!r}", repr(values.get(key, "nothing")), expected)

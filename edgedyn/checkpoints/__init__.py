@@ -1,0 +1,1 @@
+"""From a file of weights, ours or the authors', to a loaded network."""

@@ -1,0 +1,258 @@
+"""What is installed here, what each target lacks, and the command that mends it.
+
+Reads package metadata, asks tools for their version and the CUDA driver for its device; imports no package
+that it asks about, so that a broken installation can be examined.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from rich.table import Table
+
+from edgedyn import targets
+from edgedyn.cli.terminal import OUT, AsJson, print_json
+from edgedyn.errors import TargetMissingError
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked for.
+
+    Attributes:
+        name: package, tool, ``CUDA device``, or ``target <name>``.
+        found: its version, the device's name, ``available`` for a target, or None where there is none.
+        needed_for: one phrase.
+        ok: False for what is required and missing, for a version that does not work, and for a target that
+            cannot be lowered to and run here. A missing optional thing is ok.
+        mend: the command or the step that changes it; also given where ok.
+        optional: edgedyn works without it: a finding that is not ok and not optional should fail the command.
+    """
+
+    name: str
+    found: str | None
+    needed_for: str
+    ok: bool
+    mend: str
+    optional: bool
+
+
+@dataclass(frozen=True)
+class Requirement:
+    """A package or a tool; ``versions`` is what ``pyproject.toml`` says of it, empty where any will do."""
+
+    name: str
+    versions: str
+    needed_for: str
+    mend: str = ""
+    optional: bool = False
+
+
+PACKAGES = (
+    Requirement("torch", ">=2.13,<2.14", "networks, export, calibration"),
+    Requirement("executorch", "==1.5.*", "lowering to a phone, and running the result here"),
+    Requirement("torchao", "==0.18.*", "INT8 quantization"),
+    Requirement("nncf", "==3.4.*", "INT8 quantization with bias correction"),
+    Requirement("onnx", ">=1.20", "lowering to TensorRT and ONNX Runtime"),
+    Requirement("onnxruntime", ">=1.23", "checking an ONNX program on this machine"),
+    Requirement(
+        "tensorrt_rtx",
+        "==1.7.*",
+        "checking an ONNX program with NVIDIA's own parser and builder, without a GPU",
+        mend='pip install "edgedyn[tensorrt-check]"',
+        optional=True,
+    ),
+    Requirement(
+        "tensorrt",
+        ">=10",
+        "building and running engines on a Jetson",
+        mend="comes with JetPack 6.1 or newer: sudo apt-get install python3-libnvinfer",
+        optional=True,
+    ),
+    Requirement(
+        "pycuda",
+        ">=2024",
+        "running engines on a Jetson",
+        mend='pip install "edgedyn[jetson]"',
+        optional=True,
+    ),
+)
+
+_KERNELS = "building the fused kernels; the stock path needs none"
+TOOLS = (
+    Requirement("g++", "", _KERNELS, mend="sudo apt-get install g++", optional=True),
+    # 3.25 of Debian 12 cannot read ExecuTorch's imported targets (executorch 1.5.1).
+    Requirement("cmake", ">=3.28", _KERNELS, mend='pip install "cmake>=3.28"', optional=True),
+    Requirement(
+        "nvcc",
+        ">=12",
+        "building the TensorRT plugins of the fused kernels, on a Jetson",
+        mend="comes with JetPack 6.1 or newer: sudo apt-get install cuda-toolkit",
+        optional=True,
+    ),
+)
+
+PYTHON = Requirement(
+    "Python", ">=3.10", "everything", mend="install Python 3.10 or newer and a new environment"
+)
+
+Lookup = Callable[[str], str | None]
+
+
+def package_version(name: str) -> str | None:
+    """Return the version in the metadata of an installed distribution, or None; does not import it."""
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def tool_version(name: str) -> str | None:
+    """Return the version that a command prints, or None where it is not on the path or does not run."""
+    path = shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")  # where JetPack has nvcc
+    if path is None:
+        return None
+    try:
+        ran = subprocess.run([path, "--version"], capture_output=True, text=True, timeout=20, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    # "g++ (Debian 12.2.0-14) 12.2.0", "cmake version 3.25.1": the last number of the first line. nvcc says
+    # "release 13.0" in its fourth.
+    numbers = re.findall(r"\d+(?:\.\d+)+", ran.stdout.partition("\n")[0])
+    numbers = numbers or re.findall(r"release (\d+(?:\.\d+)+)", ran.stdout)
+    return numbers[-1] if numbers else None
+
+
+def tensorrt_headers() -> str | None:
+    """Return the version of TensorRT's headers, in TENSORRT_ROOT or where JetPack puts them, or None."""
+    root = os.environ.get("TENSORRT_ROOT")
+    folders = [Path(root, "include")] if root else []
+    for folder in (*folders, *sorted(Path("/usr/include").glob("*-linux-gnu"))):
+        path = folder / "NvInferVersion.h"
+        if path.is_file():
+            text = path.read_text(encoding="utf-8")
+            found = [re.search(rf"(?:NV_TENSORRT|TRT)_{part}\w* (\d+)", text) for part in ("MAJOR", "MINOR")]
+            return ".".join(match[1] for match in found if match)
+    return None
+
+
+def cuda_device() -> str | None:
+    """Return the name of the first CUDA device as its driver gives it, or None without driver or device."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return None
+    device, name = ctypes.c_int(), ctypes.create_string_buffer(256)
+    if driver.cuInit(0) or driver.cuDeviceGet(ctypes.byref(device), 0):
+        return None
+    if driver.cuDeviceGetName(name, len(name), device):
+        return None
+    return name.value.decode(errors="replace")
+
+
+def examine(*, package: Lookup = package_version, tool: Lookup = tool_version) -> list[Finding]:
+    """Look for everything that edgedyn can use, and ask each target what it lacks.
+
+    Args:
+        package: returns the version of an installed distribution, or None.
+        tool: returns the version of a command, or None.
+    """
+    found = [_finding(PYTHON, platform.python_version())]
+    found += [_finding(wanted, package(wanted.name)) for wanted in PACKAGES]
+    found += [_finding(wanted, tool(wanted.name)) for wanted in TOOLS]
+    return [*found, _headers(tensorrt_headers()), _cuda(cuda_device()), *_targets()]
+
+
+def _finding(wanted: Requirement, found: str | None) -> Finding:
+    ok = wanted.optional if found is None else _within(found, wanted.versions)
+    mend = wanted.mend or f'pip install "{wanted.name}{wanted.versions}"'
+    return Finding(wanted.name, found, wanted.needed_for, ok, mend, wanted.optional)
+
+
+def _within(version: str, versions: str) -> bool:
+    """Return whether a version lies in a range of ``>=``, ``<``, ``==x.y.*``; ``+cpu``, ``rc1`` are cut."""
+    release = _release(version)
+    for part in filter(None, versions.split(",")):
+        sign = part.rstrip("0123456789.*")
+        bound = _release(part[len(sign) :])
+        if not _HOLDS[sign](release, bound):
+            return False
+    return True
+
+
+_HOLDS: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
+    ">=": lambda release, bound: release >= bound,
+    "<": lambda release, bound: release < bound,
+    "==": lambda release, bound: release[: len(bound)] == bound,
+}
+
+
+def _release(version: str) -> tuple[int, ...]:
+    leading = re.match(r"\d+(\.\d+)*", version)
+    return tuple(int(n) for n in leading[0].split(".")) if leading else ()
+
+
+def _headers(version: str | None) -> Finding:
+    return Finding(
+        name="TensorRT headers",
+        found=version,
+        needed_for="edgedyn plugin build; without them the plugins run in Python",
+        ok=version is None or _within(version, ">=10.3"),
+        mend="sudo apt-get install libnvinfer-dev on a Jetson; elsewhere TENSORRT_ROOT=folder with include/",
+        optional=True,
+    )
+
+
+def _cuda(name: str | None) -> Finding:
+    return Finding(
+        name="CUDA device",
+        found=name,
+        needed_for="building and running TensorRT engines; training",
+        ok=True,
+        mend="install NVIDIA's driver, or build the engine on the Jetson: edgedyn compile BUNDLE",
+        optional=True,
+    )
+
+
+def _targets() -> Iterator[Finding]:
+    for name in targets.names():
+        # A target that does not load is a finding of its own: the others are still to be examined.
+        try:
+            target = targets.load(name)
+        except (ImportError, AttributeError) as error:
+            mend = f"edgedyn/targets/{name} does not load ({error}); reinstall edgedyn"
+            yield Finding(f"target {name}", None, "unknown, it does not load", False, mend, optional=True)
+            continue
+        lacks = target.missing()
+        found = "available" if lacks is None else None
+        yield Finding(f"target {name}", found, target.summary, lacks is None, lacks or "", optional=True)
+
+
+def doctor(as_json: AsJson = False) -> None:
+    """Say what is installed, what each target lacks, and the command that mends it."""
+    findings = examine()
+    broken = [f for f in findings if not f.ok and not f.optional]
+    if as_json:
+        print_json({"ok": not broken, "findings": [asdict(f) for f in findings]})
+    else:
+        table = Table(box=None)
+        for column in ("", "what", "found", "needed for", "mend"):
+            table.add_column(column, overflow="fold")
+        for f in findings:
+            here = f.ok and f.found is not None
+            mark = "ok" if here else ("-" if f.optional else "MISSING")
+            table.add_row(mark, f.name, f.found or "", f.needed_for, "" if here else f.mend)
+        OUT.print(table)
+    if broken:
+        raise TargetMissingError(
+            f"{len(broken)} needed things are missing: {', '.join(f.name for f in broken)}."
+        )

@@ -1,0 +1,139 @@
+"""What edgedyn has: the rows of ``edgedyn list``."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.table import Table
+
+from edgedyn.cli.terminal import OUT, AsJson, print_json
+from edgedyn.errors import UsageError
+
+
+def list_layers() -> list[dict[str, Any]]:
+    """List the papers' dynamic layers."""
+    from edgedyn import layers
+
+    return [
+        {
+            "layer": name,
+            "paper": x.paper,
+            "primitive": x.primitive,
+            "classes": ", ".join(c.__name__ for c in x.canonical),
+        }
+        for name, x in layers.load_all().items()
+    ]
+
+
+def list_authors() -> list[dict[str, Any]]:
+    """List the authors' classes that ``edgedyn.from_authors`` builds."""
+    from edgedyn.checkpoints import authors
+
+    return [{"class": name} for name in sorted(authors.load_all())]
+
+
+def list_networks() -> list[dict[str, Any]]:
+    """List the networks of ``edgedyn/models/``."""
+    from edgedyn import models
+
+    found = [(name, importlib.import_module(f"edgedyn.models.{name}").NETWORK) for name in models.names()]
+    parameters = {name: inspect.signature(made).parameters.values() for name, made in found}
+    return [
+        {"network": name, "arguments": ", ".join(_argument(p) for p in of)} for name, of in parameters.items()
+    ]
+
+
+def _argument(parameter: inspect.Parameter) -> str:
+    """Return ``width=32``; a long default is left out."""
+    value = repr(parameter.default)
+    shown = parameter.default is not inspect.Parameter.empty and len(value) < 20
+    return f"{parameter.name}={value}" if shown else parameter.name
+
+
+def list_ops() -> list[dict[str, Any]]:
+    """List the primitive ops with their forms."""
+    from edgedyn import ops
+
+    return [
+        {
+            "op": op.name,
+            "form": f.name,
+            "requires": ", ".join(sorted(f.requires)) or "nothing",
+            "expand": f.expand,
+        }
+        for op in ops.load_all().values()
+        for f in op.forms
+    ]
+
+
+def list_targets() -> list[dict[str, Any]]:
+    """List the targets, and what each lacks here."""
+    from edgedyn import targets
+
+    found = [targets.load(name) for name in targets.names()]
+    return [
+        {
+            "target": t.name,
+            "precisions": ", ".join(sorted(t.precisions)),
+            "summary": t.summary,
+            "missing": t.missing() or "",
+        }
+        for t in found
+    ]
+
+
+def list_metrics() -> list[dict[str, Any]]:
+    """List the metrics."""
+    from edgedyn.images.metrics import METRICS
+
+    return [{"metric": n, "meaning": (f.__doc__ or "").strip().splitlines()[0]} for n, f in METRICS.items()]
+
+
+def list_recipes() -> list[dict[str, Any]]:
+    """List the recipes of a checkout."""
+    from edgedyn.recipe.recipe import load_recipe
+
+    found = [(path, load_recipe(path)) for path in sorted(Path("recipes").glob("*.yaml"))]
+    if not found:
+        raise UsageError(
+            "there is no folder recipes/ with YAML files here; run this in a checkout of edgedyn."
+        )
+    return [
+        {"recipe": str(p), "network": r.model.network, "target": r.target, "precision": r.precision}
+        for p, r in found
+    ]
+
+
+LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
+    "layers": list_layers,
+    "authors": list_authors,
+    "ops": list_ops,
+    "targets": list_targets,
+    "networks": list_networks,
+    "metrics": list_metrics,
+    "recipes": list_recipes,
+}
+
+
+def list_things(
+    what: Annotated[str, typer.Argument(metavar="layers|authors|ops|targets|networks|metrics|recipes")],
+    as_json: AsJson = False,
+) -> None:
+    """List layers, authors' classes, ops, targets, networks, metrics or recipes."""
+    if what not in LISTS:
+        raise UsageError(f"cannot list {what!r}; expected one of {', '.join(LISTS)}.")
+    rows = LISTS[what]()
+    if as_json:
+        print_json(rows)
+        return
+    table = Table(box=None)
+    for key in rows[0] if rows else ["nothing found"]:
+        table.add_column(key, overflow="fold")
+    for row in rows:
+        table.add_row(*map(str, row.values()))
+    OUT.print(table)

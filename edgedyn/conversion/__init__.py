@@ -1,0 +1,1 @@
+"""From a recipe to the programs that a target lowers."""

@@ -1,0 +1,84 @@
+"""Calibration caches of a recipe: INT8 for a TensorRT that quantizes by itself, up to version 10.
+
+    FOLDER/model.onnx    float; the weights that calibration chose
+    FOLDER/model.cache   scales of its values
+
+A routed network has both for each program; one without INT8 layers has no cache, and is built as it is.
+Without Q/DQ nodes a layer runs in INT8 only where what it writes has a scale, too: so, unlike the Q/DQ model
+of the same target, the cache also has the outputs of INT8 layers.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edgedyn import ops, quantize
+from edgedyn.errors import RecipeError, UsageError
+from edgedyn.files import replace_files
+from edgedyn.layers import float32_classes
+from edgedyn.targets import Int8Scheme
+
+if TYPE_CHECKING:
+    from torch.export import ExportedProgram
+
+    from edgedyn.conversion.convert import Converted, Part
+    from edgedyn.recipe.recipe import Recipe
+
+_SCHEME = Int8Scheme(symmetric=True, outputs=True)
+
+
+def refuse_caches(recipe: Recipe, folder: Path, *, force: bool = False) -> None:
+    """Refuse what has no calibration cache, or no place for one: call it before long work.
+
+    Raises:
+        RecipeError: for another target, or kernels of ours: they take explicit INT8 only.
+        UsageError: when something stands at ``folder``.
+    """
+    if (recipe.target, recipe.kernels) != ("tensorrt", "stock"):
+        raise RecipeError(
+            f"a calibration cache is for target tensorrt with stock kernels; recipe {recipe.name!r} has "
+            f"target {recipe.target!r} and kernels {recipe.kernels!r}. Take the network's Jetson recipe, or "
+            "set kernels: stock."
+        )
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder} is no folder; calibration caches go into one. Choose another name.")
+    if folder.exists() and any(folder.iterdir()) and not force:
+        raise UsageError(
+            f"{folder} is not empty. Choose another folder, or pass --force to replace what it has."
+        )
+
+
+def write_caches(recipe: Recipe, converted: Converted, folder: Path) -> list[Path]:
+    """Write a float ONNX a program and, where it has INT8 layers, its calibration cache; return the files.
+
+    A cache is never beside another ONNX than its own: it goes first and comes last.
+    """
+    from edgedyn.targets.onnxruntime.lower import file_name, write_models
+    from edgedyn.targets.tensorrt.calibration_cache import cache_text, split_pairs
+
+    programs = {name: _with_outputs(recipe, part) for name, part in converted.parts.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        models = write_models(programs, Path(scratch), "int8")
+    folder.mkdir(parents=True, exist_ok=True)
+    written: list[Path] = []
+    for name, model in models.items():
+        made, scales = split_pairs(model)
+        path = folder / file_name(name)
+        cache = path.with_suffix(".cache")
+        cache.unlink(missing_ok=True)
+        files = {path: made.SerializeToString(deterministic=True)}
+        if scales:
+            files[cache] = cache_text(scales).encode()
+        replace_files(files)
+        written += files
+    return written
+
+
+def _with_outputs(recipe: Recipe, part: Part) -> ExportedProgram:
+    """Return a part with a Q/DQ pair at all that INT8 layers read and write."""
+    assert part.quantized.calibrated is not None  # of INT8 there is one
+    method = quantize.Int8Method(_SCHEME, recipe.quantize, float32_classes())
+    quantized = quantize.apply(part.expanded, part.inputs, part.quantized.calibrated, method)
+    return ops.expand(quantized.program, part.forms, "after_quantize")

@@ -1,0 +1,72 @@
+"""The recipe's network, its capacities, and its rewrite on our ops."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from edgedyn.checkpoints.weights import settle_norms
+from edgedyn.errors import CalibrationError, ModelError
+from edgedyn.layers import canonicalize
+from edgedyn.layers._routed import RoutedModel
+
+if TYPE_CHECKING:
+    from edgedyn.recipe.recipe import Recipe
+
+
+def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Module:
+    """Rewrite a network on our ops; with capacities, as a quick and a dense variant."""
+    canonical = canonicalize(reference)
+    if capacities is None:
+        return canonical
+    from edgedyn.layers.dynconv.capacity import with_capacity
+
+    return RoutedModel(None, {"capacity": with_capacity(canonical, capacities), "dense": canonical})
+
+
+def load_reference(recipe: Recipe, drawn: Sequence[tuple[Tensor, ...]], *, trust: bool = False) -> nn.Module:
+    """Return the recipe's network; one without weights gets BatchNorm statistics from real images.
+
+    Raises:
+        CalibrationError: when it needs images for that and the recipe names no set.
+    """
+    reference = recipe.load_model(trust=trust)
+    has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in reference.modules())
+    if recipe.is_trained or not has_norms:
+        return reference
+    if not drawn:
+        raise CalibrationError(
+            f"recipe {recipe.name!r} has no weights, so its BatchNorm takes its statistics from images, and "
+            "it names no calibration set. Set calibration: to a manifest in calib/, or give it model.weights."
+        )
+    try:
+        settle_norms(reference, tuple(torch.cat(batch) for batch in zip(*drawn, strict=True)))
+    except RuntimeError as error:  # torch's own, for shapes that do not fit
+        raise ModelError(
+            f"{type(reference).__name__} cannot run on inputs {[tuple(x.shape) for x in drawn[0]]}: "
+            f"{str(error).splitlines()[0]}. Does the input shape fit (input.shape, model.arguments)?"
+        ) from error
+    return reference
+
+
+def count_capacities(
+    reference: nn.Module, drawn: Sequence[tuple[Tensor, ...]], quantile: float | None
+) -> dict[str, int] | None:
+    """Return the quantile of active positions by layer, or None where the recipe splits nothing.
+
+    Raises:
+        CalibrationError: when there are no images to count on.
+    """
+    if quantile is None:
+        return None
+    from edgedyn.layers.dynconv.capacity import capacities_of
+
+    if not drawn:
+        raise CalibrationError(
+            "route.capacity is a quantile of active positions on the calibration set, and the recipe names "
+            "none. Set calibration: to a manifest in calib/."
+        )
+    return capacities_of(canonicalize(reference), [inputs[0] for inputs in drawn], quantile)

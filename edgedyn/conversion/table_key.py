@@ -1,0 +1,170 @@
+"""The calibration table of a recipe: what it belongs to, where it is kept, and how it is made.
+
+    model       network, arguments, digest of the weights
+    graph       what each program computes, before our ops are expanded
+    forms       of our ops, where they bring convolutions of their own
+    data        digest of the image set: files, noise, samples, seed
+    transform   task and shapes: how an image becomes an input
+    method      the recipe's quantize section
+    finetuning  digest of the images that weights are trained on, where they are others
+    versions    of the tools that calibrate
+
+The target is no part of its key: one table holds the steps for affine and for symmetric runtimes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, fx
+
+from edgedyn.graph.nodes import shape_of
+from edgedyn.quantize import Calibrated
+from edgedyn.quantize.plan import find_sites
+from edgedyn.quantize.table.table import CalibrationTable, read_table, refuse_place
+
+if TYPE_CHECKING:
+    from edgedyn.conversion.coverage import Coverage
+    from edgedyn.images.image_set import CalibrationSet
+    from edgedyn.ops import Form, Op
+    from edgedyn.recipe.recipe import Recipe
+_TOOLS = ("edgedyn", "torch", "torchao", "nncf", "numpy")
+
+
+def table_key(
+    recipe: Recipe,
+    images: CalibrationSet,
+    captured: Mapping[str, fx.GraphModule],
+    expanded: Mapping[str, tuple[dict[Op, Form], fx.GraphModule]],
+    finetuning: CalibrationSet | None = None,
+) -> dict[str, Any]:
+    """Return the key of the table of a recipe's programs.
+
+    Args:
+        recipe: names model, task and method.
+        images: the calibration set.
+        captured: the programs with our ops as nodes, folded.
+        expanded: the forms of these ops, and the programs before they are quantized, folded.
+        finetuning: the set that weights are trained on, where it is another one.
+    """
+    layers = {name: _layers(program) for name, program in captured.items()}
+    forms = {
+        op.name: form.name
+        for name, (chosen, program) in expanded.items()
+        if _layers(program) != layers[name]
+        for op, form in chosen.items()
+        if form.expand == "before_quantize"
+    }
+    model = {"network": recipe.model.network, "arguments": recipe.model.arguments}
+    weights = recipe.weights_digest() or f"seed {recipe.model.seed}"
+    more = {} if finetuning is None else {"finetuning": finetuning.digest()}
+    return {
+        "model": {**model, "weights": weights},
+        "graph": {name: _graph(program) for name, program in captured.items()},
+        "forms": forms,
+        "data": images.digest(),
+        "transform": {"task": recipe.task, "shapes": [list(shape) for shape in recipe.input_shapes()]},
+        "method": recipe.quantize.model_dump(exclude={"table", "samples", "vivid", "finetune_images"}),
+        **more,
+        "versions": {name: version(name) for name in _TOOLS},
+    }
+
+
+def find_table(
+    recipe: Recipe, key: Mapping[str, Any], *, force: bool = False
+) -> tuple[CalibrationTable | None, str]:
+    """Read the table that the recipe names, where there is one already.
+
+    Args:
+        recipe: ``quantize.table`` names the file.
+        key: what the table must be of.
+        force: take it also where it is of something else.
+
+    Returns:
+        The table or None, and what of its key does not fit: empty unless it was forced.
+
+    Raises:
+        CalibrationError: when it is damaged, was edited, or is of something else: the field is named.
+        UsageError: when it is not there, and could not be written there.
+    """
+    if recipe.quantize.table is None:
+        return None, ""
+    path = recipe.path(recipe.quantize.table)
+    refuse_place(path)
+    if not path.exists():
+        return None, ""
+    table = read_table(path)
+    if not force:
+        table.refuse_other(key, path)
+    return table, table.misfit(key)
+
+
+def make_table(
+    recipe: Recipe,
+    images: CalibrationSet,
+    key: Mapping[str, Any],
+    programs: Mapping[str, Calibrated],
+    covered: Coverage,
+    finetuning: CalibrationSet | None = None,
+) -> CalibrationTable:
+    """Put what calibration found out about every program into one table; write it where the recipe says."""
+    more = {} if finetuning is None else {"finetuning": _describe(finetuning)}
+    table = CalibrationTable(
+        key,
+        _describe(images) | more,
+        {name: (*found.entries, *covered.logits.get(name, ())) for name, found in programs.items()},
+        {
+            f"{name}/{x}": value
+            for name, calibrated in programs.items()
+            for x, value in calibrated.constants.items()
+        },
+        {name: c.precision for name, c in programs.items() if c.precision},
+        {name: c.ablation for name, c in programs.items() if c.ablation},
+        covered.outcomes,
+    )
+    if recipe.quantize.table is not None:
+        table.write(recipe.path(recipe.quantize.table))
+    return table
+
+
+def _describe(images: CalibrationSet) -> dict[str, Any]:
+    files = [{"name": path.name, "sha256": digest} for path, digest in images.files]
+    counts = {"samples": images.samples, "vivid": images.vivid}
+    return {"name": images.name, "licence": images.licence, **counts, "files": files}
+
+
+def part_of(table: CalibrationTable, program: str) -> Calibrated:
+    """Return what a table holds of one program."""
+    prefix = f"{program}/"
+    constants = {n.removeprefix(prefix): x for n, x in table.constants.items() if n.startswith(prefix)}
+    precision, ablation = table.precision.get(program), table.ablation.get(program, {})
+    return Calibrated(table.programs.get(program, ()), constants, precision, ablation)
+
+
+def _layers(module: fx.GraphModule) -> str:
+    """Return the digest of what could be INT8: layers, the tensors that they read and write, and shapes."""
+    rows = [[site.name, site.x, list(shape_of(site.node))] for site in find_sites(module)]
+    return _digest(rows)
+
+
+def _graph(module: fx.GraphModule) -> str:
+    """Return the digest of what a program computes: its operators, what they are given, and shapes.
+
+    Weights have their own. Nodes are numbered, because their names follow how a program was written.
+    """
+    numbers = {node: f"%{number}" for number, node in enumerate(module.graph.nodes)}
+    rows = []
+    for node in module.graph.nodes:
+        given = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
+        value = node.meta.get("val")
+        shape = list(value.shape) if isinstance(value, Tensor) else None
+        rows.append([node.op, "" if node.op == "get_attr" else str(node.target), repr(given), shape])
+    return _digest(rows)
+
+
+def _digest(rows: object) -> str:
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]

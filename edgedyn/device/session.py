@@ -1,0 +1,270 @@
+"""Use a bundle where it stands: open it, run images of any size through it in tiles, check it.
+
+    y[p] = sum_i w_i[p] * program(x[tile_i])[p],  sum_i w_i[p] = 1,  w_i[row, column] = u_i[row] * v_i[column]
+
+Along each axis neighbouring tiles share at least ``overlap`` pixels. The weight passes from one to the next
+linearly over overlap / 2 pixels around the middle of what they share. So the outer overlap / 4 pixels of a
+tile, where a program sees zero padding instead of the picture, never count: a program that looks at most
+overlap / 4 pixels far gives exactly what it would give on the whole image.
+
+Device side: numpy and the target's ``run.py``; Pillow and tifffile only where files are read.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from edgedyn import targets
+from edgedyn.bundle.bundle import Bundle, open_bundle
+from edgedyn.bundle.dispatch import Run, load_programs
+from edgedyn.bundle.tensors import TensorSpec
+from edgedyn.device.tiling import padded, tiles
+from edgedyn.errors import (
+    BundleError,
+    CheckFailedError,
+    ImageError,
+    RecipeError,
+    TargetMissingError,
+    UsageError,
+)
+from edgedyn.report.rows import Row, ValidationReport
+
+Progress = Callable[[int, int], None]
+
+
+def silent(done: int, total: int) -> None:
+    """Report no progress."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """An open bundle, and ``run(*arrays)``, which returns the list of its outputs; a router decides first."""
+
+    bundle: Bundle
+    run: Run
+
+    def denoise(self, pixels: np.ndarray, *, progress: Progress = silent) -> np.ndarray:
+        """Run an image of any size through the program, in tiles of the program's own size.
+
+        Args:
+            pixels: (H, W, C) floating-point, in the range of the bundle's input. A gray image (C = 1) enters
+                a program of 3 channels as three equal ones and comes out as their mean; each channel of a
+                colour image goes through a program of 1 channel by itself.
+            progress: called with (tiles done, tiles in all) after each tile.
+
+        Returns:
+            (H, W, C) float32, not clipped; s times as high and wide for a program that enlarges s times.
+
+        Raises:
+            ImageError: for another array, values that are not finite, or a program that takes no image.
+            CheckFailedError: if the program returns another shape, or values that are not finite.
+        """
+        spec, scale = _image_spec(self.bundle)
+        _check_pixels(pixels)
+        channels, tile_h, tile_w = spec.shape[1:]
+        height, width = pixels.shape[:2]
+        planes = [padded(plane, tile_h, tile_w) for plane in _planes(pixels, channels)]
+        blended = [np.zeros((len(p), p.shape[1] * scale, p.shape[2] * scale), np.float32) for p in planes]
+        grid = tiles(height, width, tile_h, tile_w, self.bundle.overlap)
+        jobs = [(plane, result, tile) for plane, result in zip(planes, blended, strict=True) for tile in grid]
+        for done, (plane, result, tile) in enumerate(jobs, 1):
+            rows, columns = (np.s_[at : at + size] for at, size in ((tile.top, tile_h), (tile.left, tile_w)))
+            weight = tile.rows.repeat(scale)[:, None] * tile.columns.repeat(scale)
+            there = (slice(None), *(slice(s.start * scale, s.stop * scale) for s in (rows, columns)))
+            result[there] += weight * self._run_tile(plane[:, rows, columns], spec, scale)
+            progress(done, len(jobs))
+        joined = np.concatenate(blended)[:, : height * scale, : width * scale].transpose(1, 2, 0)
+        if pixels.shape[2] < channels:
+            joined = joined.mean(axis=2, keepdims=True)
+        return np.ascontiguousarray(joined)
+
+    def _run_tile(self, tile: np.ndarray, spec: TensorSpec, scale: int) -> np.ndarray:
+        outputs = self.run(np.ascontiguousarray(tile[None], dtype=spec.dtype))
+        y, (h, w) = np.asarray(outputs[0]), spec.shape[2:]
+        expected = (*spec.shape[:2], h * scale, w * scale)
+        if y.shape != expected or not np.isfinite(y).all():
+            found = f"{y.shape}, {int((~np.isfinite(y)).sum())} values not finite"
+            raise CheckFailedError(
+                f"bundle {self.bundle.path}: the program's output: found {found}, expected {expected}. "
+                "Run edgedyn check on it."
+            )
+        result: np.ndarray = y[0].astype(np.float32, copy=False)
+        return result
+
+
+def open_session(path: Path) -> Session:
+    """Verify the bundle in ``path`` and load its program with its target's runtime.
+
+    Raises:
+        BundleError: if the bundle does not verify or names a target that this edgedyn does not have.
+        TargetMissingError: if the target's runtime is not installed here.
+        UsageError: if the program is still to be compiled.
+    """
+    bundle = open_bundle(path)
+    try:
+        target = targets.load(bundle.target)
+    except RecipeError as error:
+        raise BundleError(f"bundle {path}: {error} Or use the edgedyn that wrote the bundle.") from error
+    if reason := target.missing():
+        raise TargetMissingError(f"bundle {path} needs the target {bundle.target!r}: {reason}")
+    if lacks := sorted(set(bundle.programs.values()) - set(bundle.manifest["files"])):
+        raise UsageError(f"bundle {path} has no {lacks[0]} yet. Make it here: edgedyn compile {path}")
+    return Session(bundle, load_programs(target.load, path, bundle.programs, bundle.routing))
+
+
+def denoise_files(
+    session: Session,
+    images: list[Path],
+    out: Path,
+    *,
+    force: bool = False,
+    progress: Callable[[Path, int, int], None] = lambda image, done, total: None,
+) -> list[Path]:
+    """Run image files through a session and write them, under their own names, into the folder ``out``.
+
+    What can be refused by names alone is refused before any work. Each file appears whole or not at all.
+
+    Args:
+        out: folder for the results, made if need be.
+        force: replace results that exist; never an input.
+        progress: called with (image, tiles done, tiles in all) after each tile.
+
+    Returns:
+        The files written, in the order of ``images``.
+
+    Raises:
+        UsageError: for no images, two of one name, results that exist, or a folder inside the bundle.
+        ImageError: for a file that is no readable image or has a suffix that cannot be written.
+    """
+    # Here, so that checking a bundle on a device needs neither Pillow nor tifffile.
+    from edgedyn.images.photo import SUFFIXES, read_image, write_image
+
+    if out.resolve().is_relative_to(session.bundle.path.resolve()):
+        raise UsageError(f"results in {out} would make the bundle invalid. Choose a folder outside of it.")
+    results = _result_paths(images, out, force=force)
+    if odd := sorted({image.suffix for image in images if image.suffix.lower() not in SUFFIXES}):
+        raise ImageError(f"found suffixes {odd}, expected {list(SUFFIXES)}. Convert these files.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"cannot make the folder {out}: {error}. Choose another output folder.") from error
+    for image, result in zip(images, results, strict=True):
+        photo = read_image(image)
+        tell = functools.partial(progress, image)
+        write_image(photo, session.denoise(photo.pixels, progress=tell), result)
+    return results
+
+
+def check(session: Session) -> ValidationReport:
+    """Run the bundle's validation vectors where it stands.
+
+    Returns:
+        Two rows a vector, ``device:vectors``, with the largest and the root mean square difference from the
+        expected output, and one that repeats the verdict of the build. A bundle without vectors is not ok.
+
+    Raises:
+        BundleError: if a vector is no array of the shape and dtype that the manifest gives.
+        CheckFailedError: if the program returns another shape.
+    """
+    vectors = session.bundle.vectors
+    failures = 0.0 if session.bundle.ok else 1.0
+    rows = [Row("build:report", "failed_builds", failures, {"at_most": 0}, len(vectors))]
+    for vector in vectors:
+        specs = zip(vector.inputs, session.bundle.inputs, strict=True)
+        arrays = [_read_array(session.bundle, name, spec) for name, spec in specs]
+        expected = _read_array(session.bundle, vector.output, session.bundle.outputs[0])
+        found = np.asarray(session.run(*arrays)[0])
+        name = vector.inputs[0]
+        if found.shape != expected.shape:
+            where = f"bundle {session.bundle.path}, {name}"
+            raise CheckFailedError(
+                f"{where}: found {found.shape}, expected {expected.shape}. Build it again."
+            )
+        error = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+        worst, rms = float(error.max()), float(np.sqrt(np.mean(error**2)))
+        rows += [
+            Row("device:vectors", f"max_abs[{name}]", worst, {"at_most": vector.max_abs}, 1),
+            Row("device:vectors", f"rms[{name}]", rms, {"at_most": vector.rms}, 1),
+        ]
+    return ValidationReport(tuple(rows))
+
+
+def _read_array(bundle: Bundle, name: str, spec: TensorSpec) -> np.ndarray:
+    try:
+        array = np.load(bundle.path / name, allow_pickle=False)
+        found = f"{array.dtype} {array.shape}"
+    except (OSError, ValueError, EOFError, AttributeError, MemoryError) as error:
+        found, array = str(error), np.empty(0)
+    expected = f"{spec.dtype} {spec.shape}"
+    if found != expected:
+        raise BundleError(
+            f"bundle {bundle.path}, {name}: found {found}, expected .npy without pickle, {expected} of "
+            f"{spec.name!r}. Build the bundle again."
+        )
+    return np.asarray(array)
+
+
+def _image_spec(bundle: Bundle) -> tuple[TensorSpec, int]:
+    """Return the input of an image-to-image bundle, and how many times larger its output is."""
+    spec, shapes = bundle.inputs[0], [s.shape for s in bundle.inputs + bundle.outputs]
+    if len(shapes) == 2 and len(spec.shape) == 4 and spec.shape[:2] in ((1, 1), (1, 3)):
+        scale = shapes[1][2] // spec.shape[2] if len(shapes[1]) == 4 else 0
+        if scale and shapes[1] == (*spec.shape[:2], spec.shape[2] * scale, spec.shape[3] * scale):
+            return spec, scale
+    raise ImageError(
+        f"bundle {bundle.path} takes and returns {shapes}; expected one (1, C, H, W) image, C 1 or 3, and an "
+        "image of a whole multiple of its size. Call its program through Session.run."
+    )
+
+
+def _check_pixels(pixels: np.ndarray) -> None:
+    shaped = pixels.ndim == 3 and pixels.shape[2] in (1, 3) and pixels.size > 0
+    if not shaped or pixels.dtype.kind != "f":
+        raise ImageError(
+            f"found pixels {pixels.dtype} {pixels.shape}, expected floating-point (H, W, C), C 1 or 3. "
+            "Read the file with edgedyn.images.photo.read_image."
+        )
+    if not np.isfinite(pixels).all():
+        count = int((~np.isfinite(pixels)).sum())
+        raise ImageError(f"found {count} pixel values that are not finite, expected none. Mend the image.")
+
+
+def _planes(pixels: np.ndarray, channels: int) -> list[np.ndarray]:
+    """Return what to run, each (channels, H, W) float32."""
+    bands = pixels.transpose(2, 0, 1).astype(np.float32)
+    if len(bands) == channels:
+        return [bands]
+    return [np.repeat(band[None], channels, axis=0) for band in bands]
+
+
+def _result_paths(images: list[Path], out: Path, *, force: bool) -> list[Path]:
+    if not images:
+        raise UsageError("found no images, expected at least one. Name the files to run.")
+    results = [out / image.name for image in images]
+    names = [result.name.lower() for result in results]
+    if doubled := sorted({name for name in names if names.count(name) > 1}):
+        raise UsageError(
+            f"found images of one name, {doubled}, expected distinct ones in {out}. Run them apart."
+        )
+    for image, result in zip(images, results, strict=True):
+        if not image.is_file():
+            raise ImageError(f"image {image}: found no file, expected PNG, JPEG or TIFF. Check the path.")
+        if result.exists() and result.samefile(image):
+            raise UsageError(f"{image} would be overwritten by its result. Choose another output folder.")
+        if os.path.lexists(result) and not force:
+            raise UsageError(f"{result} exists already. Choose another output folder, or use --force.")
+    return results
+
+
+def runtime_name(bundle: Bundle) -> str:
+    """Return what runs the bundle's program here, so that a host's check is never taken for a device's."""
+    module = importlib.import_module(f"edgedyn.targets.{bundle.target}.run")
+    names = {module.runtime_name(bundle.path / file) for file in bundle.programs.values()}
+    return ", ".join(sorted(names))

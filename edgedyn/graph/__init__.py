@@ -1,0 +1,1 @@
+"""What a node of an exported graph is, and exact rewrites of it."""

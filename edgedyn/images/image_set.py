@@ -1,0 +1,384 @@
+"""Image sets with a noise model: what INT8 is calibrated on, and what everything is validated on.
+
+    a manifest (calib/<set>.yaml), a folder, or any iterable of images: ``CalibrationSet.of``
+    sample = image [resized] -> crop -> shrunk by the task -> noise (``edgedyn.images.noise``)
+
+Every image is known by its sha256, and the same samples are drawn every time. Refused is what proves nothing:
+constant images, random values, and a set that shares an image with the one it is validated on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgedyn.errors import CalibrationError
+from edgedyn.images.bayer import RawSection
+from edgedyn.images.crops import CORRELATED, correlate, draw_crops, make_vivid, random_error, refuse_constant
+from edgedyn.images.manifest import find_folder, read_manifest
+from edgedyn.images.noise import FOLDER_NOISE, NO_NOISE, NoiseSection
+from edgedyn.images.pixels import SUFFIXES, read_pixels, resize, unpack, with_channels
+from edgedyn.images.tasks import TASKS, Task, make_guide, shrink
+
+MOST_SAMPLES = 64  # of a folder, taken evenly; a manifest or a recipe may ask for more
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a network is given, made of one crop of a photo.
+
+    Attributes:
+        inputs: the noisy image (1, C, H, W) float32, and the guide of a joint network.
+        truth: the crop, 0 black, 1 white; what the output should be where the task has a truth. Of a noisy
+            photo without a clean one, the noisy crop.
+        sigma: noise level, 0..255 scale; of noise that is no white Gaussian one, its root mean square.
+        source: file name.
+        noise: what rows of a report call samples of this noise; by default by their sigma.
+    """
+
+    inputs: tuple[np.ndarray, ...]
+    truth: np.ndarray
+    sigma: float
+    source: str
+    noise: str = ""
+
+    @property
+    def noisy(self) -> np.ndarray:
+        """The noisy image, (1, C, H, W)."""
+        return self.inputs[0]
+
+    @property
+    def condition(self) -> str:
+        """What rows of a report are measured on, for instance ``sigma=25``."""
+        return self.noise or f"sigma={self.sigma:g}"
+
+
+@dataclass(frozen=True, eq=False)
+class SetImage:
+    """One image of a set.
+
+    Attributes:
+        path: of the file; a name where the image is in memory.
+        sha256: of the file, or of the pixels of an image in memory.
+        clean: of a noisy photo, the same scene without noise.
+        pixels: of an image in memory, (H, W, C) float32; None where the file has them.
+    """
+
+    path: Path
+    sha256: str
+    clean: SetImage | None = None
+    pixels: np.ndarray | None = field(default=None, repr=False)
+
+    def read(self, raw: RawSection | None = None) -> np.ndarray:
+        """Return the pixels, (H, W, C) float32, 0 black, 1 white."""
+        return read_pixels(self.path, raw) if self.pixels is None else self.pixels
+
+
+@dataclass(frozen=True, eq=False)
+class CalibrationSet:
+    """Hashed images, their licence, the noise model and how many crops are drawn.
+
+    Attributes:
+        samples: crops that are drawn.
+        vivid: crops of exchanged and saturated colours that are drawn after these.
+        short_side: pixels that the shorter side of every image is resized to; None leaves images as they are.
+    """
+
+    name: str
+    licence: str
+    images: tuple[SetImage, ...]
+    noise: NoiseSection
+    samples: int
+    seed: int = 0
+    raw: RawSection | None = None
+    vivid: int = 0
+    short_side: int | None = None
+
+    @classmethod
+    def of(
+        cls,
+        images: Iterable[Any],
+        *,
+        samples: int = 32,
+        transform: Callable[[Any], Any] = lambda item: item,
+        noise: NoiseSection = NO_NOISE,
+        name: str = "images",
+        licence: str = "not stated",
+        seed: int = 0,
+    ) -> CalibrationSet:
+        """Return a set of the first images of an iterable, for instance of a PyTorch DataLoader.
+
+        The images are kept in memory, and the set's digest is of their pixels.
+
+        Args:
+            images: images, arrays or tensors, or batches (B, C, H, W) of them; see ``edgedyn.images.pixels``.
+            samples: how many images to take, one sample each; no more is asked of the iterable.
+            transform: what makes an image or a batch of an item, for instance ``lambda batch: batch[0]``.
+            noise: what is added to them; by default nothing, they are what the network gets.
+            name: of the set, for reports.
+            licence: of the images.
+            seed: of where crops lie, and of the noise.
+
+        Raises:
+            CalibrationError: when there are fewer images, or an item is no image.
+        """
+        taken: list[SetImage] = []
+        for index, item in enumerate(images):
+            for pixels in unpack(transform(item), f"item {index} of the set {name!r}"):
+                taken.append(SetImage(Path(f"{name}[{len(taken)}]"), _digest(pixels), pixels=pixels))
+            if len(taken) >= samples:
+                break
+        if len(taken) < samples or samples < 1:
+            raise CalibrationError(
+                f"the set {name!r} gave {len(taken)} images; {samples} samples were asked for. Give more "
+                "images, or ask for fewer, at least one: samples=..."
+            )
+        return cls(name, licence, tuple(taken[:samples]), noise, samples, seed)
+
+    @property
+    def files(self) -> tuple[tuple[Path, str], ...]:
+        """Every image with its digest, clean ones included."""
+        every = (x for image in self.images for x in (image, image.clean) if x is not None)
+        return tuple((image.path, image.sha256) for image in every)
+
+    @property
+    def has_truth(self) -> bool:
+        """Whether what the output should be is known: each noisy photo has a clean one."""
+        return self.noise.kind != "real" or all(image.clean is not None for image in self.images)
+
+    def draw(self, shapes: Sequence[tuple[int, ...]], task: Task = TASKS["denoise"]) -> Iterator[Sample]:
+        """Yield inputs of a program, made of crops of the photos, the same ones every time.
+
+        Files are taken in turn, or evenly where there are more of them than samples; an image smaller than
+        the crop is reflected at its border.
+
+        Args:
+            shapes: of the program's inputs, (1, C, H, W); a second one is the guide.
+            task: what the program is for.
+
+        Raises:
+            CalibrationError: for an image that cannot be read, is constant, or is random: it carries no
+                statistics. Photos with noise of their own are random only where all of them are, since a
+                flat patch with noise is noise.
+        """
+        _, channels, height, width = shapes[0]
+        correlations: dict[Path, float] = {}
+        for index in range(self.samples + self.vivid):
+            is_vivid = index >= self.samples
+            place, samples = (index - self.samples, self.vivid) if is_vivid else (index, self.samples)
+            image = self._image(place, samples)
+            rng = np.random.default_rng([self.seed, index])
+            given, truth = self._pixels(image, channels)
+            if image.path not in correlations:
+                correlations[image.path] = correlate(truth)
+                self._refuse_random(image, correlations[image.path])
+            if self.short_side is not None:  # no image has a clean one then
+                given = truth = self._reduce(image, truth, self.short_side)
+            given, truth = draw_crops((given, truth), (height * task.scale, width * task.scale), rng)
+            if is_vivid:
+                given = truth = make_vivid(truth, rng)
+            for pixels, source in ((given, image), (truth, image.clean or image)):
+                refuse_constant(pixels, source.path)
+            clean = shrink(given, task.scale)
+            noisy, sigma, name = self.noise.add(clean, index, len(self.images), rng)
+            if image.clean is not None:
+                sigma = 255 * float(np.sqrt(np.mean((noisy - shrink(truth, task.scale)) ** 2)))
+            guides = [make_guide(truth, shape[1]) for shape in shapes[1:]]
+            yield Sample((noisy, *guides), truth, sigma, image.path.name, name)
+        if max(correlations.values()) < CORRELATED:
+            raise random_error(f"every image of the set {self.name!r}", max(correlations.values()))
+
+    def _image(self, index: int, samples: int) -> SetImage:
+        count = len(self.images)
+        return self.images[index * count // samples if samples < count else index % count]
+
+    def _pixels(self, image: SetImage, channels: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return what noise is added to, and the truth: the same but for noisy photos with a clean one."""
+        given = with_channels(image.read(self.raw), channels)
+        if image.clean is None:
+            return given, given
+        truth = with_channels(image.clean.read(self.raw), channels)
+        if truth.shape != given.shape:
+            raise CalibrationError(
+                f"{image.path} is {_size(given)} and its clean file {image.clean.path} is {_size(truth)}; "
+                "expected the same scene, pixel on pixel. Crop both alike."
+            )
+        return given, truth
+
+    def _refuse_random(self, image: SetImage, found: float) -> None:
+        is_clean = self.noise.is_added or image.clean is not None
+        if is_clean and found < CORRELATED:
+            raise random_error(str((image.clean or image).path), found)
+
+    def _reduce(self, image: SetImage, pixels: np.ndarray, short_side: int) -> np.ndarray:
+        if min(pixels.shape[:2]) < short_side:
+            raise CalibrationError(
+                f"{image.path} is {_size(pixels)}, and short_side of the set {self.name!r} is {short_side}: "
+                "an enlarged photo has no details. Take the file out, or make short_side smaller."
+            )
+        return resize(pixels, short_side)
+
+    def digest(self) -> str:
+        """Return the sha256 over digests of images, noise, numbers of samples, seed and preprocessing."""
+        pairs = [[image.sha256, image.clean and image.clean.sha256] for image in self.images]
+        raw = self.raw and self.raw.model_dump()
+        values = [pairs, self.noise.to_json(), self.samples, self.vivid, self.seed, raw]
+        values += [self.short_side] if self.short_side is not None else []
+        return hashlib.sha256(json.dumps(values).encode()).hexdigest()
+
+    def with_noise(self, noise: NoiseSection) -> CalibrationSet:
+        """Return the set with another noise model; of noisy photos the clean ones are taken then.
+
+        Raises:
+            CalibrationError: for real noise on a set of clean photos, other noise on one without these.
+        """
+        if noise.kind == "real" and self.noise.kind != "real":
+            raise CalibrationError(
+                f"the recipe's noise is 'real', and the set {self.name!r} has noise of kind "
+                f"{self.noise.kind!r}: no noisy photos. Name another set, or drop noise: from the recipe."
+            )
+        if noise.kind == self.noise.kind or self.noise.kind != "real":
+            return replace(self, noise=noise)
+        clean = tuple(image.clean for image in self.images if image.clean is not None)
+        if len(clean) < len(self.images):
+            raise CalibrationError(
+                f"the recipe's noise is {noise.kind!r}, and {len(self.images) - len(clean)} noisy photos of "
+                f"the set {self.name!r} have no clean file to add it to. Add clean: to the manifest, or drop "
+                "noise: from the recipe."
+            )
+        return replace(self, images=clean, noise=noise)
+
+    def with_vivid(self, samples: int) -> CalibrationSet:
+        """Return the set with so many samples more, of exchanged and saturated colours.
+
+        Raises:
+            CalibrationError: for a set of noisy photos: their noise would be changed with the colours.
+        """
+        if samples and not self.noise.is_added:
+            raise CalibrationError(
+                f"quantize.vivid changes the colours of clean photos before noise is added, and the set "
+                f"{self.name!r} has noise of kind {self.noise.kind!r}. Set quantize.vivid: 0."
+            )
+        return replace(self, vivid=samples)
+
+    def fresh(self, k: int) -> CalibrationSet:
+        """Return the set with other crops and other noise, the k-th others, and in natural colours."""
+        return replace(self, seed=self.seed + k, vivid=0)
+
+    def take(self, samples: int) -> CalibrationSet:
+        """Return the set with so many samples, each of another image.
+
+        Raises:
+            CalibrationError: when it has fewer different images.
+        """
+        distinct = tuple({image.sha256: image for image in self.images}.values())
+        if len(distinct) < samples:
+            raise CalibrationError(
+                f"the recipe asks for {samples} calibration samples, each of another image "
+                f"(quantize.samples), and the set {self.name!r} has {len(distinct)} different images. Add "
+                f"images, or ask for fewer: --set quantize.samples={len(distinct)}."
+            )
+        return replace(self, images=distinct, samples=samples)
+
+
+def open_set(path: Path, *, most: int = MOST_SAMPLES) -> CalibrationSet:
+    """Open a manifest, or a folder of images with ``FOLDER_NOISE``, at most ``most`` of them evenly taken.
+
+    Raises:
+        CalibrationError: when it does not exist, is empty, or a file is missing or differs from its sha256.
+    """
+    if path.is_dir():
+        return _open_folder(path, most)
+    manifest = read_manifest(path)
+    images = []
+    for file in manifest.files:
+        folder = find_folder(file.root or manifest.root, path)
+        clean = SetImage(folder / file.clean.name, file.clean.sha256) if file.clean else None
+        images.append(SetImage(folder / file.name, file.sha256, clean))
+    opened = CalibrationSet(
+        manifest.name,
+        manifest.licence,
+        tuple(images),
+        manifest.noise,
+        manifest.samples,
+        manifest.seed,
+        manifest.raw,
+        short_side=manifest.short_side,
+    )
+    for image, expected in opened.files:
+        found = _sha256(image, path)
+        if found != expected:
+            raise CalibrationError(
+                f"image set {path}: {image.name} has sha256 {found}, the manifest says {expected}. "
+                "Fetch the file again, or write the new digest if you mean to use this one."
+            )
+    return opened
+
+
+def refuse_overlap(calibration: CalibrationSet, validation: CalibrationSet) -> None:
+    """Refuse sets that share an image: numbers measured on calibration images prove nothing.
+
+    Raises:
+        CalibrationError: naming the shared files.
+    """
+    seen = {digest: path for path, digest in calibration.files}
+    digests = list(validation.files)
+    if any(image.pixels is not None for image in calibration.images):  # these are known by their pixels
+        digests += [(path, _digest(read_pixels(path, validation.raw))) for path, _ in validation.files]
+    shared = [f"{path.name} ({seen[digest].name})" for path, digest in digests if digest in seen]
+    if shared:
+        raise CalibrationError(
+            f"calibration set {calibration.name!r} and validation set {validation.name!r} share "
+            f"{len(shared)} files (by content): {', '.join(shared[:5])}. Take them out of one set."
+        )
+
+
+def refuse_other_clipping(calibration: CalibrationSet, validation: CalibrationSet) -> None:
+    """Refuse sets of which one clips its noise and the other does not: a network is trained for one of them.
+
+    Raises:
+        CalibrationError: naming both rules.
+    """
+    rules = [(s.name, s.noise.clip) for s in (calibration, validation) if s.noise.is_added]
+    if len({clip for _, clip in rules}) > 1:
+        one, other = (f"{name!r} has clip: {str(clip).lower()}" for name, clip in rules)
+        raise CalibrationError(
+            f"calibration set {one}, and validation set {other}; expected one clipping rule, the one that "
+            "the network was trained with. Mend a manifest, or set noise: in the recipe, for both."
+        )
+
+
+def _open_folder(path: Path, most: int) -> CalibrationSet:
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not files:
+        raise CalibrationError(
+            f"image folder {path} holds no image ({len(list(path.iterdir()))} other entries); "
+            f"expected files with a suffix of {', '.join(sorted(SUFFIXES))}. "
+            "Put images there or name another folder."
+        )
+    taken = dict.fromkeys(files[i * len(files) // most] for i in range(most))
+    images = tuple(SetImage(file, _sha256(file, path)) for file in taken)
+    return CalibrationSet(path.name, "not stated", images, FOLDER_NOISE, max(12, len(images)))
+
+
+def _sha256(file: Path, source: Path) -> str:
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()
+    except OSError as error:
+        raise CalibrationError(
+            f"image set {source}: {file} cannot be read ({error.strerror}). Restore it."
+        ) from error
+
+
+def _digest(pixels: np.ndarray) -> str:
+    return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
+
+
+def _size(pixels: np.ndarray) -> str:
+    return f"{pixels.shape[1]} x {pixels.shape[0]}"

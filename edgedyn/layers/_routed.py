@@ -1,0 +1,112 @@
+"""A router and K static variants: how a network is deployed whose structure depends on its input.
+
+    argmax     logits, *carried = router(x)      y = variants[argmax(logits)](*carried, or x where none)
+    fallback   y, overflow = variants[0](x)      y = variants[1](x) where overflow > 0; no router
+
+Every variant is an ordinary network of fixed structure, lowered like any other. The host picks one an image,
+by the rule that the manifest names; no Python code of the network is needed there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from edgedyn.bundle.manifest import FORWARD, ROUTER, Routing
+from edgedyn.errors import ModelError
+
+
+class RoutedModel(nn.Module):
+    """A routed program; called like the network that it stands for, each sample of a batch by itself.
+
+    Args:
+        router: x -> logits (B, K), or (logits, *carried) where the variants take ``carried`` instead of x;
+            None for the rule ``fallback``.
+        variants: name -> network, K of them. Without a router the first is right while its second output,
+            ``overflow`` (B,), is 0 (it counts what did not fit), and the second is always right.
+
+    Raises:
+        ModelError: for fewer than 2 variants, or, without a router, more; for a name that no file can have.
+    """
+
+    def __init__(self, router: nn.Module | None, variants: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        odd = [name for name in variants if name in (ROUTER, FORWARD) or not name.isalnum()]
+        if odd:
+            raise ModelError(
+                f"a variant is called {odd[0]!r}; expected letters and digits, and neither {ROUTER!r} nor "
+                f"{FORWARD!r}. Rename it."
+            )
+        if len(variants) < 2 or (router is None and len(variants) != 2):
+            raise ModelError(
+                f"a routed program got {len(variants)} variants {list(variants)}; expected at least 2, and "
+                "without a router exactly 2: the quick one and the one that is always right."
+            )
+        self.router = router
+        self.variants = nn.ModuleDict(variants)
+
+    @property
+    def rule(self) -> str:
+        """``argmax`` or ``fallback``."""
+        return "fallback" if self.router is None else "argmax"
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Run the variant that each sample of x (B, ...) is routed to."""
+        return torch.cat([self._run(sample) for sample in torch.split(x, 1)])
+
+    def route(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """Return the router's logits (B, K) and what the variants take.
+
+        Raises:
+            ModelError: when there is no router, or it does not give one logit a variant.
+        """
+        if self.router is None:
+            raise ModelError("this routed program has no router; its rule is fallback. Run its variants.")
+        given = self.router(x)
+        logits, *carried = given if isinstance(given, tuple) else (given,)
+        if logits.shape != (x.shape[0], len(self.variants)):
+            raise ModelError(
+                f"the router gives logits {tuple(logits.shape)} for {len(self.variants)} variants "
+                f"({', '.join(self.variants)}) and a batch of {x.shape[0]}; expected "
+                f"{(x.shape[0], len(self.variants))}. Give the gate one output a variant."
+            )
+        return logits, tuple(carried) or (x,)
+
+    def _run(self, x: Tensor) -> Tensor:
+        variants = list(self.variants.values())
+        if self.router is None:
+            y, overflow = variants[0](x)
+            return y if not overflow.any() else variants[1](x)  # type: ignore[no-any-return]
+        logits, carried = self.route(x)
+        return variants[int(logits.argmax(1))](*carried)  # type: ignore[no-any-return]
+
+
+def parts(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the static networks of a canonical model by program: ``forward``, or router and variants."""
+    if not isinstance(model, RoutedModel):
+        return {FORWARD: model}
+    router = {} if model.router is None else {ROUTER: model.router}
+    return router | dict(model.variants.items())
+
+
+def part_inputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[Tensor, ...]]:
+    """Return what each part takes for a model's inputs, as the model itself would make it.
+
+    Raises:
+        ModelError: when the router does not give one logit a variant.
+    """
+    given = dict.fromkeys(parts(model), inputs)
+    if isinstance(model, RoutedModel) and model.router is not None:
+        with torch.no_grad():
+            given |= dict.fromkeys(model.variants, model.route(*inputs)[1])
+    return given
+
+
+def routing_of(model: nn.Module) -> Routing | None:
+    """Return how the manifest tells a model's routing, or None where it has none."""
+    if not isinstance(model, RoutedModel):
+        return None
+    router = "" if model.router is None else ROUTER
+    return Routing(model.rule, router, tuple(model.variants))

@@ -1,0 +1,118 @@
+"""Range estimators: which interval of a tensor its 256 INT8 steps cover.
+
+    minmax       all values
+    percentile   all but the share (100 - p) / 2 % of the values at either end
+    mse          the interval with the least mean squared error of rounding and clipping
+    entropy      the interval whose quantized distribution is nearest to the true one (Kullback-Leibler)
+
+Each reads a histogram and returns (low, high); ``step_of`` turns that to a scale and a zero point. Zero is
+always in the interval: it pads convolutions, and has to be exact. Where the zero point is 0 the interval is
+as wide on both sides.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from edgedyn.quantize.observe.histogram import Histogram
+
+_LEVELS = 256
+_CANDIDATES = 64  # widths that mse and entropy try, evenly between all of the range and a half
+_SMALLEST = 2.0**-100  # of an interval that is divided by
+# The finest step: XNNPACK refuses a convolution whose x step times w step is 256 times its y step or more,
+# and a ReLU may leave nothing but zeros (executorch 1.5.1, "Failed to load method").
+_FINEST = 2.0**-16
+
+
+def minmax(histogram: Histogram, *, symmetric: bool) -> tuple[float, float]:
+    """Return the interval of all values."""
+    low, high = min(histogram.low, 0.0), max(histogram.high, 0.0)
+    return (-max(-low, high), max(-low, high)) if symmetric else (low, high)
+
+
+def percentile(histogram: Histogram, *, symmetric: bool, share: float) -> tuple[float, float]:
+    """Return the interval without the rarest values at either end.
+
+    Args:
+        histogram: of a tensor.
+        symmetric: as wide on both sides.
+        share: of the values that stay inside, percent; in (50, 100].
+    """
+    outside = histogram.total * (100 - share) / 200
+    cumulative = np.cumsum(histogram.counts)
+    low = histogram.edges[int(np.searchsorted(cumulative, outside, side="right"))]
+    high = histogram.edges[int(np.searchsorted(cumulative, histogram.total - outside, side="left")) + 1]
+    inside = replace(histogram, low=max(float(low), histogram.low), high=min(float(high), histogram.high))
+    return minmax(inside, symmetric=symmetric)
+
+
+def mse(histogram: Histogram, *, symmetric: bool) -> tuple[float, float]:
+    """Return the interval with the least mean squared error of quantization."""
+    return min(_candidates(histogram, symmetric), key=lambda interval: _squared_error(histogram, *interval))
+
+
+def entropy(histogram: Histogram, *, symmetric: bool) -> tuple[float, float]:
+    """Return the interval with the least Kullback-Leibler divergence (Migacz, "8-bit inference", 2017)."""
+    return min(_candidates(histogram, symmetric), key=lambda interval: _divergence(histogram, *interval))
+
+
+ESTIMATORS: Mapping[str, Callable[..., tuple[float, float]]] = {
+    "minmax": minmax,
+    "percentile": percentile,
+    "mse": mse,
+    "entropy": entropy,
+}
+
+
+def step_of(low: float, high: float, *, symmetric: bool) -> tuple[float, int]:
+    """Return the scale, a float32 value, and the zero point of int8 for an interval that holds 0."""
+    if symmetric:
+        return max(float(np.float32(max(-low, high) / 127)), _FINEST), 0
+    scale = max(float(np.float32((high - low) / 255)), _FINEST)
+    return scale, int(np.clip(round(-128 - low / scale), -128, 127))
+
+
+def _candidates(histogram: Histogram, symmetric: bool) -> list[tuple[float, float]]:
+    """Shrink the ends of the full interval, together and each by itself."""
+    low, high = minmax(histogram, symmetric=symmetric)
+    shares = np.linspace(1, 0.5, _CANDIDATES)
+    found = [(low * share, high * share) for share in shares]
+    if not symmetric and low < 0 < high:
+        found += [(low * share, high) for share in shares] + [(low, high * share) for share in shares]
+    return found
+
+
+def _squared_error(histogram: Histogram, low: float, high: float) -> float:
+    """Return the mean squared error of rounding to 256 levels and clipping to the interval.
+
+    A bin may be as wide as a step: what is inside counts as uniform, scale^2 / 12.
+    """
+    scale = (high - low) / (_LEVELS - 1)
+    x = histogram.centers
+    beyond = np.maximum(np.maximum(low - x, x - high), 0)
+    error = np.where(beyond > 0, beyond**2, scale**2 / 12)
+    return float((histogram.counts * error).sum() / histogram.total)
+
+
+def _divergence(histogram: Histogram, low: float, high: float) -> float:
+    """Return the divergence of the clipped distribution from itself cut to 256 levels.
+
+    What is clipped counts at the ends of the first; in the second a level spreads what lay inside of it
+    evenly over the bins that held something.
+    """
+    x, counts = histogram.centers, histogram.counts.astype(np.float64)
+    inside = (counts > 0) & (x >= low) & (x <= high)
+    if not inside.any():
+        return math.inf
+    clipped = counts[inside].copy()
+    level = np.round((x[inside] - low) / max(high - low, _SMALLEST) * (_LEVELS - 1)).astype(np.int64)
+    members, totals = np.bincount(level), np.bincount(level, weights=clipped)
+    spread = totals[level] / members[level]
+    clipped[0] += counts[x < low].sum()
+    clipped[-1] += counts[x > high].sum()
+    p, q = clipped / clipped.sum(), spread / spread.sum()
+    return float((p * np.log(p / q)).sum())

@@ -1,0 +1,115 @@
+"""What the tensors of a program are on calibration samples: one histogram each, in one pass."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+
+from edgedyn.errors import CalibrationError
+from edgedyn.graph.nodes import channel_axis, shape_of
+from edgedyn.quantize.observe.histogram import Histogram
+
+
+def look(
+    module: fx.GraphModule,
+    nodes: Collection[fx.Node],
+    sample: tuple[Tensor, ...],
+    see: Callable[[fx.Node, Tensor], None],
+) -> None:
+    """Run a program on one sample and call ``see(node, value)`` for each of the nodes, in their order."""
+
+    class Looking(fx.Interpreter):
+        def run_node(self, n: fx.Node) -> Any:
+            value = super().run_node(n)
+            if n in nodes:
+                see(n, value)
+            return value
+
+    with torch.no_grad():
+        Looking(module).run(*sample)
+
+
+def observe(
+    module: fx.GraphModule,
+    tensors: Mapping[str, fx.Node],
+    samples: Sequence[tuple[Tensor, ...]],
+    *,
+    sources: Sequence[str] = (),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, Histogram]:
+    """Count the values of tensors over all samples; their order and batches do not matter.
+
+    Args:
+        module: a folded float program.
+        tensors: what is observed, by name.
+        samples: inputs of the program.
+        sources: where each sample comes from, for errors; by default its number.
+        progress: called with (samples seen, samples).
+
+    Raises:
+        CalibrationError: when a sample brings NaN or infinite values: it is named.
+    """
+    names: dict[fx.Node, list[str]] = {}
+    for name, node in tensors.items():
+        names.setdefault(node, []).append(name)
+    found: dict[str, Histogram] = {}
+    source = ""
+
+    def see(node: fx.Node, value: Tensor) -> None:
+        for name in names[node]:
+            count(found, name, value.numpy(), f"{source}, tensor {name!r}")
+
+    for index, sample in enumerate(samples):
+        source = sources[index] if sources else f"sample {index}"
+        look(module, names, sample, see)
+        progress(index + 1, len(samples))
+    return found
+
+
+def count(found: dict[str, Histogram], name: str, values: np.ndarray, where: str) -> None:
+    """Add values to the histogram of a name.
+
+    Raises:
+        CalibrationError: for NaN or infinite values, with ``where`` they are from.
+    """
+    try:
+        histogram = Histogram.of(values)
+    except CalibrationError as error:
+        raise CalibrationError(f"{where}: {error}") from error
+    found[name] = found[name] + histogram if name in found else histogram
+
+
+def channel_maxima(
+    module: fx.GraphModule,
+    maps: Collection[fx.Node],
+    samples: Sequence[tuple[Tensor, ...]],
+    also: Mapping[fx.Node, Callable[[fx.Node, Tensor], None]] = MappingProxyType({}),
+) -> dict[fx.Node, Tensor]:
+    """Return the largest absolute value of each channel of maps over all samples, (C,).
+
+    Args:
+        module: a folded float program.
+        maps: nodes of it, (B, C, H, W), or (..., C) behind a linear layer.
+        samples: its inputs.
+        also: called with these nodes and their values, in the same pass.
+    """
+    axes = {node: channel_axis(node.meta["val"]) for node in maps}
+    largest = {node: torch.zeros(shape_of(node)[axis]) for node, axis in axes.items()}
+
+    def see(node: fx.Node, value: Tensor) -> None:
+        if node in largest:
+            others = [axis for axis in range(value.dim()) if axis != axes[node]]
+            high, low = value.amax(others), value.amin(others)  # abs would copy the map
+            largest[node] = torch.maximum(largest[node], torch.maximum(high, -low))
+        if node in also:
+            also[node](node, value)
+
+    nodes = {*largest, *also}
+    for sample in samples if nodes else ():
+        look(module, nodes, sample, see)
+    return largest

@@ -1,0 +1,1 @@
+"""Exact rewrites that bring channels to one size before they are quantized."""

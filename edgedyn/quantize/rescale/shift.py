@@ -1,0 +1,98 @@
+"""INT8 steps with any zero point on a runtime that has none: maps are moved, and biases move them back.
+
+    x ~ s (q - z)            affine: behind a ReLU z = -128, and all 256 codes are used
+    x' = x + s z ~ s q       what is quantized instead, with zero point 0
+    W x + b = W x' + (b - s z sum W)
+
+Exact, codes included. Behind a convolution and its ReLU the move is free: relu(y) + s z = max(y + s z, s z),
+and y's bias takes it. Zero padding is s z now, so that a padded map is padded in front of its layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, RELUS, bias_of, channel_axis, constant_of, set_constant
+from edgedyn.graph.rewrites import convolution_arguments
+
+SHIFT = "shift"  # in a node's meta: it moves a map, or pads one that was moved
+
+
+def shift_zero_points(module: fx.GraphModule) -> None:
+    """Turn every zero point of a Q/DQ program to 0 where a convolution or linear layer reads.
+
+    Args:
+        module: of int8 weights with one scale an output channel; changed in place.
+    """
+    target = torch.ops.quantized_decomposed.quantize_per_tensor.default
+    for node in [n for n in module.graph.nodes if n.target is target and n.args[2] != 0]:
+        scale, zero_point, *rest = node.args[1:]
+        offset = float(scale * zero_point)
+        step = (scale, 0, *rest)
+        node.args = (_move(module, node, offset), *step)
+        for dequantize in list(node.users):
+            dequantize.args = (node, *step)
+            for layer in list(dequantize.users):
+                assert layer.target in MULTIPLY_ADD_OPS  # only these read INT8 on such a runtime
+                bias = bias_of(module, layer)
+                lost = -offset * _dequantized(module, layer).flatten(1).sum(1)
+                set_constant(module, layer, 2, lost if bias is None else bias + lost)
+                _pad(module, layer, offset, step)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+
+
+def _move(module: fx.GraphModule, quantize: fx.Node, offset: float) -> fx.Node:
+    """Return what a quantize node reads, moved by an offset."""
+    x = quantize.args[0]
+    assert isinstance(x, fx.Node)
+    layer = x.args[0] if x.target in RELUS else None
+    is_free = isinstance(layer, fx.Node) and layer.target in MULTIPLY_ADD_OPS and len(layer.users) == 1
+    if is_free and len(x.users) == 1:
+        assert isinstance(layer, fx.Node)
+        bias = bias_of(module, layer)
+        y = layer.meta["val"]
+        bias = torch.zeros(y.shape[channel_axis(y)]) if bias is None else bias
+        set_constant(module, layer, 2, bias + offset)
+        return _insert(module, quantize, torch.ops.aten.clamp.default, (layer, offset), x)
+    return _insert(module, quantize, torch.ops.aten.add.Tensor, (x, offset), x)
+
+
+def _pad(module: fx.GraphModule, layer: fx.Node, offset: float, step: tuple[Any, ...]) -> None:
+    """Pad what a convolution reads by the offset, which is zero there, in place of the convolution."""
+    if layer.target is torch.ops.aten.linear.default:
+        return
+    stride, padding, dilation, groups = convolution_arguments(layer)
+    if not any(padding):
+        return
+    x = layer.args[0]
+    assert isinstance(x, fx.Node)
+    sides = [side for size in reversed(list(padding) * (2 // len(padding))) for side in (size, size)]
+    padded = _insert(module, layer, torch.ops.aten.constant_pad_nd.default, (x, sides, offset), x)
+    pair = torch.ops.quantized_decomposed
+    quantized = _insert(module, layer, pair.quantize_per_tensor.default, (padded, *step), x)
+    dequantized = _insert(module, layer, pair.dequantize_per_tensor.default, (quantized, *step), x)
+    rest = (stride, [0] * len(padding), dilation)
+    is_general = layer.target is torch.ops.aten.convolution.default
+    layer.args = (dequantized, *layer.args[1:3], *rest, *(layer.args[6:] if is_general else (groups,)))
+
+
+def _insert(
+    module: fx.GraphModule, before: fx.Node, target: Any, arguments: tuple[Any, ...], like: fx.Node
+) -> fx.Node:
+    with module.graph.inserting_before(before):
+        node = module.graph.call_function(target, arguments)
+    node.meta = {**like.meta, SHIFT: True}
+    return node
+
+
+def _dequantized(module: fx.GraphModule, layer: fx.Node) -> Tensor:
+    """Return the weight of a layer as its INT8 codes have it."""
+    dequantize = layer.args[1]
+    assert isinstance(dequantize, fx.Node)
+    codes, scales, zeros = (constant_of(module, node) for node in dequantize.args[:3])
+    pair = torch.ops.quantized_decomposed
+    return pair.dequantize_per_channel(codes, scales, zeros, *dequantize.args[3:])  # type: ignore[no-any-return]

@@ -1,0 +1,202 @@
+"""Quantization-aware fine-tuning: INT8 weights trained until the whole program answers as it did in float.
+
+    min over codes q and biases b   mean over samples   |f_int8(x; s q, b) - f(x)|^2 / e(x)
+
+e(x) is that error before the first step. The teacher is the float program itself (distillation): no task
+needs a truth. Codes are trained in units of their step and rounded in every pass; the gradient goes straight
+through the rounding and is zero where it clips (Bengio et al. 2013, "Estimating or propagating gradients
+through stochastic neurons"; Jacob et al. 2018, "Quantization and training of neural networks"). All steps
+stay as calibration chose them: a range that clips costs more than the finer step brings.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from edgedyn.graph.nodes import bias_of, by_output, weight_of
+from edgedyn.ops import load_all
+from edgedyn.quantize.plan import Plan, Steps
+from edgedyn.quantize.rounding.lockstep import Step, codes_of, quantize_dequantize, steps_by_call
+from edgedyn.targets import Int8Scheme
+
+_RATE = 0.01  # of Adam, in steps of a weight or of its layer's output: ten more undo the reconstruction
+_HELD_OUT = 4  # every fourth sample judges, the others train
+_TINY = torch.finfo(torch.float32).tiny
+
+
+@dataclass(frozen=True)
+class Example:
+    """Inputs of a program, and its floating-point outputs in float."""
+
+    inputs: tuple[Tensor, ...]
+    outputs: list[Tensor]
+
+
+def choose_examples(
+    module: fx.GraphModule, samples: Sequence[tuple[Tensor, ...]]
+) -> tuple[list[Example], list[Example]]:
+    """Return what is trained on and what judges the result, with the outputs of the float program.
+
+    Args:
+        module: a folded program whose weights are not rounded yet.
+        samples: inputs; best such that rounding did not see, or the judges find it better than it is.
+    """
+    program = fx.Interpreter(module)  # of the graph as it is: code was not made of it since it changed
+    with torch.no_grad():
+        examples = [Example(x, _outputs(program.run(*x))) for x in samples]
+    training = [example for index, example in enumerate(examples) if index % _HELD_OUT]
+    return training or examples, examples[::_HELD_OUT]
+
+
+@torch.enable_grad()
+def finetune(
+    module: fx.GraphModule,
+    plan: Plan,
+    *,
+    steps: Steps,
+    scheme: Int8Scheme,
+    training: Sequence[Example],
+    held_out: Sequence[Example],
+    count: int,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> dict[str, np.ndarray]:
+    """Train int8 codes and biases; return them by ``layer.weight`` and ``layer.bias``.
+
+    Nothing is returned where the error of the held-out examples did not fall, or where no INT8 layer reaches
+    an output by a gradient (a router that decides).
+
+    Args:
+        module: a folded program with the weights that rounding chose; left as it is.
+        plan: its INT8 layers.
+        steps: of their tensors; they stay.
+        scheme: how the target annotates INT8.
+        training: one of them a step, in random order.
+        held_out: judge, before and after.
+        count: steps of Adam.
+        progress: called with (steps done, steps).
+    """
+    program = _Int8Program(module, plan, steps, scheme)
+    if not program.error(training[0]).requires_grad:
+        return {}
+    before, weights = program.errors(held_out), 1 / program.errors(training)
+    generator = torch.Generator().manual_seed(0)
+    program.spread(generator)
+    optimizer = torch.optim.Adam([*program.codes.values(), *program.biases.values()], lr=_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
+    order: list[int] = []
+    for done in range(count):
+        order = order or torch.randperm(len(training), generator=generator).tolist()
+        chosen = order.pop()
+        optimizer.zero_grad()
+        (program.error(training[chosen]) * weights[chosen]).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        schedule.step()
+        progress(done + 1, count)
+    is_better = (program.errors(held_out) / before).mean() < 1
+    return program.constants() if is_better else {}
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Return ``rounded``, with the gradient of x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
+        return rounded
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def _round_codes(codes: Tensor) -> Tensor:
+    inside = codes.clamp(-127, 127)
+    return _StraightThrough.apply(inside, inside.detach().round())  # type: ignore[no-any-return, no-untyped-call]
+
+
+def _round_activation(x: Tensor, step: Step) -> Tensor:
+    inside = x
+    if step is not None:
+        scale, zero_point = step
+        inside = x.clamp((-128 - zero_point) * scale, (127 - zero_point) * scale)
+    rounded = quantize_dequantize(x.detach(), step)
+    return _StraightThrough.apply(inside, rounded)  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Int8Program(fx.Interpreter):
+    """A program as INT8 computes it, with gradients for the codes and biases of its INT8 layers.
+
+    Attributes:
+        codes: by call of a layer, its weight in steps.
+        biases: in steps of the layer's output.
+    """
+
+    def __init__(self, module: fx.GraphModule, plan: Plan, steps: Steps, scheme: Int8Scheme) -> None:
+        super().__init__(module)
+        self.sites = {site.node: site for site in plan.sites}
+        self.read, self.written = steps_by_call(plan, steps, scheme)
+        # our ops have no gradient of their own; the last form of each is ordinary operators that run anywhere
+        self.forms: dict[Any, Any] = {op.overload: op.forms[-1].fn for op in load_all().values()}
+        self.scales, self.units = {}, {}
+        self.codes, self.biases = {}, {}
+        for node, site in self.sites.items():
+            weight, bias = weight_of(module, node), bias_of(module, node)
+            scales = steps.weights[site.weight]
+            self.scales[node] = by_output(scales, weight)
+            self.units[node] = steps.of(site.y)[0]
+            bias = torch.zeros(len(weight)) if bias is None else bias
+            self.codes[node] = codes_of(weight, scales).requires_grad_()
+            self.biases[node] = (bias / self.units[node]).requires_grad_()
+
+    @torch.no_grad()
+    def spread(self, generator: torch.Generator) -> None:
+        """Put every code somewhere in the interval that rounds to it: else all would leave it at once."""
+        for codes in self.codes.values():
+            codes += 0.9 * (torch.rand(codes.shape, generator=generator) - 0.5)
+            codes.clamp_(-127, 127)
+
+    def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        return value.detach() if isinstance(value, Tensor) else value
+
+    def run_node(self, n: fx.Node) -> Any:
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n in self.read:
+            args = (_round_activation(args[0], self.read[n]), *args[1:])
+        if n in self.sites:
+            weight = _round_codes(self.codes[n]) * self.scales[n]
+            args = (args[0], weight, self.biases[n] * self.units[n], *args[3:])
+        value = getattr(self, n.op)(self.forms.get(n.target, n.target), args, kwargs)
+        return _round_activation(value, self.written[n]) if n in self.written else value
+
+    def error(self, example: Example) -> Tensor:
+        """Return |INT8 - float|^2 / |float|^2, summed over the outputs."""
+        found = _outputs(self.run(*example.inputs))
+        total = torch.zeros(())
+        for y, wanted in zip(found, example.outputs, strict=True):
+            total = total + ((y - wanted) ** 2).mean() / (wanted**2).mean().clamp(min=_TINY)
+        return total
+
+    @torch.no_grad()
+    def errors(self, examples: Sequence[Example]) -> Tensor:
+        """Return the error of every example, never quite zero."""
+        return torch.stack([self.error(example) for example in examples]).clamp(min=_TINY)
+
+    @torch.no_grad()
+    def constants(self) -> dict[str, np.ndarray]:
+        """Return the codes and biases of all layers."""
+        found = {}
+        for node, site in self.sites.items():
+            found[site.weight] = _round_codes(self.codes[node]).to(torch.int8).numpy()
+            found[site.bias] = (self.biases[node] * self.units[node]).numpy()
+        return found
+
+
+def _outputs(values: Any) -> list[Tensor]:
+    return [y for y in pytree.tree_leaves(values) if y.is_floating_point()]

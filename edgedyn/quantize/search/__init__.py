@@ -1,0 +1,1 @@
+"""Which layers stay float, and what each switch of the method is worth, as measured."""

@@ -1,0 +1,85 @@
+"""What each part of the method is worth: INT8 made again for every switch, set otherwise, and its drop."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from edgedyn.quantize.calibrate import Progress
+from edgedyn.quantize.plan import Int8Method
+from edgedyn.quantize.rescale.generated import find_generating
+from edgedyn.quantize.search.precision import Exam, Measured, Rounded
+
+if TYPE_CHECKING:
+    from edgedyn.recipe.keys import QuantizeSection
+
+AS_IT_IS = "as the recipe says"
+# what may take the place of the recipe's value, by dotted key
+_SWITCHES: dict[str, tuple[Any, ...]] = {
+    "equalize": (False, True),
+    "equalize_dense": (3.0, 32.0),
+    "equalize_outputs": (False, True),
+    "equalize_inputs": (False, True),
+    "rounding": ("nearest", "reconstruct"),
+    "bias_correction": ("none", "fast", "full"),
+    "generated": ("float", "tensor", "tap"),
+    "bn_reestimation": (False, True),
+    "dynamic": ([],),
+    "finetune": (0,),
+    "ranges.feature": ("minmax", "percentile", "mse", "entropy"),
+    "ranges.weight": ("minmax", "mse"),
+}
+
+
+@torch.no_grad()
+def ablate(
+    module: fx.GraphModule,
+    calibrate_by: Callable[[Int8Method], Rounded],
+    method: Int8Method,
+    exam: Exam,
+    before: Measured,
+    rounded: Rounded,
+    progress: Progress = lambda what, done, total: None,
+) -> dict[str, float]:
+    """Return the PSNR drop at the worst noise level of the method, and with one switch changed at a time, dB.
+
+    Args:
+        module: the folded float program.
+        calibrate_by: calibrates the program by another method.
+        method: the recipe's.
+        exam: images with truths.
+        before: PSNR of the float program by noise level, dB, from ``Exam.float_psnr_db``.
+        rounded: the program in INT8 by the method as it is.
+        progress: called with (what is done, steps done, steps in all).
+    """
+    tried = {}
+    names = [entry.name for entry in rounded.calibrated.entries if entry.kind == "kernel"]
+    has_kernels = bool(find_generating(module, names))  # what float operators write is float in any case
+    for key, values in _SWITCHES.items():
+        for value in values if has_kernels or key != "generated" else ():
+            other = _change(method.section, key, value)
+            if other != method.section:
+                tried[f"{key}: {str(value).lower() if isinstance(value, bool) else value}"] = other
+    measured = rounded.calibrated.precision
+    found = {AS_IT_IS: measured.drop_db if measured else exam.drop_db(before, rounded)}
+
+    def drop(other: QuantizeSection) -> Measured:
+        return {"drop_db": exam.drop_db(before, calibrate_by(replace(method, section=other)))}
+
+    for done, (name, other) in enumerate(tried.items()):
+        progress("ablate", done, len(tried))
+        keys = other.model_dump_json(exclude={"table", "max_drop_db"})
+        found[name] = exam.recall(f"ablation {keys}", functools.partial(drop, other))["drop_db"]
+    progress("ablate", len(tried), len(tried))
+    return found
+
+
+def _change(section: QuantizeSection, key: str, value: Any) -> QuantizeSection:
+    name, _, inner = key.partition(".")
+    changed = getattr(section, name).model_copy(update={inner: value}) if inner else value
+    return section.model_copy(update={name: changed})

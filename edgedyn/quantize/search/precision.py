@@ -1,0 +1,314 @@
+"""Which layers stay float so that INT8 costs no more than it may: measured on images, a layer at a time.
+
+    gain(l) = drop(every layer INT8) - drop(every layer INT8 but l)       drop: PSNR against the truth, dB
+    kept    = the first k layers by gain(l) / multiply-adds(l), with the least k that meets the limit
+
+Rounding errors of layers are small and nearly independent, so that what they do to the squared error nearly
+adds up, and the order by gain a multiply-add is the greedy solution of that knapsack. The drop of a choice is
+measured, never predicted. Other precisions there are none: neither XNNPACK (executorch 1.5) nor TensorRT 10
+has convolutions of INT8 weights and 16-bit activations.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from edgedyn.errors import CheckFailedError
+from edgedyn.graph.nodes import bias_of, weight_of
+from edgedyn.images import metrics
+from edgedyn.quantize.accounting import all_multiply_adds
+from edgedyn.quantize.calibrate import Progress
+from edgedyn.quantize.calibrated import Calibrated, steps_of
+from edgedyn.quantize.observe.statistics import look
+from edgedyn.quantize.plan import Plan, Steps
+from edgedyn.quantize.rounding.lockstep import quantize_dequantize, round_weight, steps_by_call
+from edgedyn.quantize.table.entries import LayerCost, Point, Precision
+from edgedyn.targets import Int8Scheme
+
+_POINTS = 12  # of a curve, about evenly over the layers
+_TINY = 1e-30
+Measured = dict[str, float]
+Constants = tuple[Tensor, Tensor | None]  # weight and bias
+
+
+@dataclass(frozen=True)
+class Exam:
+    """What INT8 is judged on while its precision is chosen: no image of the validation set.
+
+    Attributes:
+        inputs: of the program, a tuple of tensors a sample.
+        truths: what the output should be, (1, C, H, W) a sample.
+        levels: name of each sample's noise level.
+        limit_db: PSNR that INT8 may cost; None where only its cost is asked for.
+        least_share: multiply-adds that have to stay INT8, as a share of all.
+        by_layer: whether what each layer costs is measured; without, no layer is kept float for a limit.
+        ablates: whether each switch of the method is tried the other way.
+        recall: ``recall(name, measure)``: what was measured before an interruption, else measures it.
+    """
+
+    inputs: Sequence[tuple[Tensor, ...]]
+    truths: Sequence[np.ndarray]
+    levels: Sequence[str]
+    limit_db: float | None = None
+    least_share: float = 0.0
+    by_layer: bool = True
+    ablates: bool = False
+    recall: Callable[[str, Callable[[], Measured]], Measured] = lambda name, measure: measure()
+
+    def psnr_db(self, outputs: Sequence[Tensor]) -> Measured:
+        """Return the mean PSNR of outputs at each noise level, dB."""
+        found: dict[str, list[float]] = {}
+        for level, y, truth in zip(self.levels, outputs, self.truths, strict=True):
+            found.setdefault(level, []).append(metrics.psnr_db(y.numpy(), truth))
+        return {level: float(np.mean(values)) for level, values in found.items()}
+
+    @torch.no_grad()
+    def float_psnr_db(self, module: fx.GraphModule) -> Measured:
+        """Return the same of a float program."""
+        return self.psnr_db([pytree.tree_leaves(module(*x))[0] for x in self.inputs])
+
+    @torch.no_grad()
+    def drop_db(self, before: Measured, rounded: Rounded) -> float:
+        """Return the PSNR that INT8 costs at the noise level that loses most, dB.
+
+        Args:
+            before: PSNR of the float program by noise level.
+            rounded: the same program in INT8.
+        """
+        after = self.psnr_db([rounded.run(x) for x in self.inputs])
+        return max(before[level] - after[level] for level in before)
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A folded program with rounded weights, and the steps that make it INT8.
+
+    Attributes:
+        module: the program.
+        plan: its INT8 layers.
+        scheme: how the target annotates INT8.
+        calibrated: where its weights and steps come from.
+    """
+
+    module: fx.GraphModule
+    plan: Plan
+    scheme: Int8Scheme
+    calibrated: Calibrated
+
+    @functools.cached_property
+    def steps(self) -> Steps:
+        """Of its tensors."""
+        return steps_of(self.calibrated.entries, self.scheme)
+
+    @functools.cached_property
+    def weights(self) -> dict[fx.Node, Tensor]:
+        """Of its INT8 layers, as INT8 has them."""
+        return {
+            site.node: round_weight(weight_of(self.module, site.node), self.steps.weights[site.weight])
+            for site in self.plan.sites
+        }
+
+    def run(
+        self,
+        sample: tuple[Tensor, ...],
+        float_: Mapping[str, Constants] | None = None,
+        see: Callable[[fx.Node, Tensor], None] = lambda node, y: None,
+    ) -> Tensor:
+        """Return the first output for a sample, computed in INT8 as the target does.
+
+        Args:
+            sample: inputs of the program.
+            float_: layers that are float all the same, with their weights and biases.
+            see: called with every INT8 layer's call and its output, before the activation.
+        """
+        y: Tensor = pytree.tree_leaves(_Int8(self, float_ or {}, see).run(*sample))[0]
+        return y
+
+
+class _Int8(fx.Interpreter):
+    def __init__(
+        self, program: Rounded, float_: Mapping[str, Constants], see: Callable[[fx.Node, Tensor], None]
+    ) -> None:
+        super().__init__(program.module)
+        sites = [site for site in program.plan.sites if site.name not in float_]
+        plan = replace(program.plan, sites=tuple(sites))
+        self.read, self.written = steps_by_call(plan, program.steps, program.scheme)
+        self.float_ = {site.node: float_[site.name] for site in program.plan.sites if site.name in float_}
+        self.weights, self.see = {site.node: program.weights[site.node] for site in sites}, see
+
+    def run_node(self, n: fx.Node) -> Any:
+        if n.op != "call_function":
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        if n in self.read:
+            args = (quantize_dequantize(args[0], self.read[n]), *args[1:])
+        if n in self.float_:
+            args = (args[0], *self.float_[n], *args[3:])
+        elif n in self.weights:
+            args = (args[0], self.weights[n], *args[2:])
+        y = self.call_function(n.target, args, dict(kwargs))
+        if n in self.weights:
+            self.see(n, y)
+        return quantize_dequantize(y, self.written[n]) if n in self.written else y
+
+
+@torch.no_grad()
+def choose_precision(
+    module: fx.GraphModule,
+    attempt: Callable[[Sequence[str]], Rounded],
+    exam: Exam,
+    before: Measured,
+    progress: Progress = lambda what, done, total: None,
+) -> Rounded:
+    """Measure what INT8 costs, and keep so many layers float that it costs no more than the limit.
+
+    Args:
+        module: the folded program, its weights not rounded.
+        attempt: rounds the weights of the program for INT8 layers that are all but the named ones.
+        exam: images with truths; without a limit every layer stays INT8.
+        before: PSNR of the float program by noise level, dB, from ``Exam.float_psnr_db``.
+        progress: called with (what is done, steps done, steps in all).
+
+    Returns:
+        The attempt that meets the limit; its ``calibrated.precision`` says what was measured.
+
+    Raises:
+        CheckFailedError: when the limit leaves too little INT8; it says what each choice costs.
+    """
+    rounded = attempt(())
+    measured = measure(
+        module, rounded, exam, before, lambda done, total: progress("measure layers", done, total)
+    )
+    limit = exam.limit_db
+    first = (
+        0
+        if limit is None
+        else next(p.layers for p in measured.curve if p.drop_db <= limit or p.int8_share == 0)
+    )
+    attempts = []
+    for count in range(first, len(measured.layers) + 1):
+        kept = tuple(layer.layer for layer in measured.layers[:count])
+        share = sum(layer.share for layer in measured.layers[count:])
+        if limit is not None and share < exam.least_share:
+            break
+        rounded = attempt(kept) if kept else rounded
+        drop = exam.drop_db(before, rounded)
+        if limit is None or drop <= limit:
+            chosen = replace(measured, kept=kept, drop_db=drop)
+            return replace(rounded, calibrated=replace(rounded.calibrated, precision=chosen))
+        attempts.append(Point(count, share, drop))
+    raise CheckFailedError(_refusal(measured.curve, attempts, exam))
+
+
+def measure(
+    module: fx.GraphModule,
+    rounded: Rounded,
+    exam: Exam,
+    before: Measured,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Precision:
+    """Measure what each layer costs, and the curve of what keeping layers float brings back.
+
+    Args:
+        module: the folded program, its weights not rounded.
+        rounded: the same with every layer in INT8 that can be.
+        exam: images with truths; with a limit, the curve has the two points on either side of it.
+        before: PSNR of the float program by noise level.
+        progress: called with (programs measured, programs).
+    """
+    nodes = {node.name: node for node in module.graph.nodes}
+    calls = {site.name: nodes[site.node.name] for site in rounded.plan.sites}
+    weights = {name: (weight_of(module, node), bias_of(module, node)) for name, node in calls.items()}
+    costs = all_multiply_adds(module.graph)
+    shares = {name: costs[node] / sum(costs.values()) for name, node in calls.items()}
+    counted = itertools.count(1)
+
+    def drops(*kept: str) -> Measured:
+        def run() -> Measured:
+            float_ = {name: weights[name] for name in kept}
+            after = exam.psnr_db([rounded.run(x, float_) for x in exam.inputs])
+            return {level: before[level] - after[level] for level in before}
+
+        found = exam.recall("drop " + " ".join(kept), run)
+        progress(min(next(counted), len(shares) + _POINTS), len(shares) + _POINTS + 1)
+        return found
+
+    whole, sqnr = drops(), exam.recall("sqnr", lambda: _sqnr_db(module, rounded, calls, exam.inputs))
+    worst = max(whole, key=lambda level: whole[level])
+    layers = [LayerCost(n, share, sqnr[n], whole[worst] - drops(n)[worst]) for n, share in shares.items()]
+    layers.sort(key=lambda layer: layer.gain_db / layer.share, reverse=True)
+
+    def point(count: int) -> Point:
+        left = sum(layer.share for layer in layers[count:])
+        return Point(count, left, max(drops(*(layer.layer for layer in layers[:count])).values()))
+
+    curve = _curve(point, len(layers), exam.limit_db)
+    progress(1, 1)
+    return Precision(tuple(layers), curve)
+
+
+def _curve(point: Callable[[int], Point], layers: int, limit_db: float | None) -> tuple[Point, ...]:
+    """Measure points evenly over the layers, and where there is a limit close in on it."""
+    found = {count: point(count) for count in sorted({round(x) for x in np.linspace(0, layers, _POINTS)})}
+    if limit_db is not None:
+        high = min(count for count, p in found.items() if p.drop_db <= limit_db or count == layers)
+        low = max((count for count in found if count < high), default=high)
+        while high - low > 1:
+            middle = (low + high) // 2
+            found[middle] = point(middle)
+            low, high = (low, middle) if found[middle].drop_db <= limit_db else (middle, high)
+    return tuple(found[count] for count in sorted(found))
+
+
+def _sqnr_db(
+    module: fx.GraphModule,
+    rounded: Rounded,
+    calls: Mapping[str, fx.Node],
+    inputs: Sequence[tuple[Tensor, ...]],
+) -> Measured:
+    """Return the SQNR of the output of every INT8 layer over all samples."""
+    names = {node: name for name, node in calls.items()}
+    int8_names = {site.node: site.name for site in rounded.plan.sites}
+    power, errors = dict.fromkeys(calls, 0.0), dict.fromkeys(calls, 0.0)
+    wanted: dict[str, Tensor] = {}
+
+    def keep(node: fx.Node, y: Tensor) -> None:
+        wanted[names[node]] = y
+
+    def compare(node: fx.Node, y: Tensor) -> None:
+        name = int8_names[node]
+        power[name] += float((wanted[name].double() ** 2).sum())
+        errors[name] += float(((y - wanted[name]).double() ** 2).sum())
+
+    for sample in inputs:
+        look(module, names, sample, keep)
+        rounded.run(sample, see=compare)
+    return {name: 10 * math.log10((power[name] + _TINY) / (errors[name] + _TINY)) for name in calls}
+
+
+def _refusal(curve: Sequence[Point], attempts: Sequence[Point], exam: Exam) -> str:
+    """Say what each choice costs, and which came nearest: of attempts, their weights rounded for them."""
+    allowed = attempts or [p for p in curve if p.int8_share >= exam.least_share] or curve
+    best = min(allowed, key=lambda p: p.drop_db)
+    tried = f"With weights rounded for that choice: {_points(attempts)}. " if attempts else ""
+    return (
+        f"no choice of float layers keeps the drop within quantize.max_drop_db {exam.limit_db:g} dB and "
+        f"{exam.least_share:.0%} of the multiply-adds in INT8 (limits.int8_share). Found, as float layers: "
+        f"INT8 share, drop: {_points(curve)}. {tried}The best is {best.layers} float layers, "
+        f"{best.drop_db:.4f} dB at {best.int8_share:.1%}. Raise one of the limits, or train on: "
+        "quantize.finetune."
+    )
+
+
+def _points(points: Sequence[Point]) -> str:
+    return "; ".join(f"{p.layers}: {p.int8_share:.1%}, {p.drop_db:.4f} dB" for p in points)

@@ -1,0 +1,1 @@
+"""The calibration table: a text file, and its entries."""

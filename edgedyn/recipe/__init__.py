@@ -1,0 +1,1 @@
+"""What a user writes in YAML, and what each key may be."""

@@ -1,0 +1,248 @@
+"""The recipe: what is built, from which weights and images, for which target, within which limits.
+
+A recipe is a YAML file named ``<model>.<target>.<precision>.yaml``; paths in it are relative to the file.
+Unknown keys and wrong types are refused, the nearest known key is named.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import inspect
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from edgedyn.bundle.tensors import TensorSpec
+from edgedyn.errors import RecipeError
+from edgedyn.images.noise import NoiseSection
+from edgedyn.recipe.keys import (
+    InputSection,
+    LimitSection,
+    ModelSection,
+    QuantizeSection,
+    RouteSection,
+    TileSection,
+)
+from edgedyn.sections import Section, dump_yaml, explain, read_yaml
+
+if TYPE_CHECKING:
+    from torch import nn
+
+
+class Recipe(Section):
+    """A parsed recipe; ``folder`` is where its relative paths start."""
+
+    name: str
+    model: ModelSection
+    task: Literal["denoise", "upscale", "classify", "keypoints"] = "denoise"
+    input: InputSection
+    guide: InputSection | None = Field(default=None, description="second input, of a joint upsampler")
+    target: str
+    precision: Literal["fp32", "fp16", "int8"]
+    kernels: Literal["stock", "fused"] = Field(
+        default="stock", description="fused: our own kernels, which a stock runtime does not have"
+    )
+    forms: dict[str, str] = Field(
+        default={}, description="op -> form, where the target's first is not wanted"
+    )
+    route: RouteSection = RouteSection()
+    quantize: QuantizeSection = QuantizeSection()
+    calibration: str | None = Field(default=None, description="set manifest or folder; needed for int8")
+    validation: str = Field(description="set manifest or folder, disjoint from the calibration set")
+    noise: NoiseSection | None = Field(
+        default=None,
+        description="in place of both sets' own; else their Gaussian noise is at the level that a network is "
+        "told in its argument sigma, where it has one",
+    )
+    limits: LimitSection = LimitSection()
+    tile: TileSection = TileSection()
+    folder: str = "."
+
+    @model_validator(mode="after")
+    def _values_fit_together(self) -> Recipe:
+        shape, overlap = self.input.shape, self.tile.overlap
+        if shape[0] != 1 or shape[1] not in (1, 3) or min(shape) < 1:
+            raise ValueError(f"input.shape is {shape}; expected [1, C, H, W] with C 1 or 3")
+        if self.guide is not None and self.guide.shape[0] != 1:
+            raise ValueError(f"guide.shape is {self.guide.shape}; expected [1, C, H, W]")
+        if (self.guide is not None) and self.task != "upscale":
+            raise ValueError(f"guide is for the task 'upscale'; the task is {self.task!r}")
+        if self.quantize.vivid and shape[1] != 3:
+            raise ValueError(
+                f"quantize.vivid is {self.quantize.vivid}, and images of {shape[1]} channel have no colours; "
+                "expected 0"
+            )
+        if overlap >= min(shape[2:]):
+            raise ValueError(
+                f"tile.overlap {overlap} leaves nothing of a tile of {shape[2:]}; expected less than "
+                f"{min(shape[2:])}"
+            )
+        return self
+
+    def path(self, name: str) -> Path:
+        """Resolve a path of the recipe."""
+        return Path(self.folder, name)
+
+    def to_yaml(self) -> str:
+        """Return the whole recipe, defaults included, as YAML."""
+        return dump_yaml(self.model_dump(exclude={"folder"}))
+
+    def digest(self) -> str:
+        """Return the sha256 of the recipe's values."""
+        text = json.dumps(self.model_dump(exclude={"folder"}), sort_keys=True)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def weights_digest(self) -> str:
+        """Return the sha256 of the weights file, or the empty string for a network without one."""
+        if self.model.weights is None:
+            return ""
+        return hashlib.sha256(self.path(self.model.weights).read_bytes()).hexdigest()
+
+    def choose_noise(self, own: NoiseSection) -> NoiseSection:
+        """Return the recipe's noise, else a set's own, at the level that the network is told.
+
+        Raises:
+            RecipeError: when that is no level of noise.
+        """
+        if self.noise is not None:
+            return self.noise
+        told = self.model.arguments.get("sigma")
+        if not isinstance(told, int | float) or isinstance(told, bool):  # true and false are no level
+            return own
+        try:
+            return own.at_level(float(told))
+        except ValidationError as error:
+            raise RecipeError(f"model.arguments.sigma: {explain(error, NoiseSection)}") from error
+
+    @property
+    def is_trained(self) -> bool:
+        """Whether the network has weights of its own."""
+        return self.model.weights is not None
+
+    def input_specs(self) -> tuple[TensorSpec, ...]:
+        """Return the program's inputs."""
+        dtype = "float16" if self.precision == "fp16" else "float32"
+        given = [self.input] if self.guide is None else [self.input, self.guide]
+        return tuple(TensorSpec(i.name, dtype, tuple(i.shape), i.low, i.high, i.meaning) for i in given)
+
+    def input_shapes(self) -> list[tuple[int, ...]]:
+        """Return the shapes of the program's inputs."""
+        return [spec.shape for spec in self.input_specs()]
+
+    def load_model(self, *, trust: bool = False) -> nn.Module:
+        """Build the network, load its weights and put it in evaluation mode.
+
+        A network without weights has the initial values of ``model.seed``; its BatchNorm statistics are still
+        to be set (``weights.settle_norms``).
+
+        Raises:
+            RecipeError: when the network is unknown or refuses its arguments.
+            WeightsError: when the weights are missing, unsafe, altered, not finite, or do not fit.
+        """
+        from edgedyn.checkpoints.weights import load_weights
+
+        network = find_network(self.model.network)
+        try:
+            inspect.signature(network).bind(**self.model.arguments)
+        except TypeError as error:
+            raise RecipeError(
+                f"model.arguments {sorted(self.model.arguments)} do not fit {self.model.network!r}: {error}; "
+                f"expected {inspect.signature(network)}. Mend the recipe."
+            ) from error
+        import torch
+
+        with torch.random.fork_rng():
+            torch.manual_seed(self.model.seed)
+            model = network(**self.model.arguments)
+        if self.model.weights is not None:
+            load_weights(model, self.path(self.model.weights), sha256=self.model.sha256, trust=trust)
+        return model.eval()  # type: ignore[no-any-return]
+
+
+def find_network(name: str) -> Any:
+    """Find ``NETWORK`` of edgedyn/models/<name>.py, or the function ``package.module:function``."""
+    module_name, _, function = name.partition(":")
+    try:
+        if function:
+            return getattr(importlib.import_module(module_name), function)
+        return importlib.import_module(f"edgedyn.models.{name}").NETWORK
+    except (ImportError, AttributeError) as error:
+        from edgedyn.models import names
+
+        raise RecipeError(
+            f"model.network {name!r} cannot be loaded ({error}); expected one of {', '.join(names())}, or "
+            "package.module:function of an importable module."
+        ) from error
+
+
+def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe and apply overrides.
+
+    Args:
+        path: YAML file.
+        overrides: ``dotted.key=value`` items; the value is YAML. A relative path given here starts at the
+            working directory, unlike one in the file. Other weights drop the file's ``model.sha256``, which
+            is of the weights that it names.
+
+    Raises:
+        RecipeError: for a missing or unreadable file, an unknown key (the nearest is named) or a wrong type.
+    """
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"recipe {path} cannot be read ({error.strerror}); expected a YAML file. "
+            "See: edgedyn list recipes."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"recipe {path} is not YAML: {str(error).splitlines()[0]}. Mend the file."
+        ) from error
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"recipe {path} holds {type(values).__name__}; expected keys and values, as in recipes/."
+        )
+    for override in sorted(overrides, key=lambda text: text.startswith("model.sha256=")):
+        _override(values, override)  # the digest last: other weights drop the file's
+    values.setdefault("name", path.stem)
+    try:
+        return Recipe(**values, folder=str(path.parent))
+    except ValidationError as error:
+        raise RecipeError(f"recipe {path}: {explain(error, Recipe)}") from error
+    except TypeError as error:  # a key that is not text, or `folder` itself
+        raise RecipeError(f"recipe {path}: {error}. Keys are plain names.") from error
+
+
+_PATH_KEYS = {"model.weights", "calibration", "validation", "quantize.table", "quantize.finetune_images"}
+
+
+def _override(values: dict[str, Any], override: str) -> None:
+    """Set ``a.b=c`` in nested dictionaries."""
+    key, equals, text = override.partition("=")
+    parts = key.split(".")
+    if not equals or not all(parts):
+        raise RecipeError(
+            f"--set {override!r} is not of the form key=value, for instance quantize.rounding=nearest."
+        )
+    try:
+        value = read_yaml(text)
+    except yaml.YAMLError as error:
+        raise RecipeError(
+            f"--set {override!r}: the value is not YAML. Quote it, or close its brackets."
+        ) from error
+    if key in _PATH_KEYS and isinstance(value, str):
+        value = str(Path(value).absolute())
+    if key == "model.weights" and isinstance(values.get("model"), dict):
+        values["model"].pop("sha256", None)
+    for part in parts[:-1]:
+        values = values.setdefault(part, {})
+        if not isinstance(values, dict):
+            raise RecipeError(
+                f"--set {override!r}: {part!r} is a value, not a section. Set it whole, or drop the rest."
+            )
+    values[parts[-1]] = value

@@ -1,0 +1,1 @@
+"""Each step against the one before, and against the truth."""

@@ -1,0 +1,267 @@
+"""What a network decides about its input, and whether deployment decides the same: masks, gates, overflows.
+
+    mask     logits -> 0 or 1 at every position     flip rate, per precision and runtime
+    gate     logits -> a variant                    agreement, with the margin best - second logit
+
+Decisions are discontinuous: a small error of arithmetic can change them, and then the output changes much. So
+what is lost to changed decisions is told apart from what is lost to arithmetic, by running the network at its
+precision with the decisions of the float network forced on it.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, fx
+from torch.export import ExportedProgram
+
+from edgedyn.bundle.manifest import FORWARD
+from edgedyn.images import metrics
+from edgedyn.images.tasks import TASKS
+from edgedyn.quantize.deciding import Mask, find_decisions
+from edgedyn.report.rows import Row
+from edgedyn.validation.stages import Outputs, psnr_of
+
+if TYPE_CHECKING:
+    from edgedyn.bundle.manifest import Routing
+    from edgedyn.conversion.convert import Converted, Part
+    from edgedyn.images.image_set import Sample
+    from edgedyn.recipe.recipe import Recipe
+    from edgedyn.targets import Target
+
+_BINS = 20  # of the margin histograms, up to 2 rms of the logits
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Rows of the report, and histograms for its facts."""
+
+    rows: list[Row]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def measure(converted: Converted, target: Target, outputs: Outputs, recipe: Recipe) -> Measured:
+    """Compare the decisions of the quantized and the lowered programs with those of the float ones.
+
+    Masks inside a lowered program are not seen from outside: it is lowered once more, into a temporary
+    folder, with its mask logits as further outputs.
+    """
+    routing = converted.routing
+    # a quick variant also sorts positions; whether it fits is what its routing decides
+    quick, whole = routing.variants if routing and routing.rule == "fallback" else ("", FORWARD)
+    unknown, masked = 0, False
+    for name, part in converted.parts.items():
+        masks, others = find_decisions(part.expanded)
+        masked |= name == whole and bool(masks)
+        if name != quick:
+            unknown += others + len(masks) * (name != whole)
+    nodes = sum(len(part.expanded.graph.nodes) for part in converted.parts.values())
+    rows = [Row("decisions", "unmeasured_decisions", unknown, {"at_most": 0}, nodes)]
+    facts: dict[str, Any] = {}
+    if masked:
+        found = measure_masks(converted.parts[whole], target, outputs, recipe)
+        rows, facts = rows + found.rows, found.facts
+    if routing is not None:
+        found = measure_routes(routing, outputs, recipe)
+        rows, facts = rows + found.rows, facts | found.facts
+    return Measured(rows, facts)
+
+
+class _Interpreter(fx.Interpreter):
+    """Run a program, note the logits of its masks, and force what they decide where that is given."""
+
+    def __init__(self, module: fx.GraphModule, masks: Sequence[Mask], forced: Sequence[Tensor] = ()) -> None:
+        super().__init__(module)
+        self.logits: dict[str, Tensor] = {mask.logits: torch.empty(0) for mask in masks}
+        self.forced = {m.node: (m, set_) for m, set_ in zip(masks, forced, strict=True)} if forced else {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self.logits:
+            self.logits[n.name] = value
+        if n.name in self.forced:
+            mask, set_ = self.forced[n.name]
+            return set_.to(value.dtype) - 1 if mask.is_floor else set_
+        return value
+
+
+def run_noting(
+    program: ExportedProgram,
+    samples: Sequence[Sample],
+    dtype: torch.dtype,
+    forced: Sequence[Sequence[np.ndarray]] | None = None,
+) -> list[tuple[np.ndarray, list[np.ndarray]]]:
+    """Run a program on samples; return of each its first output and the logits of its masks, float32.
+
+    Args:
+        program: any step of a conversion; its masks stand in the same order in each.
+        samples: what to run it on.
+        dtype: of its inputs.
+        forced: for each sample booleans, where each mask is set whatever its logits say.
+    """
+    module, masks = program.module(), find_decisions(program)[0]
+    assert isinstance(module, fx.GraphModule)
+    results = []
+    for index, sample in enumerate(samples):
+        given = [torch.from_numpy(mask) for mask in forced[index]] if forced else []
+        interpreter = _Interpreter(module, masks, given)
+        with torch.no_grad():
+            y = interpreter.run(*(torch.from_numpy(x).to(dtype) for x in sample.inputs))
+        first = y[0] if isinstance(y, tuple | list) else y
+        logits = [interpreter.logits[mask.logits].float().numpy() for mask in masks]
+        results.append((first.float().numpy(), logits))
+    return results
+
+
+def expose(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    """Return the program with the logits of its masks as further outputs."""
+    names = [mask.logits for mask in find_decisions(program)[0]]
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    nodes = {node.name: node for node in module.graph.nodes}
+    logits = [nodes[name] for name in names]
+    end = next(node for node in module.graph.nodes if node.op == "output")
+    first = end.args[0][0] if isinstance(end.args[0], tuple | list) else end.args[0]
+    end.args = ((first, *logits),)
+    module.graph.set_codegen(fx.graph.CodeGen())
+    module.recompile()
+    return torch.export.export(module, inputs)
+
+
+def measure_masks(part: Part, target: Target, outputs: Outputs, recipe: Recipe) -> Measured:
+    """Measure how many mask positions change, and what that costs."""
+    samples, half = outputs.samples, recipe.precision == "fp16"
+    masks, _ = find_decisions(part.expanded)
+    dtype = torch.float16 if half else torch.float32
+    float_ = run_noting(part.expanded, samples, torch.float32)
+    quantized = run_noting(part.program, samples, dtype)
+    inputs = tuple(x.half() for x in part.inputs) if half else part.inputs
+    device = _run_exposed(expose(part.program, inputs), target, samples, recipe)
+    wanted = [[m.decide(x) for m, x in zip(masks, logits, strict=True)] for _, logits in float_]
+    rows: list[Row] = []
+    facts: dict[str, Any] = {"masks": [mask.path for mask in masks]}
+    for where, logits_of in (("quantized", [x for _, x in quantized]), ("device", device)):
+        flips, margins = _flips(masks, [x for _, x in float_], logits_of, wanted)
+        rate = float(flips.mean()) if flips.size else math.nan
+        largest = float(margins[flips].max(initial=0))
+        limit = {"at_most": recipe.limits.mask_flips}
+        rows.append(Row("decisions", f"mask_flip_rate[{where}]", rate, limit, flips.size))
+        crossed = {"at_most": recipe.limits.flipped_margin}
+        rows.append(Row("decisions", f"largest_flipped_margin[{where}]", largest, crossed, flips.size))
+        facts[f"margins_{where}"] = _histogram(margins, flips)
+    active = np.concatenate([m.ravel() for per_sample in wanted for m in per_sample])
+    rows.append(Row("decisions", "active_fraction", float(active.mean()), {}, active.size))
+    forced = run_noting(part.program, samples, dtype, wanted)
+    before, after, kept = ([y for y, _ in results] for results in (float_, quantized, forced))
+    rows += _cost_rows(before, after, kept, samples, recipe)
+    return Measured(rows, {"decisions": facts})
+
+
+def _run_exposed(
+    program: ExportedProgram, target: Target, samples: Sequence[Sample], recipe: Recipe
+) -> list[list[np.ndarray]]:
+    """Lower a program with exposed logits into a temporary folder; return what its runtime gives for them."""
+    dtype = recipe.input_specs()[0].dtype
+    with tempfile.TemporaryDirectory() as folder:
+        artifact = target.lower({FORWARD: program}, Path(folder), recipe.precision)
+        run = target.load(Path(folder) / artifact.programs[FORWARD], FORWARD)
+        outputs = [run(*(x.astype(dtype) for x in sample.inputs)) for sample in samples]
+    return [[np.asarray(x, np.float32) for x in logits] for _, *logits in outputs]
+
+
+def _flips(
+    masks: Sequence[Mask],
+    float_: Sequence[Sequence[np.ndarray]],
+    found: Sequence[Sequence[np.ndarray]],
+    wanted: Sequence[Sequence[np.ndarray]],
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return which positions changed, and every position's float margin in units of its mask's rms logit."""
+    flips, margins = [], []
+    for k, mask in enumerate(masks):
+        reference = np.concatenate([logits[k].ravel() for logits in float_]) - mask.threshold
+        here = np.concatenate([mask.decide(logits[k]).ravel() for logits in found])
+        flips.append(here != np.concatenate([m[k].ravel() for m in wanted]))
+        margins.append(np.abs(reference) / max(float(np.sqrt(np.mean(reference**2))), 1e-30))
+    return np.concatenate(flips), np.concatenate(margins)
+
+
+def _histogram(margins: np.ndarray, changed: np.ndarray) -> dict[str, list[float]]:
+    """Count margins, and those of changed decisions; the last bin holds all beyond."""
+    edges = np.linspace(0, 2, _BINS + 1)
+    clipped = np.minimum(margins, edges[-1])
+    return {
+        "edges": edges.tolist(),
+        "all": np.histogram(clipped, edges)[0].tolist(),
+        "changed": np.histogram(clipped[changed], edges)[0].tolist(),
+    }
+
+
+def measure_routes(routing: Routing, outputs: Outputs, recipe: Recipe) -> Measured:
+    """Measure how many images keep their variant, and what it costs where they do not."""
+    samples = outputs.samples
+    float_ = [d for d in outputs.decided["expanded"] if d is not None]
+    picked = np.array([d.index for d in float_])
+    rows, facts = [], {"variants": list(routing.variants), "picked": np.bincount(picked).tolist()}
+    margins = np.array([d.margin for d in float_])
+    scale = max(float(np.sqrt(np.mean(margins**2))), 1e-30)
+    # a quick variant that holds an image and the dense one give the same: which of them runs decides nothing
+    is_gate = routing.rule == "argmax"
+    for where in ("quantized", "device"):
+        found = [d for d in outputs.decided[where] if d is not None]
+        same = np.array([d.index for d in found]) == picked
+        limit = {"at_least": recipe.limits.gate} if is_gate else {}
+        rows.append(Row("decisions", f"gate_agreement[{where}]", float(same.mean()), limit, len(same)))
+        if is_gate:
+            largest = float((margins / scale)[~same].max(initial=0))
+            crossed = {"at_most": recipe.limits.flipped_margin}
+            rows.append(
+                Row("decisions", f"largest_flipped_gate_margin[{where}]", largest, crossed, len(same))
+            )
+        facts[f"gate_margins_{where}"] = _histogram(margins / scale, ~same)
+    if not is_gate:
+        rows.append(Row("decisions", "fallback_rate", float(picked.mean()), {}, len(picked)))
+    else:
+        rows.append(Row("decisions", "smallest_gate_margin", float(margins.min()), {}, len(margins)))
+    run = outputs.dispatchers["quantized"].run
+    forced = [
+        np.asarray(run(*s.inputs, forced=int(k))[0][0], np.float32)
+        for s, k in zip(samples, picked, strict=True)
+    ]
+    rows += _cost_rows(outputs.expanded, outputs.quantized, forced, samples, recipe, "[gate]")
+    return Measured(rows, {"routes": facts})
+
+
+def _cost_rows(
+    float_: Sequence[np.ndarray],
+    quantized: Sequence[np.ndarray],
+    forced: Sequence[np.ndarray],
+    samples: Sequence[Sample],
+    recipe: Recipe,
+    condition: str = "",
+) -> list[Row]:
+    """Split what a precision costs: arithmetic, with the float decisions forced, and changed decisions."""
+    count = len(samples)
+    if TASKS[recipe.task].has_truth:
+        before, after, kept = (
+            np.mean([psnr_of(y, s) for y, s in zip(ys, samples, strict=True)])
+            for ys in (float_, quantized, forced)
+        )
+        return [
+            Row("decisions", f"arithmetic_cost_db{condition}", float(before - kept), {}, count),
+            Row("decisions", f"flips_cost_db{condition}", float(kept - after), {}, count),
+        ]
+    with_flips, without = (
+        float(np.mean([metrics.sqnr_db(y, e) for y, e in zip(ys, float_, strict=True)]))
+        for ys in (quantized, forced)
+    )
+    return [
+        Row("decisions", f"sqnr_forced_db{condition}", without, {}, count),
+        Row("decisions", f"sqnr_free_db{condition}", with_flips, {}, count),
+    ]

@@ -1,0 +1,429 @@
+"""Sessions: images of any size through a real program in tiles, without seams; and checks on the device."""
+
+import itertools
+import os
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from PIL import Image
+
+from edgedyn import targets
+from edgedyn.bundle.bundle import Bundle, staging_folder, write_bundle
+from edgedyn.device.session import Session, check, denoise_files, open_session
+from edgedyn.device.tiling import tiles
+from edgedyn.errors import (
+    BundleError,
+    CheckFailedError,
+    EdgedynError,
+    ImageError,
+    TargetMissingError,
+    UsageError,
+)
+from edgedyn.images.photo import read_image
+
+RADIUS = 2
+TILE = (16, 24)
+OVERLAP = 4 * RADIUS
+# Distinct taps, no symmetry: a transposed or shifted tile shows.
+KERNEL = np.random.default_rng(3).uniform(0.01, 0.07, (5, 5)).astype(np.float32)
+# k * eps * sum|terms|: 25 products and sums, then 4 weighted tiles, of values up to sum(KERNEL) <= 1.75.
+ATOL = (25 + 8) * np.finfo(np.float32).eps * 1.75
+
+
+def blur(channels, height, width, dtype="float32"):
+    """Return a depthwise 5 x 5 convolution in ONNX, zero padding, channel c times (c + 1) / channels."""
+    element = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}[dtype]
+    scale = np.arange(1, channels + 1, dtype=np.float32)[:, None, None, None] / channels
+    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[RADIUS] * 4, group=channels)
+    shape = [1, channels, height, width]
+    values = [helper.make_tensor_value_info(name, element, shape) for name in "xy"]
+    weights = numpy_helper.from_array((KERNEL * scale).astype(dtype), "w")
+    graph = helper.make_graph([node], "blur", values[:1], values[1:], [weights])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
+
+
+def load(model):
+    options = onnxruntime.SessionOptions()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.intra_op_num_threads = 1
+    data = model if isinstance(model, str) else model.SerializeToString()
+    program = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    return lambda *arrays: program.run(None, {"x": arrays[0]})
+
+
+def tensor(name, shape, dtype="float32"):
+    return {
+        "name": name,
+        "dtype": dtype,
+        "shape": shape,
+        "low": 0.0,
+        "high": 1.0,
+        "meaning": "gray or R, G, B",
+    }
+
+
+def write(out, *, channels=3, overlap=OVERLAP, dtype="float32", bias=0.0, **changes):
+    """Write a whole bundle whose program is the blur and whose vector was computed by it, off by ``bias``."""
+    shape = (1, channels, *TILE)
+    model = blur(*shape[1:], dtype)
+    x = np.random.default_rng(4).random(shape).astype(dtype)
+    manifest = {
+        **{
+            "format": 2,
+            "ok": True,
+            "name": "blur",
+            "edgedyn": "0.1.0",
+            "target": "onnxruntime",
+            "precision": "fp32",
+        },
+        **{
+            "programs": {"forward": "model.onnx"},
+            "routing": {},
+            "forms": {},
+            "versions": {},
+            "digests": {},
+            "facts": {},
+        },
+        "inputs": [tensor("x", shape, dtype)],
+        "outputs": [tensor("y", shape, dtype)],
+        "tile": {"overlap": overlap},
+        "vectors": [
+            {
+                "inputs": ["vectors/0.input.npy"],
+                "output": "vectors/0.output.npy",
+                "max_abs": 1e-6,
+                "rms": 1e-7,
+            }
+        ],
+    }
+    with staging_folder(out) as staging:
+        (staging / "vectors").mkdir()
+        onnx.save(model, staging / "model.onnx")
+        np.save(staging / "vectors" / "0.input.npy", x)
+        np.save(staging / "vectors" / "0.output.npy", load(model)(x)[0] + np.asarray(bias, dtype))
+        return write_bundle(out, staging, {**manifest, **changes})
+
+
+def session_of(bundle: Bundle) -> Session:
+    return Session(bundle, load(str(bundle.path / "model.onnx")))
+
+
+@pytest.fixture
+def session(tmp_path):
+    return session_of(write(tmp_path / "bundle"))
+
+
+def picture(height, width, channels=3, seed=5):
+    return np.random.default_rng(seed).random((height, width, channels)).astype(np.float32)
+
+
+def whole(pixels):
+    """Return the blur of the whole image at once."""
+    height, width, channels = pixels.shape
+    y = load(blur(channels, height, width))(np.ascontiguousarray(pixels.transpose(2, 0, 1)[None]))[0]
+    return y[0].transpose(1, 2, 0)
+
+
+SIZES = [1, 2, 7, 16, 17, 23, 24, 25, 31, 32, 33, 40, 41, 61, 100, 129]
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 2, 5, 8, 15])
+@pytest.mark.parametrize(("height", "width"), itertools.product(SIZES, SIZES[::3]))
+def test_tile_weights_sum_to_one_at_every_pixel(height, width, overlap):
+    total = np.zeros((max(height, 16), max(width, 24)))
+    for tile in tiles(height, width, 16, 24, overlap):
+        weights = tile.rows[:, None].astype(float) * tile.columns
+        assert weights.min() >= 0
+        here = total[tile.top : tile.top + 16, tile.left : tile.left + 24]
+        assert here.shape == (16, 24), "a tile reaches beyond the image"
+        here += weights
+    np.testing.assert_allclose(total, 1, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("overlap", [0, 1, 4, 8, 15])
+@pytest.mark.parametrize("size", [size for size in SIZES if size > 24])
+def test_tiles_reach_both_borders_and_share_at_least_the_overlap(size, overlap):
+    tops = sorted({tile.top for tile in tiles(size, 3, 16, 16, overlap)})
+    assert (tops[0], tops[-1]) == (0, size - 16)
+    steps = np.diff(tops)
+    assert steps.max() <= 16 - overlap
+    assert steps.max() - steps.min() <= 1
+    assert (len(tops) - 2) * (16 - overlap) + 16 < size, "one tile fewer would do"
+
+
+@pytest.mark.parametrize("overlap", [4, 8, 15])
+@pytest.mark.parametrize("size", [25, 33, 61, 100])
+def test_the_outer_quarter_of_the_overlap_never_counts_inside_the_image(size, overlap):
+    margin = overlap // 4
+    for tile in tiles(size, 3, 16, 16, overlap):
+        if tile.top > 0:
+            assert not tile.rows[:margin].any()
+        if tile.top < size - 16:
+            assert not tile.rows[16 - margin :].any()
+
+
+def test_an_image_of_one_tile_or_less_is_one_tile_of_weight_one():
+    for height, width in ((1, 1), (16, 24), (5, 24)):
+        (tile,) = tiles(height, width, 16, 24, 8)
+        assert (tile.top, tile.left) == (0, 0)
+        assert (tile.rows == 1).all()
+        assert (tile.columns == 1).all()
+
+
+@pytest.mark.parametrize("overlap", [-1, 16, 30])
+def test_an_overlap_that_is_no_part_of_a_tile_is_refused(overlap):
+    with pytest.raises(BundleError, match=f"found {overlap}, expected 0 to 15"):
+        tiles(100, 100, 16, 24, overlap)
+
+
+@pytest.mark.parametrize(("height", "width"), [(16, 24), (17, 25), (33, 24), (61, 83), (16, 100), (128, 31)])
+def test_tiled_equals_whole_where_the_overlap_is_four_radii(session, height, width):
+    pixels = picture(height, width)
+    np.testing.assert_allclose(session.denoise(pixels), whole(pixels), rtol=0, atol=ATOL)
+
+
+def test_with_less_overlap_only_the_surroundings_of_cuts_differ(tmp_path):
+    session = session_of(write(tmp_path / "bundle", overlap=0))
+    pixels = picture(32, 48)  # two tiles each way, cut at row 16 and column 24
+    wrong = np.abs(session.denoise(pixels) - whole(pixels)).max(axis=2) > ATOL
+    near_row = np.abs(np.arange(32) + 0.5 - 16) < RADIUS
+    near_column = np.abs(np.arange(48) + 0.5 - 24) < RADIUS
+    assert wrong.any()
+    assert not (wrong & ~(near_row[:, None] | near_column)).any()
+
+
+@pytest.mark.parametrize("overlap", [0, 3, 8, 15])
+def test_a_flat_image_inside_shows_no_seam(tmp_path, overlap):
+    session = Session(write(tmp_path / "bundle", overlap=overlap), lambda x: [x])
+    pixels = picture(50, 70)
+    # The identity: only the weights act; 4 tiles, each with its weight's rounding.
+    np.testing.assert_allclose(session.denoise(pixels), pixels, rtol=0, atol=8 * np.finfo(np.float32).eps)
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (7, 5), (15, 23), (3, 100)])
+def test_a_small_image_is_continued_by_reflection(session, height, width):
+    pixels = picture(height, width)
+    rows, columns = (reflected(size, tile) for size, tile in zip((height, width), TILE, strict=True))
+    expected = whole(pixels[rows][:, columns])[:height, :width]
+    result = session.denoise(pixels)
+    assert result.shape == pixels.shape
+    np.testing.assert_allclose(result, expected, rtol=0, atol=ATOL)
+
+
+def reflected(size, tile):
+    """Return 0 1 .. n-1 n-2 .. 1 0 1 .., as long as the larger of size and tile."""
+    period = max(2 * size - 2, 1)
+    places = np.arange(max(size, tile)) % period
+    return np.where(places < size, places, period - places)
+
+
+def test_gray_through_three_channels_is_the_mean_of_three_and_stays_gray(session):
+    gray = picture(33, 40, 1)
+    result = session.denoise(gray)
+    assert result.shape == gray.shape
+    expected = whole(np.repeat(gray, 3, axis=2)).mean(axis=2, keepdims=True)
+    np.testing.assert_allclose(result, expected, rtol=0, atol=ATOL)
+
+
+def test_colour_through_one_channel_runs_each_channel_by_itself(tmp_path):
+    session = session_of(write(tmp_path / "bundle", channels=1))
+    pixels = picture(33, 40)
+    expected = np.concatenate([whole(pixels[:, :, c : c + 1]) for c in range(3)], axis=2)
+    np.testing.assert_allclose(session.denoise(pixels), expected, rtol=0, atol=ATOL)
+
+
+def test_a_float16_bundle_gets_float16_and_gives_float32(tmp_path):
+    bundle = write(tmp_path / "bundle", dtype="float16")
+    seen = []
+
+    def run(x):
+        seen.append(x.dtype)
+        return load(str(bundle.path / "model.onnx"))(x)
+
+    pixels = picture(20, 30)
+    result = Session(bundle, run).denoise(pixels.astype(np.float64))
+    assert set(seen) == {np.dtype("float16")}
+    assert result.dtype == np.float32
+    # Input and kernel rounded to float16, and the output: 3 roundings of eps / 2, of values up to 1.75; the
+    # sum itself in float16 at worst: 25 more.
+    np.testing.assert_allclose(result, whole(pixels), rtol=0, atol=28 * np.finfo(np.float16).eps / 2 * 1.75)
+
+
+def test_progress_counts_every_tile_of_every_plane(tmp_path):
+    session = session_of(write(tmp_path / "bundle", channels=1))
+    calls = []
+    session.denoise(picture(33, 40), progress=lambda done, total: calls.append((done, total)))
+    total = 3 * len(tiles(33, 40, *TILE, OVERLAP))
+    assert calls == [(done, total) for done in range(1, total + 1)]
+
+
+def test_arrays_that_are_no_picture_are_refused(session):
+    for pixels in (picture(9, 9, 2), picture(9, 9)[:, :, 0], picture(0, 9), np.zeros((9, 9, 3), np.uint8)):
+        with pytest.raises(ImageError, match="expected floating-point"):
+            session.denoise(pixels)
+    pixels = picture(9, 9)
+    pixels[3, 4, 1] = np.nan
+    pixels[0, 0, 0] = np.inf
+    with pytest.raises(ImageError, match="found 2 pixel values that are not finite"):
+        session.denoise(pixels)
+
+
+def test_a_program_that_returns_another_shape_or_nan_is_noticed(session):
+    for run in (lambda x: [x[:, :1]], lambda x: [x * np.float32("nan")]):
+        with pytest.raises(CheckFailedError, match="the program's output"):
+            Session(session.bundle, run).denoise(picture(9, 9))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "outputs"),
+    [
+        ([tensor("x", (1, 3, 16, 24))], [tensor("y", (1, 10))]),
+        ([tensor("x", (2, 3, 16, 24))], [tensor("y", (2, 3, 16, 24))]),
+        ([tensor("x", (1, 4, 16, 24))], [tensor("y", (1, 4, 16, 24))]),
+        ([tensor("x", (1, 3, 16, 24))] * 2, [tensor("y", (1, 3, 16, 24))]),
+    ],
+)
+def test_a_program_that_is_not_image_to_image_takes_no_picture(tmp_path, inputs, outputs):
+    vectors = [] if len(inputs) > 1 else None
+    changes = {"inputs": inputs, "outputs": outputs} | ({} if vectors is None else {"vectors": vectors})
+    session = session_of(write(tmp_path / "bundle", **changes))
+    with pytest.raises(ImageError, match="takes and returns"):
+        session.denoise(picture(9, 9))
+
+
+def test_vectors_pass_where_the_program_computes_what_was_built(session):
+    report = check(session)
+    assert report.ok
+    verdict, worst, rms = report.rows
+    assert (verdict.between, verdict.metric) == ("build:report", "failed_builds")
+    assert (worst.between, worst.metric) == ("device:vectors", "max_abs[vectors/0.input.npy]")
+    assert (worst.limit, worst.samples, worst.value) == ({"at_most": 1e-6}, 1, 0.0)
+    assert (rms.between, rms.metric) == ("device:vectors", "rms[vectors/0.input.npy]")
+    assert (rms.limit, rms.samples, rms.value) == ({"at_most": 1e-7}, 1, 0.0)
+
+
+def test_a_small_error_at_every_pixel_is_noticed(tmp_path):
+    report = check(session_of(write(tmp_path / "off", bias=5e-7)))
+    assert [row.passed for row in report.rows] == [True, True, False]
+
+
+def test_a_bundle_whose_build_failed_does_not_pass(tmp_path):
+    report = check(session_of(write(tmp_path / "failed", ok=False)))
+    assert [row.passed for row in report.rows] == [False, True, True]
+
+
+def test_vectors_fail_where_it_does_not(tmp_path, session):
+    report = check(session_of(write(tmp_path / "off", bias=1e-3)))
+    assert not report.ok
+    # One rounding of the sum to float32.
+    assert report.rows[1].value == pytest.approx(1e-3, rel=0, abs=2 * float(np.finfo(np.float32).eps))
+    assert not check(Session(session.bundle, lambda x: [x * np.float32("nan")])).ok
+    assert not check(session_of(write(tmp_path / "none", vectors=[]))).ok
+    with pytest.raises(CheckFailedError, match=r"found \(1, 1, 16, 24\), expected"):
+        check(Session(session.bundle, lambda x: [x[:, :1]]))
+
+
+@pytest.mark.parametrize(
+    "array", [np.zeros((1, 3, 16, 23), np.float32), np.zeros((1, 3, *TILE)), np.array([{}])]
+)
+def test_a_vector_that_is_no_array_of_the_right_kind_is_refused(session, array):
+    # After opening, as a file that changes under a running program.
+    np.save(session.bundle.path / "vectors" / "0.input.npy", array, allow_pickle=True)
+    with pytest.raises(BundleError, match=r"vectors/0\.input\.npy: found .*expected \.npy without pickle"):
+        check(session)
+
+
+def test_opening_verifies_loads_and_runs(tmp_path):
+    write(tmp_path / "bundle")
+    session = open_session(tmp_path / "bundle")
+    assert check(session).ok
+    assert session.denoise(picture(20, 30)).shape == (20, 30, 3)
+    (tmp_path / "bundle" / "model.onnx").write_bytes(b"")
+    with pytest.raises(BundleError, match=r"file model\.onnx"):
+        open_session(tmp_path / "bundle")
+
+
+def test_opening_says_what_is_missing(tmp_path, monkeypatch):
+    write(tmp_path / "unknown", target="abacus")
+    with pytest.raises(BundleError, match="target 'abacus' is unknown"):
+        open_session(tmp_path / "unknown")
+    write(tmp_path / "uncompiled", programs={"forward": "model.engine"})
+    with pytest.raises(UsageError, match=r"has no model\.engine yet.*edgedyn compile"):
+        open_session(tmp_path / "uncompiled")
+    write(tmp_path / "bundle")
+    target = targets.load("onnxruntime")
+    monkeypatch.setitem(onnxruntime_module().__dict__, "TARGET", replace_missing(target))
+    with pytest.raises(TargetMissingError, match="needs the target 'onnxruntime': not here; install it"):
+        open_session(tmp_path / "bundle")
+
+
+def onnxruntime_module():
+    import edgedyn.targets.onnxruntime as module
+
+    return module
+
+
+def replace_missing(target):
+    import dataclasses
+
+    return dataclasses.replace(target, missing=lambda: "not here; install it")
+
+
+def save(path, pixels):
+    Image.fromarray(np.rint(pixels.squeeze() * 255).astype(np.uint8)).save(path)
+    return path
+
+
+def test_files_come_out_under_their_names_in_their_mode(tmp_path, session):
+    images = [save(tmp_path / "a.png", picture(20, 30)), save(tmp_path / "b.tif", picture(40, 20, 1))]
+    calls = []
+    results = denoise_files(
+        session, images, tmp_path / "deep" / "out", progress=lambda *call: calls.append(call)
+    )
+    assert results == [tmp_path / "deep" / "out" / "a.png", tmp_path / "deep" / "out" / "b.tif"]
+    for image, result in zip(images, results, strict=True):
+        expected = np.clip(session.denoise(read_image(image).pixels), 0, 1)
+        found = read_image(result)
+        assert found.pixels.shape == expected.shape
+        # Half a step of 8 bits.
+        np.testing.assert_allclose(found.pixels, expected, rtol=0, atol=0.5 / 255 + 1e-6)
+    assert [call for call in calls if call[1] == call[2]] == [(images[0], 4, 4), (images[1], 4, 4)]
+    assert sorted(os.listdir(tmp_path / "deep" / "out")) == ["a.png", "b.tif"]
+
+
+def test_files_are_refused_before_any_work(tmp_path, session):
+    good, out = save(tmp_path / "a.png", picture(20, 30)), tmp_path / "out"
+    (tmp_path / "sub").mkdir()
+    twin = save(tmp_path / "sub" / "A.PNG", picture(20, 30))
+    webp = save(tmp_path / "c.webp", picture(20, 30))
+    idle = Session(session.bundle, lambda x: pytest.fail("work was done"))
+    cases = [
+        ([], out, "no images"),
+        ([good, twin], out, "of one name"),
+        ([good], tmp_path, "would be overwritten"),
+        ([good, tmp_path / "none.png"], out, "found no file"),
+        ([good, tmp_path / "sub"], out, "found no file"),
+        ([good, webp], out, r"suffixes \['\.webp'\]"),
+        ([good], good, "cannot make the folder"),
+        ([good], session.bundle.path, "would make the bundle invalid"),
+        ([good], session.bundle.path / "vectors", "would make the bundle invalid"),
+    ]
+    for images, folder, message in cases:
+        for force in (False, True):
+            with pytest.raises(EdgedynError, match=message):
+                denoise_files(idle, images, folder, force=force)
+    assert not out.exists()
+
+
+def test_existing_results_are_kept_unless_forced(tmp_path, session):
+    images = [save(tmp_path / name, picture(20, 30)) for name in ("a.png", "b.png")]
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b.png").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"b\.png exists already"):
+        denoise_files(session, images, tmp_path / "out")
+    assert os.listdir(tmp_path / "out") == ["b.png"]
+    assert len(denoise_files(session, images, tmp_path / "out", force=True)) == 2
+    assert read_image(tmp_path / "out" / "b.png").pixels.shape == (20, 30, 3)

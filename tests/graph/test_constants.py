@@ -1,0 +1,92 @@
+"""Folding of constants in a captured program."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.export import ExportedProgram
+
+from edgedyn.graph.constants import fold_constants
+
+
+def capture(model: nn.Module, *inputs) -> ExportedProgram:
+    return torch.export.export(model.eval(), inputs)
+
+
+def called(program: ExportedProgram) -> list[str]:
+    return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+class Kernels(nn.Module):
+    """A convolution whose weights are rows of a constant; the constant itself is read, too."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("rows", torch.randn(2, 9))
+        self.gain = nn.Parameter(torch.randn(3, 1, 1))
+
+    def forward(self, x):
+        first, second = torch.split(self.rows, 1)
+        y = torch.conv2d(x, first.reshape(1, 1, 3, 3).expand(3, 1, 3, 3), padding=1, groups=3)
+        return y * second.sum() + self.gain * self.rows[0, 0]
+
+
+def test_what_reads_constants_only_is_stored_and_the_numbers_stay():
+    torch.manual_seed(3)
+    model, x = Kernels().double(), torch.randn(2, 3, 5, 7, dtype=torch.float64)
+    folded = fold_constants(capture(model, x))
+    assert called(folded) == ["aten.conv2d.default", "aten.mul.Tensor", "aten.add.Tensor"]
+    with torch.no_grad():
+        assert torch.equal(folded.module()(x), model(x))
+
+
+def test_program_without_such_values_is_returned_as_it_is():
+    program = capture(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), torch.zeros(1, 3, 5, 7))
+    assert fold_constants(program) is program
+
+
+def test_constant_made_of_nothing_is_computed_with_what_reads_it():
+    class Ramp(nn.Module):
+        def forward(self, x):
+            return x * (torch.arange(4, dtype=x.dtype) + 0.5).clamp(max=2)
+
+    folded = fold_constants(capture(Ramp(), torch.zeros(3, 4)))
+    assert called(folded) == ["aten.mul.Tensor"]
+    assert torch.equal(folded.module()(torch.ones(3, 4)), torch.tensor([0.5, 1.5, 2, 2]).expand(3, 4))
+
+
+def test_path_of_the_layer_is_kept():
+    folded = fold_constants(capture(nn.Sequential(nn.Identity(), Kernels()), torch.zeros(1, 3, 5, 7)))
+    (conv,) = [node for node in folded.graph.nodes if node.target is torch.ops.aten.conv2d.default]
+    assert [path for path, _ in conv.meta["nn_module_stack"].values()][-1] == "1"
+
+
+def test_quantized_weight_keeps_its_dequantize():
+    import torchao.quantization.pt2e  # noqa: F401 registers the operators
+
+    class Quantized(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("weight", torch.ones(4, 3, dtype=torch.int8))
+
+        def forward(self, x):
+            weight = torch.ops.quantized_decomposed.dequantize_per_tensor(
+                self.weight, 0.5, 0, -128, 127, torch.int8
+            )
+            return x @ weight.t()
+
+    folded = fold_constants(capture(Quantized(), torch.zeros(2, 3)))
+    assert any("dequantize" in target for target in called(folded))
+
+
+def test_random_numbers_are_drawn_at_run_time():
+    class Noise(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("level", torch.ones(3))
+
+        def forward(self, x):
+            return x + torch.bernoulli(self.level * 0.5)
+
+    folded = fold_constants(capture(Noise(), torch.zeros(2, 3)))
+    assert [node for node in folded.graph.nodes if "bernoulli" in str(node.target) and node.users]

@@ -1,0 +1,19 @@
+"""What is measured once: remembered, and measured anew where the file on the disk cannot be what we wrote."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from edgedyn.quantize.search.recall import Recall
+
+
+@pytest.mark.parametrize("content", ["{", "", "[]", "null", "3", '"drop"'])
+def test_broken_file_is_measured_anew_and_mended(tmp_path, monkeypatch, content):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    recall = Recall("x", [Path(__file__)])
+    recall.path.parent.mkdir(parents=True)
+    recall.path.write_text(content)
+    assert recall("drop", lambda: {"a": 1.0}) == {"a": 1.0}
+    assert recall("drop", lambda: pytest.fail("measured again")) == {"a": 1.0}

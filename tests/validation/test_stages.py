@@ -1,0 +1,318 @@
+"""Rows are right by hand computation, pass at their limit, and fail past it."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small_networks import LAYERS
+from torch import nn
+
+from edgedyn import ops
+from edgedyn.bundle.dispatch import Dispatcher
+from edgedyn.errors import CheckFailedError
+from edgedyn.graph.rewrites import widen_like
+from edgedyn.images.image_set import Sample
+from edgedyn.images.tasks import TASKS
+from edgedyn.layers import canonicalize
+from edgedyn.quantize import Quantized
+from edgedyn.recipe.keys import LimitSection
+from edgedyn.recipe.recipe import load_recipe
+from edgedyn.report.rows import Row, ValidationReport
+from edgedyn.targets import load
+from edgedyn.validation import stages as validate
+from edgedyn.validation.runs import in_torch
+from edgedyn.validation.stages import Outputs
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SHAPE = (24, 16, 3)
+LIMITS = LimitSection()
+
+
+def make_outputs(*, expanded: float = 0.05, quantized: float = 0.05, device: float = 0.05) -> Outputs:
+    """Give 4 samples, two of each noise level; programs err by a constant, in turn up and down.
+
+    The truth is 0.5 everywhere and the input errs by 0.1, so that every PSNR is -20 log10 of an error.
+    """
+    sigmas = (25.0, 15.0, 25.0, 15.0)
+    signs = [np.float32((-1) ** (np.indices(SHAPE).sum(0))) for _ in sigmas]
+    samples = [
+        Sample((chw(0.5 + np.float32(0.1) * sign),), chw(np.full(SHAPE, 0.5, np.float32)), sigma, "a.png")
+        for sign, sigma in zip(signs, sigmas, strict=True)
+    ]
+    errors = (expanded, quantized, device)
+    return Outputs(samples, *[[chw(0.5 + np.float32(error) * sign) for sign in signs] for error in errors])
+
+
+def chw(image: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(image.transpose(2, 0, 1)[None])
+
+
+def by_name(rows: list[Row]) -> dict[str, Row]:
+    assert len({(row.between, row.metric) for row in rows}) == len(rows)
+    return {f"{row.between} {row.metric}": row for row in rows}
+
+
+def failed(rows: list[Row]) -> list[str]:
+    return sorted(name for name, row in by_name(rows).items() if not row.passed)
+
+
+@pytest.mark.parametrize(
+    ("value", "limit", "samples", "passed"),
+    [
+        (1.0, {"at_most": 1.0}, 1, True),
+        (1.0, {"at_least": 1.0}, 1, True),
+        (math.nextafter(1.0, 2.0), {"at_most": 1.0}, 1, False),
+        (math.nextafter(1.0, 0.0), {"at_least": 1.0}, 1, False),
+        (math.inf, {"at_least": 1.0}, 1, True),
+        (math.inf, {"at_most": 1.0}, 1, False),
+        (math.nan, {}, 1, False),
+        (0.0, {"at_most": 1.0}, 0, False),
+    ],
+)
+def test_row_passes_within_its_limit_if_something_was_measured(value, limit, samples, passed):
+    row = Row("a:b", "max_abs", value, limit, samples)
+    assert row.passed is passed
+    assert row.to_json()["passed"] is passed
+    assert ValidationReport((row,)).ok is passed
+
+
+@pytest.mark.parametrize(("asked", "limit"), [("null", 0.25), (0.02, 0.02), (0.5, 0.25)])
+def test_what_layers_stay_float_for_is_demanded_of_the_build(asked, limit):
+    recipe = load_recipe(RECIPES / "acda-dncnn.phone.int8.yaml", [f"quantize.max_drop_db={asked}"])
+    outputs = make_outputs(quantized=0.0503, device=0.0503)  # 0.052 dB
+    rows = validate.rows(outputs, recipe, {"forward": Quantized(None, 1.0)}, rounding=0.0)
+    drops = [row for row in rows if row.metric.startswith("psnr_drop_db")]
+    assert {row.between for row in drops} == {"quantized:expanded", "device:truth"}
+    assert all(row.limit == {"at_most": limit} for row in drops)
+    assert all(row.passed is (limit > 0.052) for row in drops)
+
+
+def test_report_is_ok_only_with_rows_that_all_pass():
+    good, bad = Row("a:b", "x", 0.0, {}, 1), Row("a:b", "y", 2.0, {"at_most": 1.0}, 1)
+    assert not ValidationReport(()).ok
+    assert ValidationReport((good, good)).ok
+    assert not ValidationReport((good, bad)).ok
+
+
+def test_truth_rows_are_means_by_noise_level_with_the_input_as_limit():
+    rows = by_name(validate.truth_rows(make_outputs(expanded=0.01, device=0.02), LIMITS))
+    levels = [name for name in rows if name.startswith("float:truth psnr_db")]
+    assert levels == ["float:truth psnr_db[sigma=15]", "float:truth psnr_db[sigma=25]"]
+    for sigma in (15, 25):
+        float_, device = (rows[f"{side}:truth psnr_db[sigma={sigma}]"] for side in ("float", "device"))
+        assert (float_.value, device.value) == pytest.approx((40.0, -20 * math.log10(0.02)), abs=1e-4)
+        assert float_.limit["at_least"] == device.limit["at_least"] == pytest.approx(20.0, abs=1e-4)
+        drop = rows[f"device:truth psnr_drop_db[sigma={sigma}]"]
+        assert (drop.value, drop.limit) == (pytest.approx(20 * math.log10(2), abs=1e-4), {"at_most": 0.25})
+        assert (drop.samples, float_.samples, device.samples) == (2, 2, 2)
+        assert 0 < rows[f"device:truth ssim[sigma={sigma}]"].value < 1
+    worst = rows["device:truth worst_image_psnr_drop_db"]
+    assert (worst.value, worst.samples) == (pytest.approx(20 * math.log10(2), abs=1e-4), 4)
+    assert rows["device:truth worst_tile_psnr_db"].value == pytest.approx(-20 * math.log10(0.02), abs=1e-4)
+
+
+def test_worst_image_and_worst_tile_tell_what_the_means_hide():
+    outputs = make_outputs(expanded=0.01, device=0.01)
+    outputs.device[2][:] = outputs.expanded[2] + np.float32(0.03) * np.sign(outputs.expanded[2] - 0.5)
+    rows = by_name(validate.truth_rows(outputs, LIMITS))
+    assert rows["device:truth worst_image_psnr_drop_db"].value == pytest.approx(20 * math.log10(4), abs=1e-4)
+    assert rows["device:truth worst_tile_psnr_db"].value == pytest.approx(-20 * math.log10(0.04), abs=1e-4)
+    assert rows["device:truth psnr_drop_db[sigma=15]"].value == pytest.approx(0.0, abs=1e-4)
+    assert rows["device:truth psnr_drop_db[sigma=25]"].value == pytest.approx(10 * math.log10(4), abs=1e-4)
+
+
+def test_program_worse_than_its_input_fails():
+    assert failed(validate.truth_rows(make_outputs(expanded=0.11, device=0.11), LIMITS)) == [
+        "device:truth psnr_db[sigma=15]",
+        "device:truth psnr_db[sigma=25]",
+        "float:truth psnr_db[sigma=15]",
+        "float:truth psnr_db[sigma=25]",
+    ]
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_drop_past_the_limit_fails_on_either_side(precision):
+    fine, too_far = 0.05 * 10 ** (0.24 / 20), 0.05 * 10 ** (0.26 / 20)
+    outputs = make_outputs(quantized=fine, device=fine)
+    assert failed(validate.arithmetic_rows(outputs, precision, LIMITS)) == []
+    assert failed(validate.truth_rows(outputs, LIMITS)) == []
+    quantized = validate.arithmetic_rows(make_outputs(quantized=too_far, device=fine), precision, LIMITS)
+    drops = [f"psnr_drop_db[sigma={sigma}]" for sigma in (15, 25)]
+    assert set(failed(quantized)) >= {f"quantized:expanded {drop}" for drop in drops}
+    device = validate.truth_rows(make_outputs(quantized=fine, device=too_far), LIMITS)
+    assert failed(device) == [f"device:truth {drop}" for drop in drops]
+
+
+@pytest.mark.parametrize(("off", "passed"), [(1.4, True), (1.43, False)])
+def test_int8_device_may_differ_by_root_two_of_the_quantization_noise(off, passed):
+    outputs = make_outputs(quantized=0.051, device=0.051 + 0.001 * off)
+    rows = by_name(validate.arithmetic_rows(outputs, "int8", LIMITS))
+    row = rows["device:quantized rms_ratio"]
+    assert row.value == pytest.approx(off, rel=1e-3)
+    assert row.passed is passed
+    assert rows["device:quantized mean_abs_levels"].value == pytest.approx(0.255 * off, rel=1e-3)
+    assert rows["device:quantized max_abs"].value == pytest.approx(0.001 * off, rel=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize(("levels", "passed"), [(0.24, True), (0.26, False)])
+def test_float_device_may_differ_by_a_quarter_level(precision, levels, passed):
+    rows = by_name(validate.arithmetic_rows(make_outputs(device=0.05 + levels / 255), precision, LIMITS))
+    row = rows["device:quantized mean_abs_levels"]
+    assert row.value == pytest.approx(levels, rel=1e-3)
+    assert row.passed is passed
+
+
+@pytest.mark.parametrize(("levels", "passed"), [(0.06, True), (0.065, False)])
+def test_folding_of_a_float_program_may_move_a_sixteenth_of_a_level(levels, passed):
+    outputs = make_outputs(quantized=0.05 + levels / 255, device=0.05 + levels / 255)
+    row = by_name(validate.arithmetic_rows(outputs, "fp32", LIMITS))["quantized:expanded max_abs"]
+    assert (row.passed, row.samples) == (passed, 4)
+
+
+def test_rounding_is_the_largest_relative_distance_of_float32_from_float64():
+    exact = [np.array([[1.0, -4.0]]), np.array([[2.0, 1.0]])]
+    row = validate.rounding_row(exact, [np.array([[1.0, -4.1]]), np.array([[2.1, 1.0]])])
+    assert (row.value, row.limit, row.samples) == (pytest.approx(0.05), {}, 2)
+
+
+@pytest.mark.parametrize(
+    ("rounding", "dtype", "limit"),
+    [
+        (1e-6, np.float32, 1e-4),
+        (1e-3, np.float32, 2e-3),
+        (0.5, np.float32, 0.02),
+        (1e-3, np.float64, 2e-3 / 2**29),
+    ],
+)
+def test_limits_are_never_below_twice_the_rounding_of_the_network(rounding, dtype, limit):
+    lowest = 1e-4 if dtype == np.float32 else 1e-12
+    assert validate.at_least_rounding(lowest, rounding, dtype) == pytest.approx(limit, rel=1e-12)
+
+
+@pytest.mark.parametrize(("rounding", "passed"), [(0.0, False), (1e-3, True)])
+def test_float32_programs_may_differ_by_what_float32_costs_the_network(rounding, passed):
+    off = 0.05 + 1e-3
+    outputs = make_outputs(quantized=off, device=off + 1e-3)
+    task = TASKS["classify"]
+    rows = by_name(validate.arithmetic_rows(outputs, "fp32", LIMITS, task, rounding))
+    assert rows["quantized:expanded max_abs"].passed is passed
+    assert rows["device:quantized mean_relative"].passed is passed
+
+
+def test_residual_sqnr_compares_what_the_network_adds_to_its_input():
+    rows = by_name(validate.arithmetic_rows(make_outputs(quantized=0.055), "int8", LIMITS))
+    # the residual is 0.05 in size, the difference 0.005
+    assert rows["quantized:expanded residual_sqnr_db"].value == pytest.approx(20.0, abs=1e-3)
+
+
+@pytest.fixture(scope="module")
+def rewritten():
+    """Return a layer in float64, its canonical twin, the expanded program and two samples."""
+    torch.manual_seed(0)
+    layer = LAYERS["kernels"]().eval()
+    x = torch.rand(1, 8, 16, 16)
+    captured = torch.export.export(canonicalize(layer), (x,))
+    forms = ops.choose_forms(captured, load("onnxruntime"), {})
+    expanded = ops.expand(captured, forms, "before_quantize")
+    wide = copy.deepcopy(layer).double()
+    noisy = [np.random.default_rng(k).random((1, 8, 16, 16), dtype=np.float32) for k in range(2)]
+    return wide, canonicalize(wide), expanded, [Sample((n,), n, 0.0, "a") for n in noisy]
+
+
+def rewrite_rows(wide, canonical, expanded, samples):
+    programs = (wide, canonical, widen_like(expanded, canonical))
+    reference, *rewritten = [in_torch(p, torch.float64) for p in programs]
+    return validate.rewrite_rows(validate.run_wide(reference, samples), *rewritten, samples, 1e-12)
+
+
+def test_exact_rewrite_passes_in_float64_on_every_sample(rewritten):
+    rows = rewrite_rows(*rewritten)
+    assert [row.between for row in rows] == ["canonical:reference", "expanded:canonical"]
+    assert all(row.passed and row.samples == 2 for row in rows)
+
+
+def test_rewrite_that_moves_one_weight_by_a_billionth_fails(rewritten):
+    wide, canonical, expanded, samples = rewritten
+    moved = copy.deepcopy(canonical)
+    with torch.no_grad():
+        next(p for p in moved.parameters() if p.ndim == 4).flatten()[0].add_(1e-9)
+    rows = rewrite_rows(wide, moved, expanded, samples)
+    assert [row.passed for row in rows] == [False, True]  # the expanded program takes the moved weight
+
+
+def test_expansion_that_computes_something_else_fails(rewritten):
+    class Shifted(nn.Module):
+        def __init__(self, inner: nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x) + 1e-9 * (x[0, 0, 0, 0] > threshold)  # one of the two samples
+
+    wide, canonical, expanded, samples = rewritten
+    threshold = np.mean([sample.noisy[0, 0, 0, 0] for sample in samples]).item()
+    x = torch.from_numpy(samples[0].noisy).double()
+    # different in the graph, not in a weight: the comparison copies the weights
+    other = torch.export.export(Shifted(copy.deepcopy(expanded.module()).double()), (x,))
+    rows = rewrite_rows(wide, canonical, other, samples)
+    assert [row.passed for row in rows] == [True, False]
+
+
+def test_comparison_in_float64_leaves_the_program_as_it_was(rewritten):
+    expanded, x = rewritten[2], torch.from_numpy(rewritten[3][0].noisy)
+    before = expanded.module()(x)
+    rewrite_rows(*rewritten)
+    assert torch.equal(expanded.module()(x), before)
+
+
+def test_run_all_gives_float32_as_the_program_does():
+    seen = []
+
+    def run(x: np.ndarray) -> list[np.ndarray]:
+        seen.append((x.shape, x.dtype))
+        return [x * 2]
+
+    samples = make_outputs().samples
+    results = validate.run_all(Dispatcher({"forward": run}), samples, "device", np.float16)
+    assert seen == [((1, 3, 24, 16), np.float16)] * 4
+    assert all(y.dtype == np.float32 and decision is None for y, decision in results)
+    assert np.abs(results[0][0] - 2 * samples[0].noisy).max() < 1e-3
+
+
+def test_output_that_is_not_finite_names_program_image_and_noise():
+    samples = make_outputs().samples
+    broken = Dispatcher({"forward": lambda x: [x * np.float32("inf")]})
+    with pytest.raises(
+        CheckFailedError, match=r"the device program: found 1152 of 1152 .* a\.png .* sigma 25"
+    ):
+        validate.run_all(broken, samples, "device")
+
+
+def test_runtime_that_computes_float_is_not_taken_for_int8():
+    outputs = make_outputs(quantized=0.051, device=0.05)
+    assert failed(validate.arithmetic_rows(outputs, "int8", LIMITS)) == ["device:quantized noise_ratio"]
+
+
+def test_truth_as_input_sets_no_limit():
+    outputs = make_outputs()
+    samples = [dataclasses.replace(s, inputs=(s.truth,), sigma=0.0) for s in outputs.samples]
+    rows = validate.truth_rows(dataclasses.replace(outputs, samples=samples), LIMITS)
+    assert by_name(rows)["device:truth psnr_db[sigma=0]"].limit == {}
+
+
+@pytest.mark.parametrize(("share", "passed"), [(0.8, True), (0.79, False)])
+def test_int8_share_has_a_limit(share, passed):
+    quantized = Quantized(None, int8_mac_share=share, multiply_add_nodes=7)
+    (row,) = validate.share_rows({"forward": quantized}, "int8", LIMITS)
+    assert (row.passed, row.samples) == (passed, 7)
+    assert validate.share_rows({"forward": quantized}, "fp32", LIMITS) == []
+    router, variant = validate.share_rows({"router": quantized, "w50": quantized}, "int8", LIMITS)
+    assert (router.metric, router.passed) == ("int8_mac_share[router]", True)
+    assert (variant.metric, variant.passed) == ("int8_mac_share[w50]", passed)
