@@ -10,10 +10,11 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from edgedyn.errors import CalibrationError
-from edgedyn.quantize.calibrate import Observed, Progress, observe_program, round_program
 from edgedyn.quantize.calibrated import Calibrated
 from edgedyn.quantize.fold import fold
-from edgedyn.quantize.plan import Int8Method
+from edgedyn.quantize.observe.program import Observed, observe_program
+from edgedyn.quantize.plan import Int8Method, Progress
+from edgedyn.quantize.rounding.program import round_program
 from edgedyn.quantize.search.ablation import ablate
 from edgedyn.quantize.search.precision import Exam, Rounded, choose_precision
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,8 @@ from edgedyn.targets import Int8Scheme
 
 if TYPE_CHECKING:
     from edgedyn.recipe.keys import QuantizeSection
+
+Progress = Callable[[str, int, int], None]  # called with (what is done, steps done, steps in all)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,15 @@ from torch import Tensor, fx, nn
 from edgedyn import ops, targets
 from edgedyn.graph.nodes import weight_of
 from edgedyn.layers import canonicalize
-from edgedyn.quantize.calibrate import observe_program, round_program
 from edgedyn.quantize.calibrated import Calibrated, restore, steps_of
 from edgedyn.quantize.convert import insert_steps
 from edgedyn.quantize.fold import fold
+from edgedyn.quantize.observe.program import observe_program
 from edgedyn.quantize.plan import Plan, Steps, make_plan
 from edgedyn.quantize.rounding import finetune as training
 from edgedyn.quantize.rounding.finetune import Example, choose_examples, finetune
 from edgedyn.quantize.rounding.lockstep import quantize_dequantize
+from edgedyn.quantize.rounding.program import round_program
 from edgedyn.recipe.keys import QuantizeSection
 
 SCHEMES = {name: targets.load(name).int8 for name in ("executorch", "tensorrt")}

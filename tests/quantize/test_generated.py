@@ -19,7 +19,7 @@ from edgedyn.layers.acda import ACDAConv
 from edgedyn.layers.ddf import DDFPack
 from edgedyn.layers.dynconv import SparseBasicBlock
 from edgedyn.quantize.accounting import KEPT_PRODUCT
-from edgedyn.quantize.calibrate import observe_program
+from edgedyn.quantize.observe.program import observe_program
 from edgedyn.quantize.observe.statistics import channel_maxima, look
 from edgedyn.quantize.plan import find_kernels
 from edgedyn.quantize.rescale.generated import ContentMeter, find_generating, scale_taps

@@ -9,12 +9,13 @@ from torch import Tensor, fx, nn
 
 from edgedyn import targets
 from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, weight_of
-from edgedyn.quantize.calibrate import observe_program, round_program
 from edgedyn.quantize.calibrated import Calibrated, steps_of
 from edgedyn.quantize.fold import fold
+from edgedyn.quantize.observe.program import observe_program
 from edgedyn.quantize.plan import Plan, Site, make_plan
 from edgedyn.quantize.rounding.lockstep import Lockstep
 from edgedyn.quantize.rounding.norms import reestimate
+from edgedyn.quantize.rounding.program import round_program
 from edgedyn.recipe.keys import QuantizeSection
 
 LAYERS = {

@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from edgedyn.quantize.calibrate import Progress
-from edgedyn.quantize.plan import Int8Method
+from edgedyn.quantize.plan import Int8Method, Progress
 from edgedyn.quantize.rescale.generated import find_generating
 from edgedyn.quantize.search.precision import Exam, Measured, Rounded
 

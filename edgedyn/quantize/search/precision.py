@@ -27,10 +27,9 @@ from edgedyn.errors import CheckFailedError
 from edgedyn.graph.nodes import bias_of, weight_of
 from edgedyn.images import metrics
 from edgedyn.quantize.accounting import all_multiply_adds
-from edgedyn.quantize.calibrate import Progress
 from edgedyn.quantize.calibrated import Calibrated, steps_of
 from edgedyn.quantize.observe.statistics import look
-from edgedyn.quantize.plan import Plan, Steps
+from edgedyn.quantize.plan import Plan, Progress, Steps
 from edgedyn.quantize.rounding.lockstep import quantize_dequantize, round_weight, steps_by_call
 from edgedyn.quantize.table.entries import LayerCost, Point, Precision
 from edgedyn.targets import Int8Scheme
