@@ -72,7 +72,7 @@ def describe(
             table = converted.table
             facts["precision"] = {name: found.to_json() for name, found in table.precision.items()}
             facts["ablation"] = {name: dict(found) for name, found in table.ablation.items()}
-        facts["calibration"] = _describe_calibration(recipe, calibration, converted.misfit)
+        facts["calibration"] = _describe_calibration(recipe, calibration, converted.mismatch)
         facts["generated_kernels"] = _generated_kernels(converted)
     if converted.capacities is not None:
         facts["capacities"] = converted.capacities
@@ -137,14 +137,14 @@ def _float_nodes(converted: Converted) -> list[dict[str, Any]]:
     ]
 
 
-def _describe_calibration(recipe: Recipe, calibration: CalibrationSet, misfit: str) -> dict[str, Any]:
+def _describe_calibration(recipe: Recipe, calibration: CalibrationSet, mismatch: str) -> dict[str, Any]:
     method = recipe.quantize
     return {
         "set": calibration.name,
         "licence": calibration.licence,
         "images": len(calibration.images),
         "samples": calibration.samples,
-        "vivid": calibration.vivid,
+        "color_augmented": calibration.color_augmented,
         "noise": calibration.noise.to_json(),
         "ranges": method.ranges.model_dump(),
         "generated": method.generated,
@@ -152,7 +152,7 @@ def _describe_calibration(recipe: Recipe, calibration: CalibrationSet, misfit: s
         "rounding": method.rounding,
         "bias_correction": method.bias_correction,
         **({"short_side": calibration.short_side} if calibration.short_side is not None else {}),
-        **({"forced": misfit} if misfit else {}),
+        **({"forced": mismatch} if mismatch else {}),
     }
 
 
@@ -212,7 +212,7 @@ def choose_pictures(outputs: Outputs, recipe: Recipe, most: int = 3) -> list[Pic
             caption=outputs.samples[i].source,
             sigma=sigma,
             noisy=to_hwc(enlarge(outputs.samples[i])),
-            float_=to_hwc(outputs.expanded[i]),
+            float_=to_hwc(outputs.decomposed[i]),
             device=to_hwc(outputs.device[i]),
             truth=to_hwc(outputs.samples[i].truth),
         )

@@ -1,6 +1,6 @@
 """The straight line from a recipe to a bundle. Read this first.
 
-    recipe -> model -> canonical -> captured -> expanded -> quantized -> lowered -> validated -> bundle
+    recipe -> model -> canonical -> captured -> decomposed -> quantized -> lowered -> validated -> bundle
 
 Each line of ``build`` is a function of typed values and can be called alone. A routed network is the same
 line once a part, its router and its variants, up to one bundle.

@@ -58,8 +58,8 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
     if problem["type"] == "missing":
         return f"the key {where!r} is missing. Add it.{more}"
     if not where:  # a rule over several values
-        return f"{message}. Mend these values.{more}"
-    return f"{where} is {problem['input']!r}: {message}. Mend this value.{more}"
+        return f"{message}. Fix these values.{more}"
+    return f"{where} is {problem['input']!r}: {message}. Fix this value.{more}"
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -8,8 +8,8 @@ import pytest
 
 STAGES = {
     "canonical:reference",
-    "expanded:canonical",
-    "quantized:expanded",
+    "decomposed:canonical",
+    "quantized:decomposed",
     "device:quantized",
     "float:truth",
     "device:truth",

@@ -19,7 +19,7 @@ def quantize_program(
     scheme: Any,
     section: Any,
     samples: Sequence[tuple[Tensor, ...]] = (),
-    vivid: int = 0,
+    color_augmented: int = 0,
     calibrated: Calibrated | None = None,
     float32: Collection[str] = frozenset(),
     kernels: Collection[Any] = frozenset(),
@@ -29,6 +29,6 @@ def quantize_program(
     """Return the INT8 program of a float one; arguments as of ``calibrate``, ``apply`` and their types."""
     method = Int8Method(scheme, section, float32, kernels, is_router)
     if calibrated is None:
-        data = CalibrationInputs(samples, vivid)
+        data = CalibrationInputs(samples, color_augmented)
         calibrated = quantize.calibrate(program, data, method, **calibration)
     return quantize.apply(program, inputs, calibrated, method)

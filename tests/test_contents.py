@@ -109,11 +109,11 @@ def test_manifest_carries_the_verdict(ok):
 
 
 @pytest.mark.parametrize(
-    ("misfit", "forced"), [("", None), ("a table of another graph", "a table of another graph")]
+    ("mismatch", "forced"), [("", None), ("a table of another graph", "a table of another graph")]
 )
-def test_method_of_calibration_is_named_and_what_was_forced(misfit, forced):
+def test_method_of_calibration_is_named_and_what_was_forced(mismatch, forced):
     overrides = ["quantize.rounding=nearest", "quantize.bias_correction=full", "quantize.ranges.feature=mse"]
-    facts = describe(make_outputs((15, "a")), *overrides, converted=replace(CONVERTED, misfit=misfit))[
+    facts = describe(make_outputs((15, "a")), *overrides, converted=replace(CONVERTED, mismatch=mismatch))[
         "facts"
     ]
     told = facts["calibration"]
@@ -127,7 +127,7 @@ def test_method_of_calibration_is_named_and_what_was_forced(misfit, forced):
 
 
 def test_numbers_that_json_lacks_are_written_as_text(tmp_path):
-    report = ValidationReport((Row("expanded:canonical", "sqnr_db", math.inf, {"at_least": 200.0}, 2),))
+    report = ValidationReport((Row("decomposed:canonical", "sqnr_db", math.inf, {"at_least": 200.0}, 2),))
     contents.write_texts(tmp_path, load_recipe(RECIPE), report, CONVERTED, {"median": 1.5})
     text = (tmp_path / "report.json").read_text()
     written = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))

@@ -36,7 +36,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from edgedyn import targets
-from edgedyn.ops import Form, choose_forms, expand, load_all, sliced_depthwise2d
+from edgedyn.ops import Form, choose_forms, decompose, load_all, sliced_depthwise2d
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.targets.quiet import quiet_libraries
 
@@ -80,7 +80,7 @@ def on_runtime(given: Given, kernels: str = "fused", **forms: str) -> Callable[[
         target = targets.load("executorch", kernels)
         program = torch.export.export(module.eval(), inputs)
         chosen = choose_forms(program, target, forms)
-        program = expand(expand(program, chosen, "before_quantize"), chosen, "after_quantize")
+        program = decompose(decompose(program, chosen, "before_quantize"), chosen, "after_quantize")
         artifact = target.lower({"forward": program}, folder, "fp32")
         path = folder / artifact.programs["forward"]
         return Lowered(path, inputs, run_method(path, inputs))

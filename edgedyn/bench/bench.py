@@ -138,9 +138,9 @@ def lower_in_float(
         programs = {}
         for name, module in parts(canonical).items():
             captured = capture(module, inputs[name])
-            forms, expanded = conversion.expand_part(captured, target, recipe)
-            folded = quantize.to_float(expanded, inputs[name], "fp32", float32_classes())
-            programs[name] = ops.expand(folded.program, forms, "after_quantize")
+            forms, decomposed = conversion.decompose_part(captured, target, recipe)
+            folded = quantize.to_float(decomposed, inputs[name], "fp32", float32_classes())
+            programs[name] = ops.decompose(folded.program, forms, "after_quantize")
         artifact = target.lower(programs, folder, "fp32")
         progress("float32", 1, 1)
     return {name: [x.numpy() for x in given] for name, given in inputs.items()}, artifact

@@ -21,7 +21,7 @@ from typing import Any
 from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.errors import BundleError
 
-FORMAT = 2
+FORMAT = 3
 MANIFEST = "manifest.json"
 VECTORS = "vectors"
 RULES = ("argmax", "fallback")

@@ -32,9 +32,9 @@ def build(
 
         torch.manual_seed(seed)
         built = pipeline.build(parsed, out, force=force, trust=trust, progress=advance)
-    misfit = built.bundle.manifest["facts"].get("calibration", {}).get("forced")
-    if misfit:
-        ERR.print(f"warning: by --force: the calibration table {misfit}", style="yellow", soft_wrap=True)
+    mismatch = built.bundle.manifest["facts"].get("calibration", {}).get("forced")
+    if mismatch:
+        ERR.print(f"warning: by --force: the calibration table {mismatch}", style="yellow", soft_wrap=True)
     if as_json:
         print_json(built.to_json())
     else:

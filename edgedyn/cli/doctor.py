@@ -1,4 +1,4 @@
-"""What is installed here, what each target lacks, and the command that mends it.
+"""What is installed here, what each target lacks, and the command that fixes it.
 
 Reads package metadata, asks tools for their version and the CUDA driver for its device; imports no package
 that it asks about, so that a broken installation can be examined.
@@ -34,7 +34,7 @@ class Finding:
         needed_for: one phrase.
         ok: False for what is required and missing, for a version that does not work, and for a target that
             cannot be lowered to and run here. A missing optional thing is ok.
-        mend: the command or the step that changes it; also given where ok.
+        fix: the command or the step that changes it; also given where ok.
         optional: edgedyn works without it: a finding that is not ok and not optional should fail the command.
     """
 
@@ -42,7 +42,7 @@ class Finding:
     found: str | None
     needed_for: str
     ok: bool
-    mend: str
+    fix: str
     optional: bool
 
 
@@ -53,7 +53,7 @@ class Requirement:
     name: str
     versions: str
     needed_for: str
-    mend: str = ""
+    fix: str = ""
     optional: bool = False
 
 
@@ -68,41 +68,41 @@ PACKAGES = (
         "tensorrt_rtx",
         "==1.7.*",
         "checking an ONNX program with NVIDIA's own parser and builder, without a GPU",
-        mend='pip install "edgedyn[tensorrt-check]"',
+        fix='pip install "edgedyn[tensorrt-check]"',
         optional=True,
     ),
     Requirement(
         "tensorrt",
         ">=10",
         "building and running engines on a Jetson",
-        mend="comes with JetPack 6.1 or newer: sudo apt-get install python3-libnvinfer",
+        fix="comes with JetPack 6.1 or newer: sudo apt-get install python3-libnvinfer",
         optional=True,
     ),
     Requirement(
         "pycuda",
         ">=2024",
         "running engines on a Jetson",
-        mend='pip install "edgedyn[jetson]"',
+        fix='pip install "edgedyn[jetson]"',
         optional=True,
     ),
 )
 
 _KERNELS = "building the fused kernels; the stock path needs none"
 TOOLS = (
-    Requirement("g++", "", _KERNELS, mend="sudo apt-get install g++", optional=True),
+    Requirement("g++", "", _KERNELS, fix="sudo apt-get install g++", optional=True),
     # 3.25 of Debian 12 cannot read ExecuTorch's imported targets (executorch 1.5.1).
-    Requirement("cmake", ">=3.28", _KERNELS, mend='pip install "cmake>=3.28"', optional=True),
+    Requirement("cmake", ">=3.28", _KERNELS, fix='pip install "cmake>=3.28"', optional=True),
     Requirement(
         "nvcc",
         ">=12",
         "building the TensorRT plugins of the fused kernels, on a Jetson",
-        mend="comes with JetPack 6.1 or newer: sudo apt-get install cuda-toolkit",
+        fix="comes with JetPack 6.1 or newer: sudo apt-get install cuda-toolkit",
         optional=True,
     ),
 )
 
 PYTHON = Requirement(
-    "Python", ">=3.10", "everything", mend="install Python 3.10 or newer and a new environment"
+    "Python", ">=3.10", "everything", fix="install Python 3.10 or newer and a new environment"
 )
 
 Lookup = Callable[[str], str | None]
@@ -174,8 +174,8 @@ def examine(*, package: Lookup = package_version, tool: Lookup = tool_version) -
 
 def _finding(wanted: Requirement, found: str | None) -> Finding:
     ok = wanted.optional if found is None else _within(found, wanted.versions)
-    mend = wanted.mend or f'pip install "{wanted.name}{wanted.versions}"'
-    return Finding(wanted.name, found, wanted.needed_for, ok, mend, wanted.optional)
+    fix = wanted.fix or f'pip install "{wanted.name}{wanted.versions}"'
+    return Finding(wanted.name, found, wanted.needed_for, ok, fix, wanted.optional)
 
 
 def _within(version: str, versions: str) -> bool:
@@ -207,7 +207,7 @@ def _headers(version: str | None) -> Finding:
         found=version,
         needed_for="edgedyn plugin build; without them the plugins run in Python",
         ok=version is None or _within(version, ">=10.3"),
-        mend="sudo apt-get install libnvinfer-dev on a Jetson; elsewhere TENSORRT_ROOT=folder with include/",
+        fix="sudo apt-get install libnvinfer-dev on a Jetson; elsewhere TENSORRT_ROOT=folder with include/",
         optional=True,
     )
 
@@ -218,7 +218,7 @@ def _cuda(name: str | None) -> Finding:
         found=name,
         needed_for="building and running TensorRT engines; training",
         ok=True,
-        mend="install NVIDIA's driver, or build the engine on the Jetson: edgedyn compile BUNDLE",
+        fix="install NVIDIA's driver, or build the engine on the Jetson: edgedyn compile BUNDLE",
         optional=True,
     )
 
@@ -229,8 +229,8 @@ def _targets() -> Iterator[Finding]:
         try:
             target = targets.load(name)
         except (ImportError, AttributeError) as error:
-            mend = f"edgedyn/targets/{name} does not load ({error}); reinstall edgedyn"
-            yield Finding(f"target {name}", None, "unknown, it does not load", False, mend, optional=True)
+            fix = f"edgedyn/targets/{name} does not load ({error}); reinstall edgedyn"
+            yield Finding(f"target {name}", None, "unknown, it does not load", False, fix, optional=True)
             continue
         lacks = target.missing()
         found = "available" if lacks is None else None
@@ -238,19 +238,19 @@ def _targets() -> Iterator[Finding]:
 
 
 def doctor(as_json: AsJson = False) -> None:
-    """Say what is installed, what each target lacks, and the command that mends it."""
+    """Say what is installed, what each target lacks, and the command that fixes it."""
     findings = examine()
     broken = [f for f in findings if not f.ok and not f.optional]
     if as_json:
         print_json({"ok": not broken, "findings": [asdict(f) for f in findings]})
     else:
         table = Table(box=None)
-        for column in ("", "what", "found", "needed for", "mend"):
+        for column in ("", "what", "found", "needed for", "fix"):
             table.add_column(column, overflow="fold")
         for f in findings:
             here = f.ok and f.found is not None
             mark = "ok" if here else ("-" if f.optional else "MISSING")
-            table.add_row(mark, f.name, f.found or "", f.needed_for, "" if here else f.mend)
+            table.add_row(mark, f.name, f.found or "", f.needed_for, "" if here else f.fix)
         OUT.print(table)
     if broken:
         raise TargetMissingError(

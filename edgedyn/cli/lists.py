@@ -64,7 +64,7 @@ def list_ops() -> list[dict[str, Any]]:
             "op": op.name,
             "form": f.name,
             "requires": ", ".join(sorted(f.requires)) or "nothing",
-            "expand": f.expand,
+            "decompose": f.decompose,
         }
         for op in ops.load_all().values()
         for f in op.forms

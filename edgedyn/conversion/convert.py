@@ -1,6 +1,6 @@
 """From a recipe's network to the programs that a target lowers: the first half of the straight line.
 
-    reference -> canonical -> captured -> expanded -> quantized -> expanded
+    reference -> canonical -> captured -> decomposed -> quantized -> decomposed
 
 A routed network goes the way once a part: its router, and each of its variants.
 """
@@ -18,7 +18,7 @@ from edgedyn import ops, quantize, targets
 from edgedyn.bundle.manifest import FORWARD, ROUTER, Routing
 from edgedyn.conversion.capture import capture
 from edgedyn.conversion.coverage import cover
-from edgedyn.conversion.exams import make_exams
+from edgedyn.conversion.evaluation_sets import make_evaluation_sets
 from edgedyn.conversion.image_sets import draw, draw_more, open_finetuning, to_tensors
 from edgedyn.conversion.reference import count_capacities, load_reference, rewrite
 from edgedyn.conversion.table_key import find_table, make_table, part_of, table_key
@@ -44,14 +44,14 @@ class Part:
     Attributes:
         inputs: what it was captured with.
         forms: how each op of ours in it is computed.
-        expanded: its exact rewrite in these forms.
+        decomposed: its exact rewrite in these forms.
         quantized: that at the recipe's precision.
         program: what the target lowers.
     """
 
     inputs: tuple[Tensor, ...]
     forms: dict[Op, Form]
-    expanded: ExportedProgram
+    decomposed: ExportedProgram
     quantized: quantize.Quantized
     program: ExportedProgram
 
@@ -67,7 +67,7 @@ class Converted:
         capacities: positions that the quick variant evaluates by layer; None where nothing is split so.
         dynamic_layers: dotted paths; none in a static network, which deploys as well.
         table: what calibration found out; None for a float precision.
-        misfit: what of the table's key does not fit the recipe, where it was used all the same.
+        mismatch: what of the table's key does not fit the recipe, where it was used all the same.
     """
 
     reference: nn.Module
@@ -76,7 +76,7 @@ class Converted:
     capacities: dict[str, int] | None
     dynamic_layers: tuple[str, ...] = ()
     table: CalibrationTable | None = None
-    misfit: str = ""
+    mismatch: str = ""
 
     @property
     def programs(self) -> dict[str, ExportedProgram]:
@@ -91,7 +91,7 @@ class Converted:
 
 @dataclass(frozen=True)
 class Rewritten:
-    """A recipe's network on our ops, captured and expanded: all that does not depend on the precision.
+    """A recipe's network on our ops, captured and decomposed: all that does not depend on the precision.
 
     Attributes:
         reference: the user's network.
@@ -99,9 +99,9 @@ class Rewritten:
         capacities: positions that the quick variant evaluates by layer; None where nothing is split so.
         inputs: example inputs by program name.
         captured: programs with our ops as single nodes, by name.
-        expanded: the chosen forms and the program in these forms, by name.
-        drawn: samples of the calibration set; the last ``vivid`` of them only widen ranges.
-        vivid: number of these.
+        decomposed: the chosen forms and the program in these forms, by name.
+        drawn: samples of the calibration set; the last ``color_augmented`` of them only widen ranges.
+        color_augmented: number of these.
     """
 
     reference: nn.Module
@@ -109,14 +109,14 @@ class Rewritten:
     capacities: dict[str, int] | None
     inputs: dict[str, tuple[Tensor, ...]]
     captured: dict[str, ExportedProgram]
-    expanded: dict[str, tuple[dict[Op, Form], ExportedProgram]]
+    decomposed: dict[str, tuple[dict[Op, Form], ExportedProgram]]
     drawn: Sequence[Sample] = ()
-    vivid: int = 0
+    color_augmented: int = 0
 
     @property
     def natural(self) -> int:
         """Number of the samples that are images as they are."""
-        return len(self.drawn) - self.vivid
+        return len(self.drawn) - self.color_augmented
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,13 @@ def convert(
     """
     finetuning = open_finetuning(recipe) if recipe.precision == "int8" else None  # refused before long work
     network = rewrite_network(recipe, target, calibration, example, trust=trust, progress=progress)
-    table, misfit = find_or_calibrate(
+    table, mismatch = find_or_calibrate(
         network, recipe, target, calibration, finetuning, force=force, measure=measure, progress=progress
     )
-    finished = {name: apply_precision(network, name, recipe, target, table) for name in network.expanded}
+    finished = {name: apply_precision(network, name, recipe, target, table) for name in network.decomposed}
     dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(network.reference)))
     routing = routing_of(network.canonical)
-    return Converted(network.reference, finished, routing, network.capacities, dynamic, table, misfit)
+    return Converted(network.reference, finished, routing, network.capacities, dynamic, table, mismatch)
 
 
 def rewrite_network(
@@ -182,24 +182,24 @@ def rewrite_network(
     trust: bool = False,
     progress: Progress = lambda what, done, total: None,
 ) -> Rewritten:
-    """Rewrite the recipe's network on our ops, capture its programs and expand them for the target.
+    """Rewrite the recipe's network on our ops, capture its programs and decompose them for the target.
 
-    Every program is captured and expanded before the first is calibrated: one that the target cannot run is
+    Every program is captured and decomposed before the first is calibrated: one that the target cannot run is
     refused at once. Arguments and errors as ``convert``.
     """
     progress("rewrite layers", 0, 1)
     needed = recipe.precision == "int8" or recipe.route.capacity is not None or not recipe.is_trained
     drawn = draw(recipe, calibration) if calibration and needed else []
-    vivid = calibration.vivid if calibration and drawn else 0
-    tensors = [to_tensors(sample) for sample in drawn[: len(drawn) - vivid]]
+    color_augmented = calibration.color_augmented if calibration and drawn else 0
+    tensors = [to_tensors(sample) for sample in drawn[: len(drawn) - color_augmented]]
     reference = load_reference(recipe, tensors, trust=trust)
     capacities = count_capacities(reference, tensors, recipe.route.capacity)
     canonical = rewrite(reference, capacities)
     inputs = part_inputs(canonical, to_tensors(example))
     captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
-    expanded = {name: expand_part(program, target, recipe) for name, program in captured.items()}
+    decomposed = {name: decompose_part(program, target, recipe) for name, program in captured.items()}
     progress("rewrite layers", 1, 1)
-    return Rewritten(reference, canonical, capacities, inputs, captured, expanded, drawn, vivid)
+    return Rewritten(reference, canonical, capacities, inputs, captured, decomposed, drawn, color_augmented)
 
 
 def find_or_calibrate(
@@ -225,25 +225,25 @@ def find_or_calibrate(
     if recipe.precision != "int8" or images is None:
         return None, ""
     folded = {name: quantize.fold(program) for name, program in network.captured.items()}
-    before = {name: (forms, quantize.fold(program)) for name, (forms, program) in network.expanded.items()}
+    before = {name: (forms, quantize.fold(program)) for name, (forms, program) in network.decomposed.items()}
     modules = [module for _, module in before.values()]
     quantize.refuse_unknown_layers(modules, "keep_float", recipe.quantize.keep_float)
     quantize.refuse_unknown_layers(modules, "dynamic", recipe.quantize.dynamic)
     key = table_key(recipe, images, folded, before, finetuning)
-    table, misfit = find_table(recipe, key, force=force)
+    table, mismatch = find_table(recipe, key, force=force)
     if table is not None:
-        return table, misfit
+        return table, mismatch
     tensors = [part_inputs(network.canonical, to_tensors(sample)) for sample in network.drawn]
     natural = slice(network.natural)
-    programs = {name: program for name, (_, program) in network.expanded.items()}
+    programs = {name: program for name, (_, program) in network.decomposed.items()}
     covered = cover(
         network.canonical, programs, tensors[natural], drawn=network.drawn[natural], recipe=recipe
     )
     inputs = _calibration_inputs(network, tensors, covered, recipe, finetuning or images)
     by_layer = measure.sensitivity or recipe.quantize.max_drop_db is not None
-    exams = {}
+    evaluations = {}
     if by_layer or measure.ablation:
-        exams = make_exams(
+        evaluations = make_evaluation_sets(
             recipe, images, network.canonical, key, by_layer=by_layer, ablates=measure.ablation
         )
     found = {
@@ -252,7 +252,7 @@ def find_or_calibrate(
             inputs[name],
             int8_method(network, name, recipe, target),
             generated=quantize.find_generators(folded[name]),
-            exam=exams.get(name),
+            evaluation=evaluations.get(name),
             progress=_label(progress, name),
         )
         for name, program in programs.items()
@@ -279,11 +279,11 @@ def _calibration_inputs(
     more = draw_more(recipe, training) if recipe.quantize.finetune else []
     trained = [part_inputs(network.canonical, to_tensors(sample)) for sample in more]
     inputs = {}
-    for name in network.expanded:
+    for name in network.decomposed:
         chosen = [*covered.chosen[name], *range(network.natural, len(network.drawn))]
         inputs[name] = quantize.CalibrationInputs(
             [tensors[i][name] for i in chosen],
-            network.vivid,
+            network.color_augmented,
             [x[name] for x in trained],
             [sample.source for sample in (*(network.drawn[i] for i in chosen), *more)],
         )
@@ -293,7 +293,7 @@ def _calibration_inputs(
 def int8_method(network: Rewritten, name: str, recipe: Recipe, target: Target) -> quantize.Int8Method:
     """Return how one program becomes INT8 on a target."""
     assert target.int8 is not None  # a target that lists int8 says how
-    forms, _ = network.expanded[name]
+    forms, _ = network.decomposed[name]
     kernels = {op.overload for op, form in forms.items() if form.fn is None}
     return quantize.Int8Method(target.int8, recipe.quantize, float32_classes(), kernels, name == ROUTER)
 
@@ -301,18 +301,18 @@ def int8_method(network: Rewritten, name: str, recipe: Recipe, target: Target) -
 def apply_precision(
     network: Rewritten, name: str, recipe: Recipe, target: Target, table: CalibrationTable | None
 ) -> Part:
-    """Bring one expanded program to the recipe's precision, and expand the ops that are left."""
-    inputs, (forms, expanded) = network.inputs[name], network.expanded[name]
+    """Bring one decomposed program to the recipe's precision, and decompose the ops that are left."""
+    inputs, (forms, decomposed) = network.inputs[name], network.decomposed[name]
     if table is None:
-        quantized = quantize.to_float(expanded, inputs, recipe.precision, float32_classes())
-        program = ops.expand(quantized.program, forms, "after_quantize")
-        return Part(inputs, forms, expanded, quantized, program)
+        quantized = quantize.to_float(decomposed, inputs, recipe.precision, float32_classes())
+        program = ops.decompose(quantized.program, forms, "after_quantize")
+        return Part(inputs, forms, decomposed, quantized, program)
     method = int8_method(network, name, recipe, target)
-    quantized = quantize.apply(expanded, inputs, part_of(table, name), method)
-    program = ops.expand(quantized.program, forms, "after_quantize")
-    share, nodes = quantize.int8_share(program)  # forms that are expanded only now bring float convolutions
+    quantized = quantize.apply(decomposed, inputs, part_of(table, name), method)
+    program = ops.decompose(quantized.program, forms, "after_quantize")
+    share, nodes = quantize.int8_share(program)  # forms that are decomposed only now bring float convolutions
     quantized = replace(quantized, int8_mac_share=share, multiply_add_nodes=nodes)
-    return Part(inputs, forms, expanded, quantized, program)
+    return Part(inputs, forms, decomposed, quantized, program)
 
 
 def _label(progress: Progress, name: str) -> Progress:
@@ -320,12 +320,12 @@ def _label(progress: Progress, name: str) -> Progress:
     return progress if name == FORWARD else lambda what, done, total: progress(f"{what} {name}", done, total)
 
 
-def expand_part(
+def decompose_part(
     captured: ExportedProgram, target: Target, recipe: Recipe
 ) -> tuple[dict[Op, Form], ExportedProgram]:
-    """Choose the forms of one program and expand our ops."""
+    """Choose the forms of one program and decompose our ops."""
     forms = ops.choose_forms(captured, target, recipe.forms)
-    return forms, ops.expand(captured, forms, "before_quantize")
+    return forms, ops.decompose(captured, forms, "before_quantize")
 
 
 def load_target(recipe: Recipe) -> Target:

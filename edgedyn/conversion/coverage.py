@@ -224,7 +224,7 @@ def _refuse_unknown(met: Sequence[_Met], unused: Sequence[str]) -> None:
         if not any(matches(name, [pattern]) for name in masks):
             raise RecipeError(
                 f"quantize.coverage.unused: {pattern!r} matches no mask; the network's are "
-                f"{', '.join(masks) or 'none'}. Mend the pattern."
+                f"{', '.join(masks) or 'none'}. Fix the pattern."
             )
 
 

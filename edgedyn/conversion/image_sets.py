@@ -48,7 +48,7 @@ def load_sets(
         calibration = _with_noise(recipe, calibration)
         _refuse_unfit(calibration, validation)
         calibration = calibration if asked is None else calibration.take(asked)
-        calibration = calibration.with_vivid(recipe.quantize.vivid)
+        calibration = calibration.with_color_augmented(recipe.quantize.color_augmented)
     task = TASKS[recipe.task]
     if task.has_truth and not validation.has_truth:
         raise CalibrationError(

@@ -80,5 +80,5 @@ def _with_outputs(recipe: Recipe, part: Part) -> ExportedProgram:
     """Return a part with a Q/DQ pair at all that INT8 layers read and write."""
     assert part.quantized.calibrated is not None  # of INT8 there is one
     method = quantize.Int8Method(_SCHEME, recipe.quantize, float32_classes())
-    quantized = quantize.apply(part.expanded, part.inputs, part.quantized.calibrated, method)
-    return ops.expand(quantized.program, part.forms, "after_quantize")
+    quantized = quantize.apply(part.decomposed, part.inputs, part.quantized.calibrated, method)
+    return ops.decompose(quantized.program, part.forms, "after_quantize")

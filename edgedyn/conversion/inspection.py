@@ -226,12 +226,12 @@ def _preview(
     if reason := target.missing():
         return {"missing": reason}
     try:
-        expanded = {}
+        decomposed = {}
         for name, program in programs.items():
             forms = ops.choose_forms(program, target, wanted.get(target.name, {}))
-            done = ops.expand(program, forms, "before_quantize")
-            expanded[name] = ops.expand(done, forms, "after_quantize")
-        return target.preview(expanded)
+            done = ops.decompose(program, forms, "before_quantize")
+            decomposed[name] = ops.decompose(done, forms, "after_quantize")
+        return target.preview(decomposed)
     except EdgedynError as error:
         return {"refused": str(error)}
 

@@ -1,7 +1,7 @@
 """The calibration table of a recipe: what it belongs to, where it is kept, and how it is made.
 
     model       network, arguments, digest of the weights
-    graph       what each program computes, before our ops are expanded
+    graph       what each program computes, before our ops are decomposed
     forms       of our ops, where they bring convolutions of their own
     data        digest of the image set: files, noise, samples, seed
     transform   task and shapes: how an image becomes an input
@@ -24,7 +24,7 @@ from torch import Tensor, fx
 
 from edgedyn.graph.nodes import shape_of
 from edgedyn.quantize import Calibrated
-from edgedyn.quantize.plan import find_sites
+from edgedyn.quantize.plan import find_quantizable_layers
 from edgedyn.quantize.table.table import CalibrationTable, read_table, refuse_place
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def table_key(
     recipe: Recipe,
     images: CalibrationSet,
     captured: Mapping[str, fx.GraphModule],
-    expanded: Mapping[str, tuple[dict[Op, Form], fx.GraphModule]],
+    decomposed: Mapping[str, tuple[dict[Op, Form], fx.GraphModule]],
     finetuning: CalibrationSet | None = None,
 ) -> dict[str, Any]:
     """Return the key of the table of a recipe's programs.
@@ -48,16 +48,16 @@ def table_key(
         recipe: names model, task and method.
         images: the calibration set.
         captured: the programs with our ops as nodes, folded.
-        expanded: the forms of these ops, and the programs before they are quantized, folded.
+        decomposed: the forms of these ops, and the programs before they are quantized, folded.
         finetuning: the set that weights are trained on, where it is another one.
     """
     layers = {name: _layers(program) for name, program in captured.items()}
     forms = {
         op.name: form.name
-        for name, (chosen, program) in expanded.items()
+        for name, (chosen, program) in decomposed.items()
         if _layers(program) != layers[name]
         for op, form in chosen.items()
-        if form.expand == "before_quantize"
+        if form.decompose == "before_quantize"
     }
     model = {"network": recipe.model.network, "arguments": recipe.model.arguments}
     weights = recipe.weights_digest() or f"seed {recipe.model.seed}"
@@ -68,7 +68,9 @@ def table_key(
         "forms": forms,
         "data": images.digest(),
         "transform": {"task": recipe.task, "shapes": [list(shape) for shape in recipe.input_shapes()]},
-        "method": recipe.quantize.model_dump(exclude={"table", "samples", "vivid", "finetune_images"}),
+        "method": recipe.quantize.model_dump(
+            exclude={"table", "samples", "color_augmented", "finetune_images"}
+        ),
         **more,
         "versions": {name: version(name) for name in _TOOLS},
     }
@@ -100,7 +102,7 @@ def find_table(
     table = read_table(path)
     if not force:
         table.refuse_other(key, path)
-    return table, table.misfit(key)
+    return table, table.mismatch(key)
 
 
 def make_table(
@@ -133,7 +135,7 @@ def make_table(
 
 def _describe(images: CalibrationSet) -> dict[str, Any]:
     files = [{"name": path.name, "sha256": digest} for path, digest in images.files]
-    counts = {"samples": images.samples, "vivid": images.vivid}
+    counts = {"samples": images.samples, "color_augmented": images.color_augmented}
     return {"name": images.name, "licence": images.licence, **counts, "files": files}
 
 
@@ -147,7 +149,7 @@ def part_of(table: CalibrationTable, program: str) -> Calibrated:
 
 def _layers(module: fx.GraphModule) -> str:
     """Return the digest of what could be INT8: layers, the tensors that they read and write, and shapes."""
-    rows = [[site.name, site.x, list(shape_of(site.node))] for site in find_sites(module)]
+    rows = [[site.name, site.x, list(shape_of(site.node))] for site in find_quantizable_layers(module)]
     return _digest(rows)
 
 

@@ -233,7 +233,7 @@ def _check_pixels(pixels: np.ndarray) -> None:
         )
     if not np.isfinite(pixels).all():
         count = int((~np.isfinite(pixels)).sum())
-        raise ImageError(f"found {count} pixel values that are not finite, expected none. Mend the image.")
+        raise ImageError(f"found {count} pixel values that are not finite, expected none. Fix the image.")
 
 
 def _planes(pixels: np.ndarray, channels: int) -> list[np.ndarray]:

@@ -1,11 +1,11 @@
 """Graph rewrites around lower precisions that the runtimes and NNCF need; each names who fails without it.
 
-    halve                float16, with islands that stay float32
-    widen                float64, to measure what a rewrite changes
+    to_float16                float16, with islands that stay float32
+    to_float64                float64, to measure what a rewrite changes
     explicit_padding     before quantizing: "same" and "valid" become numbers
     unshare_constants    before folding and quantizing: every convolution has its own weight and bias
 
-They are exact, but for ``halve``.
+They are exact, but for ``to_float16``.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def convolution_arguments(node: fx.Node) -> tuple[Any, Any, Any, int]:
     return given[0], given[1], given[2], int(given[3])  # type: ignore[arg-type]
 
 
-def halve(module: fx.GraphModule, islands: Collection[fx.Node]) -> None:
+def to_float16(module: fx.GraphModule, islands: Collection[fx.Node]) -> None:
     """Turn a float32 program to float16, but for the nodes of ``islands``, with casts at their shores.
 
     What normalises or decides has constants and differences that float16 cannot hold. What decides on an
@@ -107,7 +107,7 @@ def halve(module: fx.GraphModule, islands: Collection[fx.Node]) -> None:
     module.recompile()
 
 
-def widen(module: fx.GraphModule) -> None:
+def to_float64(module: fx.GraphModule) -> None:
     """Turn a float32 program to float64, its casts and the constants that it makes too."""
     module.double()
     drop_type_assertions(module)
@@ -116,11 +116,11 @@ def widen(module: fx.GraphModule) -> None:
     module.recompile()
 
 
-def widen_like(program: ExportedProgram, source: nn.Module) -> nn.Module:
+def to_float64_like(program: ExportedProgram, source: nn.Module) -> nn.Module:
     """Return a program in float64 with the tensors of its source, whose dotted names it keeps."""
     module = copy.deepcopy(program.module())
     assert isinstance(module, fx.GraphModule)
-    widen(module)
+    to_float64(module)
     wanted = dict(source.named_parameters()) | dict(source.named_buffers())
     with torch.no_grad():
         for name, tensor in (*module.named_parameters(), *module.named_buffers()):

@@ -55,13 +55,13 @@ def read_bayer(path: Path, raw: RawSection) -> np.ndarray:
     if len(data) != expected:
         raise CalibrationError(
             f"raw frame {path} has {len(data)} bytes; expected {expected} for {raw.width} x {raw.height} "
-            f"photosites of {raw.bits} bits. Mend raw: in the manifest (packed raw is to be unpacked first)."
+            f"photosites of {raw.bits} bits. Fix raw: in the manifest (packed raw is to be unpacked first)."
         )
     values = np.frombuffer(data, dtype).reshape(raw.height, raw.width)
     if int(values.max()) >= 2**raw.bits:
         raise CalibrationError(
             f"raw frame {path} holds {int(values.max())}; expected less than {2**raw.bits}, of {raw.bits} "
-            "bits. Mend raw.bits in the manifest; samples are little-endian."
+            "bits. Fix raw.bits in the manifest; samples are little-endian."
         )
     light = (values.astype(np.float32) - np.float32(raw.black)) / np.float32(raw.white - raw.black)
     sites = [light[row::2, column::2] for row in (0, 1) for column in (0, 1)]

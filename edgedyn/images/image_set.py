@@ -86,7 +86,7 @@ class CalibrationSet:
 
     Attributes:
         samples: crops that are drawn.
-        vivid: crops of exchanged and saturated colours that are drawn after these.
+        color_augmented: crops of exchanged and saturated colours that are drawn after these.
         short_side: pixels that the shorter side of every image is resized to; None leaves images as they are.
     """
 
@@ -97,7 +97,7 @@ class CalibrationSet:
     samples: int
     seed: int = 0
     raw: RawSection | None = None
-    vivid: int = 0
+    color_augmented: int = 0
     short_side: int | None = None
 
     @classmethod
@@ -169,9 +169,11 @@ class CalibrationSet:
         """
         _, channels, height, width = shapes[0]
         correlations: dict[Path, float] = {}
-        for index in range(self.samples + self.vivid):
+        for index in range(self.samples + self.color_augmented):
             is_vivid = index >= self.samples
-            place, samples = (index - self.samples, self.vivid) if is_vivid else (index, self.samples)
+            place, samples = (
+                (index - self.samples, self.color_augmented) if is_vivid else (index, self.samples)
+            )
             image = self._image(place, samples)
             rng = np.random.default_rng([self.seed, index])
             given, truth = self._pixels(image, channels)
@@ -228,7 +230,7 @@ class CalibrationSet:
         """Return the sha256 over digests of images, noise, numbers of samples, seed and preprocessing."""
         pairs = [[image.sha256, image.clean and image.clean.sha256] for image in self.images]
         raw = self.raw and self.raw.model_dump()
-        values = [pairs, self.noise.to_json(), self.samples, self.vivid, self.seed, raw]
+        values = [pairs, self.noise.to_json(), self.samples, self.color_augmented, self.seed, raw]
         values += [self.short_side] if self.short_side is not None else []
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
@@ -254,7 +256,7 @@ class CalibrationSet:
             )
         return replace(self, images=clean, noise=noise)
 
-    def with_vivid(self, samples: int) -> CalibrationSet:
+    def with_color_augmented(self, samples: int) -> CalibrationSet:
         """Return the set with so many samples more, of exchanged and saturated colours.
 
         Raises:
@@ -262,14 +264,14 @@ class CalibrationSet:
         """
         if samples and not self.noise.is_added:
             raise CalibrationError(
-                f"quantize.vivid changes the colours of clean photos before noise is added, and the set "
-                f"{self.name!r} has noise of kind {self.noise.kind!r}. Set quantize.vivid: 0."
+                "quantize.color_augmented changes the colours of clean photos before noise is added, and the "
+                f"set {self.name!r} has noise of kind {self.noise.kind!r}. Set quantize.color_augmented: 0."
             )
-        return replace(self, vivid=samples)
+        return replace(self, color_augmented=samples)
 
     def fresh(self, k: int) -> CalibrationSet:
         """Return the set with other crops and other noise, the k-th others, and in natural colours."""
-        return replace(self, seed=self.seed + k, vivid=0)
+        return replace(self, seed=self.seed + k, color_augmented=0)
 
     def take(self, samples: int) -> CalibrationSet:
         """Return the set with so many samples, each of another image.
@@ -350,7 +352,7 @@ def refuse_other_clipping(calibration: CalibrationSet, validation: CalibrationSe
         one, other = (f"{name!r} has clip: {str(clip).lower()}" for name, clip in rules)
         raise CalibrationError(
             f"calibration set {one}, and validation set {other}; expected one clipping rule, the one that "
-            "the network was trained with. Mend a manifest, or set noise: in the recipe, for both."
+            "the network was trained with. Fix a manifest, or set noise: in the recipe, for both."
         )
 
 

@@ -26,14 +26,14 @@ class Task:
         scale: how many times higher and wider than the input the truth is.
         has_truth: whether the output is a picture whose truth is known.
         is_residual: whether the output differs from the input by what the network predicts.
-        answers: what the output says: the class, or the position of each keypoint; None for a picture.
+        predictions: what the output says: the class, or the position of each keypoint; None for a picture.
     """
 
     output: str
     scale: int = 1
     has_truth: bool = True
     is_residual: bool = False
-    answers: Callable[[np.ndarray], np.ndarray] | None = None
+    predictions: Callable[[np.ndarray], np.ndarray] | None = None
 
 
 def answer_classes(logits: np.ndarray) -> np.ndarray:
@@ -42,7 +42,7 @@ def answer_classes(logits: np.ndarray) -> np.ndarray:
 
 
 def answer_keypoints(heatmaps: np.ndarray) -> np.ndarray:
-    """Return the index of the largest pixel of each heatmap; heatmaps (B, K, h, w), answers (B, K)."""
+    """Return the index of the largest pixel of each heatmap; heatmaps (B, K, h, w), predictions (B, K)."""
     return np.asarray(heatmaps.reshape(*heatmaps.shape[:2], -1).argmax(axis=2))
 
 
@@ -50,8 +50,8 @@ _IMAGE = "sRGB image, RGB order, 0 black, 1 white"
 TASKS: Mapping[str, Task] = {
     "denoise": Task(_IMAGE, is_residual=True),
     "upscale": Task(_IMAGE, scale=2),
-    "classify": Task("logits, one a class", has_truth=False, answers=answer_classes),
-    "keypoints": Task("heatmaps, one a keypoint", has_truth=False, answers=answer_keypoints),
+    "classify": Task("logits, one a class", has_truth=False, predictions=answer_classes),
+    "keypoints": Task("heatmaps, one a keypoint", has_truth=False, predictions=answer_keypoints),
 }
 
 

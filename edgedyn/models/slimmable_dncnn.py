@@ -41,7 +41,7 @@ class SlimmableDnCNN(nn.Module):
         if colors not in (1, 3) or not configurations or len(configurations[0]) < 2:
             raise ModelError(
                 f"SlimmableDnCNN got colors={colors} and configurations {list(configurations)[:1]} …; "
-                "expected 3 or 1, and vectors of at least 2 channel numbers (head, units). Mend them."
+                "expected 3 or 1, and vectors of at least 2 channel numbers (head, units). Fix them."
             )
         names = ["head", *(f"units.{k}" for k in range(len(configurations[0]) - 1))]
         self.configurations = check_configurations(configurations, names, "SlimmableDnCNN")

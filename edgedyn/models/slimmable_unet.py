@@ -52,7 +52,7 @@ class SlimmableUNet(nn.Module):
     def __init__(self, configurations: Sequence[Sequence[int]] = CONFIGURATIONS, *, colors: int = 3) -> None:
         super().__init__()
         if colors not in (1, 3):
-            raise ModelError(f"SlimmableUNet got colors={colors}; expected 3 or 1. Mend the arguments.")
+            raise ModelError(f"SlimmableUNet got colors={colors}; expected 3 or 1. Fix the arguments.")
         self.configurations = check_configurations(configurations, LAYERS, "SlimmableUNet")
         columns = dict(zip(LAYERS, zip(*self.configurations, strict=True), strict=True))
         self.colors = colors

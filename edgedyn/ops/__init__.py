@@ -31,16 +31,16 @@ class Form:
         name: the trick, for instance ``resize_shift_mac``.
         fn: function with the op's signature; None leaves the op's own node, for a kernel of ours.
         requires: capabilities that a target must state.
-        expand: when the form replaces the op: quantizers see its nodes, or see one opaque float node.
+        decompose: when the form replaces the op: quantizers see its nodes, or see one opaque float node.
     """
 
     name: str
     fn: Callable[..., torch.Tensor] | None
     requires: frozenset[str] = frozenset()
-    expand: Literal["before_quantize", "after_quantize"] = "before_quantize"
+    decompose: Literal["before_quantize", "after_quantize"] = "before_quantize"
 
 
-FUSED = Form("fused", None, requires=frozenset({"edgedyn_kernels"}), expand="after_quantize")
+FUSED = Form("fused", None, requires=frozenset({"edgedyn_kernels"}), decompose="after_quantize")
 
 
 @dataclass(frozen=True)
@@ -136,7 +136,7 @@ def choose_form(op: Op, target: Target, wanted: str | None = None) -> Form:
     if wanted is not None and wanted not in {form.name for form in op.forms}:
         known = ", ".join(form.name for form in op.forms)
         raise RecipeError(
-            f"form {wanted!r} of op {op.name!r} is unknown; found forms: {known}. Mend forms.{op.name}."
+            f"form {wanted!r} of op {op.name!r} is unknown; found forms: {known}. Fix forms.{op.name}."
         )
     candidates = [form for form in op.forms if wanted in (None, form.name)]
     for form in candidates:
@@ -163,7 +163,7 @@ def choose_forms(
     unknown = sorted(set(wanted) - set(known))
     if unknown:
         raise RecipeError(
-            f"forms names the unknown op {unknown[0]!r}; found ops: {', '.join(known)}. Mend the recipe."
+            f"forms names the unknown op {unknown[0]!r}; found ops: {', '.join(known)}. Fix the recipe."
         )
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
     return {
@@ -171,12 +171,12 @@ def choose_forms(
     }
 
 
-def expand(
+def decompose(
     program: torch.export.ExportedProgram, forms: Mapping[Op, Form], when: str
 ) -> torch.export.ExportedProgram:
-    """Replace the ops whose forms are expanded at this point (``before_quantize`` or ``after_quantize``).
+    """Replace the ops whose forms are decomposed at this point (``before_quantize`` or ``after_quantize``).
 
     What the forms compute from constants alone is computed here, once.
     """
-    table = {op.overload: form.fn for op, form in forms.items() if form.expand == when and form.fn}
+    table = {op.overload: form.fn for op, form in forms.items() if form.decompose == when and form.fn}
     return fold_constants(program.run_decompositions(table)) if table else program

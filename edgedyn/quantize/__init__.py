@@ -1,4 +1,4 @@
-"""From an expanded float program to the program that a target lowers.
+"""From an decomposed float program to the program that a target lowers.
 
     calibrate(program, images) -> Calibrated     ranges, weights and float layers; part of a calibration table
     apply(program, calibrated) -> Quantized      the INT8 program; no image is needed
@@ -16,14 +16,14 @@ from edgedyn.quantize.calibration import CalibrationInputs, calibrate
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.plan import Int8Method, find_generators, refuse_unknown_layers
 from edgedyn.quantize.quantized import Quantized, apply, to_float
-from edgedyn.quantize.search.precision import Exam
+from edgedyn.quantize.search.precision import EvaluationSet
 
 __all__ = [
     "COUNTED_OPS",
     "MULTIPLY_ADD_OPS",
     "Calibrated",
     "CalibrationInputs",
-    "Exam",
+    "EvaluationSet",
     "Int8Method",
     "Quantized",
     "apply",

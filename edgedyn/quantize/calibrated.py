@@ -3,7 +3,7 @@
     entries     a range, a histogram and INT8 parameters per tensor, in the order of the graph
     constants   weights and biases that calibration changed
 
-With these two ``restore`` and ``steps_of`` make the same INT8 program without an image: a calibration table
+With these two ``restore`` and ``qparams_of`` make the same INT8 program without an image: a calibration table
 holds one ``Calibrated`` per program.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError
 from edgedyn.graph.nodes import by_output, set_constant, weight_of
-from edgedyn.quantize.plan import Site, Steps, find_sites
+from edgedyn.quantize.plan import QParams, QuantizableLayer, find_quantizable_layers
 from edgedyn.quantize.table.entries import Entry, Precision
 from edgedyn.targets import Int8Scheme
 
@@ -46,7 +46,9 @@ class Calibrated:
         return self.precision.kept if self.precision else ()
 
 
-def refuse_other_layers(module: fx.GraphModule, sites: Sequence[Site], calibrated: Calibrated) -> None:
+def refuse_other_layers(
+    module: fx.GraphModule, sites: Sequence[QuantizableLayer], calibrated: Calibrated
+) -> None:
     """Refuse what calibration found out about other layers: a table can be forced onto any program.
 
     Args:
@@ -59,7 +61,7 @@ def refuse_other_layers(module: fx.GraphModule, sites: Sequence[Site], calibrate
     """
     entries = {entry.name: entry for entry in calibrated.entries}
     int8 = {site.node for site in sites}
-    for site in find_sites(module):
+    for site in find_quantizable_layers(module):
         shape, entry = tuple(weight_of(module, site.node).shape), entries.get(site.weight)
         value = calibrated.constants.get(site.weight)
         if entry is None and site.node in int8:
@@ -80,7 +82,7 @@ def refuse_other_layers(module: fx.GraphModule, sites: Sequence[Site], calibrate
 def restore(module: fx.GraphModule, calibrated: Calibrated) -> None:
     """Give a folded program the weights and biases that calibration chose."""
     scales = {entry.name: entry.channels for entry in calibrated.entries}
-    for site in find_sites(module):
+    for site in find_quantizable_layers(module):
         for index, name in ((1, site.weight), (2, site.bias)):
             value = calibrated.constants.get(name)
             if value is None:
@@ -92,7 +94,7 @@ def restore(module: fx.GraphModule, calibrated: Calibrated) -> None:
     module.recompile()
 
 
-def steps_of(entries: Sequence[Entry], scheme: Int8Scheme) -> Steps:
+def qparams_of(entries: Sequence[Entry], scheme: Int8Scheme) -> QParams:
     """Return the steps of all tensors for a target's scheme."""
     tensors, weights = {}, {}
     for entry in entries:
@@ -100,15 +102,15 @@ def steps_of(entries: Sequence[Entry], scheme: Int8Scheme) -> Steps:
             weights[entry.name] = torch.tensor(entry.channels)
         elif entry.affine is not None and entry.symmetric is not None:
             tensors[entry.name] = (entry.symmetric, 0) if scheme.symmetric else entry.affine
-    return Steps(tensors, weights)
+    return QParams(tensors, weights)
 
 
-def products_of(entries: Sequence[Entry]) -> dict[str, Tensor]:
+def output_factors(entries: Sequence[Entry]) -> dict[str, Tensor]:
     """Return the factors that give the channels of what layers write their size back, by its name."""
     return _factors_of(entries, ".output")
 
 
-def input_products_of(entries: Sequence[Entry]) -> dict[str, Tensor]:
+def input_factors(entries: Sequence[Entry]) -> dict[str, Tensor]:
     """Return the factors that bring the channels of what layers read to one size, by its name."""
     return _factors_of(entries, ".input")
 
@@ -117,11 +119,11 @@ def _factors_of(entries: Sequence[Entry], where: str) -> dict[str, Tensor]:
     return {e.name: torch.tensor(e.channels) for e in entries if e.channels and e.name.endswith(where)}
 
 
-def without_products(calibrated: Calibrated, kept: Collection[str]) -> Calibrated:
+def without_rescales(calibrated: Calibrated, kept: Collection[str]) -> Calibrated:
     """Return the same where only the named tensors are INT8: channels of others have their own size again."""
     products = {
         name.removesuffix(".output"): factors
-        for name, factors in products_of(calibrated.entries).items()
+        for name, factors in output_factors(calibrated.entries).items()
         if name not in kept
     }
     constants, entries = dict(calibrated.constants), []

@@ -16,7 +16,7 @@ from edgedyn.quantize.observe.program import Observed, observe_program
 from edgedyn.quantize.plan import Int8Method, Progress
 from edgedyn.quantize.rounding.program import round_program
 from edgedyn.quantize.search.ablation import ablate
-from edgedyn.quantize.search.precision import Exam, Rounded, choose_precision
+from edgedyn.quantize.search.precision import EvaluationSet, Rounded, choose_precision
 
 
 @dataclass(frozen=True)
@@ -25,20 +25,20 @@ class CalibrationInputs:
 
     Attributes:
         samples: inputs that ranges are observed on and weights are rounded for.
-        vivid: number of the last samples that only widen ranges; weights are not rounded for them.
+        color_augmented: number of the last samples that only widen ranges, not round weights.
         finetuning: inputs that fine-tuning trains and is scored on; the samples where there are none.
         sources: origin of each sample, then of each of ``finetuning``, for errors.
     """
 
     samples: Sequence[tuple[Tensor, ...]]
-    vivid: int = 0
+    color_augmented: int = 0
     finetuning: Sequence[tuple[Tensor, ...]] = ()
     sources: Sequence[str] = ()
 
     @property
     def natural(self) -> Sequence[tuple[Tensor, ...]]:
         """The samples that weights are rounded for."""
-        return self.samples[: len(self.samples) - self.vivid]
+        return self.samples[: len(self.samples) - self.color_augmented]
 
 
 def calibrate(
@@ -47,22 +47,22 @@ def calibrate(
     method: Int8Method,
     *,
     generated: Collection[str] = frozenset(),
-    exam: Exam | None = None,
+    evaluation: EvaluationSet | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Calibrated:
-    """Choose the INT8 ranges, weights and float layers of an expanded float program.
+    """Choose the INT8 ranges, weights and float layers of an decomposed float program.
 
     Args:
-        program: expanded float program; left as it is.
+        program: decomposed float program; left as it is.
         inputs: calibration inputs of the program.
         method: the recipe's ``quantize`` section on a target.
         generated: names of the tensors that are generated kernels, from ``find_generators``.
-        exam: images with truths that the precision search and the ablation are scored on; None for neither.
+        evaluation: evaluation set of the precision search and the ablation; None for neither.
         progress: called with (what is done, steps done, steps in all).
 
     Raises:
         CalibrationError: without samples, or for a sample that brings NaN or infinite values.
-        CheckFailedError: when the exam's limits leave no choice.
+        CheckFailedError: when the evaluation's limits leave no choice.
     """
     inputs = replace(inputs, samples=list(inputs.samples))
     calibrator = Calibrator(fold(program), inputs, method, generated, progress)
@@ -74,12 +74,16 @@ def calibrate(
     def attempt(kept: Sequence[str]) -> Rounded:
         return calibrator.round(module, observed, kept)
 
-    if exam is None:
+    if evaluation is None:
         return attempt(()).calibrated
-    before = exam.float_psnr_db(calibrator.module)
-    rounded = choose_precision(module, attempt, exam, before, progress) if exam.by_layer else attempt(())
+    before = evaluation.float_psnr_db(calibrator.module)
+    rounded = (
+        choose_precision(module, attempt, evaluation, before, progress)
+        if evaluation.by_layer
+        else attempt(())
+    )
     chosen = rounded.calibrated
-    if not exam.ablates:
+    if not evaluation.ablates:
         return chosen
 
     def calibrate_by(other: Int8Method) -> Rounded:
@@ -87,7 +91,8 @@ def calibrate(
         return changed.round(*changed.observe(), chosen.kept)
 
     return replace(
-        chosen, ablation=ablate(calibrator.module, calibrate_by, method, exam, before, rounded, progress)
+        chosen,
+        ablation=ablate(calibrator.module, calibrate_by, method, evaluation, before, rounded, progress),
     )
 
 
@@ -147,12 +152,12 @@ def refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]
     """
     if not samples:
         raise CalibrationError(
-            "there are no calibration samples; INT8 needs at least one image. Mend the set."
+            "there are no calibration samples; INT8 needs at least one image. Fix the set."
         )
     for index, sample in enumerate(samples):
         bad = sum(int((~x.isfinite()).sum()) for x in sample)
         if bad:
             raise CalibrationError(
                 f"calibration sample {index}, {sources[index] if sources else 'of a program'}: {bad} values "
-                "are NaN or infinite; a range needs finite ones. Take the file out of the set, or mend it."
+                "are NaN or infinite; a range needs finite ones. Take the file out of the set, or fix it."
             )

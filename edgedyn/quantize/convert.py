@@ -15,15 +15,15 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
 )
 
-from edgedyn.quantize.plan import Plan, Site, Steps
-from edgedyn.quantize.rounding.lockstep import STEP_EPSILON
+from edgedyn.quantize.plan import Plan, QParams, QuantizableLayer
+from edgedyn.quantize.rounding.paired_run import SCALE_EPSILON
 from edgedyn.targets import Int8Scheme
 
 
-def insert_steps(
+def insert_qdq(
     module: fx.GraphModule,
     plan: Plan,
-    steps: Steps,
+    steps: QParams,
     scheme: Int8Scheme,
     *,
     fold: bool = True,
@@ -57,7 +57,7 @@ class _FixedChannels(ObserverBase):  # type: ignore[misc]
         return self.channel_scales, torch.zeros(len(self.channel_scales), dtype=torch.int64)
 
 
-def make_quantizer(plan: Plan, steps: Steps, scheme: Int8Scheme) -> Any:
+def make_quantizer(plan: Plan, steps: QParams, scheme: Int8Scheme) -> Any:
     """Make the PT2E quantizer of a plan: int8 activations by tensor, symmetric int8 weights by channel."""
 
     def activation(tensor: str) -> Any:
@@ -67,14 +67,14 @@ def make_quantizer(plan: Plan, steps: Steps, scheme: Int8Scheme) -> Any:
 
     of_each_image = QuantizationSpec(
         torch.int8,
-        PlaceholderObserver.with_args(eps=STEP_EPSILON),
+        PlaceholderObserver.with_args(eps=SCALE_EPSILON),
         -128,
         127,
         torch.per_tensor_affine,
         is_dynamic=True,
     )
 
-    def weight(site: Site) -> Any:
+    def weight(site: QuantizableLayer) -> Any:
         return QuantizationSpec(
             dtype=torch.int8,
             quant_min=-127,

@@ -38,7 +38,7 @@ Progress = Callable[[str, int, int], None]  # called with (what is done, steps d
 
 
 @dataclass(frozen=True)
-class Site:
+class QuantizableLayer:
     """A convolution or linear layer, at one of its calls.
 
     Attributes:
@@ -69,7 +69,7 @@ class Site:
         return f"{self.name}.bias"
 
 
-def find_sites(module: fx.GraphModule) -> list[Site]:
+def find_quantizable_layers(module: fx.GraphModule) -> list[QuantizableLayer]:
     """Return every convolution and linear layer of a folded program, in the order of the graph.
 
     A tensor is named by the layer that writes it, else by the first that reads it: these names are the same
@@ -84,13 +84,13 @@ def find_sites(module: fx.GraphModule) -> list[Site]:
             seen[path] += 1
             name = path if seen[path] == 1 else f"{path}#{seen[path]}"
             x = names.setdefault(node.args[0], f"{name}.input")
-            site = Site(name, node, fused_activation(node) or node, x)
+            site = QuantizableLayer(name, node, fused_activation(node) or node, x)
             names[site.last] = site.y
             sites.append(site)
     return sites
 
 
-def name_tensors(module: fx.GraphModule, sites: Sequence[Site]) -> dict[str, fx.Node]:
+def name_tensors(module: fx.GraphModule, sites: Sequence[QuantizableLayer]) -> dict[str, fx.Node]:
     """Return what INT8 layers read or write on any target, and the x of every op of ours, by name."""
     tensors: dict[str, fx.Node] = {}
     for site in sites:
@@ -113,7 +113,7 @@ def find_generators(module: fx.GraphModule) -> frozenset[str]:
     Args:
         module: a folded program with our ops as nodes.
     """
-    written = {site.last: site.y for site in find_sites(module)}
+    written = {site.last: site.y for site in find_quantizable_layers(module)}
     names = {node: name for name, node in _last_of_modules(module).items()}
     ops = {op.overload: op for op in load_all().values()}
     decided = find_decided(module)
@@ -141,7 +141,7 @@ def find_kernels(module: fx.GraphModule, names: Collection[str]) -> dict[str, fx
         module: a folded program.
         names: from ``find_generators``.
     """
-    tensors = _last_of_modules(module) | {site.y: site.last for site in find_sites(module)}
+    tensors = _last_of_modules(module) | {site.y: site.last for site in find_quantizable_layers(module)}
     return {name: node for name, node in tensors.items() if name in names}
 
 
@@ -154,7 +154,7 @@ def _last_of_modules(module: fx.GraphModule) -> dict[str, fx.Node]:
 
 
 @dataclass(frozen=True)
-class Steps:
+class QParams:
     """Scales and zero points by name of a tensor.
 
     Attributes:
@@ -190,12 +190,12 @@ class Plan:
         dynamic: calls of layers that take the range of what they read from each image, and write float.
     """
 
-    sites: tuple[Site, ...]
+    sites: tuple[QuantizableLayer, ...]
     kernels: Mapping[fx.Node, str]
     reasons: Mapping[str, str]
     dynamic: frozenset[fx.Node] = frozenset()
 
-    def written(self, scheme: Int8Scheme) -> tuple[Site, ...]:
+    def written(self, scheme: Int8Scheme) -> tuple[QuantizableLayer, ...]:
         """Return the layers whose output has a step."""
         return tuple(site for site in self.sites if scheme.outputs and site.node not in self.dynamic)
 
@@ -229,7 +229,7 @@ def make_plan(
         is_router: whether the first output is compared.
         generated: names of generated kernels that are to stay float, where outputs are quantized at all.
     """
-    found = find_sites(module)
+    found = find_quantizable_layers(module)
     reasons = {site.node.name: KEPT_FOR_QUALITY for site in found if site.name in kept}
     reasons |= dict.fromkeys(_matching(found, keep_float), KEPT_BY_RECIPE)
     names = _matching([site for site in found if scheme.dynamic(site.node)], dynamic)
@@ -313,7 +313,7 @@ def refuse_unknown_layers(programs: Sequence[fx.GraphModule], key: str, patterns
     Raises:
         RecipeError: naming the first layers that there are.
     """
-    paths = [module_path(site.node) for module in programs for site in find_sites(module)]
+    paths = [module_path(site.node) for module in programs for site in find_quantizable_layers(module)]
     for pattern in patterns:
         if not fnmatch.filter(paths, pattern):
             near = ", ".join(dict.fromkeys(paths[:8]))
@@ -328,6 +328,6 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
     return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
 
 
-def _matching(sites: Sequence[Site], patterns: Sequence[str]) -> list[str]:
+def _matching(sites: Sequence[QuantizableLayer], patterns: Sequence[str]) -> list[str]:
     """Name the nodes whose layer path matches a pattern."""
     return [site.node.name for site in sites if matches(module_path(site.node), patterns)]

@@ -1,4 +1,4 @@
-"""From an expanded float program to the program that a target lowers: INT8, half or float.
+"""From an decomposed float program to the program that a target lowers: INT8, half or float.
 
 fold -> restore calibrated weights -> rescale Muls -> Q/DQ pairs -> shifted zero points
 """
@@ -14,21 +14,21 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from edgedyn.graph.nodes import belongs_to
-from edgedyn.graph.rewrites import halve
+from edgedyn.graph.rewrites import to_float16
 from edgedyn.quantize.accounting import KEPT_SHIFT, account, int8_share
 from edgedyn.quantize.calibrated import (
     Calibrated,
-    input_products_of,
-    products_of,
+    input_factors,
+    output_factors,
+    qparams_of,
     refuse_other_layers,
     restore,
-    steps_of,
-    without_products,
+    without_rescales,
 )
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.plan import Int8Method
-from edgedyn.quantize.rescale.input_products import drop_input_products, insert_input_products
-from edgedyn.quantize.rescale.products import PRODUCT, insert_products
+from edgedyn.quantize.rescale.input_rescale import drop_input_rescales, insert_input_rescales
+from edgedyn.quantize.rescale.output_rescale import RESCALE, insert_output_rescales
 from edgedyn.quantize.rescale.shift import SHIFT, shift_zero_points
 from edgedyn.targets.executorch.readers import separate_readers
 
@@ -65,17 +65,17 @@ def to_float(
     if precision == "fp16":
         # a copy: the program shares its tensors with the module, and halving would change both
         module, inputs = copy.deepcopy(module), tuple(x.half() for x in inputs)
-        halve(module, {node for node in module.graph.nodes if belongs_to(node, float32)})
+        to_float16(module, {node for node in module.graph.nodes if belongs_to(node, float32)})
     return Quantized(torch.export.export(module, inputs))
 
 
 def apply(
     program: ExportedProgram, inputs: tuple[Tensor, ...], calibrated: Calibrated, method: Int8Method
 ) -> Quantized:
-    """Convert an expanded float program to INT8 by its calibration; no image is needed.
+    """Convert an decomposed float program to INT8 by its calibration; no image is needed.
 
     Args:
-        program: expanded float program; left as it is.
+        program: decomposed float program; left as it is.
         inputs: one set of example inputs, for the shapes.
         calibrated: of this program, from ``calibrate`` or from a calibration table.
         method: the recipe's ``quantize`` section on a target.
@@ -83,22 +83,22 @@ def apply(
     Raises:
         CalibrationError: when the calibration is of other layers.
     """
-    from edgedyn.quantize.convert import insert_steps
+    from edgedyn.quantize.convert import insert_qdq
 
     scheme = method.ranges
     generated = {entry.name for entry in calibrated.entries if entry.kind == "kernel"}
     module = fold(program)
     planned = method.plan(module, kept=calibrated.kept, generated=generated)
     refuse_other_layers(module, planned.sites, calibrated)
-    final = without_products(calibrated, {site.y for site in planned.written(scheme)})
-    insert_products(module, products_of(final.entries))
-    insert_input_products(module, input_products_of(final.entries))
+    final = without_rescales(calibrated, {site.y for site in planned.written(scheme)})
+    insert_output_rescales(module, output_factors(final.entries))
+    insert_input_rescales(module, input_factors(final.entries))
     restore(module, final)
-    plan, steps = method.plan(module, kept=final.kept, generated=generated), steps_of(final.entries, scheme)
-    drop_input_products(module, {site.node for site in plan.sites})
-    reasons = {**plan.reasons, **{n.name: n.meta[PRODUCT] for n in module.graph.nodes if PRODUCT in n.meta}}
+    plan, steps = method.plan(module, kept=final.kept, generated=generated), qparams_of(final.entries, scheme)
+    drop_input_rescales(module, {site.node for site in plan.sites})
+    reasons = {**plan.reasons, **{n.name: n.meta[RESCALE] for n in module.graph.nodes if RESCALE in n.meta}}
     with torch.no_grad():
-        converted = insert_steps(module, plan, steps, scheme)
+        converted = insert_qdq(module, plan, steps, scheme)
         if method.shifts:
             shift_zero_points(converted)
     reasons |= {node.name: KEPT_SHIFT for node in converted.graph.nodes if SHIFT in node.meta}

@@ -155,7 +155,7 @@ class QuantizeSection(Section):
         ge=1,
         description="calibration samples, each of another image; by default what the set says",
     )
-    vivid: int = Field(
+    color_augmented: int = Field(
         default=0,
         ge=0,
         description="more samples for ranges, in exchanged and saturated colours: few photos are of pure "
@@ -202,7 +202,7 @@ class LimitSection(Section):
         default=0.25, description="fp32, fp16: mean |device - program|, 8-bit grey levels"
     )
     sqnr_db: float = Field(default=15.0, description="signal to error that a task without truth must keep")
-    answers: float = Field(default=0.9, description="share of answers that deployment may not change")
+    predictions: float = Field(default=0.9, description="share of predictions that deployment may not change")
     gate: float = Field(default=0.995, description="share of images that must keep their variant")
     mask_flips: float = Field(default=0.005, description="share of mask positions that may change")
     flipped_margin: float = Field(

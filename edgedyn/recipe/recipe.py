@@ -72,10 +72,10 @@ class Recipe(Section):
             raise ValueError(f"guide.shape is {self.guide.shape}; expected [1, C, H, W]")
         if (self.guide is not None) and self.task != "upscale":
             raise ValueError(f"guide is for the task 'upscale'; the task is {self.task!r}")
-        if self.quantize.vivid and shape[1] != 3:
+        if self.quantize.color_augmented and shape[1] != 3:
             raise ValueError(
-                f"quantize.vivid is {self.quantize.vivid}, and images of {shape[1]} channel have no colours; "
-                "expected 0"
+                f"quantize.color_augmented is {self.quantize.color_augmented}, and images of {shape[1]} "
+                "channel have no colours; expected 0"
             )
         if overlap >= min(shape[2:]):
             raise ValueError(
@@ -152,7 +152,7 @@ class Recipe(Section):
         except TypeError as error:
             raise RecipeError(
                 f"model.arguments {sorted(self.model.arguments)} do not fit {self.model.network!r}: {error}; "
-                f"expected {inspect.signature(network)}. Mend the recipe."
+                f"expected {inspect.signature(network)}. Fix the recipe."
             ) from error
         import torch
 
@@ -201,7 +201,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(
-            f"recipe {path} is not YAML: {str(error).splitlines()[0]}. Mend the file."
+            f"recipe {path} is not YAML: {str(error).splitlines()[0]}. Fix the file."
         ) from error
     if not isinstance(values, dict):
         raise RecipeError(

@@ -25,8 +25,8 @@ FILE = "report.html"
 # What each comparison asks, as in the table of the design; another ``between`` is shown without a question.
 QUESTIONS = {
     "canonical:reference": "Is the rewrite of the dynamic layers exact?",
-    "expanded:canonical": "Is the form that the target runs exact?",
-    "quantized:expanded": "What did quantization cost?",
+    "decomposed:canonical": "Is the form that the target runs exact?",
+    "quantized:decomposed": "What did quantization cost?",
     "device:quantized": "Does the runtime compute what was exported?",
     "float:truth": "How good is the network before deployment?",
     "device:float": "Does the device say what the float network says?",
@@ -193,7 +193,9 @@ def _notice(weights: str) -> str:
     """Return what a reader has to know before the numbers."""
     if not weights.startswith("not trained"):
         return ""
-    return f"The network is {weights}. Its pictures and answers mean nothing; what deployment changes does."
+    return (
+        f"The network is {weights}. Its pictures and predictions mean nothing; what deployment changes does."
+    )
 
 
 def _histograms(facts: Mapping[str, Any]) -> Iterable[tuple[str, str, list[tuple[float, float]]]]:

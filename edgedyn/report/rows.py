@@ -11,7 +11,7 @@ class Row:
     """One measured number between two things, for instance ``device:truth``.
 
     Attributes:
-        between: ``canonical:reference``, ``expanded:canonical``, ``quantized:expanded``,
+        between: ``canonical:reference``, ``decomposed:canonical``, ``quantized:decomposed``,
             ``device:quantized``, ``float:truth``, ``device:truth``, ``device:float``, ``int8:float``,
             ``decisions``, or a check of a toolchain.
         metric: name with its unit, ``psnr_db``; a condition follows in brackets, ``psnr_db[sigma=25]``.

@@ -137,7 +137,5 @@ def load(name: str, kernels: str = "stock") -> Target:
     if kernels == "stock":
         return target
     if not target.kernels:
-        raise RecipeError(
-            f"target {name!r} has no kernels of ours; expected kernels: stock. Mend the recipe."
-        )
+        raise RecipeError(f"target {name!r} has no kernels of ours; expected kernels: stock. Fix the recipe.")
     return replace(target, capabilities=target.capabilities | target.kernels)

@@ -25,7 +25,7 @@ class Product:
         project: the folder of its ``CMakeLists.txt``.
         file: its plain name.
         sources: the files that it is made of.
-        mend: what a machine needs to build it, for the error.
+        fix: what a machine needs to build it, for the error.
         options: of CMake.
         facts: what else decides what it is: versions, paths of packages.
         target: of CMake, where not all is wanted.
@@ -35,7 +35,7 @@ class Product:
     project: Path
     file: str
     sources: tuple[Path, ...]
-    mend: str
+    fix: str
     options: tuple[str, ...] = ()
     facts: tuple[str, ...] = ()
     target: str = "all"
@@ -59,7 +59,7 @@ class Product:
             compile_it = ("--build", folder, "--target", self.target, "--parallel", os.cpu_count() or 1)
             for command in (configure, compile_it):
                 if wrong := _cmake(*command):
-                    raise TargetMissingError(f"{self.what} cannot be built here: {wrong} {self.mend}")
+                    raise TargetMissingError(f"{self.what} cannot be built here: {wrong} {self.fix}")
             (Path(folder) / self.file).replace(path)  # whole or not at all, whoever else builds
         return path
 

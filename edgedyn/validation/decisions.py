@@ -58,11 +58,11 @@ def measure(converted: Converted, target: Target, outputs: Outputs, recipe: Reci
     quick, whole = routing.variants if routing and routing.rule == "fallback" else ("", FORWARD)
     unknown, masked = 0, False
     for name, part in converted.parts.items():
-        masks, others = find_decisions(part.expanded)
+        masks, others = find_decisions(part.decomposed)
         masked |= name == whole and bool(masks)
         if name != quick:
             unknown += others + len(masks) * (name != whole)
-    nodes = sum(len(part.expanded.graph.nodes) for part in converted.parts.values())
+    nodes = sum(len(part.decomposed.graph.nodes) for part in converted.parts.values())
     rows = [Row("decisions", "unmeasured_decisions", unknown, {"at_most": 0}, nodes)]
     facts: dict[str, Any] = {}
     if masked:
@@ -138,9 +138,9 @@ def expose(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> ExportedProg
 def measure_masks(part: Part, target: Target, outputs: Outputs, recipe: Recipe) -> Measured:
     """Measure how many mask positions change, and what that costs."""
     samples, half = outputs.samples, recipe.precision == "fp16"
-    masks, _ = find_decisions(part.expanded)
+    masks, _ = find_decisions(part.decomposed)
     dtype = torch.float16 if half else torch.float32
-    float_ = run_noting(part.expanded, samples, torch.float32)
+    float_ = run_noting(part.decomposed, samples, torch.float32)
     quantized = run_noting(part.program, samples, dtype)
     inputs = tuple(x.half() for x in part.inputs) if half else part.inputs
     device = _run_exposed(expose(part.program, inputs), target, samples, recipe)
@@ -206,7 +206,7 @@ def _histogram(margins: np.ndarray, changed: np.ndarray) -> dict[str, list[float
 def measure_routes(routing: Routing, outputs: Outputs, recipe: Recipe) -> Measured:
     """Measure how many images keep their variant, and what it costs where they do not."""
     samples = outputs.samples
-    float_ = [d for d in outputs.decided["expanded"] if d is not None]
+    float_ = [d for d in outputs.decided["decomposed"] if d is not None]
     picked = np.array([d.index for d in float_])
     rows, facts = [], {"variants": list(routing.variants), "picked": np.bincount(picked).tolist()}
     margins = np.array([d.margin for d in float_])
@@ -234,7 +234,7 @@ def measure_routes(routing: Routing, outputs: Outputs, recipe: Recipe) -> Measur
         np.asarray(run(*s.inputs, forced=int(k))[0][0], np.float32)
         for s, k in zip(samples, picked, strict=True)
     ]
-    rows += _cost_rows(outputs.expanded, outputs.quantized, forced, samples, recipe, "[gate]")
+    rows += _cost_rows(outputs.decomposed, outputs.quantized, forced, samples, recipe, "[gate]")
     return Measured(rows, {"routes": facts})
 
 

@@ -13,7 +13,7 @@ from edgedyn import ops
 from edgedyn.bundle.dispatch import Decision, Dispatcher
 from edgedyn.conversion.convert import Converted, Progress
 from edgedyn.conversion.reference import rewrite
-from edgedyn.graph.rewrites import widen_like
+from edgedyn.graph.rewrites import to_float64_like
 from edgedyn.layers._routed import parts
 from edgedyn.report.rows import Row
 from edgedyn.validation import stages as validate
@@ -29,27 +29,27 @@ _EXACT_SAMPLES = 1  # float64 comparison of whole networks; the rewrite does not
 
 
 def exactness_rows(converted: Converted, outputs: Outputs, recipe: Recipe) -> list[Row]:
-    """Prove the rewrite in float64: reference, canonical and expanded network on real images.
+    """Prove the rewrite in float64: reference, canonical and decomposed network on real images.
 
     The first row says what float32 costs this network: it bounds what comparing programs can show.
     """
     wide = copy.deepcopy(converted.reference).double()
     canonical = rewrite(wide, converted.capacities)
-    expanded = {}
+    decomposed = {}
     for name, module in parts(canonical).items():
         made = converted.parts[name]
-        program = ops.expand(made.expanded, made.forms, "after_quantize")
-        expanded[name] = in_torch(widen_like(program, module), torch.float64)
+        program = ops.decompose(made.decomposed, made.forms, "after_quantize")
+        decomposed[name] = in_torch(to_float64_like(program, module), torch.float64)
     # every float32 row is judged by it; other precisions cost far more than it
     judged = outputs.samples if recipe.precision == "fp32" else outputs.samples[:_EXACT_SAMPLES]
     exact = validate.run_wide(in_torch(wide, torch.float64), judged)
-    rounding = validate.rounding_row(exact, outputs.expanded[: len(exact)])
+    rounding = validate.rounding_row(exact, outputs.decomposed[: len(exact)])
     return [
         rounding,
         *validate.rewrite_rows(
             exact[:_EXACT_SAMPLES],
             in_torch(canonical, torch.float64),
-            Dispatcher(expanded, converted.routing),
+            Dispatcher(decomposed, converted.routing),
             outputs.samples[:_EXACT_SAMPLES],
             validate.at_least_rounding(recipe.limits.exact, rounding.value, np.float64),
         ),
@@ -71,14 +71,14 @@ def in_torch(module: nn.Module, dtype: torch.dtype) -> Run:
 def run_samples(
     converted: Converted, device: Dispatcher, samples: list[Sample], recipe: Recipe, progress: Progress
 ) -> Outputs:
-    """Run expanded, quantized and lowered programs on every validation sample."""
+    """Run decomposed, quantized and lowered programs on every validation sample."""
     half = recipe.precision == "fp16"
     parts_of = converted.parts.items()
-    expanded = {name: in_torch(p.expanded.module(), torch.float32) for name, p in parts_of}
+    decomposed = {name: in_torch(p.decomposed.module(), torch.float32) for name, p in parts_of}
     dtype = torch.float16 if half else torch.float32
     quantized = {name: in_torch(p.program.module(), dtype) for name, p in parts_of}
     dispatchers = {
-        "expanded": Dispatcher(expanded, converted.routing),
+        "decomposed": Dispatcher(decomposed, converted.routing),
         "quantized": Dispatcher(quantized, converted.routing),
         "device": device,
     }

@@ -1,6 +1,6 @@
 """Measure every step of a build against the one before and against the truth; rows with limits.
 
-    reference -> canonical -> expanded -> quantized -> device
+    reference -> canonical -> decomposed -> quantized -> device
              float64      float64   image quality  arithmetic        float : truth, device : truth
 
 Only numpy and the standard library at import: a device checks its bundle without torch.
@@ -35,7 +35,7 @@ class Outputs:
 
     Attributes:
         samples: what was given.
-        expanded: outputs (1, ...) float32 of the exact rewrite, in PyTorch.
+        decomposed: outputs (1, ...) float32 of the exact rewrite, in PyTorch.
         quantized: of the program at the recipe's precision, in PyTorch.
         device: of the lowered program, in its runtime.
         decided: for each of the three by name, which variant was picked, and how; None where none is.
@@ -43,7 +43,7 @@ class Outputs:
     """
 
     samples: Sequence[Sample]
-    expanded: list[np.ndarray]
+    decomposed: list[np.ndarray]
     quantized: list[np.ndarray]
     device: list[np.ndarray]
     decided: Mapping[str, list[Decision | None]] = field(default_factory=dict)
@@ -67,7 +67,7 @@ def rows(
         limits = limits.model_copy(update={"drop_db": least})
     found = share_rows(quantized, recipe.precision, limits)
     found += arithmetic_rows(outputs, recipe.precision, limits, task, rounding)
-    found += truth_rows(outputs, limits) if task.has_truth else answer_rows(outputs, limits, task)
+    found += truth_rows(outputs, limits) if task.has_truth else prediction_rows(outputs, limits, task)
     return found
 
 
@@ -76,7 +76,7 @@ _QUALITY = (
     "psnr_drop_db",
     "residual_sqnr_db",
     "sqnr_db",
-    "answer_agreement",
+    "prediction_agreement",
     "mask_flip_rate",
     "gate_agreement",
     "largest_flipped_margin",
@@ -123,22 +123,22 @@ def at_least_rounding(limit: float, rounding: float, dtype: type) -> float:
 def rewrite_rows(
     exact: Sequence[np.ndarray],
     canonical: Run,
-    expanded: Callable[..., list[np.ndarray]],
+    decomposed: Callable[..., list[np.ndarray]],
     samples: Sequence[Sample],
     limit: float,
 ) -> list[Row]:
-    """Compare reference, canonical and expanded networks in float64 on real noisy images.
+    """Compare reference, canonical and decomposed networks in float64 on real noisy images.
 
     Args:
         exact: what the reference, in float64, makes of the samples.
         canonical: made from the reference in float64, since a rewrite that folds weights is only as exact as
             its arithmetic, and this measures the rewrite.
-        expanded: the programs with the tensors of ``canonical``, see ``widen``.
+        decomposed: the programs with the tensors of ``canonical``, see ``to_float64``.
         samples: noisy images.
         limit: largest max |difference| / max |output|.
     """
     rows, before = [], exact
-    for between, program in (("canonical:reference", canonical), ("expanded:canonical", expanded)):
+    for between, program in (("canonical:reference", canonical), ("decomposed:canonical", decomposed)):
         after = run_wide(program, samples)
         error = _max_relative(before, after)
         rows.append(Row(between, "max_relative[float64]", error, {"at_most": limit}, len(samples)))
@@ -158,24 +158,24 @@ def arithmetic_rows(
     task: Task = TASKS["denoise"],
     rounding: float = 0.0,
 ) -> list[Row]:
-    """Compare the quantized with the expanded program, and the device with the quantized one."""
+    """Compare the quantized with the decomposed program, and the device with the quantized one."""
     count = len(outputs.samples)
-    pairs = list(zip(outputs.quantized, outputs.expanded, strict=True))
+    pairs = list(zip(outputs.quantized, outputs.decomposed, strict=True))
     if precision == "fp32":
         errors = [metrics.max_abs(q, e) / max(1.0, float(np.abs(e).max())) for q, e in pairs]
         # BatchNorm folding moves one rounding a layer; 1/16 of an 8-bit level is far above it and below sight
         limit = {"at_most": at_least_rounding(1 / 255 / 16, rounding, np.float32)}
-        found = [Row("quantized:expanded", "max_abs", max(errors), limit, count)]
+        found = [Row("quantized:decomposed", "max_abs", max(errors), limit, count)]
         return [*found, *_device_rows(outputs, precision, limits, task, rounding)]
     given = [s.noisy if task.is_residual else np.float32(0) for s in outputs.samples]
     found_db = [metrics.sqnr_db(q - x, e - x) for (q, e), x in zip(pairs, given, strict=True)]
     metric, limit = ("residual_sqnr_db", {}) if task.is_residual else ("sqnr_db", {})
     if not task.has_truth:
         limit = {"at_least": limits.sqnr_db}
-    found = [Row("quantized:expanded", metric, float(np.mean(found_db)), limit, count)]
+    found = [Row("quantized:decomposed", metric, float(np.mean(found_db)), limit, count)]
     if task.has_truth:
         found += _drop_rows(
-            "quantized:expanded", outputs.expanded, outputs.quantized, outputs.samples, limits.drop_db
+            "quantized:decomposed", outputs.decomposed, outputs.quantized, outputs.samples, limits.drop_db
         )
     return [*found, *_device_rows(outputs, precision, limits, task, rounding)]
 
@@ -188,20 +188,20 @@ def _device_rows(
     A picture in a float precision may differ by a fraction of a grey level; in float16 also by sqrt(2) of
     what that precision itself costs, which is more only where masks turn. Elsewhere two runtimes that round
     ties otherwise take different paths through a deep network. So two distances are taken as ratios to what
-    the precision costs, rms(quantized - expanded): ``rms_ratio`` of device - quantized, which is sqrt(2) for
+    the precision costs, rms(quantized - decomposed): ``rms_ratio`` of device - quantized, sqrt(2) for
     independent roundings, and more for another computation; and for INT8 ``noise_ratio`` of device -
-    expanded, which is 0 for a runtime that computes in float.
+    decomposed, which is 0 for a runtime that computes in float.
     """
     count, pairs = len(outputs.samples), list(zip(outputs.device, outputs.quantized, strict=True))
     worst = Row("device:quantized", "max_abs", max(metrics.max_abs(d, q) for d, q in pairs), {}, count)
     found = [_mean_row(outputs, precision, limits, task, rounding), worst]
     if precision == "fp32" or (precision == "fp16" and task.has_truth):
         return found
-    cost = _rms(outputs.quantized, outputs.expanded)
+    cost = _rms(outputs.quantized, outputs.decomposed)
     ratio = _rms(outputs.device, outputs.quantized) / cost if cost else math.inf
     found.append(Row("device:quantized", "rms_ratio", ratio, {"at_most": math.sqrt(2)}, count))
     if precision == "int8":
-        noise = _rms(outputs.device, outputs.expanded) / cost if cost else math.inf
+        noise = _rms(outputs.device, outputs.decomposed) / cost if cost else math.inf
         alike = {"at_least": 0.5, "at_most": 2.0}
         found.append(Row("device:quantized", "noise_ratio", noise, alike, count))
     return found
@@ -212,7 +212,7 @@ def _mean_row(outputs: Outputs, precision: str, limits: LimitSection, task: Task
     pairs = list(zip(outputs.device, outputs.quantized, strict=True))
     if task.has_truth:
         levels = _mean_levels(outputs.device, outputs.quantized)
-        cost = _mean_levels(outputs.quantized, outputs.expanded) if precision == "fp16" else 0.0
+        cost = _mean_levels(outputs.quantized, outputs.decomposed) if precision == "fp16" else 0.0
         limit = {"at_most": max(limits.device_levels, math.sqrt(2) * cost)} if precision != "int8" else {}
         return Row("device:quantized", "mean_abs_levels", levels, limit, len(pairs))
     mean = float(np.mean([np.abs(d - q).mean() / (np.sqrt(np.mean(q**2)) + 1e-12) for d, q in pairs]))
@@ -242,25 +242,25 @@ def share_rows(quantized: Mapping[str, Quantized], precision: str, limits: Limit
         metric = "int8_mac_share" if name == FORWARD else f"int8_mac_share[{name}]"
         limit = {} if name == ROUTER else {"at_least": limits.int8_share}
         found.append(
-            Row("quantized:expanded", metric, part.int8_mac_share, limit, max(part.multiply_add_nodes, 1))
+            Row("quantized:decomposed", metric, part.int8_mac_share, limit, max(part.multiply_add_nodes, 1))
         )
     return found
 
 
-def answer_rows(outputs: Outputs, limits: LimitSection, task: Task) -> list[Row]:
+def prediction_rows(outputs: Outputs, limits: LimitSection, task: Task) -> list[Row]:
     """Compare what the outputs say, the class or the position of each keypoint, with the float program's."""
-    assert task.answers is not None  # a task without truth says something
-    said = [np.atleast_1d(task.answers(y)).ravel() for y in outputs.expanded]
-    count = sum(len(answers) for answers in said)
+    assert task.predictions is not None  # a task without truth says something
+    said = [np.atleast_1d(task.predictions(y)).ravel() for y in outputs.decomposed]
+    count = sum(len(predictions) for predictions in said)
     found = []
-    for between, results in (("quantized:expanded", outputs.quantized), ("device:float", outputs.device)):
+    for between, results in (("quantized:decomposed", outputs.quantized), ("device:float", outputs.device)):
         same = sum(
-            int((np.atleast_1d(task.answers(y)).ravel() == s).sum())
+            int((np.atleast_1d(task.predictions(y)).ravel() == s).sum())
             for y, s in zip(results, said, strict=True)
         )
-        limit = {"at_least": limits.answers}
-        found.append(Row(between, "answer_agreement", same / count, limit, count))
-    errors = [metrics.sqnr_db(d, e) for d, e in zip(outputs.device, outputs.expanded, strict=True)]
+        limit = {"at_least": limits.predictions}
+        found.append(Row(between, "prediction_agreement", same / count, limit, count))
+    errors = [metrics.sqnr_db(d, e) for d, e in zip(outputs.device, outputs.decomposed, strict=True)]
     found.append(Row("device:float", "sqnr_db", float(np.mean(errors)), {}, len(errors)))
     return found
 
@@ -268,7 +268,7 @@ def answer_rows(outputs: Outputs, limits: LimitSection, task: Task) -> list[Row]
 def truth_rows(outputs: Outputs, limits: LimitSection) -> list[Row]:
     """Measure float and device against the truth, by noise level, worst image and worst tile."""
     rows = []
-    for between, results in (("float:truth", outputs.expanded), ("device:truth", outputs.device)):
+    for between, results in (("float:truth", outputs.decomposed), ("device:truth", outputs.device)):
         for name, indices in _by_condition(outputs.samples).items():
             noisy = float(np.mean([_psnr_of_input(outputs.samples[i]) for i in indices]))
             quality = [metrics.psnr_db(to_hwc(results[i]), to_hwc(outputs.samples[i].truth)) for i in indices]
@@ -278,10 +278,10 @@ def truth_rows(outputs: Outputs, limits: LimitSection) -> list[Row]:
             limit = {"at_least": noisy} if math.isfinite(noisy) else {}
             rows.append(Row(between, f"psnr_db{condition}", float(np.mean(quality)), limit, len(indices)))
             rows.append(Row(between, f"ssim{condition}", float(np.mean(likeness)), {}, len(indices)))
-    rows += _drop_rows("device:truth", outputs.expanded, outputs.device, outputs.samples, limits.drop_db)
+    rows += _drop_rows("device:truth", outputs.decomposed, outputs.device, outputs.samples, limits.drop_db)
     drops = [
         metrics.psnr_db(to_hwc(e), to_hwc(s.truth)) - metrics.psnr_db(to_hwc(d), to_hwc(s.truth))
-        for e, d, s in zip(outputs.expanded, outputs.device, outputs.samples, strict=True)
+        for e, d, s in zip(outputs.decomposed, outputs.device, outputs.samples, strict=True)
     ]
     tiles = [
         metrics.worst_tile_psnr_db(to_hwc(d), to_hwc(s.truth))

@@ -13,7 +13,7 @@ import pytest
 
 from edgedyn.bundle import bundle as bundles
 from edgedyn.bundle.bundle import add_files, open_bundle, refuse_existing, staging_folder, write_bundle
-from edgedyn.bundle.manifest import canonical
+from edgedyn.bundle.manifest import FORMAT, canonical
 from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.errors import BundleError, UsageError
 
@@ -22,7 +22,7 @@ IMAGE = {"name": "x", "dtype": "float32", "shape": (1, 3, 8, 16), "low": 0.0, "h
 
 def manifest(**changes):
     return {
-        "format": 2,
+        "format": FORMAT,
         "ok": True,
         "name": "small.onnxruntime.fp32",
         "edgedyn": "0.1.0",
@@ -202,7 +202,7 @@ def test_a_huge_manifest_is_refused_before_it_is_read(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=3, edgedyn="9.0"), r"found 3 \(written by edgedyn 9.0\), expected 2"),
+        (lambda m: m.update(format=2, edgedyn="0.0"), r"found 2 \(written by edgedyn 0.0\), expected 3"),
         (lambda m: m.update(format=True), "format: found True"),
         (lambda m: m.pop("target"), "key 'target'.*found 'nothing'"),
         (lambda m: m.update(inputs={}), "key 'inputs'"),

@@ -41,7 +41,7 @@ def test_a_required_package_that_is_missing_is_not_ok_and_says_the_command():
     for name in ("executorch", "torchao", "nncf", "onnx", "onnxruntime"):
         assert not found[name].ok
         assert found[name].found is None
-        assert found[name].mend.startswith(f'pip install "{name}')
+        assert found[name].fix.startswith(f'pip install "{name}')
 
 
 @pytest.mark.parametrize("name", sorted(OPTIONAL - {"CUDA device", "TensorRT headers"}))
@@ -50,7 +50,7 @@ def test_an_optional_thing_that_is_missing_is_no_failure_but_says_how_to_get_it(
     assert finding.optional
     assert finding.ok
     assert finding.found is None
-    assert "install" in finding.mend
+    assert "install" in finding.fix
 
 
 def test_only_the_optional_things_and_targets_are_optional():
@@ -100,7 +100,7 @@ def test_ranges_are_those_of_the_project():
 
 
 def test_extras_named_by_a_mend_exist():
-    extras = {e for wanted in doctor.PACKAGES for e in re.findall(r"edgedyn\[([\w-]+)\]", wanted.mend)}
+    extras = {e for wanted in doctor.PACKAGES for e in re.findall(r"edgedyn\[([\w-]+)\]", wanted.fix)}
     assert extras == {"tensorrt-check", "jetson"}
     for extra in extras:
         assert re.search(rf"^{extra} = \[", PYPROJECT, re.MULTILINE)
@@ -118,7 +118,7 @@ def test_each_target_has_a_finding_that_says_what_it_lacks():
             continue
         loadable += 1
         assert finding.ok is (lacks is None)
-        assert finding.mend == (lacks or "")
+        assert finding.fix == (lacks or "")
     assert loadable, "no target loads, so that nothing was compared"
 
 
@@ -141,7 +141,7 @@ def test_a_target_that_does_not_load_is_a_finding_and_hides_no_other(source, say
         sys.modules.pop("edgedyn.targets.broken_for_the_doctor", None)
     broken = found["target broken_for_the_doctor"]
     assert not broken.ok
-    assert says in broken.mend
+    assert says in broken.fix
     assert {f"target {name}" for name in targets.names()} <= set(found)
 
 
@@ -160,7 +160,7 @@ def test_a_target_says_what_it_lacks_in_its_own_words(tmp_path, monkeypatch):
     finally:
         sys.modules.pop("edgedyn.targets.lacking_for_the_doctor", None)
     finding = found["target lacking_for_the_doctor"]
-    assert (finding.ok, finding.found, finding.mend) == (False, None, "no board")
+    assert (finding.ok, finding.found, finding.fix) == (False, None, "no board")
     assert finding.needed_for == "one line"
 
 

@@ -182,7 +182,7 @@ def test_nothing_is_demanded_of_a_mask_that_is_said_to_be_unused_and_still_of_th
 
 
 def test_pattern_of_unused_masks_that_matches_none_is_refused_with_their_names():
-    with pytest.raises(RecipeError, match=r"'2\.\*' matches no mask; the network's are 0, 1\. Mend"):
+    with pytest.raises(RecipeError, match=r"'2\.\*' matches no mask; the network's are 0, 1\. Fix"):
         cover(nn.Sequential(BrightParts(), BrightParts()), 0.75, samples=1, unused=["2.*"])
 
 
@@ -312,17 +312,17 @@ def test_statistics_of_a_variant_are_of_the_photos_that_pick_it(tmp_path):
 
 
 def test_vivid_samples_reach_every_variant_and_decide_nothing(tmp_path, monkeypatch):
-    vivid, real = [], conversion.quantize.calibrate
+    color_augmented, real = [], conversion.quantize.calibrate
 
     def spy(program, inputs, *more, **named):
-        vivid.append(inputs.vivid)
+        color_augmented.append(inputs.color_augmented)
         return real(program, inputs, *more, **named)
 
     monkeypatch.setattr(conversion.quantize, "calibrate", spy)
     given = photos(tmp_path, "routed_denoiser", "quantize.coverage.own=2", "model.weights=null")
-    plain, made = (convert(load([*given, f"quantize.vivid={count}"])) for count in (0, 3))
+    plain, made = (convert(load([*given, f"quantize.color_augmented={count}"])) for count in (0, 3))
     assert made.table.coverage == plain.table.coverage
-    assert vivid == [0] * 4 + [3] * 4  # router and three variants, both times
+    assert color_augmented == [0] * 4 + [3] * 4  # router and three variants, both times
     for name in (o.name for o in made.table.coverage):
         totals = [
             next(e for e in x.table.programs[name] if e.name == "0.input").histogram.total

@@ -12,9 +12,9 @@ from small_sets import entry, save_image, write_pairs, write_set
 from torch import nn
 
 from edgedyn import CalibrationSet, pipeline
-from edgedyn.conversion import exams
+from edgedyn.conversion import evaluation_sets
 from edgedyn.conversion.convert import load_target
-from edgedyn.conversion.exams import make_exams
+from edgedyn.conversion.evaluation_sets import make_evaluation_sets
 from edgedyn.conversion.image_sets import draw, draw_more
 from edgedyn.conversion.table_key import table_key
 from edgedyn.errors import CalibrationError, RecipeError
@@ -49,31 +49,31 @@ def test_recipe_gives_both_sets_its_own_noise():
 
 
 def test_recipe_asks_for_vivid_colours_of_the_calibration_set_alone():
-    calibration, samples = pipeline.load_sets(recipe("quantize.vivid=3"))
-    plain, usual = pipeline.load_sets(recipe("quantize.vivid=0"))
+    calibration, samples = pipeline.load_sets(recipe("quantize.color_augmented=3"))
+    plain, usual = pipeline.load_sets(recipe("quantize.color_augmented=0"))
     assert len(list(calibration.draw([(1, 3, 32, 48)]))) == len(list(plain.draw([(1, 3, 32, 48)]))) + 3
     assert len(samples) == len(usual)
 
 
 def test_vivid_samples_are_no_lessons_and_no_exam():
-    given = recipe("quantize.vivid=3", "quantize.finetune=5", "quantize.max_drop_db=0.1")
+    given = recipe("quantize.color_augmented=3", "quantize.finetune=5", "quantize.max_drop_db=0.1")
     calibration, _ = pipeline.load_sets(given)
     assert len(draw(given, calibration)) == calibration.samples + 3
     assert len(draw_more(given, calibration)) == calibration.samples
-    exam = make_exams(given, calibration, nn.Identity(), {"method": {}})["forward"]
-    assert len(exam.inputs) == calibration.samples
+    evaluation = make_evaluation_sets(given, calibration, nn.Identity(), {"method": {}})["forward"]
+    assert len(evaluation.inputs) == calibration.samples
 
 
 def test_what_was_measured_serves_every_limit_of_the_same_method_and_code(tmp_path, monkeypatch):
     code = tmp_path / "reconstruct.py"
     code.write_text("nearest")
-    monkeypatch.setattr(exams, "__file__", str(tmp_path / "conversion/exams.py"))
+    monkeypatch.setattr(evaluation_sets, "__file__", str(tmp_path / "conversion/evaluation_sets.py"))
 
     def remembered(limit: float, rounding: str = "nearest") -> Path:
         given = recipe(f"quantize.max_drop_db={limit}", f"quantize.rounding={rounding}")
         calibration, _ = pipeline.load_sets(given)
         key = {"method": given.quantize.model_dump()}
-        return make_exams(given, calibration, nn.Identity(), key)["forward"].recall.path
+        return make_evaluation_sets(given, calibration, nn.Identity(), key)["forward"].recall.path
 
     first = remembered(0.1)
     assert remembered(0.2) == first
@@ -162,7 +162,7 @@ def test_set_from_python_has_a_digest_that_finds_its_table_again(tmp_path):
     pipeline.calibrate(given, tmp_path / "table.json", calibration=made)
     target, (_, samples) = load_target(given), pipeline.load_sets(given)
     again = CalibrationSet.of(photos(), samples=4)
-    assert pipeline.convert(given, target, again, samples[0]).misfit == ""
+    assert pipeline.convert(given, target, again, samples[0]).mismatch == ""
     with pytest.raises(CalibrationError, match="of another data"):
         pipeline.convert(given, target, CalibrationSet.of(photos()[::-1], samples=4), samples[0])
 
@@ -212,7 +212,12 @@ def test_network_that_is_told_its_noise_level_is_calibrated_and_validated_at_it(
 
 def told(*overrides: str) -> Recipe:
     """Return a recipe of a network that is told sigma."""
-    small = ["model.weights=null", "input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.vivid=0"]
+    small = [
+        "model.weights=null",
+        "input.shape=[1, 3, 32, 48]",
+        "tile.overlap=0",
+        "quantize.color_augmented=0",
+    ]
     return load_recipe(RECIPES / "ffdnet-color.phone.int8.yaml", [*small, *overrides])
 
 
@@ -244,7 +249,7 @@ def test_network_that_is_told_a_level_leaves_noise_without_one_as_it_is(tmp_path
 
 @pytest.mark.parametrize("level", ["-5", ".nan", ".inf"])
 def test_level_that_is_none_is_refused(level):
-    with pytest.raises(RecipeError, match=r"model\.arguments\.sigma: .*sigma.* Mend"):
+    with pytest.raises(RecipeError, match=r"model\.arguments\.sigma: .*sigma.* Fix"):
         pipeline.load_sets(told(f"model.arguments.sigma={level}"))
 
 

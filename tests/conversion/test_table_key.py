@@ -70,7 +70,7 @@ def test_second_conversion_observes_nothing_and_is_the_same_to_the_bit(first, no
     folder, made = first
     again = convert(recipe(folder))
     assert bits(again) == bits(made)
-    assert made.misfit == again.misfit == ""
+    assert made.mismatch == again.mismatch == ""
 
 
 def test_calibrating_again_gives_the_same_table(first, tmp_path):
@@ -139,7 +139,7 @@ def test_table_of_other_tools_is_refused(first, tool, monkeypatch):
 def test_forced_table_is_used_and_recorded(first, no_statistics):
     folder, _ = first
     made = convert(recipe(folder, "quantize.ranges.feature=mse"), force=True)
-    assert "is of another method" in made.misfit
+    assert "is of another method" in made.mismatch
 
 
 @pytest.mark.parametrize("dynamic", ["[]", "['*']"])

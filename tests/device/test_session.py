@@ -12,6 +12,7 @@ from PIL import Image
 
 from edgedyn import targets
 from edgedyn.bundle.bundle import Bundle, staging_folder, write_bundle
+from edgedyn.bundle.manifest import FORMAT
 from edgedyn.device.session import Session, check, denoise_files, open_session
 from edgedyn.device.tiling import tiles
 from edgedyn.errors import (
@@ -72,7 +73,7 @@ def write(out, *, channels=3, overlap=OVERLAP, dtype="float32", bias=0.0, **chan
     x = np.random.default_rng(4).random(shape).astype(dtype)
     manifest = {
         **{
-            "format": 2,
+            "format": FORMAT,
             "ok": True,
             "name": "blur",
             "edgedyn": "0.1.0",

@@ -138,33 +138,33 @@ def test_folder_of_images_is_a_set_with_the_default_noise(tmp_path):
 def test_vivid_samples_come_after_the_others_in_exchanged_and_saturated_colours(tmp_path):
     """Every file is met as evenly as before; what was drawn before stays, to the bit."""
     plain = open_set(write_set(tmp_path, noise={**NOISE, "sigma": [25.0]}))
-    vivid = plain.with_vivid(40)
-    drawn, before = list(vivid.draw([SHAPE])), list(plain.draw([SHAPE]))
+    color_augmented = plain.with_color_augmented(40)
+    drawn, before = list(color_augmented.draw([SHAPE])), list(plain.draw([SHAPE]))
     assert [s.source for s in drawn[5:9]] == ["a.png", "b.png", "a.png", "b.png"]
     for one, other in zip(drawn, before, strict=False):
         np.testing.assert_array_equal(one.noisy, other.noisy)
-    assert vivid.digest() != plain.digest()
+    assert color_augmented.digest() != plain.digest()
     spreads = {}
-    for name, part in (("plain", drawn[:5]), ("vivid", drawn[5:])):
+    for name, part in (("plain", drawn[:5]), ("color_augmented", drawn[5:])):
         spreads[name] = np.mean([s.truth.max(axis=1) - s.truth.min(axis=1) for s in part])
         residual = np.concatenate([(s.noisy - s.truth).ravel() for s in part])
         assert residual.std() == pytest.approx(25 / 255, rel=0.05)  # of 23,000 values at least: 0.5 %
-    assert spreads["vivid"] > 2 * spreads["plain"]
+    assert spreads["color_augmented"] > 2 * spreads["plain"]
     assert all(s.truth.min() >= 0 and s.truth.max() <= 1 for s in drawn[5:])
 
 
 def test_vivid_colours_of_a_warm_photo_are_all_colours(tmp_path):
     warm = np.clip(waves() // 4 + np.array([150, 80, 10], dtype=np.uint8), 0, 255)
     Image.fromarray(warm).save(tmp_path / "warm.png")
-    opened = open_set(write_set(tmp_path, files=[entry(tmp_path / "warm.png")])).with_vivid(40)
+    opened = open_set(write_set(tmp_path, files=[entry(tmp_path / "warm.png")])).with_color_augmented(40)
     orders = [tuple(np.argsort(s.truth.mean(axis=(0, 2, 3)))) for s in opened.draw([SHAPE])]
     assert set(orders[:5]) == {(2, 1, 0)}
     assert set(orders[5:]) == set(permutations(range(3)))
 
 
 def test_vivid_colours_of_noisy_photos_are_refused(tmp_path):
-    with pytest.raises(CalibrationError, match=r"noise of kind 'none'\. Set quantize\.vivid: 0"):
-        open_set(write_set(tmp_path, noise={"kind": "none"})).with_vivid(2)
+    with pytest.raises(CalibrationError, match=r"noise of kind 'none'\. Set quantize\.color_augmented: 0"):
+        open_set(write_set(tmp_path, noise={"kind": "none"})).with_color_augmented(2)
 
 
 def test_digest_follows_what_is_drawn(tmp_path):

@@ -47,4 +47,4 @@ def test_answers_are_the_class_and_the_place_of_each_keypoint():
 @pytest.mark.parametrize("task", ["classify", "keypoints"])
 def test_tasks_without_truth_have_answers(task):
     assert not TASKS[task].has_truth
-    assert TASKS[task].answers is not None
+    assert TASKS[task].predictions is not None

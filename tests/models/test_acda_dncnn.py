@@ -67,8 +67,8 @@ def test_no_batch_norm_is_left_in_the_program(name):
     net = make_net(4, 4, num_bases=2)
     program = pipeline.capture(canonicalize(net), (x,))
     forms = ops.choose_forms(program, targets.load(name), {"atom_depthwise2d": "bases_first"})
-    program = quantize.to_float(ops.expand(program, forms, "before_quantize"), (x,), "fp32").program
-    program = ops.expand(program, forms, "after_quantize")
+    program = quantize.to_float(ops.decompose(program, forms, "before_quantize"), (x,), "fp32").program
+    program = ops.decompose(program, forms, "after_quantize")
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert not [target for target in called if "batch_norm" in target or "edgedyn" in target]
     with torch.no_grad():

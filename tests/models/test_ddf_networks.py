@@ -262,7 +262,7 @@ def lower_and_run(net: nn.Module, inputs: tuple[Tensor, ...], folder, precision:
     """Return (facts, output of the ExecuTorch runtime, INT8 share of multiply-adds)."""
     program = pipeline.capture(canonicalize(net), inputs)
     forms = ops.choose_forms(program, EXECUTORCH, {})
-    program, kept = ops.expand(program, forms, "before_quantize"), float32_classes()
+    program, kept = ops.decompose(program, forms, "before_quantize"), float32_classes()
     if precision == "fp32":
         result = quantize.to_float(program, inputs, precision, kept)
     else:

@@ -121,14 +121,17 @@ def make_fixed(kernel_size=3, stride=1, count=6):
 def test_constant_bases_become_static_weights(name):
     """A convolution whose weight is computed would be left to the portable kernels."""
     net, x, program = make_fixed()
-    expanded = ops.expand(program, {OP: FORMS[name]}, FORMS[name].expand)
-    stored = {**expanded.graph_signature.inputs_to_parameters, **expanded.graph_signature.inputs_to_buffers}
-    convolutions = [n for n in expanded.graph.nodes if n.target is torch.ops.aten.conv2d.default]
+    decomposed = ops.decompose(program, {OP: FORMS[name]}, FORMS[name].decompose)
+    stored = {
+        **decomposed.graph_signature.inputs_to_parameters,
+        **decomposed.graph_signature.inputs_to_buffers,
+    }
+    convolutions = [n for n in decomposed.graph.nodes if n.target is torch.ops.aten.conv2d.default]
     assert len(convolutions) > 3
     assert all(n.args[1].name in stored for n in convolutions)
     with torch.no_grad():
         # both float32: at most 54 products of each value are added in another order
-        torch.testing.assert_close(expanded.module()(x), net(x), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(decomposed.module()(x), net(x), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize(("kernel_size", "stride", "count"), [(3, 2, 3), (5, 1, 2)])
@@ -137,8 +140,8 @@ def test_first_form_is_one_delegate_and_runs(kernel_size, stride, count, tmp_pat
     target = targets.load("executorch")
     forms = ops.choose_forms(program, target, {})
     assert [form.name for form in forms.values()] == ["bases_first"]
-    program = ops.expand(program, forms, "before_quantize")
-    program = ops.expand(quantize.to_float(program, (x,), "fp32").program, forms, "after_quantize")
+    program = ops.decompose(program, forms, "before_quantize")
+    program = ops.decompose(quantize.to_float(program, (x,), "fp32").program, forms, "after_quantize")
     artifact = target.lower({"forward": program}, tmp_path, "fp32")
     assert (artifact.facts["delegates"], artifact.facts["portable"]) == (1, {})
     y = target.load(tmp_path / artifact.programs["forward"])(x.numpy())[0]
@@ -151,11 +154,11 @@ def test_fixed_bases_stay_float_in_int8():
     _, x, program = make_fixed()
     target = targets.load("executorch")
     forms = ops.choose_forms(program, target, {})
-    program = ops.expand(program, forms, "before_quantize")
+    program = ops.decompose(program, forms, "before_quantize")
     program = quantize_program(
         program, (x,), scheme=target.int8, section=QuantizeSection(), samples=[(x,), (2 * x,)]
     ).program
-    program = ops.expand(program, forms, "after_quantize")
+    program = ops.decompose(program, forms, "after_quantize")
     convolutions = [n for n in program.graph.nodes if n.target is torch.ops.aten.conv2d.default]
     quantized = [n for n in convolutions if "dequantize" in str(n.args[1].target)]
     assert (len(quantized), len(convolutions)) == (3, 3 + 6)

@@ -117,7 +117,7 @@ def test_form_runs_in_the_runtime_as_one_delegate(name, settings, tmp_path):
     inputs = tuple(torch.randn(shape, generator=generator) for shape in shapes)
     target = targets.load(name)
     program = torch.export.export(Call(settings), inputs)
-    program = ops.expand(program, ops.choose_forms(program, target, {}), "before_quantize")
+    program = ops.decompose(program, ops.choose_forms(program, target, {}), "before_quantize")
     artifact = target.lower({"forward": program}, tmp_path, "fp32")
     if name == "executorch":
         assert (artifact.facts["delegates"], artifact.facts["portable"]) == (1, {})

@@ -142,7 +142,7 @@ def test_dense_form_runs_in_the_real_runtime(name, args, tmp_path):
     program, inputs = capture(args)
     forms = ops.choose_forms(program, target, {})
     assert [form.name for form in forms.values()] == ["dense_times_mask"]
-    program = to_float(ops.expand(program, forms, "before_quantize"), inputs, "fp32").program
+    program = to_float(ops.decompose(program, forms, "before_quantize"), inputs, "fp32").program
     artifact = target.lower({"forward": program}, tmp_path, "fp32")
     (y,) = target.load(tmp_path / artifact.programs["forward"], "forward")(*(x.numpy() for x in inputs))
     expected = oracle(*(x.double() for x in inputs[:1]), *to_double(args[1:3]), inputs[1].double(), *args[4:])

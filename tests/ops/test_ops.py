@@ -187,9 +187,9 @@ def test_expand_leaves_no_node_of_ours_and_keeps_the_numbers(op, form, args):
     args = to_double(args)
     program, tensors = capture(op, args)
     assert op.overload in {node.target for node in program.graph.nodes}
-    expanded = ops.expand(program, {op: form}, form.expand)
-    assert not [node for node in expanded.graph.nodes if "edgedyn" in str(node.target)]
-    torch.testing.assert_close(expanded.module()(*tensors), op.overload(*args), rtol=1e-12, atol=1e-12)
+    decomposed = ops.decompose(program, {op: form}, form.decompose)
+    assert not [node for node in decomposed.graph.nodes if "edgedyn" in str(node.target)]
+    torch.testing.assert_close(decomposed.module()(*tensors), op.overload(*args), rtol=1e-12, atol=1e-12)
 
 
 def test_defaults_of_the_wrapper_are_those_of_the_schema():
@@ -255,7 +255,7 @@ def test_op_without_any_possible_form_is_refused():
 
 def test_unknown_form_lists_the_known_ones():
     with pytest.raises(
-        RecipeError, match=r"'melted'.*found forms: fused, banded_shift_mac, resize_shift_mac\. Mend forms\."
+        RecipeError, match=r"'melted'.*found forms: fused, banded_shift_mac, resize_shift_mac\. Fix forms\."
     ):
         ops.choose_form(OP, EXECUTORCH, "melted")
 
@@ -272,4 +272,4 @@ def test_only_ops_that_the_program_calls_get_a_form():
     assert {op.name: form.name for op, form in chosen.items()} == {"sliced_depthwise2d": "banded_shift_mac"}
     plain = torch.export.export(nn.Conv2d(3, 3, 1), (torch.zeros(1, 3, 2, 4),))
     assert ops.choose_forms(plain, EXECUTORCH, {}) == {}
-    assert ops.expand(plain, {}, "before_quantize") is plain
+    assert ops.decompose(plain, {}, "before_quantize") is plain

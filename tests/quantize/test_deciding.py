@@ -29,7 +29,7 @@ SECTION = QuantizeSection(rounding="nearest", equalize=False)
 def quantized(net: nn.Module, x: Tensor, target: str, *, float32=frozenset(), is_router: bool = False):
     loaded = targets.load(target)
     program = torch.export.export(net, (x,), strict=False)
-    program = ops.expand(program, ops.choose_forms(program, loaded, {}), "before_quantize")
+    program = ops.decompose(program, ops.choose_forms(program, loaded, {}), "before_quantize")
     return quantize_program(
         program,
         (x,),

@@ -10,7 +10,7 @@ from small_networks import make_input
 from torch import Tensor, nn
 
 from edgedyn import quantize, targets
-from edgedyn.quantize.search.precision import Exam
+from edgedyn.quantize.search.precision import EvaluationSet
 from edgedyn.recipe.keys import QuantizeSection
 
 SCHEMES = {name: targets.load(name).int8 for name in ("executorch", "tensorrt", "onnxruntime")}
@@ -152,7 +152,7 @@ def test_table_makes_the_same_program():
 def test_cost_of_each_layer_is_measured_as_it_runs():
     net = make_net()
     truth = SAMPLES[0][0].numpy() + np.float32(0.1)
-    exam = Exam([SAMPLES[0]], [truth], ["sigma=25"])
+    evaluation = EvaluationSet([SAMPLES[0]], [truth], ["sigma=25"])
     program = torch.export.export(net, SAMPLES[0])
     result = quantize_program(
         program,
@@ -160,10 +160,11 @@ def test_cost_of_each_layer_is_measured_as_it_runs():
         scheme=SCHEMES["executorch"],
         section=QuantizeSection(dynamic=["*"]),
         samples=SAMPLES,
-        exam=exam,
+        evaluation=evaluation,
     )
     with torch.no_grad():
         psnr = [
-            exam.psnr_db([y])["sigma=25"] for y in (net(*SAMPLES[0]), result.program.module()(*SAMPLES[0]))
+            evaluation.psnr_db([y])["sigma=25"]
+            for y in (net(*SAMPLES[0]), result.program.module()(*SAMPLES[0]))
         ]
     assert result.calibrated.precision.drop_db == pytest.approx(psnr[0] - psnr[1], abs=1e-4)

@@ -13,14 +13,14 @@ from torch import Tensor, fx, nn
 from edgedyn import ops, targets
 from edgedyn.graph.nodes import weight_of
 from edgedyn.layers import canonicalize
-from edgedyn.quantize.calibrated import Calibrated, restore, steps_of
-from edgedyn.quantize.convert import insert_steps
+from edgedyn.quantize.calibrated import Calibrated, qparams_of, restore
+from edgedyn.quantize.convert import insert_qdq
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.program import observe_program
-from edgedyn.quantize.plan import Plan, Steps, make_plan
+from edgedyn.quantize.plan import Plan, QParams, make_plan
 from edgedyn.quantize.rounding import finetune as training
 from edgedyn.quantize.rounding.finetune import Example, choose_examples, finetune
-from edgedyn.quantize.rounding.lockstep import quantize_dequantize
+from edgedyn.quantize.rounding.paired_run import quantize_dequantize
 from edgedyn.quantize.rounding.program import round_program
 from edgedyn.recipe.keys import QuantizeSection
 
@@ -45,7 +45,7 @@ def coarse(
     scheme=AFFINE,
     keep_float: tuple[str, ...] = (),
     dynamic: tuple[str, ...] = (),
-) -> tuple[fx.GraphModule, Plan, Steps, list[Example], list[Example]]:
+) -> tuple[fx.GraphModule, Plan, QParams, list[Example], list[Example]]:
     """Return a program with weights rounded to the nearest of few codes, and what it is to learn."""
     samples = make_samples()
     module = fold(capture(net, samples[0][0]))
@@ -54,9 +54,9 @@ def coarse(
     section = QuantizeSection(rounding="nearest", equalize=False)
     found = calibrate(module, plan, scheme=scheme, section=section, samples=samples)
     examples = choose_examples(module, samples)
-    steps = steps_of(found.entries, scheme)
+    steps = qparams_of(found.entries, scheme)
     wider = {name: scales * 2.0 ** (8 - bits) for name, scales in steps.weights.items()}
-    return module, plan, Steps(steps.tensors, wider), *examples
+    return module, plan, QParams(steps.tensors, wider), *examples
 
 
 KERNELS = tuple(ops.load_all().values())
@@ -155,7 +155,7 @@ def test_trained_program_is_the_one_that_is_converted(layer, scheme):
     program = training._Int8Program(module, plan, steps, SCHEMES[scheme])
     with torch.no_grad():
         expected, deviation = program.run(*example.inputs)[0], program.error(example)
-        converted = insert_steps(module, plan, steps, SCHEMES[scheme])(*example.inputs)[0]
+        converted = insert_qdq(module, plan, steps, SCHEMES[scheme])(*example.inputs)[0]
     assert deviation > 0
     # the form of our op rounds in another order, and a value in a thousand falls to the next step
     assert (converted - expected).abs().mean() < 1e-3 * (expected - example.outputs[0]).abs().mean()
@@ -344,7 +344,7 @@ def test_steps_are_counted_and_what_was_trained_is_what_calibration_found():
     assert [line for line in seen if "fine-tune" in line] == [f"fine-tune {k}/50" for k in range(1, 51)]
     module = fold(capture(make_net(), make_samples()[0][0]))
     restore(module, found)
-    plan, steps = make_plan(module, scheme=AFFINE), steps_of(found.entries, AFFINE)
+    plan, steps = make_plan(module, scheme=AFFINE), qparams_of(found.entries, AFFINE)
     program = training._Int8Program(module, plan, steps, AFFINE)
     assert len(found.constants) == 2 * len(plan.sites)
     for site in plan.sites:

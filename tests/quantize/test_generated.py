@@ -60,17 +60,17 @@ def captured(net: nn.Module) -> torch.export.ExportedProgram:
     return torch.export.export(canonicalize(net), make_samples()[0], strict=False)
 
 
-def expanded(net: nn.Module, target: str = "executorch") -> torch.export.ExportedProgram:
+def decomposed(net: nn.Module, target: str = "executorch") -> torch.export.ExportedProgram:
     program = captured(net)
     forms = ops.choose_forms(program, targets.load(target), {})
-    return ops.expand(ops.expand(program, forms, "before_quantize"), forms, "after_quantize")
+    return ops.decompose(ops.decompose(program, forms, "before_quantize"), forms, "after_quantize")
 
 
 def to_int8(net: nn.Module, generated: str, target: str = "executorch", **section) -> quantize.Quantized:
     names = quantize.find_generators(quantize.fold(captured(net)))
     assert names == KERNELS
     return quantize_program(
-        expanded(net, target),
+        decomposed(net, target),
         make_samples()[0],
         scheme=targets.load(target).int8,
         section=QuantizeSection(generated=generated, rounding="nearest", **section),
@@ -81,7 +81,7 @@ def to_int8(net: nn.Module, generated: str, target: str = "executorch", **sectio
 
 def test_scaled_taps_have_one_range_and_their_readers_find_what_they_found():
     net, samples = make_net(spread=100), make_samples()
-    module = quantize.fold(expanded(net))
+    module = quantize.fold(decomposed(net))
     sites = find_generating(module, KERNELS)
     content = measure_content(module, sites, samples)
     assert scale_taps(module, sites, content).keys() == KERNELS
@@ -102,7 +102,7 @@ def test_tap_that_is_always_zero_stays_finite_and_takes_no_more_than_the_limit()
         net[1].coefficients.weight[[2, 10]] = 0
         net[1].coefficients.bias[[2, 10]] = 0
         net[1].norm.bias[2] = 0
-    module = quantize.fold(expanded(net))
+    module = quantize.fold(decomposed(net))
     sites = find_generating(module, KERNELS)
     factors = scale_taps(module, sites, measure_content(module, sites, samples))
     assert factors["1.scales.0.output"][2] == 1 / 1024
@@ -166,7 +166,7 @@ def test_products_of_taps_are_accounted_as_such():
 def test_kernels_that_float_operators_write_are_the_same_tensors_in_every_form(layer, kernels, target):
     torch.manual_seed(23)
     net, (x,) = nn.Sequential(layer()).eval(), make_samples()[0]
-    modules = quantize.fold(captured(net)), quantize.fold(expanded(net, target))
+    modules = quantize.fold(captured(net)), quantize.fold(decomposed(net, target))
     names = quantize.find_generators(modules[0])
     assert names == kernels.keys()
     seen: list[dict[str, Tensor]] = [{}, {}]
@@ -230,7 +230,7 @@ def test_ablation_tries_steps_of_kernels_that_a_layer_writes(behind, is_tried):
         section=QuantizeSection(rounding="nearest"),
         samples=samples,
         generated=quantize.find_generators(quantize.fold(program)),
-        exam=quantize.Exam(samples, truths, ["as they are"] * 3, by_layer=False, ablates=True),
+        evaluation=quantize.EvaluationSet(samples, truths, ["as they are"] * 3, by_layer=False, ablates=True),
     )
     assert ("generated: tensor" in found.calibrated.ablation) == is_tried
 
@@ -256,7 +256,7 @@ def entries_of(**ranges: str) -> dict[str, Entry]:
     with torch.no_grad():
         net[2].weight[0] = 63.5 / 127  # between two steps of the full range
         net[2].weight[0, 0, 0, 0] = 1
-    module = quantize.fold(expanded(net))
+    module = quantize.fold(decomposed(net))
     found = observe_program(module, section=section, samples=make_samples(), generated=KERNELS)
     return {entry.name: entry for entry in found.entries}
 

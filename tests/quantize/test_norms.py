@@ -9,12 +9,12 @@ from torch import Tensor, fx, nn
 
 from edgedyn import targets
 from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, weight_of
-from edgedyn.quantize.calibrated import Calibrated, steps_of
+from edgedyn.quantize.calibrated import Calibrated, qparams_of
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.program import observe_program
-from edgedyn.quantize.plan import Plan, Site, make_plan
-from edgedyn.quantize.rounding.lockstep import Lockstep
+from edgedyn.quantize.plan import Plan, QuantizableLayer, make_plan
 from edgedyn.quantize.rounding.norms import reestimate
+from edgedyn.quantize.rounding.paired_run import PairedRun
 from edgedyn.quantize.rounding.program import round_program
 from edgedyn.recipe.keys import QuantizeSection
 
@@ -87,10 +87,10 @@ def calibrated(**section) -> tuple[fx.GraphModule, Plan, Calibrated, list[tuple[
 def test_every_layer_has_its_float_moments_with_all_layers_before_it_in_int8(rounding):
     module, plan, found, samples = calibrated(rounding=rounding, bn_reestimation=True)
     scheme = targets.load("executorch").int8
-    steps = steps_of(found.entries, scheme)
+    steps = qparams_of(found.entries, scheme)
     seen = []
 
-    def change(site: Site, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def change(site: QuantizableLayer, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
         weight = (
             torch.from_numpy(found.constants[site.weight]) * steps.weights[site.weight][:, None, None, None]
         )
@@ -100,7 +100,7 @@ def test_every_layer_has_its_float_moments_with_all_layers_before_it_in_int8(rou
         )
         return weight, bias
 
-    Lockstep(module, plan, steps, scheme).run(samples, change)
+    PairedRun(module, plan, steps, scheme).run(samples, change)
     assert len(seen) == 2
     for after, wanted in seen:
         # scales and biases are float32

@@ -20,8 +20,8 @@ from edgedyn.errors import CheckFailedError, RecipeError
 from edgedyn.images import metrics
 from edgedyn.quantize.accounting import KEPT_FOR_QUALITY
 from edgedyn.quantize.calibration import Calibrator
-from edgedyn.quantize.search.precision import Exam, _refusal
-from edgedyn.quantize.search.recall import Recall
+from edgedyn.quantize.search.measurement_cache import MeasurementCache
+from edgedyn.quantize.search.precision import EvaluationSet, _refusal
 from edgedyn.quantize.table.entries import Point
 from edgedyn.quantize.table.table import read_table
 from edgedyn.recipe.keys import QuantizeSection
@@ -61,12 +61,12 @@ def inputs() -> list[tuple[Tensor]]:
 
 
 @pytest.fixture(scope="module")
-def exam(net, inputs) -> Exam:
+def evaluation(net, inputs) -> EvaluationSet:
     rng = np.random.default_rng(3)
     with torch.no_grad():
         outputs = [net(*x).numpy() for x in inputs]
     truths = [y + 0.003 * rng.standard_normal(y.shape).astype(np.float32) for y in outputs]
-    return Exam(inputs, truths, ["sigma=15", "sigma=50", "sigma=15", "sigma=50"])
+    return EvaluationSet(inputs, truths, ["sigma=15", "sigma=50", "sigma=15", "sigma=50"])
 
 
 def make(net, inputs, target="tensorrt", section=PLAIN, **more) -> quantize.Quantized:
@@ -77,8 +77,8 @@ def make(net, inputs, target="tensorrt", section=PLAIN, **more) -> quantize.Quan
 
 
 @pytest.fixture(scope="module")
-def measured(net, inputs, exam) -> quantize.Quantized:
-    return make(net, inputs, exam=exam)
+def measured(net, inputs, evaluation) -> quantize.Quantized:
+    return make(net, inputs, evaluation=evaluation)
 
 
 def rounded_by(net, inputs, target):
@@ -93,7 +93,7 @@ def rounded_by(net, inputs, target):
 def test_vivid_samples_widen_ranges_and_round_no_weight(net, inputs):
     """Weights are those that rounding on the others finds, within the ranges of all."""
     extreme, section = (1 - 3 * inputs[0][0],), QuantizeSection(equalize=False)
-    found = make(net, [*inputs, extreme], section=section, vivid=1).calibrated
+    found = make(net, [*inputs, extreme], section=section, color_augmented=1).calibrated
     program = Calibrator(
         quantize.fold(torch.export.export(net, inputs[0])),
         quantize.CalibrationInputs([*inputs, extreme]),
@@ -131,7 +131,7 @@ def test_layers_that_are_named_are_float(net, inputs):
     assert 0 < errors[1] < errors[0] / 2
 
 
-def test_layer_that_costs_most_comes_first_and_its_costs_are_measured(measured, net, exam):
+def test_layer_that_costs_most_comes_first_and_its_costs_are_measured(measured, net, evaluation):
     precision = measured.calibrated.precision
     assert precision.kept == ()
     assert {layer.layer for layer in precision.layers} == {"head", "coarse", "tail"}
@@ -143,7 +143,7 @@ def test_layer_that_costs_most_comes_first_and_its_costs_are_measured(measured, 
     drops = [
         metrics.psnr_db(net(*x).detach().numpy(), truth)
         - metrics.psnr_db(measured.program.module()(*x).detach().numpy(), truth)
-        for x, truth in zip(exam.inputs, exam.truths, strict=True)
+        for x, truth in zip(evaluation.inputs, evaluation.truths, strict=True)
     ]
     worst = max(np.mean(drops[0::2]), np.mean(drops[1::2]))  # of the two noise levels
     assert precision.drop_db == pytest.approx(worst, abs=1e-3)
@@ -170,10 +170,10 @@ def test_curve_ends_where_nothing_is_int8_and_nothing_is_lost(measured):
     assert curve[-1].int8_share == curve[-1].drop_db == 0
 
 
-def test_least_float_layers_that_keep_the_limit_are_kept(measured, net, inputs, exam):
+def test_least_float_layers_that_keep_the_limit_are_kept(measured, net, inputs, evaluation):
     curve = measured.calibrated.precision.curve
     limit = (curve[0].drop_db + curve[1].drop_db) / 2
-    result = make(net, inputs, exam=replace(exam, limit_db=limit))
+    result = make(net, inputs, evaluation=replace(evaluation, limit_db=limit))
     precision = result.calibrated.precision
     assert precision.kept == ("coarse",)
     assert precision.drop_db <= limit
@@ -183,64 +183,64 @@ def test_least_float_layers_that_keep_the_limit_are_kept(measured, net, inputs, 
     assert again.program.graph_module.code == result.program.graph_module.code
 
 
-def test_limit_that_is_kept_anyway_leaves_every_layer_in_int8(net, inputs, exam):
-    result = make(net, inputs, exam=replace(exam, limit_db=100.0))
+def test_limit_that_is_kept_anyway_leaves_every_layer_in_int8(net, inputs, evaluation):
+    result = make(net, inputs, evaluation=replace(evaluation, limit_db=100.0))
     assert result.calibrated.precision.kept == ()
     assert result.int8_mac_share == 1
 
 
-def test_limit_that_leaves_too_little_int8_is_refused_with_curve_and_best(net, inputs, exam):
+def test_limit_that_leaves_too_little_int8_is_refused_with_curve_and_best(net, inputs, evaluation):
     words = (
         r"no choice of float layers keeps the drop within quantize.max_drop_db 1e-09 dB and 90% .*"
         r"0: 100.0%, \d+\.\d+ dB; 1: 87.1%, .*The best is 0 float layers, \d+\.\d+ dB at 100.0%"
     )
     with pytest.raises(CheckFailedError, match=words):
-        make(net, inputs, exam=replace(exam, limit_db=1e-9, least_share=0.9))
+        make(net, inputs, evaluation=replace(evaluation, limit_db=1e-9, least_share=0.9))
 
 
-def test_without_a_limit_little_int8_is_measured_and_not_refused(net, inputs, exam):
+def test_without_a_limit_little_int8_is_measured_and_not_refused(net, inputs, evaluation):
     section = PLAIN.model_copy(update={"keep_float": ("head",)})
-    found = make(net, inputs, section=section, exam=replace(exam, least_share=0.9))
+    found = make(net, inputs, section=section, evaluation=replace(evaluation, least_share=0.9))
     assert found.int8_mac_share < 0.9
     assert {layer.layer for layer in found.calibrated.precision.layers} == {"coarse", "tail"}
 
 
-def test_refusal_counts_what_was_tried_with_weights_rounded_for_it(exam):
+def test_refusal_counts_what_was_tried_with_weights_rounded_for_it(evaluation):
     curve = [Point(0, 1.0, 0.3), Point(1, 0.8, 0.05), Point(2, 0.2, 0.01)]
     tried = [Point(1, 0.8, 0.08), Point(2, 0.6, 0.07)]
-    words = _refusal(curve, tried, replace(exam, limit_db=0.06, least_share=0.5))
+    words = _refusal(curve, tried, replace(evaluation, limit_db=0.06, least_share=0.5))
     assert "With weights rounded for that choice: 1: 80.0%, 0.0800 dB; 2: 60.0%, 0.0700 dB. " in words
     assert "The best is 2 float layers, 0.0700 dB at 60.0%" in words
     assert "The best is 1 float layers, 0.0500 dB" in _refusal(
-        curve, [], replace(exam, limit_db=0.06, least_share=0.5)
+        curve, [], replace(evaluation, limit_db=0.06, least_share=0.5)
     )
 
 
-def test_ablation_tries_every_switch_the_other_way(net, inputs, exam):
+def test_ablation_tries_every_switch_the_other_way(net, inputs, evaluation):
     section = QuantizeSection(equalize=True, rounding="reconstruct")
-    found = make(net, inputs, section=section, exam=replace(exam, ablates=True)).calibrated
+    found = make(net, inputs, section=section, evaluation=replace(evaluation, ablates=True)).calibrated
     tried = found.ablation
     assert next(iter(tried)) == "as the recipe says"
     assert tried["as the recipe says"] == found.precision.drop_db
     assert {"equalize: false", "rounding: nearest", "bias_correction: full"} <= set(tried)
     assert "equalize: true" not in tried
-    other = make(net, inputs, section=section.model_copy(update={"equalize": False}), exam=exam)
+    other = make(net, inputs, section=section.model_copy(update={"equalize": False}), evaluation=evaluation)
     assert tried["equalize: false"] == other.calibrated.precision.drop_db
     assert tried["equalize: false"] > 2 * tried["as the recipe says"]
     assert "dynamic: []" not in tried  # the recipe has none
     assert not any(name.startswith("generated") for name in tried)  # nor the network kernels
-    alone = replace(exam, by_layer=False, ablates=True)
-    quick = make(net, inputs, section=section, exam=alone).calibrated
+    alone = replace(evaluation, by_layer=False, ablates=True)
+    quick = make(net, inputs, section=section, evaluation=alone).calibrated
     assert quick.precision is None
     assert quick.ablation == tried
 
 
-def test_interrupted_measurement_goes_on_where_it_stopped(net, inputs, exam, tmp_path, monkeypatch):
+def test_interrupted_measurement_goes_on_where_it_stopped(net, inputs, evaluation, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     measured = []
 
-    def remember(stop: int) -> Exam:
-        recall = Recall("net", [Path(__file__)])
+    def remember(stop: int) -> EvaluationSet:
+        recall = MeasurementCache("net", [Path(__file__)])
 
         def limited(name, measure):
             def count():
@@ -251,15 +251,15 @@ def test_interrupted_measurement_goes_on_where_it_stopped(net, inputs, exam, tmp
 
             return recall(name, count)
 
-        return replace(exam, recall=limited)
+        return replace(evaluation, recall=limited)
 
     with pytest.raises(KeyboardInterrupt):
-        make(net, inputs, exam=remember(3))
+        make(net, inputs, evaluation=remember(3))
     assert len(measured) == 3
-    whole = make(net, inputs, exam=remember(99)).calibrated.precision
+    whole = make(net, inputs, evaluation=remember(99)).calibrated.precision
     assert len(measured) == len(set(measured))  # nothing was measured twice
     count = len(measured)
-    assert make(net, inputs, exam=remember(99)).calibrated.precision == whole
+    assert make(net, inputs, evaluation=remember(99)).calibrated.precision == whole
     assert len(measured) == count
 
 
@@ -267,13 +267,13 @@ def test_recall_of_other_facts_or_other_code_measures_anew(tmp_path, monkeypatch
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "code.py"
     source.write_text("a")
-    assert Recall("x", [source])("drop", lambda: {"a": 1.0}) == {"a": 1.0}
-    assert Recall("x", [source])("drop", lambda: pytest.fail("measured again")) == {"a": 1.0}
-    assert Recall("y", [source])("drop", lambda: {"a": 2.0}) == {"a": 2.0}
+    assert MeasurementCache("x", [source])("drop", lambda: {"a": 1.0}) == {"a": 1.0}
+    assert MeasurementCache("x", [source])("drop", lambda: pytest.fail("measured again")) == {"a": 1.0}
+    assert MeasurementCache("y", [source])("drop", lambda: {"a": 2.0}) == {"a": 2.0}
     source.write_text("b")
-    assert Recall("x", [source])("drop", lambda: {"a": 3.0}) == {"a": 3.0}
-    Recall("x", [source]).path.write_text("{")
-    assert Recall("x", [source])("drop", lambda: {"a": 4.0}) == {"a": 4.0}
+    assert MeasurementCache("x", [source])("drop", lambda: {"a": 3.0}) == {"a": 3.0}
+    MeasurementCache("x", [source]).path.write_text("{")
+    assert MeasurementCache("x", [source])("drop", lambda: {"a": 4.0}) == {"a": 4.0}
 
 
 def test_limit_of_a_task_without_truth_is_refused():

@@ -54,7 +54,7 @@ def make_samples(count: int = 3) -> list[tuple[Tensor, ...]]:
 
 def capture(net: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
     program = torch.export.export(canonicalize(net), (x,), strict=False)
-    return ops.expand(program, ops.choose_forms(program, EXECUTORCH, {}), "before_quantize")
+    return ops.decompose(program, ops.choose_forms(program, EXECUTORCH, {}), "before_quantize")
 
 
 def to_int8(

@@ -77,7 +77,7 @@ def test_table_without_constants_is_one_file_and_takes_an_old_one_away(table, tm
             '"channels": [0.25, 0.2]',
             "the entry 'a.weight' of program 'wide' was edited",
         ),
-        ('"format": 3', '"format": 9', "has format 9; this version reads 3"),
+        ('"format": 4', '"format": 3', "has format 3; this version reads 4"),
         ('"weights": "ab"', '"weights": "xy"', "its key, its images or its list of tensors was edited"),
         ('"programs"', '"programmes"', "is damaged .KeyError: 'programs'"),
         ('"class": "feature", ', "", "was edited"),

@@ -100,7 +100,7 @@ def test_recipe_cannot_be_changed(tmp_path):
             ["'quantize.roundin'", "did you mean 'rounding'?", "bias_correction, bn_reestimation"],
         ),
         ({"zzzzzz": 1}, ["unknown key 'zzzzzz'; Known here:"]),
-        ({"target": 3}, ["target is 3", "string", "Mend this value"]),
+        ({"target": 3}, ["target is 3", "string", "Fix this value"]),
         ({"input": {"shape": [1, 3, 32]}}, ["input.shape is [1, 3, 32]", "at least 4 items"]),
         ({"input": {"shape": "1x3x32x32"}}, ["input.shape is '1x3x32x32'", "list"]),
         ({"input": {}}, ["the key 'input.shape' is missing. Add it."]),
@@ -133,10 +133,13 @@ def test_recipe_cannot_be_changed(tmp_path):
             )
             for bands in ([0.5, 0.25], [0.25, 0.25], [-0.25, 0.5], [0.5, 1.25])
         ),
-        ({"quantize": {"vivid": -1}}, ["quantize.vivid is -1", "greater than or equal to 0"]),
         (
-            {"quantize": {"vivid": 2}, "input": {"shape": [1, 1, 32, 48]}},
-            ["quantize.vivid is 2, and images of 1 channel have no colours; expected 0"],
+            {"quantize": {"color_augmented": -1}},
+            ["quantize.color_augmented is -1", "greater than or equal to 0"],
+        ),
+        (
+            {"quantize": {"color_augmented": 2}, "input": {"shape": [1, 1, 32, 48]}},
+            ["quantize.color_augmented is 2, and images of 1 channel have no colours; expected 0"],
         ),
         ({"tile": {"overlap": -1}}, ["tile.overlap is -1", "greater than or equal to 0"]),
         ({"tile": {"overlap": "32"}}, ["tile.overlap is '32'", "integer"]),

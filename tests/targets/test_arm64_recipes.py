@@ -50,7 +50,7 @@ class Outputs:
     """What one program of a recipe gives: the outputs of each way to run it, flat, one after the other."""
 
     is_int8: bool
-    expanded: np.ndarray
+    decomposed: np.ndarray
     quantized: np.ndarray
     exact: np.ndarray
     x86: np.ndarray
@@ -99,7 +99,7 @@ def run_all(name: str, kernels: str, smaller: tuple[str, ...], folder: Path) -> 
     return {
         program: Outputs(
             any("quantize_per_tensor" in str(node.target) for node in part.program.graph.nodes),
-            flat(in_torch(part.expanded.module(), torch.float32), inputs[program]),
+            flat(in_torch(part.decomposed.module(), torch.float32), inputs[program]),
             flat(in_torch(part.program.module(), torch.float32), inputs[program]),
             flat(in_torch(wide[program], torch.float64), inputs[program]),
             flat(load(folder / programs[program], program), inputs[program]),
@@ -124,7 +124,7 @@ def assert_same_int8(y: Outputs) -> None:
 
     Independent roundings of the same network differ by sqrt(2) of what INT8 costs it; most stay the same.
     """
-    assert rms(y.arm64 - y.x86) <= math.sqrt(2) * rms(y.quantized - y.expanded)
+    assert rms(y.arm64 - y.x86) <= math.sqrt(2) * rms(y.quantized - y.decomposed)
 
 
 @pytest.mark.parametrize(("name", "kernels", "smaller"), cases())

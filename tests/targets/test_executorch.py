@@ -45,7 +45,7 @@ def make_net(cls, *arguments) -> nn.Module:
 
 def capture(net: nn.Module, x: Tensor) -> torch.export.ExportedProgram:
     program = torch.export.export(canonicalize(net), (x,), strict=False)
-    return ops.expand(program, ops.choose_forms(program, TARGET, {}), "before_quantize")
+    return ops.decompose(program, ops.choose_forms(program, TARGET, {}), "before_quantize")
 
 
 def to_int8(net: nn.Module, x: Tensor, **section) -> quantize.Quantized:

@@ -142,10 +142,10 @@ def run_expanded(model: onnx.ModelProto, args: tuple[Any, ...], folder: Path) ->
     path = folder / "model.onnx"
     write_onnx(model, path)
     write_onnx(nodes.expand_nodes(model), expanded_path(path))
-    assert host_path(path) == folder / "model.expanded.onnx"
+    assert host_path(path) == folder / "model.decomposed.onnx"
     names = {value.name for value in model.graph.input}
     (y,) = load(path)(*(a.numpy() for k, a in enumerate(args) if f"in_{k}" in names))
-    assert "plugin nodes expanded" in runtime_name(path)
+    assert "plugin nodes decomposed" in runtime_name(path)
     return y
 
 
@@ -153,9 +153,9 @@ def run_expanded(model: onnx.ModelProto, args: tuple[Any, ...], folder: Path) ->
 def test_expanded_node_computes_the_op(op, args, tmp_path):
     stored = (1,) if args[0].shape[1] % 2 else ()  # a constant of the network, or an input
     model = export_call(op.overload, args, stored)
-    expanded = nodes.expand_nodes(model)
-    onnx.checker.check_model(expanded, full_check=True)
-    assert not {node.domain for node in expanded.graph.node} - {"", "ai.onnx"}
+    decomposed = nodes.expand_nodes(model)
+    onnx.checker.check_model(decomposed, full_check=True)
+    assert not {node.domain for node in decomposed.graph.node} - {"", "ai.onnx"}
     y = run_expanded(model, args, tmp_path)
     double = tuple(a.double() if isinstance(a, Tensor) else a for a in args)
     exact = op.overload(*double).numpy()
@@ -245,10 +245,10 @@ def test_recipe_with_fused_kernels_builds_runs_and_says_so(precision, tmp_path):
     rows = built.to_json()["rows"]
     assert [row for row in rows if not row["passed"]] == []
     assert {row["between"].split(":")[1] for row in rows if "rtx" in row["between"]} == {
-        "onnx, nodes expanded"
+        "onnx, nodes decomposed"
     }
     assert built.to_json()["forms"] == {"atom_depthwise2d": "fused"}
-    assert {"model.onnx", "model.expanded.onnx"} < built.to_json()["files"].keys()
+    assert {"model.onnx", "model.decomposed.onnx"} < built.to_json()["files"].keys()
     model = onnx.load(tmp_path / "bundle/model.onnx")
     found = [attributes_of(node) for node in model.graph.node if node.domain == "edgedyn"]
     assert [("x_scale" in attributes) for attributes in found] == 2 * [precision == "int8"]

@@ -92,7 +92,7 @@ def test_plugins_are_registered_where_a_model_has_a_twin_without_them(file, tmp_
     monkeypatch.setattr(plugin_library, "register", lambda *modules: asked.append(modules))
     run.register_plugins("trt", "cuda", tmp_path / file)
     assert asked == []
-    (tmp_path / "model.expanded.onnx").touch()
+    (tmp_path / "model.decomposed.onnx").touch()
     run.register_plugins("trt", "cuda", tmp_path / file)
     assert asked == [("trt", "cuda")]
 
@@ -139,7 +139,7 @@ def test_doctor_says_whether_plugins_can_be_built():
     assert finding.ok
     assert finding.optional
     assert (finding.found is not None) == (find_headers() is not None)
-    assert "libnvinfer-dev" in finding.mend
+    assert "libnvinfer-dev" in finding.fix
 
 
 @pytest.mark.parametrize(

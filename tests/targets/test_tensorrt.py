@@ -201,11 +201,12 @@ def test_builder_that_cannot_build_gives_its_reason(model_path):
         build_with_rtx(model_path, capability="CURRENT")  # for the GPU of this machine: there is none
 
 
-@pytest.mark.parametrize("answers", [(None, True), (object(), False)], ids=["not_made", "not_attached"])
-def test_refused_timing_cache_is_an_error(tmp_path, answers):
+@pytest.mark.parametrize("returned", [(None, True), (object(), False)], ids=["not_made", "not_attached"])
+def test_refused_timing_cache_is_an_error(tmp_path, returned):
     """A stand-in configuration: TensorRT-RTX takes any bytes for a timing cache, TensorRT does not."""
     config = types.SimpleNamespace(
-        create_timing_cache=lambda content: answers[0], set_timing_cache=lambda cache, ignore: answers[1]
+        create_timing_cache=lambda content: returned[0],
+        set_timing_cache=lambda cache, ignore: returned[1],
     )
     with pytest.raises(UsageError, match=r"timings is refused by TensorRT.* Delete the file\."):
         compile.attach_timings(config, tmp_path / "timings")

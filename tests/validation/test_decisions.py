@@ -199,7 +199,7 @@ def routes(rule: str, *found: tuple[float, ...]) -> dict[str, Row]:
         [x] * 4,
         [x] * 4,
         [x] * 4,
-        decided={"expanded": float_, "quantized": float_, "device": other},
+        decided={"decomposed": float_, "quantized": float_, "device": other},
         dispatchers={"quantized": Dispatcher(runs, routing)},
     )
     return {row.metric: row for row in decisions.measure_routes(routing, outputs, make_recipe()).rows}

@@ -16,7 +16,7 @@ from torch import nn
 from edgedyn import ops
 from edgedyn.bundle.dispatch import Dispatcher
 from edgedyn.errors import CheckFailedError
-from edgedyn.graph.rewrites import widen_like
+from edgedyn.graph.rewrites import to_float64_like
 from edgedyn.images.image_set import Sample
 from edgedyn.images.tasks import TASKS
 from edgedyn.layers import canonicalize
@@ -34,7 +34,7 @@ SHAPE = (24, 16, 3)
 LIMITS = LimitSection()
 
 
-def make_outputs(*, expanded: float = 0.05, quantized: float = 0.05, device: float = 0.05) -> Outputs:
+def make_outputs(*, decomposed: float = 0.05, quantized: float = 0.05, device: float = 0.05) -> Outputs:
     """Give 4 samples, two of each noise level; programs err by a constant, in turn up and down.
 
     The truth is 0.5 everywhere and the input errs by 0.1, so that every PSNR is -20 log10 of an error.
@@ -45,7 +45,7 @@ def make_outputs(*, expanded: float = 0.05, quantized: float = 0.05, device: flo
         Sample((chw(0.5 + np.float32(0.1) * sign),), chw(np.full(SHAPE, 0.5, np.float32)), sigma, "a.png")
         for sign, sigma in zip(signs, sigmas, strict=True)
     ]
-    errors = (expanded, quantized, device)
+    errors = (decomposed, quantized, device)
     return Outputs(samples, *[[chw(0.5 + np.float32(error) * sign) for sign in signs] for error in errors])
 
 
@@ -88,7 +88,7 @@ def test_what_layers_stay_float_for_is_demanded_of_the_build(asked, limit):
     outputs = make_outputs(quantized=0.0503, device=0.0503)  # 0.052 dB
     rows = validate.rows(outputs, recipe, {"forward": Quantized(None, 1.0)}, rounding=0.0)
     drops = [row for row in rows if row.metric.startswith("psnr_drop_db")]
-    assert {row.between for row in drops} == {"quantized:expanded", "device:truth"}
+    assert {row.between for row in drops} == {"quantized:decomposed", "device:truth"}
     assert all(row.limit == {"at_most": limit} for row in drops)
     assert all(row.passed is (limit > 0.052) for row in drops)
 
@@ -101,7 +101,7 @@ def test_report_is_ok_only_with_rows_that_all_pass():
 
 
 def test_truth_rows_are_means_by_noise_level_with_the_input_as_limit():
-    rows = by_name(validate.truth_rows(make_outputs(expanded=0.01, device=0.02), LIMITS))
+    rows = by_name(validate.truth_rows(make_outputs(decomposed=0.01, device=0.02), LIMITS))
     levels = [name for name in rows if name.startswith("float:truth psnr_db")]
     assert levels == ["float:truth psnr_db[sigma=15]", "float:truth psnr_db[sigma=25]"]
     for sigma in (15, 25):
@@ -118,8 +118,8 @@ def test_truth_rows_are_means_by_noise_level_with_the_input_as_limit():
 
 
 def test_worst_image_and_worst_tile_tell_what_the_means_hide():
-    outputs = make_outputs(expanded=0.01, device=0.01)
-    outputs.device[2][:] = outputs.expanded[2] + np.float32(0.03) * np.sign(outputs.expanded[2] - 0.5)
+    outputs = make_outputs(decomposed=0.01, device=0.01)
+    outputs.device[2][:] = outputs.decomposed[2] + np.float32(0.03) * np.sign(outputs.decomposed[2] - 0.5)
     rows = by_name(validate.truth_rows(outputs, LIMITS))
     assert rows["device:truth worst_image_psnr_drop_db"].value == pytest.approx(20 * math.log10(4), abs=1e-4)
     assert rows["device:truth worst_tile_psnr_db"].value == pytest.approx(-20 * math.log10(0.04), abs=1e-4)
@@ -128,7 +128,7 @@ def test_worst_image_and_worst_tile_tell_what_the_means_hide():
 
 
 def test_program_worse_than_its_input_fails():
-    assert failed(validate.truth_rows(make_outputs(expanded=0.11, device=0.11), LIMITS)) == [
+    assert failed(validate.truth_rows(make_outputs(decomposed=0.11, device=0.11), LIMITS)) == [
         "device:truth psnr_db[sigma=15]",
         "device:truth psnr_db[sigma=25]",
         "float:truth psnr_db[sigma=15]",
@@ -144,7 +144,7 @@ def test_drop_past_the_limit_fails_on_either_side(precision):
     assert failed(validate.truth_rows(outputs, LIMITS)) == []
     quantized = validate.arithmetic_rows(make_outputs(quantized=too_far, device=fine), precision, LIMITS)
     drops = [f"psnr_drop_db[sigma={sigma}]" for sigma in (15, 25)]
-    assert set(failed(quantized)) >= {f"quantized:expanded {drop}" for drop in drops}
+    assert set(failed(quantized)) >= {f"quantized:decomposed {drop}" for drop in drops}
     device = validate.truth_rows(make_outputs(quantized=fine, device=too_far), LIMITS)
     assert failed(device) == [f"device:truth {drop}" for drop in drops]
 
@@ -172,7 +172,7 @@ def test_float_device_may_differ_by_a_quarter_level(precision, levels, passed):
 @pytest.mark.parametrize(("levels", "passed"), [(0.06, True), (0.065, False)])
 def test_folding_of_a_float_program_may_move_a_sixteenth_of_a_level(levels, passed):
     outputs = make_outputs(quantized=0.05 + levels / 255, device=0.05 + levels / 255)
-    row = by_name(validate.arithmetic_rows(outputs, "fp32", LIMITS))["quantized:expanded max_abs"]
+    row = by_name(validate.arithmetic_rows(outputs, "fp32", LIMITS))["quantized:decomposed max_abs"]
     assert (row.passed, row.samples) == (passed, 4)
 
 
@@ -202,49 +202,49 @@ def test_float32_programs_may_differ_by_what_float32_costs_the_network(rounding,
     outputs = make_outputs(quantized=off, device=off + 1e-3)
     task = TASKS["classify"]
     rows = by_name(validate.arithmetic_rows(outputs, "fp32", LIMITS, task, rounding))
-    assert rows["quantized:expanded max_abs"].passed is passed
+    assert rows["quantized:decomposed max_abs"].passed is passed
     assert rows["device:quantized mean_relative"].passed is passed
 
 
 def test_residual_sqnr_compares_what_the_network_adds_to_its_input():
     rows = by_name(validate.arithmetic_rows(make_outputs(quantized=0.055), "int8", LIMITS))
     # the residual is 0.05 in size, the difference 0.005
-    assert rows["quantized:expanded residual_sqnr_db"].value == pytest.approx(20.0, abs=1e-3)
+    assert rows["quantized:decomposed residual_sqnr_db"].value == pytest.approx(20.0, abs=1e-3)
 
 
 @pytest.fixture(scope="module")
 def rewritten():
-    """Return a layer in float64, its canonical twin, the expanded program and two samples."""
+    """Return a layer in float64, its canonical twin, the decomposed program and two samples."""
     torch.manual_seed(0)
     layer = LAYERS["kernels"]().eval()
     x = torch.rand(1, 8, 16, 16)
     captured = torch.export.export(canonicalize(layer), (x,))
     forms = ops.choose_forms(captured, load("onnxruntime"), {})
-    expanded = ops.expand(captured, forms, "before_quantize")
+    decomposed = ops.decompose(captured, forms, "before_quantize")
     wide = copy.deepcopy(layer).double()
     noisy = [np.random.default_rng(k).random((1, 8, 16, 16), dtype=np.float32) for k in range(2)]
-    return wide, canonicalize(wide), expanded, [Sample((n,), n, 0.0, "a") for n in noisy]
+    return wide, canonicalize(wide), decomposed, [Sample((n,), n, 0.0, "a") for n in noisy]
 
 
-def rewrite_rows(wide, canonical, expanded, samples):
-    programs = (wide, canonical, widen_like(expanded, canonical))
+def rewrite_rows(wide, canonical, decomposed, samples):
+    programs = (wide, canonical, to_float64_like(decomposed, canonical))
     reference, *rewritten = [in_torch(p, torch.float64) for p in programs]
     return validate.rewrite_rows(validate.run_wide(reference, samples), *rewritten, samples, 1e-12)
 
 
 def test_exact_rewrite_passes_in_float64_on_every_sample(rewritten):
     rows = rewrite_rows(*rewritten)
-    assert [row.between for row in rows] == ["canonical:reference", "expanded:canonical"]
+    assert [row.between for row in rows] == ["canonical:reference", "decomposed:canonical"]
     assert all(row.passed and row.samples == 2 for row in rows)
 
 
 def test_rewrite_that_moves_one_weight_by_a_billionth_fails(rewritten):
-    wide, canonical, expanded, samples = rewritten
+    wide, canonical, decomposed, samples = rewritten
     moved = copy.deepcopy(canonical)
     with torch.no_grad():
         next(p for p in moved.parameters() if p.ndim == 4).flatten()[0].add_(1e-9)
-    rows = rewrite_rows(wide, moved, expanded, samples)
-    assert [row.passed for row in rows] == [False, True]  # the expanded program takes the moved weight
+    rows = rewrite_rows(wide, moved, decomposed, samples)
+    assert [row.passed for row in rows] == [False, True]  # the decomposed program takes the moved weight
 
 
 def test_expansion_that_computes_something_else_fails(rewritten):
@@ -256,20 +256,20 @@ def test_expansion_that_computes_something_else_fails(rewritten):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(x) + 1e-9 * (x[0, 0, 0, 0] > threshold)  # one of the two samples
 
-    wide, canonical, expanded, samples = rewritten
+    wide, canonical, decomposed, samples = rewritten
     threshold = np.mean([sample.noisy[0, 0, 0, 0] for sample in samples]).item()
     x = torch.from_numpy(samples[0].noisy).double()
     # different in the graph, not in a weight: the comparison copies the weights
-    other = torch.export.export(Shifted(copy.deepcopy(expanded.module()).double()), (x,))
+    other = torch.export.export(Shifted(copy.deepcopy(decomposed.module()).double()), (x,))
     rows = rewrite_rows(wide, canonical, other, samples)
     assert [row.passed for row in rows] == [True, False]
 
 
 def test_comparison_in_float64_leaves_the_program_as_it_was(rewritten):
-    expanded, x = rewritten[2], torch.from_numpy(rewritten[3][0].noisy)
-    before = expanded.module()(x)
+    decomposed, x = rewritten[2], torch.from_numpy(rewritten[3][0].noisy)
+    before = decomposed.module()(x)
     rewrite_rows(*rewritten)
-    assert torch.equal(expanded.module()(x), before)
+    assert torch.equal(decomposed.module()(x), before)
 
 
 def test_run_all_gives_float32_as_the_program_does():

@@ -293,7 +293,7 @@ class Stage(nn.Module):
         if stage_type.lower() not in BLOCKS or layer_num < 1:
             raise ModelError(
                 f"a stage got type {stage_type!r} and {layer_num} blocks; expected "
-                f"{' or '.join(sorted(BLOCKS))} and at least 1. Mend choices_cfg."
+                f"{' or '.join(sorted(BLOCKS))} and at least 1. Fix choices_cfg."
             )
         block = BLOCKS[stage_type.lower()]
         later = replace(options, stride=1, gate_outputs=0)

@@ -221,7 +221,7 @@ class DSNet(nn.Module):
         if len(set(counts)) > 1:
             raise ModelError(
                 f"the stages from the gated one on have {counts} widths; expected equally many, because one "
-                "choice goes for all. Mend choices_cfg."
+                "choice goes for all. Fix choices_cfg."
             )
         start = tuple(widths[0] for widths in fixed)
         return tuple((*start, *vector) for vector in zip(*free, strict=True))
@@ -268,12 +268,12 @@ def _check_choices(choices_cfg: Sequence[Sequence[Any]]) -> None:
     if len(lengths) < 3 or lengths[0] != 4 or set(lengths[1:-1]) != {6} or lengths[-1] > 1:
         raise ModelError(
             f"choices_cfg has rows of {lengths} entries; expected 4 (stem), 6 for each stage, at least one, "
-            "and 0 or 1 (head). Mend choices_cfg."
+            "and 0 or 1 (head). Fix choices_cfg."
         )
     if choices_cfg[0][1] != 1:
         raise ModelError(
             f"the stem of choices_cfg asks for {choices_cfg[0][1]} blocks; expected 1: the stem is one "
-            "convolution. Mend choices_cfg."
+            "convolution. Fix choices_cfg."
         )
 
 

@@ -68,7 +68,7 @@ def check_configurations(
         if len(vector) != len(layers) or any(type(width) is not int or width < 1 for width in vector):
             raise ModelError(
                 f"{owner} got configuration {k} {list(vector)}; expected {len(layers)} positive whole "
-                f"channel numbers, one for each of {', '.join(layers)}. Mend this configuration."
+                f"channel numbers, one for each of {', '.join(layers)}. Fix this configuration."
             )
     for k, (narrow, wide) in enumerate(itertools.pairwise(found)):
         lost = [name for name, a, b in zip(layers, narrow, wide, strict=True) if b < a]

@@ -37,7 +37,7 @@ def check_widths(widths: Sequence[int] | int, owner: str, *, repeats: bool = Fal
     found = list(widths) if isinstance(widths, Sequence) else [widths]
     if any(type(width) is not int or width < 1 for width in found) or not found:
         raise ModelError(
-            f"{owner} got widths {found}; expected positive whole channel numbers. Mend the list."
+            f"{owner} got widths {found}; expected positive whole channel numbers. Fix the list."
         )
     falls = [b < a or (b == a and not repeats) for a, b in itertools.pairwise(found)]
     if any(falls):

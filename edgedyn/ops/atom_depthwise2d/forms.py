@@ -1,6 +1,6 @@
 """Forms of ``atom_depthwise2d``: how a runtime computes it without, or with, a kernel of ours.
 
-All are expanded after quantization, so that what they do with the fixed bases stays float: each of the K
+All are decomposed after quantization, so that what they do with the fixed bases stays float: each of the K
 responses would cost one more 8-bit rounding. Expanded before, ``bases_first`` loses 0.4 dB of the predicted
 noise's SQNR (11.5 against 11.9 in ExecuTorch 1.5.1; in PyTorch 1.9 dB where the 1x1 convolutions behind it
 stay float, 17.4 against 19.3): ACDADnCNN(16, 5) after 700 steps at sigma 25, one seed, 10 calibration and 10
@@ -73,6 +73,6 @@ def _mix(weights: Tensor, maps: Sequence[Tensor]) -> Tensor:
 
 FORMS = (
     FUSED,
-    Form("bases_first", bases_first, expand="after_quantize"),
-    Form("atoms_first", atoms_first, expand="after_quantize"),
+    Form("bases_first", bases_first, decompose="after_quantize"),
+    Form("atoms_first", atoms_first, decompose="after_quantize"),
 )

@@ -97,7 +97,7 @@ def _check(
     if min(stride, dilation, groups) < 1 or padding < 0:
         raise ModelError(
             f"masked_conv2d got stride={stride}, padding={padding}, dilation={dilation}, groups={groups}; "
-            "expected padding >= 0 and the others >= 1. Mend the layer's arguments."
+            "expected padding >= 0 and the others >= 1. Fix the layer's arguments."
         )
     if x.dim() != 4 or weight.dim() != 4 or weight.shape[2] != weight.shape[3]:
         raise ModelError(
@@ -107,7 +107,7 @@ def _check(
     if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         raise ModelError(
             f"masked_conv2d got x of {x.shape[1]} channels, weight {tuple(weight.shape)} groups={groups}; "
-            "expected I / groups channels a kernel, and groups to divide O. Mend groups or the weight."
+            "expected I / groups channels a kernel, and groups to divide O. Fix groups or the weight."
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ModelError(

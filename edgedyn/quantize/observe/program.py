@@ -14,12 +14,18 @@ from edgedyn.graph.nodes import bias_of, weight_of
 from edgedyn.quantize.observe.histogram import Histogram
 from edgedyn.quantize.observe.ranges import ESTIMATORS, step_of
 from edgedyn.quantize.observe.statistics import channel_maxima, observe
-from edgedyn.quantize.plan import Progress, Site, find_kernels, find_sites, name_tensors
+from edgedyn.quantize.plan import (
+    Progress,
+    QuantizableLayer,
+    find_kernels,
+    find_quantizable_layers,
+    name_tensors,
+)
 from edgedyn.quantize.rescale.equalize import equalize, find_pairs
 from edgedyn.quantize.rescale.generated import ContentMeter, find_generating, scale_taps
-from edgedyn.quantize.rescale.input_products import find_read, scale_inputs
-from edgedyn.quantize.rescale.products import find_scalable, scale_outputs
-from edgedyn.quantize.rounding.lockstep import round_weight
+from edgedyn.quantize.rescale.input_rescale import find_read, scale_inputs
+from edgedyn.quantize.rescale.output_rescale import find_scalable, scale_outputs
+from edgedyn.quantize.rounding.paired_run import round_weight
 from edgedyn.quantize.table.entries import Entry, Kind
 
 if TYPE_CHECKING:
@@ -81,7 +87,7 @@ def observe_program(
     products |= scale_outputs(module, scalable, largest)
     factors = scale_inputs(module, read, largest)
     changed += [site.node for name in factors for site in read[name][1]]
-    sites = find_sites(module)
+    sites = find_quantizable_layers(module)
     constants = _changed_constants(module, [x for x in sites if x.node in changed or x.y in products])
     found = observe(
         module,
@@ -112,7 +118,7 @@ def _entry(name: str, kind: Kind, histogram: Histogram, section: QuantizeSection
     return Entry(name, kind, histogram, method, affine, symmetric)
 
 
-def _weight_entry(module: fx.GraphModule, site: Site, section: QuantizeSection) -> Entry:
+def _weight_entry(module: fx.GraphModule, site: QuantizableLayer, section: QuantizeSection) -> Entry:
     weight = weight_of(module, site.node)
     flat = weight.flatten(1).double()
     largest = flat.abs().amax(1)
@@ -134,7 +140,7 @@ def _rounding_error(weight: Tensor, scales: Tensor) -> Tensor:
     return ((weight - round_weight(weight, scales)) ** 2).sum(1)
 
 
-def _changed_constants(module: fx.GraphModule, sites: Sequence[Site]) -> dict[str, np.ndarray]:
+def _changed_constants(module: fx.GraphModule, sites: Sequence[QuantizableLayer]) -> dict[str, np.ndarray]:
     constants = {site.weight: weight_of(module, site.node).numpy() for site in sites}
     biases = {site.bias: bias_of(module, site.node) for site in sites}
     return constants | {name: bias.numpy() for name, bias in biases.items() if bias is not None}

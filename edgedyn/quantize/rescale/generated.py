@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, fx
 
 from edgedyn.graph.nodes import channel_axis
-from edgedyn.quantize.plan import Site, find_sites
-from edgedyn.quantize.rescale.products import can_scale, insert_products, scale_channels
+from edgedyn.quantize.plan import QuantizableLayer, find_quantizable_layers
+from edgedyn.quantize.rescale.output_rescale import can_scale, insert_output_rescales, scale_channels
 
 _LARGEST = 1024.0  # a tap that is hardly ever used keeps a step that is worth one
 
@@ -40,14 +40,14 @@ class Content:
     between_images: float
 
 
-def find_generating(module: fx.GraphModule, names: Collection[str]) -> list[Site]:
+def find_generating(module: fx.GraphModule, names: Collection[str]) -> list[QuantizableLayer]:
     """Return the layers that write generated kernels.
 
     Args:
         module: a folded program.
         names: of the kernels, from ``find_generators``.
     """
-    return [site for site in find_sites(module) if site.y in names]
+    return [site for site in find_quantizable_layers(module) if site.y in names]
 
 
 class ContentMeter:
@@ -79,7 +79,7 @@ class ContentMeter:
 
 
 def scale_taps(
-    module: fx.GraphModule, sites: Sequence[Site], content: Mapping[str, Content]
+    module: fx.GraphModule, sites: Sequence[QuantizableLayer], content: Mapping[str, Content]
 ) -> dict[str, Tensor]:
     """Bring the channels of generated kernels to one range; return the factors that undo it, by name.
 
@@ -91,5 +91,5 @@ def scale_taps(
         if can_scale(site) and largest.any():
             up = largest.max() / largest.clamp(min=largest.max() / _LARGEST)
             factors[site.y] = scale_channels(module, site, up)
-    insert_products(module, factors)
+    insert_output_rescales(module, factors)
     return factors

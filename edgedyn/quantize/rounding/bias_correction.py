@@ -29,8 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
 from edgedyn.graph.nodes import bias_of, set_constant, shape_of, weight_of
-from edgedyn.quantize.convert import insert_steps
-from edgedyn.quantize.plan import Plan, Steps
+from edgedyn.quantize.convert import insert_qdq
+from edgedyn.quantize.plan import Plan, QParams
 from edgedyn.targets import Int8Scheme
 
 _HELD = 1 << 30  # bytes of what layers read: NNCF's full correction holds it of all samples, several times
@@ -40,7 +40,7 @@ def correct_biases(
     module: fx.GraphModule,
     wanted: fx.GraphModule,
     plan: Plan,
-    steps: Steps,
+    steps: QParams,
     scheme: Int8Scheme,
     samples: Sequence[tuple[Tensor, ...]],
     how: Literal["fast", "full"],
@@ -59,7 +59,7 @@ def correct_biases(
         how: fast, or full, on as many of the samples as fit into memory.
         progress: called with (samples seen, samples); the samples are read several times.
     """
-    quantized = insert_steps(copy.deepcopy(module), plan, steps, scheme, fold=False)
+    quantized = insert_qdq(copy.deepcopy(module), plan, steps, scheme, fold=False)
     # NNCF reads the shape of every node
     FakeTensorProp(quantized, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*samples[0])
     _add_biases(wanted, [site.node.name for site in plan.sites if bias_of(module, site.node) is not None])

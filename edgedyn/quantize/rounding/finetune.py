@@ -1,4 +1,4 @@
-"""Quantization-aware fine-tuning: INT8 weights trained until the whole program answers as it did in float.
+"""Quantization-aware fine-tuning: INT8 weights trained until the program computes as it did in float.
 
     min over codes q and biases b   mean over samples   |f_int8(x; s q, b) - f(x)|^2 / e(x)
 
@@ -22,8 +22,8 @@ from torch.utils import _pytree as pytree
 
 from edgedyn.graph.nodes import bias_of, by_output, weight_of
 from edgedyn.ops import load_all
-from edgedyn.quantize.plan import Plan, Steps
-from edgedyn.quantize.rounding.lockstep import Step, codes_of, quantize_dequantize, steps_by_call
+from edgedyn.quantize.plan import Plan, QParams
+from edgedyn.quantize.rounding.paired_run import Step, qparams_by_call, quantize_dequantize, quantize_weight
 from edgedyn.targets import Int8Scheme
 
 _RATE = 0.01  # of Adam, in steps of a weight or of its layer's output: ten more undo the reconstruction
@@ -60,7 +60,7 @@ def finetune(
     module: fx.GraphModule,
     plan: Plan,
     *,
-    steps: Steps,
+    steps: QParams,
     scheme: Int8Scheme,
     training: Sequence[Example],
     held_out: Sequence[Example],
@@ -137,10 +137,10 @@ class _Int8Program(fx.Interpreter):
         biases: in steps of the layer's output.
     """
 
-    def __init__(self, module: fx.GraphModule, plan: Plan, steps: Steps, scheme: Int8Scheme) -> None:
+    def __init__(self, module: fx.GraphModule, plan: Plan, steps: QParams, scheme: Int8Scheme) -> None:
         super().__init__(module)
         self.sites = {site.node: site for site in plan.sites}
-        self.read, self.written = steps_by_call(plan, steps, scheme)
+        self.read, self.written = qparams_by_call(plan, steps, scheme)
         # our ops have no gradient of their own; the last form of each is ordinary operators that run anywhere
         self.forms: dict[Any, Any] = {op.overload: op.forms[-1].fn for op in load_all().values()}
         self.scales, self.units = {}, {}
@@ -151,7 +151,7 @@ class _Int8Program(fx.Interpreter):
             self.scales[node] = by_output(scales, weight)
             self.units[node] = steps.of(site.y)[0]
             bias = torch.zeros(len(weight)) if bias is None else bias
-            self.codes[node] = codes_of(weight, scales).requires_grad_()
+            self.codes[node] = quantize_weight(weight, scales).requires_grad_()
             self.biases[node] = (bias / self.units[node]).requires_grad_()
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""INT8 weights and biases of an observed program: round, correct biases, fine-tune; what follows its ranges."""
+"""INT8 weights and biases of an observed program: round, correct biases, fine-tune."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch import Tensor, fx
 
 from edgedyn.graph.nodes import by_output, weight_of
 from edgedyn.graph.rewrites import convolution_arguments
-from edgedyn.quantize.calibrated import Calibrated, restore, steps_of
+from edgedyn.quantize.calibrated import Calibrated, qparams_of, restore
 from edgedyn.quantize.observe.program import Observed
-from edgedyn.quantize.plan import Plan, Progress, Site, Steps
+from edgedyn.quantize.plan import Plan, Progress, QParams, QuantizableLayer
 from edgedyn.quantize.rounding.finetune import choose_examples, finetune
-from edgedyn.quantize.rounding.lockstep import Lockstep, codes_of
 from edgedyn.quantize.rounding.norms import reestimate
+from edgedyn.quantize.rounding.paired_run import PairedRun, quantize_weight
 from edgedyn.quantize.rounding.reconstruct import measure_moments, reconstruct
 from edgedyn.targets import Int8Scheme
 
@@ -49,14 +49,14 @@ def round_program(
         finetuning: inputs for training and judging weights; without any, the samples.
         progress: called with (what is done, steps done, steps in all).
     """
-    steps = steps_of(observed.entries, scheme)
+    steps = qparams_of(observed.entries, scheme)
     entries, constants = {entry.name: entry for entry in observed.entries}, dict(observed.constants)
     examples = choose_examples(module, finetuning or samples) if section.finetune else ([], [])
     unrounded = copy.deepcopy(module) if section.bias_correction != "none" else module
     if section.rounding == "reconstruct" or section.bn_reestimation:
         rounded, scales = _round_weights(module, plan, steps, scheme, section, samples, progress)
         entries |= {name: replace(entries[name], channels=channels) for name, channels in scales.items()}
-        steps = steps_of(tuple(entries.values()), scheme)
+        steps = qparams_of(tuple(entries.values()), scheme)
         restore(module, Calibrated(tuple(entries.values()), rounded))
         constants |= rounded
     if section.bias_correction != "none":
@@ -95,7 +95,7 @@ def round_program(
 def _round_weights(
     module: fx.GraphModule,
     plan: Plan,
-    steps: Steps,
+    steps: QParams,
     scheme: Int8Scheme,
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]],
@@ -105,14 +105,14 @@ def _round_weights(
     constants: dict[str, np.ndarray] = {}
     channels: dict[str, tuple[float, ...]] = {}
 
-    def change(site: Site, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+    def change(site: QuantizableLayer, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
         weight, scales = weight_of(module, site.node), steps.weights[site.weight]
         if section.rounding == "reconstruct":
             is_linear = site.node.target is torch.ops.aten.linear.default
             groups = 1 if is_linear else convolution_arguments(site.node)[3]
             codes, bias = reconstruct(weight, scales, measure_moments(site.node, inputs, outputs, groups))
         else:  # re-estimation sets the bias
-            codes = codes_of(weight, scales)
+            codes = quantize_weight(weight, scales)
         if section.bn_reestimation:
             gain, bias = reestimate(site.node, inputs, outputs, codes.float() * by_output(scales, weight))
             scales = (scales * gain).float()
@@ -121,6 +121,6 @@ def _round_weights(
         channels[site.weight] = tuple(float(scale) for scale in scales)
         return codes.float() * by_output(scales, weight), bias.float()
 
-    lockstep = Lockstep(module, plan, steps, scheme)
+    lockstep = PairedRun(module, plan, steps, scheme)
     lockstep.run(samples, change, lambda done, total: progress("round weights", done, total))
     return constants, channels

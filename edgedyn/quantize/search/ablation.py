@@ -12,7 +12,7 @@ from torch import fx
 
 from edgedyn.quantize.plan import Int8Method, Progress
 from edgedyn.quantize.rescale.generated import find_generating
-from edgedyn.quantize.search.precision import Exam, Measured, Rounded
+from edgedyn.quantize.search.precision import EvaluationSet, Measured, Rounded
 
 if TYPE_CHECKING:
     from edgedyn.recipe.keys import QuantizeSection
@@ -40,7 +40,7 @@ def ablate(
     module: fx.GraphModule,
     calibrate_by: Callable[[Int8Method], Rounded],
     method: Int8Method,
-    exam: Exam,
+    evaluation: EvaluationSet,
     before: Measured,
     rounded: Rounded,
     progress: Progress = lambda what, done, total: None,
@@ -51,8 +51,8 @@ def ablate(
         module: the folded float program.
         calibrate_by: calibrates the program by another method.
         method: the recipe's.
-        exam: images with truths.
-        before: PSNR of the float program by noise level, dB, from ``Exam.float_psnr_db``.
+        evaluation: images with truths.
+        before: PSNR of the float program by noise level, dB, from ``EvaluationSet.float_psnr_db``.
         rounded: the program in INT8 by the method as it is.
         progress: called with (what is done, steps done, steps in all).
     """
@@ -65,15 +65,15 @@ def ablate(
             if other != method.section:
                 tried[f"{key}: {str(value).lower() if isinstance(value, bool) else value}"] = other
     measured = rounded.calibrated.precision
-    found = {AS_IT_IS: measured.drop_db if measured else exam.drop_db(before, rounded)}
+    found = {AS_IT_IS: measured.drop_db if measured else evaluation.drop_db(before, rounded)}
 
     def drop(other: QuantizeSection) -> Measured:
-        return {"drop_db": exam.drop_db(before, calibrate_by(replace(method, section=other)))}
+        return {"drop_db": evaluation.drop_db(before, calibrate_by(replace(method, section=other)))}
 
     for done, (name, other) in enumerate(tried.items()):
         progress("ablate", done, len(tried))
         keys = other.model_dump_json(exclude={"table", "max_drop_db"})
-        found[name] = exam.recall(f"ablation {keys}", functools.partial(drop, other))["drop_db"]
+        found[name] = evaluation.recall(f"ablation {keys}", functools.partial(drop, other))["drop_db"]
     progress("ablate", len(tried), len(tried))
     return found
 

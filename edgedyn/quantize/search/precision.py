@@ -27,10 +27,10 @@ from edgedyn.errors import CheckFailedError
 from edgedyn.graph.nodes import bias_of, weight_of
 from edgedyn.images import metrics
 from edgedyn.quantize.accounting import all_multiply_adds
-from edgedyn.quantize.calibrated import Calibrated, steps_of
+from edgedyn.quantize.calibrated import Calibrated, qparams_of
 from edgedyn.quantize.observe.statistics import look
-from edgedyn.quantize.plan import Plan, Progress, Steps
-from edgedyn.quantize.rounding.lockstep import quantize_dequantize, round_weight, steps_by_call
+from edgedyn.quantize.plan import Plan, Progress, QParams
+from edgedyn.quantize.rounding.paired_run import qparams_by_call, quantize_dequantize, round_weight
 from edgedyn.quantize.table.entries import LayerCost, Point, Precision
 from edgedyn.targets import Int8Scheme
 
@@ -41,7 +41,7 @@ Constants = tuple[Tensor, Tensor | None]  # weight and bias
 
 
 @dataclass(frozen=True)
-class Exam:
+class EvaluationSet:
     """What INT8 is judged on while its precision is chosen: no image of the validation set.
 
     Attributes:
@@ -105,9 +105,9 @@ class Rounded:
     calibrated: Calibrated
 
     @functools.cached_property
-    def steps(self) -> Steps:
+    def steps(self) -> QParams:
         """Of its tensors."""
-        return steps_of(self.calibrated.entries, self.scheme)
+        return qparams_of(self.calibrated.entries, self.scheme)
 
     @functools.cached_property
     def weights(self) -> dict[fx.Node, Tensor]:
@@ -141,7 +141,7 @@ class _Int8(fx.Interpreter):
         super().__init__(program.module)
         sites = [site for site in program.plan.sites if site.name not in float_]
         plan = replace(program.plan, sites=tuple(sites))
-        self.read, self.written = steps_by_call(plan, program.steps, program.scheme)
+        self.read, self.written = qparams_by_call(plan, program.steps, program.scheme)
         self.float_ = {site.node: float_[site.name] for site in program.plan.sites if site.name in float_}
         self.weights, self.see = {site.node: program.weights[site.node] for site in sites}, see
 
@@ -165,7 +165,7 @@ class _Int8(fx.Interpreter):
 def choose_precision(
     module: fx.GraphModule,
     attempt: Callable[[Sequence[str]], Rounded],
-    exam: Exam,
+    evaluation: EvaluationSet,
     before: Measured,
     progress: Progress = lambda what, done, total: None,
 ) -> Rounded:
@@ -174,8 +174,8 @@ def choose_precision(
     Args:
         module: the folded program, its weights not rounded.
         attempt: rounds the weights of the program for INT8 layers that are all but the named ones.
-        exam: images with truths; without a limit every layer stays INT8.
-        before: PSNR of the float program by noise level, dB, from ``Exam.float_psnr_db``.
+        evaluation: images with truths; without a limit every layer stays INT8.
+        before: PSNR of the float program by noise level, dB, from ``EvaluationSet.float_psnr_db``.
         progress: called with (what is done, steps done, steps in all).
 
     Returns:
@@ -186,9 +186,9 @@ def choose_precision(
     """
     rounded = attempt(())
     measured = measure(
-        module, rounded, exam, before, lambda done, total: progress("measure layers", done, total)
+        module, rounded, evaluation, before, lambda done, total: progress("measure layers", done, total)
     )
-    limit = exam.limit_db
+    limit = evaluation.limit_db
     first = (
         0
         if limit is None
@@ -198,21 +198,21 @@ def choose_precision(
     for count in range(first, len(measured.layers) + 1):
         kept = tuple(layer.layer for layer in measured.layers[:count])
         share = sum(layer.share for layer in measured.layers[count:])
-        if limit is not None and share < exam.least_share:
+        if limit is not None and share < evaluation.least_share:
             break
         rounded = attempt(kept) if kept else rounded
-        drop = exam.drop_db(before, rounded)
+        drop = evaluation.drop_db(before, rounded)
         if limit is None or drop <= limit:
             chosen = replace(measured, kept=kept, drop_db=drop)
             return replace(rounded, calibrated=replace(rounded.calibrated, precision=chosen))
         attempts.append(Point(count, share, drop))
-    raise CheckFailedError(_refusal(measured.curve, attempts, exam))
+    raise CheckFailedError(_refusal(measured.curve, attempts, evaluation))
 
 
 def measure(
     module: fx.GraphModule,
     rounded: Rounded,
-    exam: Exam,
+    evaluation: EvaluationSet,
     before: Measured,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Precision:
@@ -221,7 +221,7 @@ def measure(
     Args:
         module: the folded program, its weights not rounded.
         rounded: the same with every layer in INT8 that can be.
-        exam: images with truths; with a limit, the curve has the two points on either side of it.
+        evaluation: images with truths; with a limit, the curve has the two points on either side of it.
         before: PSNR of the float program by noise level.
         progress: called with (programs measured, programs).
     """
@@ -235,14 +235,17 @@ def measure(
     def drops(*kept: str) -> Measured:
         def run() -> Measured:
             float_ = {name: weights[name] for name in kept}
-            after = exam.psnr_db([rounded.run(x, float_) for x in exam.inputs])
+            after = evaluation.psnr_db([rounded.run(x, float_) for x in evaluation.inputs])
             return {level: before[level] - after[level] for level in before}
 
-        found = exam.recall("drop " + " ".join(kept), run)
+        found = evaluation.recall("drop " + " ".join(kept), run)
         progress(min(next(counted), len(shares) + _POINTS), len(shares) + _POINTS + 1)
         return found
 
-    whole, sqnr = drops(), exam.recall("sqnr", lambda: _sqnr_db(module, rounded, calls, exam.inputs))
+    whole, sqnr = (
+        drops(),
+        evaluation.recall("sqnr", lambda: _sqnr_db(module, rounded, calls, evaluation.inputs)),
+    )
     worst = max(whole, key=lambda level: whole[level])
     layers = [LayerCost(n, share, sqnr[n], whole[worst] - drops(n)[worst]) for n, share in shares.items()]
     layers.sort(key=lambda layer: layer.gain_db / layer.share, reverse=True)
@@ -251,7 +254,7 @@ def measure(
         left = sum(layer.share for layer in layers[count:])
         return Point(count, left, max(drops(*(layer.layer for layer in layers[:count])).values()))
 
-    curve = _curve(point, len(layers), exam.limit_db)
+    curve = _curve(point, len(layers), evaluation.limit_db)
     progress(1, 1)
     return Precision(tuple(layers), curve)
 
@@ -295,15 +298,15 @@ def _sqnr_db(
     return {name: 10 * math.log10((power[name] + _TINY) / (errors[name] + _TINY)) for name in calls}
 
 
-def _refusal(curve: Sequence[Point], attempts: Sequence[Point], exam: Exam) -> str:
+def _refusal(curve: Sequence[Point], attempts: Sequence[Point], evaluation: EvaluationSet) -> str:
     """Say what each choice costs, and which came nearest: of attempts, their weights rounded for them."""
-    allowed = attempts or [p for p in curve if p.int8_share >= exam.least_share] or curve
+    allowed = attempts or [p for p in curve if p.int8_share >= evaluation.least_share] or curve
     best = min(allowed, key=lambda p: p.drop_db)
     tried = f"With weights rounded for that choice: {_points(attempts)}. " if attempts else ""
     return (
-        f"no choice of float layers keeps the drop within quantize.max_drop_db {exam.limit_db:g} dB and "
-        f"{exam.least_share:.0%} of the multiply-adds in INT8 (limits.int8_share). Found, as float layers: "
-        f"INT8 share, drop: {_points(curve)}. {tried}The best is {best.layers} float layers, "
+        f"no choice of float layers keeps the drop within quantize.max_drop_db {evaluation.limit_db:g} dB "
+        f"and {evaluation.least_share:.0%} of the multiply-adds in INT8 (limits.int8_share). Found, as float "
+        f"layers: INT8 share, drop: {_points(curve)}. {tried}The best is {best.layers} float layers, "
         f"{best.drop_db:.4f} dB at {best.int8_share:.1%}. Raise one of the limits, or train on: "
         "quantize.finetune."
     )

@@ -25,7 +25,7 @@ from edgedyn.errors import CalibrationError, UsageError
 from edgedyn.files import replace_files
 from edgedyn.quantize.table.entries import Entry, Outcome, Precision, digest, sealed
 
-FORMAT = 3
+FORMAT = 4
 _AGAIN = "Calibrate again: edgedyn calibrate RECIPE -o FILE"
 
 
@@ -52,7 +52,7 @@ class CalibrationTable:
     ablation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     coverage: tuple[Outcome, ...] = ()
 
-    def misfit(self, key: Mapping[str, Any]) -> str:
+    def mismatch(self, key: Mapping[str, Any]) -> str:
         """Say which field of another key differs first, what the table has, what is wanted; else nothing."""
         for name in {**self.key, **key}:
             found, wanted = self.key.get(name), key.get(name)
@@ -67,10 +67,10 @@ class CalibrationTable:
         Raises:
             CalibrationError: naming the first field that differs, what the table has and what is wanted.
         """
-        misfit = self.misfit(key)
-        if misfit:
+        mismatch = self.mismatch(key)
+        if mismatch:
             raise CalibrationError(
-                f"calibration table {path} {misfit}. {_AGAIN}, or pass --force to use it as it is; the "
+                f"calibration table {path} {mismatch}. {_AGAIN}, or pass --force to use it as it is; the "
                 "report will say so."
             )
 

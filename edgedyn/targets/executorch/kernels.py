@@ -27,7 +27,7 @@ def product() -> native.Product:
         project=native.SOURCES,
         file="libedgedyn_ops_executorch.so",
         sources=sources(),
-        mend=_MEND,
+        fix=_MEND,
         options=linked(installed_package()),
         facts=(version("executorch"),),
     )

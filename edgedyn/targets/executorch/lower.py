@@ -45,7 +45,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
         portable of each, and ``shared_bytes``, saved by shared weights.
 
     Raises:
-        ModelError: for an operator that the stock runtime lacks, with its node and the mend.
+        ModelError: for an operator that the stock runtime lacks, with its node and the fix.
     """
     programs = _with_kernels(programs)
     edge = _to_edge(programs)

@@ -48,14 +48,14 @@ class Machine:
         package: returns the folder ``executorch`` of its package.
         options: what CMake needs to know to compile for it.
         start: the words before the runner's, of an emulator.
-        mend: what is to be installed to build and to start the runner.
+        fix: what is to be installed to build and to start the runner.
     """
 
     name: str
     package: Callable[[], Path]
     options: tuple[str, ...]
     start: tuple[str, ...]
-    mend: str
+    fix: str
 
 
 def arm64_package() -> Path:
@@ -108,13 +108,13 @@ def build(machine: Machine) -> Path:
         TargetMissingError: without what building or starting it needs.
     """
     if machine.start and shutil.which(machine.start[0]) is None:
-        raise TargetMissingError(f"nothing here runs {machine.name}: no {machine.start[0]}. {machine.mend}")
+        raise TargetMissingError(f"nothing here runs {machine.name}: no {machine.start[0]}. {machine.fix}")
     return native.Product(
         what=f"the runner for {machine.name}",
         project=SOURCES,
         file="edgedyn_runner",
         sources=(SOURCES / "runner.cpp", SOURCES / "CMakeLists.txt", *kernels.sources()),
-        mend=machine.mend,
+        fix=machine.fix,
         options=(*kernels.linked(machine.package()), *machine.options),
         facts=(version("executorch"),),
     ).build()

@@ -1,6 +1,6 @@
 """Lower programs to ONNX for TensorRT: write, lint, let NVIDIA's own parser and builder try it.
 
-A model that needs our plugins gets a twin in ordinary operators, ``model.expanded.onnx``: ONNX Runtime and
+A model that needs our plugins gets a twin in ordinary operators, ``model.decomposed.onnx``: ONNX Runtime and
 TensorRT-RTX take no plugins, so hosts run and check that one.
 """
 
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) -> Artifact:
-    """Write ``model.onnx``, or ``<program>.onnx`` for each of several, and expanded twins into ``out``.
+    """Write ``model.onnx``, or ``<program>.onnx`` for each of several, and decomposed twins into ``out``.
 
     A failed check build does not raise: ``facts["check_build"]`` says it, and the report fails by its row.
 
@@ -53,7 +53,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
                 f"{shown}"
             )
     checked = {
-        name: {**check_build(host_path(out / file_name(name))), "nodes_expanded": has_nodes(model)}
+        name: {**check_build(host_path(out / file_name(name))), "nodes_decomposed": has_nodes(model)}
         for name, model in models.items()
     }
     facts: dict[str, object] = {
@@ -88,7 +88,9 @@ def check_rows(checked: dict[str, object], condition: str = "") -> tuple[Row, ..
     failures = f"check_build_failures{condition}"
     if "passed" not in checked:
         return (Row("tensorrt-rtx:onnx", failures, math.nan, {"at_most": 0}, 0),)
-    between = f"tensorrt-rtx {checked['version']}:onnx" + ", nodes expanded" * bool(checked["nodes_expanded"])
+    between = f"tensorrt-rtx {checked['version']}:onnx" + ", nodes decomposed" * bool(
+        checked["nodes_decomposed"]
+    )
     layers = _count(checked["layers"])
     failed = 0.0 if checked["passed"] else 1.0
     rows = [Row(between, failures, failed, {"at_most": 0}, max(layers, 1))]

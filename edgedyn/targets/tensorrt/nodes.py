@@ -105,21 +105,21 @@ def expand_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
     dynamic = [name for call in calls for name in _dynamic_inputs(model, call)]
     renamed = dict(zip((value.name for value in pieces.input), dynamic, strict=True))
     renamed |= dict(zip((v.name for v in pieces.output), (call.output[0] for call in calls), strict=True))
-    expanded = onnx.ModelProto()
-    expanded.CopyFrom(model)
-    kept = [node for node in expanded.graph.node if not _is_ours(node)]
-    del expanded.graph.node[:]
-    expanded.graph.node.extend(kept)
+    decomposed = onnx.ModelProto()
+    decomposed.CopyFrom(model)
+    kept = [node for node in decomposed.graph.node if not _is_ours(node)]
+    del decomposed.graph.node[:]
+    decomposed.graph.node.extend(kept)
     for tensor in pieces.initializer:
-        expanded.graph.initializer.add().CopyFrom(tensor)
-        expanded.graph.initializer[-1].name = _inside(tensor.name, renamed)
+        decomposed.graph.initializer.add().CopyFrom(tensor)
+        decomposed.graph.initializer[-1].name = _inside(tensor.name, renamed)
     for node in pieces.node:
-        added = expanded.graph.node.add()
+        added = decomposed.graph.node.add()
         added.CopyFrom(node)
         added.name = _inside(node.name, {})
         added.input[:] = [_inside(name, renamed) for name in node.input]
         added.output[:] = [_inside(name, renamed) for name in node.output]
-    in_order = onnx_ir.from_proto(expanded)
+    in_order = onnx_ir.from_proto(decomposed)
     if all(node.domain != PLUGIN_DOMAIN for node in kept):
         in_order.graph.opset_imports.pop(PLUGIN_DOMAIN)
     in_order.graph.sort()
@@ -129,7 +129,7 @@ def expand_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 def _inside(name: str, renamed: dict[str, str]) -> str:
     """Return a name of the pieces inside the model; empty is an absent input."""
-    return renamed.get(name, f"expanded/{name}" if name else "")
+    return renamed.get(name, f"decomposed/{name}" if name else "")
 
 
 def _dynamic_inputs(model: onnx.ModelProto, call: onnx.NodeProto) -> list[str]:

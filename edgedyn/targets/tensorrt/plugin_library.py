@@ -33,7 +33,7 @@ def product() -> native.Product:
         project=native.SOURCES / "tensorrt",
         file="libedgedyn_plugins.so",
         sources=native.find_sources(*_SOURCES),
-        mend=_MEND,
+        fix=_MEND,
         facts=(os.environ.get("TENSORRT_ROOT", ""),),
     )
 

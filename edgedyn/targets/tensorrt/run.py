@@ -2,7 +2,7 @@
 
     model.engine beside model.onnx, TensorRT and a GPU here   -> the engine
     otherwise                                                 -> the ONNX, unoptimized, on the CPU;
-                                                                 with plugin nodes: model.expanded.onnx
+                                                                 with plugin nodes: model.decomposed.onnx
 
 ``runtime_name`` says which, so that a check on a host is never taken for one on a Jetson.
 """
@@ -43,18 +43,18 @@ def load(path: Path, program: str = FORWARD) -> Run:
 
 
 def expanded_path(path: Path) -> Path:
-    """Return where the twin of a model with plugin nodes stands: ``model.expanded.onnx``."""
-    return path.with_suffix(".expanded.onnx")
+    """Return where the twin of a model with plugin nodes stands: ``model.decomposed.onnx``."""
+    return path.with_suffix(".decomposed.onnx")
 
 
 def host_path(path: Path) -> Path:
-    """Return the model that runs where there are no plugins: the expanded twin, where there is one."""
-    expanded = expanded_path(path)
-    return expanded if expanded.is_file() else path
+    """Return the model that runs where there are no plugins: the decomposed twin, where there is one."""
+    decomposed = expanded_path(path)
+    return decomposed if decomposed.is_file() else path
 
 
 def register_plugins(trt: Any, cuda: Any, path: Path) -> None:
-    """Register our plugins where a model or its engine needs them: an expanded twin stands beside it."""
+    """Register our plugins where a model or its engine needs them: an decomposed twin stands beside it."""
     if expanded_path(path).is_file():
         from edgedyn.targets.tensorrt import plugin_library
 
@@ -67,8 +67,8 @@ def runtime_name(path: Path) -> str:
     reason = _why_no_engine() if engine_path.is_file() else "no TensorRT engine here"
     if reason is None or path.suffix == _ENGINE_SUFFIX:
         return f"TensorRT {require_tensorrt()[0].__version__} engine"
-    expanded = "plugin nodes expanded, " if expanded_path(path).is_file() else ""
-    return f"{onnxruntime_run.runtime_name(path)} ({expanded}{reason})"
+    decomposed = "plugin nodes decomposed, " if expanded_path(path).is_file() else ""
+    return f"{onnxruntime_run.runtime_name(path)} ({decomposed}{reason})"
 
 
 class EngineRun:

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 from edgedyn.graph.nodes import by_output
 from edgedyn.graph.rewrites import attribute
 from edgedyn.quantize.deciding import find_deciding
-from edgedyn.quantize.plan import Plan, Site, Steps
+from edgedyn.quantize.plan import Plan, QParams, QuantizableLayer
 from edgedyn.targets import Int8Scheme
 
-STEP_EPSILON = torch.finfo(torch.float32).eps  # least scale of a range taken at run time
+SCALE_EPSILON = torch.finfo(torch.float32).eps  # least scale of a range taken at run time
 
 Step = tuple[float, int] | None  # scale and zero point; None: by the tensor's own range
 
@@ -29,24 +29,24 @@ def quantize_dequantize(x: Tensor, step: Step) -> Tensor:
     """Round a tensor to its INT8 steps, as the Q/DQ pair of a program does."""
     pair = torch.ops.quantized_decomposed
     if step is None:
-        scale, zero_point = pair.choose_qparams.tensor(x, -128, 127, STEP_EPSILON, torch.int8)
+        scale, zero_point = pair.choose_qparams.tensor(x, -128, 127, SCALE_EPSILON, torch.int8)
         step = (float(scale), int(zero_point))
     arguments = (*step, -128, 127, torch.int8)
     return pair.dequantize_per_tensor(pair.quantize_per_tensor(x, *arguments), *arguments)  # type: ignore
 
 
-def codes_of(weight: Tensor, scales: Tensor) -> Tensor:
+def quantize_weight(weight: Tensor, scales: Tensor) -> Tensor:
     """Return the INT8 codes nearest to a weight (O, ...), one scale an output channel; float."""
     return torch.clamp(torch.round(weight / by_output(scales, weight)), -127, 127)
 
 
 def round_weight(weight: Tensor, scales: Tensor) -> Tensor:
     """Round a weight (O, ...) to its INT8 steps, one scale an output channel; float."""
-    return codes_of(weight, scales) * by_output(scales, weight)
+    return quantize_weight(weight, scales) * by_output(scales, weight)
 
 
-def steps_by_call(
-    plan: Plan, steps: Steps, scheme: Int8Scheme
+def qparams_by_call(
+    plan: Plan, steps: QParams, scheme: Int8Scheme
 ) -> tuple[dict[fx.Node, Step], dict[fx.Node, tuple[float, int]]]:
     """Return the steps of what calls read first, and of what calls write."""
     read: dict[fx.Node, Step] = {
@@ -56,10 +56,10 @@ def steps_by_call(
     return read, {site.last: steps.of(site.y) for site in plan.written(scheme)}
 
 
-Change = Callable[[Site, list[Tensor], list[Tensor]], tuple[Tensor, Tensor | None]]
+Change = Callable[[QuantizableLayer, list[Tensor], list[Tensor]], tuple[Tensor, Tensor | None]]
 
 
-class Lockstep:
+class PairedRun:
     """A folded program and its INT8 steps.
 
     Args:
@@ -69,10 +69,10 @@ class Lockstep:
         scheme: how the target annotates INT8.
     """
 
-    def __init__(self, module: fx.GraphModule, plan: Plan, steps: Steps, scheme: Int8Scheme) -> None:
+    def __init__(self, module: fx.GraphModule, plan: Plan, steps: QParams, scheme: Int8Scheme) -> None:
         self.module = module
         self.sites = {site.node: site for site in plan.sites}
-        self.read, self.written = steps_by_call(plan, steps, scheme)
+        self.read, self.written = qparams_by_call(plan, steps, scheme)
         self.deciding = set(find_deciding(module))
         self.last_reader = {x: node for node in module.graph.nodes for x in node.all_input_nodes}
 

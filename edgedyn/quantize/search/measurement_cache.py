@@ -11,7 +11,7 @@ from edgedyn.files import cached_path, replace_file
 Values = dict[str, float]
 
 
-class Recall:
+class MeasurementCache:
     """Named measurements of one subject; standing in the cache under what they are of.
 
     Args:

@@ -11,8 +11,8 @@ from edgedyn import quantize, targets
 from edgedyn.quantize.accounting import KEPT_INPUT_PRODUCT
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.statistics import channel_maxima
-from edgedyn.quantize.rescale.input_products import drop_input_products, find_read, scale_inputs
-from edgedyn.quantize.rescale.products import PRODUCT
+from edgedyn.quantize.rescale.input_rescale import drop_input_rescales, find_read, scale_inputs
+from edgedyn.quantize.rescale.output_rescale import RESCALE
 from edgedyn.recipe.keys import QuantizeSection
 
 SCHEME = targets.load("tensorrt").int8
@@ -102,14 +102,14 @@ def test_network_stays_what_it_was_and_channels_have_one_range(net):
     module, factors = scale_all(wide, x)
     (reader,) = factors
     assert reader in ("project.input", "linear.input")
-    (product,) = [node for node in module.graph.nodes if PRODUCT in node.meta]
+    (product,) = [node for node in module.graph.nodes if RESCALE in node.meta]
     largest = channel_maxima(module, [product], [(x,)])[product]
     torch.testing.assert_close(largest, largest.max().expand(8))
     with torch.no_grad():
         torch.testing.assert_close(module(x), wide(x), rtol=0, atol=1e-12)
-        drop_input_products(module, int8=())
+        drop_input_rescales(module, int8=())
         torch.testing.assert_close(module(x), wide(x), rtol=0, atol=1e-12)
-    assert not any(PRODUCT in node.meta for node in module.graph.nodes)
+    assert not any(RESCALE in node.meta for node in module.graph.nodes)
 
 
 def test_int8_reads_every_channel_finely(net):
@@ -165,8 +165,8 @@ class Reading(nn.Module):
 )
 def test_who_reads_scaled_channels(how, readers):
     module, factors = scale_all(seeded(lambda: Reading(how)), INPUT)
-    found = [product for product in module.graph.nodes if PRODUCT in product.meta]
-    names = {site.node: site.name for site in quantize.plan.find_sites(module)}
+    found = [product for product in module.graph.nodes if RESCALE in product.meta]
+    names = {site.node: site.name for site in quantize.plan.find_quantizable_layers(module)}
     assert [names[reader] for product in found for reader in product.users] == readers
     assert len(factors) == len(found)
 

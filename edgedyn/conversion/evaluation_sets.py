@@ -15,8 +15,8 @@ from edgedyn.conversion.image_sets import to_tensors
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.images.tasks import TASKS
 from edgedyn.layers._routed import part_inputs, parts
-from edgedyn.quantize import Exam
-from edgedyn.quantize.search.recall import Recall
+from edgedyn.quantize import EvaluationSet
+from edgedyn.quantize.search.measurement_cache import MeasurementCache
 
 if TYPE_CHECKING:
     from edgedyn.images.image_set import CalibrationSet
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 _EXAM = 12  # samples that INT8 is judged on, once for each layer
 
 
-def make_exams(
+def make_evaluation_sets(
     recipe: Recipe,
     images: CalibrationSet,
     canonical: nn.Module,
@@ -34,7 +34,7 @@ def make_exams(
     *,
     by_layer: bool = True,
     ablates: bool = False,
-) -> dict[str, Exam]:
+) -> dict[str, EvaluationSet]:
     """Return what INT8 is judged on in each program that gives a picture, while its precision is chosen.
 
     The images are the calibration set's, with other crops and other noise than those that are observed.
@@ -69,7 +69,7 @@ def make_exams(
     method = {**key["method"], "max_drop_db": None}
     facts = json.dumps({**key, "method": method, "target": recipe.target, "kernels": recipe.kernels})
     return {
-        name: Exam(
+        name: EvaluationSet(
             [x[name] for x in given],
             [sample.truth for sample in drawn],
             [sample.condition for sample in drawn],
@@ -77,7 +77,7 @@ def make_exams(
             recipe.limits.int8_share,
             by_layer,
             ablates,
-            Recall(name + facts, sorted(Path(__file__).parents[1].rglob("*.py"))),
+            MeasurementCache(name + facts, sorted(Path(__file__).parents[1].rglob("*.py"))),
         )
         for name in parts(canonical)
         if name != ROUTER

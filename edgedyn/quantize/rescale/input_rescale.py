@@ -19,13 +19,13 @@ from torch import Tensor, fx
 from edgedyn.graph.nodes import by_input, channel_axis, constant_of, set_constant, weight_of
 from edgedyn.quantize.accounting import KEPT_INPUT_PRODUCT, moves_only
 from edgedyn.quantize.deciding import find_deciding_layers
-from edgedyn.quantize.plan import Site, find_sites
-from edgedyn.quantize.rescale.products import PADS, PRODUCT, insert_product
+from edgedyn.quantize.plan import QuantizableLayer, find_quantizable_layers
+from edgedyn.quantize.rescale.output_rescale import PADS, RESCALE, insert_product
 
 _LARGEST = 32.0  # a channel that is hardly ever used
 _WORTH = 0.2  # of the power of the error that rounding makes in the layers, or less must be left
 
-Read = dict[str, tuple[fx.Node, list[Site]]]
+Read = dict[str, tuple[fx.Node, list[QuantizableLayer]]]
 
 
 def find_read(module: fx.GraphModule, equalized: Collection[fx.Node] = ()) -> Read:
@@ -38,10 +38,10 @@ def find_read(module: fx.GraphModule, equalized: Collection[fx.Node] = ()) -> Re
         module: a folded program.
         equalized: maps whose channels have one range already.
     """
-    sites = find_sites(module)
+    sites = find_quantizable_layers(module)
     deciding = set(find_deciding_layers(module))
     written = {site.last for site in sites} | set(equalized)
-    readers: dict[fx.Node, list[Site]] = {}
+    readers: dict[fx.Node, list[QuantizableLayer]] = {}
     for site in sites:
         x = site.node.args[0]
         assert isinstance(x, fx.Node)
@@ -72,7 +72,7 @@ def scale_inputs(module: fx.GraphModule, read: Read, largest: Mapping[fx.Node, T
     return factors
 
 
-def insert_input_products(module: fx.GraphModule, factors: Mapping[str, Tensor]) -> None:
+def insert_input_rescales(module: fx.GraphModule, factors: Mapping[str, Tensor]) -> None:
     """Multiply what layers read, by name, with a factor a channel; their weights are not touched."""
     for name, (x, sites) in (find_read(module) if factors else {}).items():
         if name in factors:
@@ -80,9 +80,9 @@ def insert_input_products(module: fx.GraphModule, factors: Mapping[str, Tensor])
     module.recompile()
 
 
-def drop_input_products(module: fx.GraphModule, int8: Collection[fx.Node]) -> None:
+def drop_input_rescales(module: fx.GraphModule, int8: Collection[fx.Node]) -> None:
     """Take products away that no INT8 layer reads, and the factors out of the weights behind them."""
-    products = [node for node in module.graph.nodes if node.meta.get(PRODUCT) == KEPT_INPUT_PRODUCT]
+    products = [node for node in module.graph.nodes if node.meta.get(RESCALE) == KEPT_INPUT_PRODUCT]
     for product in products:
         if not any(reader in int8 for reader in product.users):
             factors = constant_of(module, product.args[1]).flatten()
@@ -93,7 +93,7 @@ def drop_input_products(module: fx.GraphModule, int8: Collection[fx.Node]) -> No
     module.recompile()
 
 
-def _insert(module: fx.GraphModule, x: fx.Node, sites: Sequence[Site], factors: Tensor) -> None:
+def _insert(module: fx.GraphModule, x: fx.Node, sites: Sequence[QuantizableLayer], factors: Tensor) -> None:
     insert_product(module, x, factors, [site.node for site in sites], KEPT_INPUT_PRODUCT)
 
 
@@ -103,14 +103,14 @@ def _scale(module: fx.GraphModule, layer: fx.Node, factors: Tensor) -> None:
     set_constant(module, layer, 1, weight * by_input(factors, weight))
 
 
-def _power(module: fx.GraphModule, site: Site, channels: int) -> Tensor:
+def _power(module: fx.GraphModule, site: QuantizableLayer, channels: int) -> Tensor:
     """Return the sum of the squared weights that meet each input channel, (C,)."""
     weight = weight_of(module, site.node)
     groups = channels // weight.shape[1]
     return weight.square().reshape(groups, -1, weight.shape[1], weight[0, 0].numel()).sum((1, 3)).flatten()
 
 
-def _has_positions(site: Site, x: fx.Node) -> bool:
+def _has_positions(site: QuantizableLayer, x: fx.Node) -> bool:
     """Whether a map has several positions, and its channels where ``channel_axis`` says."""
     value = x.meta["val"]
     axis = 1 if site.node.target is not torch.ops.aten.linear.default else value.dim() - 1

@@ -25,15 +25,15 @@ from edgedyn.graph.nodes import (
 )
 from edgedyn.ops import is_ours
 from edgedyn.quantize.accounting import KEPT_PRODUCT, moves_only
-from edgedyn.quantize.plan import Site, find_sites
+from edgedyn.quantize.plan import QuantizableLayer, find_quantizable_layers
 
-PRODUCT = "product"  # in a node's meta: what it does to the size of channels, and for whom
+RESCALE = "product"  # in a node's meta: what it does to the size of channels, and for whom
 PADS = {torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default}
 _LARGEST = 32.0  # a channel that is hardly ever used
 _WORTH = 0.5  # of the power of the rounding error, averaged over channels, or less must be left
 
 
-def find_scalable(module: fx.GraphModule, taken_back: Collection[fx.Node]) -> list[Site]:
+def find_scalable(module: fx.GraphModule, taken_back: Collection[fx.Node]) -> list[QuantizableLayer]:
     """Return the layers whose channels can be scaled and taken back by a product.
 
     Not those of a single position: a few values do not tell how far a channel goes, and scaled it has no
@@ -43,13 +43,15 @@ def find_scalable(module: fx.GraphModule, taken_back: Collection[fx.Node]) -> li
         module: a folded program.
         taken_back: layers whose channels somebody else takes back.
     """
-    sites = [site for site in find_sites(module) if site.node not in taken_back and can_scale(site)]
+    sites = [
+        site for site in find_quantizable_layers(module) if site.node not in taken_back and can_scale(site)
+    ]
     written = {site: site.last.meta["val"] for site in sites}
     return [site for site, y in written.items() if y.numel() > y.shape[channel_axis(y)]]
 
 
 def scale_outputs(
-    module: fx.GraphModule, sites: Sequence[Site], largest: Mapping[fx.Node, Tensor]
+    module: fx.GraphModule, sites: Sequence[QuantizableLayer], largest: Mapping[fx.Node, Tensor]
 ) -> dict[str, Tensor]:
     """Scale what layers write for float operators, where that pays; return the products by name.
 
@@ -64,11 +66,11 @@ def scale_outputs(
         up = top / largest[site.last].clamp(min=top / _LARGEST)
         if top > 0 and float((1 / up**2).mean()) <= _WORTH:
             factors[site.y] = scale_channels(module, site, up)
-    insert_products(module, factors)
+    insert_output_rescales(module, factors)
     return factors
 
 
-def can_scale(site: Site) -> bool:
+def can_scale(site: QuantizableLayer) -> bool:
     """Whether the channels that a layer writes can be scaled in it and taken back where they are float."""
     return not _meets_layer(site.last) and (site.last is site.node or site.last.target in RELUS)
 
@@ -83,7 +85,7 @@ def _meets_layer(node: fx.Node) -> bool:
     )
 
 
-def scale_channels(module: fx.GraphModule, site: Site, up: Tensor) -> Tensor:
+def scale_channels(module: fx.GraphModule, site: QuantizableLayer, up: Tensor) -> Tensor:
     """Multiply what a layer writes by a factor a channel; return the product that takes it back."""
     weight, bias = weight_of(module, site.node), bias_of(module, site.node)
     set_constant(module, site.node, 1, weight * by_output(up, weight))
@@ -92,9 +94,9 @@ def scale_channels(module: fx.GraphModule, site: Site, up: Tensor) -> Tensor:
     return 1 / up
 
 
-def insert_products(module: fx.GraphModule, factors: Mapping[str, Tensor]) -> None:
+def insert_output_rescales(module: fx.GraphModule, factors: Mapping[str, Tensor]) -> None:
     """Multiply what layers write, by name, with a factor a channel: what reads it finds its own size."""
-    for site in find_sites(module):
+    for site in find_quantizable_layers(module):
         if site.y not in factors:
             continue
         insert_product(module, site.last, factors[site.y], list(site.last.users), KEPT_PRODUCT)
@@ -123,6 +125,6 @@ def insert_product(
     constant.meta = {"val": column}
     with module.graph.inserting_after(constant):
         product = module.graph.call_function(torch.ops.aten.mul.Tensor, (x, constant))
-    product.meta = {**x.meta, PRODUCT: reason}
+    product.meta = {**x.meta, RESCALE: reason}
     for reader in readers:
         reader.replace_input_with(x, product)

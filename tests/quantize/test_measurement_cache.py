@@ -6,13 +6,13 @@ from pathlib import Path
 
 import pytest
 
-from edgedyn.quantize.search.recall import Recall
+from edgedyn.quantize.search.measurement_cache import MeasurementCache
 
 
 @pytest.mark.parametrize("content", ["{", "", "[]", "null", "3", '"drop"'])
 def test_broken_file_is_measured_anew_and_mended(tmp_path, monkeypatch, content):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    recall = Recall("x", [Path(__file__)])
+    recall = MeasurementCache("x", [Path(__file__)])
     recall.path.parent.mkdir(parents=True)
     recall.path.write_text(content)
     assert recall("drop", lambda: {"a": 1.0}) == {"a": 1.0}

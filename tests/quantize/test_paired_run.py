@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from edgedyn import targets
 from edgedyn.graph.nodes import bias_of, weight_of
-from edgedyn.quantize.calibrated import steps_of
+from edgedyn.quantize.calibrated import qparams_of
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.statistics import look
 from edgedyn.quantize.plan import make_plan
-from edgedyn.quantize.rounding.lockstep import Lockstep, round_weight
+from edgedyn.quantize.rounding.paired_run import PairedRun, round_weight
 from edgedyn.recipe.keys import QuantizeSection
 
 PLAIN = QuantizeSection(equalize=False, equalize_outputs=False, rounding="nearest")
@@ -31,7 +31,10 @@ def test_one_world_is_float_and_the_other_the_quantized_program(target, dynamic)
     program = torch.export.export(net, samples[0])
     made = quantize_program(program, samples[0], scheme=scheme, section=section, samples=samples)
     module = fold(program)
-    plan, steps = make_plan(module, scheme=scheme, dynamic=dynamic), steps_of(made.calibrated.entries, scheme)
+    plan, steps = (
+        make_plan(module, scheme=scheme, dynamic=dynamic),
+        qparams_of(made.calibrated.entries, scheme),
+    )
     asked, ticks = [], []
 
     def change(site, inputs, outputs):
@@ -40,7 +43,7 @@ def test_one_world_is_float_and_the_other_the_quantized_program(target, dynamic)
         weight = weight_of(module, site.node)
         return round_weight(weight, steps.weights[site.weight]), bias_of(module, site.node)
 
-    found = Lockstep(module, plan, steps, scheme).run(samples, change, lambda *tick: ticks.append(tick))
+    found = PairedRun(module, plan, steps, scheme).run(samples, change, lambda *tick: ticks.append(tick))
     assert asked == ["head", "body", "tail"]
     assert ticks == [(1, 3), (2, 3), (3, 3)]
     with torch.no_grad():
@@ -76,8 +79,8 @@ def test_both_worlds_decide_as_float_does():
         weight = weight_of(module, site.node)
         return (0.9 * weight, bias_of(module, site.node))  # other logits, by far
 
-    steps = steps_of(made.calibrated.entries, scheme)
-    Lockstep(module, make_plan(module, scheme=scheme), steps, scheme).run([(x,)], change)
+    steps = qparams_of(made.calibrated.entries, scheme)
+    PairedRun(module, make_plan(module, scheme=scheme), steps, scheme).run([(x,)], change)
     with torch.no_grad():
         active = net.logits(net.head(x))[0, 0] > 0
     assert 0.1 < active.float().mean() < 0.9
@@ -100,15 +103,15 @@ def test_samples_are_dropped_one_by_one_where_they_are_read_for_the_last_time(mo
     made = quantize_program(
         torch.export.export(Net(), samples[0]), samples[0], scheme=scheme, section=PLAIN, samples=samples
     )
-    write = Lockstep._write
+    write = PairedRun._write
 
     def watch(self, node, args, kwargs):
         held.append(sum(isinstance(x, Tensor) and x.shape == (1, 5, 10, 14) for x in gc.get_objects()))
         return write(self, node, args, kwargs)
 
-    monkeypatch.setattr(Lockstep, "_write", watch)
-    steps = steps_of(made.calibrated.entries, scheme)
-    lockstep = Lockstep(module, make_plan(module, scheme=scheme), steps, scheme)
+    monkeypatch.setattr(PairedRun, "_write", watch)
+    steps = qparams_of(made.calibrated.entries, scheme)
+    lockstep = PairedRun(module, make_plan(module, scheme=scheme), steps, scheme)
     lockstep.run(
         samples, lambda site, inputs, outputs: (weight_of(module, site.node), bias_of(module, site.node))
     )

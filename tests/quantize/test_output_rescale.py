@@ -13,7 +13,7 @@ from edgedyn import quantize, targets
 from edgedyn.quantize.accounting import KEPT_PRODUCT
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.statistics import channel_maxima
-from edgedyn.quantize.rescale.products import PRODUCT, find_scalable, scale_outputs
+from edgedyn.quantize.rescale.output_rescale import RESCALE, find_scalable, scale_outputs
 from edgedyn.recipe.keys import QuantizeSection
 
 SCHEMES = {name: targets.load(name).int8 for name in ("executorch", "tensorrt")}
@@ -78,7 +78,7 @@ def test_network_stays_what_it_was_and_channels_have_one_range(net):
         y = torch.relu(wide.head(INPUT.double()))
         largest = (wide.body(y) / factors["body.output"][:, None, None]).abs().amax((0, 2, 3))
     torch.testing.assert_close(largest, largest.max().expand(8))
-    assert sum(PRODUCT in node.meta for node in module.graph.nodes) == 1
+    assert sum(RESCALE in node.meta for node in module.graph.nodes) == 1
 
 
 def test_steps_of_every_channel_are_finer(net):
