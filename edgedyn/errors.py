@@ -1,13 +1,25 @@
-"""Everything that edgedyn refuses, each with the exit code of the command line.
+"""The refusals of edgedyn, each with the exit code of the command line.
 
-A message says what, found, expected, next. Anything else that escapes a public function is a bug of ours.
+    0    ok
+    1    a check failed, or a bundle is not as its manifest says
+    2    wrong usage, recipe, weights or image; something is in the way
+    3    a target, device or package is not available here
+    4    the network or a layer is not supported
+    5    the calibration images are refused
+    130  interrupted; no partial file is left
+
+A message says what is wrong, what was found, what was expected, and what to do next. Any other exception that
+leaves a public function is a bug of edgedyn.
 """
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 
 class EdgedynError(Exception):
-    """A refusal with a reason; ``exit_code`` is what the command line returns."""
+    """A refusal with its reason; ``exit_code`` is the exit status of the command line."""
 
     exit_code = 2
 
@@ -19,13 +31,13 @@ class CheckFailedError(EdgedynError):
 
 
 class BundleError(EdgedynError):
-    """A bundle is not what its manifest says."""
+    """A bundle is not as its manifest says."""
 
     exit_code = 1
 
 
 class RecipeError(EdgedynError):
-    """A recipe has an unknown key, a wrong type, or names something that does not exist."""
+    """A recipe has an unknown key, a wrong value, or names something that does not exist."""
 
 
 class WeightsError(EdgedynError):
@@ -37,11 +49,11 @@ class ImageError(EdgedynError):
 
 
 class UsageError(EdgedynError):
-    """A command was asked for something that it does not do, or would overwrite what is there."""
+    """A command does not do this, or would overwrite an existing file."""
 
 
 class TrainingError(EdgedynError):
-    """Training cannot start or cannot go on."""
+    """Training cannot start or continue."""
 
 
 class TargetMissingError(EdgedynError):
@@ -61,6 +73,18 @@ class NoFormError(ModelError):
 
 
 class CalibrationError(EdgedynError):
-    """A calibration set is refused."""
+    """Calibration or validation images are refused."""
 
     exit_code = 5
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return ``did you mean 'x'? `` for the known name most like ``name``, or the empty string.
+
+    Case does not count, and the last part of a dotted name is enough: ``conv3`` finds ``body.conv3``.
+    """
+    names = list(known)
+    lowered = {candidate.lower(): candidate for candidate in reversed(names)}
+    lowered = {candidate.lower().rpartition(".")[2]: candidate for candidate in reversed(names)} | lowered
+    near = difflib.get_close_matches(name.lower(), lowered, n=1)
+    return f"did you mean {lowered[near[0]]!r}? " if near else ""

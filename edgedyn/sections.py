@@ -1,24 +1,28 @@
-"""Keys and values that a user writes in YAML: what they may be, and what is said of a wrong one."""
+"""Keys and values that a user writes in YAML: their types, and the messages about wrong ones."""
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from edgedyn.errors import nearest
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
+
 
 class Section(BaseModel):
-    """Keys that are known, values of their own type, nothing changed afterwards."""
+    """A mapping that refuses unknown keys and values of another type, and never changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
 class _Loader(yaml.SafeLoader):
-    """Reads 1e-9 and 1E5 as numbers, as YAML 1.2 does; PyYAML is YAML 1.1 and wants 1.0e-9 and 1.0E+5."""
+    """Reads 1e-9 and 1E5 as numbers, as YAML 1.2 does; PyYAML follows YAML 1.1: only 1.0e-9 and 1.0E+5."""
 
 
 class _Dumper(yaml.SafeDumper):
@@ -31,10 +35,10 @@ for _kind in (_Loader, _Dumper):
 
 
 def read_yaml(text: str) -> Any:
-    """Return what YAML text holds.
+    """Return the values of a YAML text.
 
     Raises:
-        yaml.YAMLError: when it is not YAML.
+        yaml.YAMLError: if it is not YAML.
     """
     return yaml.load(text, _Loader)
 
@@ -45,21 +49,36 @@ def dump_yaml(values: dict[str, Any]) -> str:
 
 
 def explain(error: ValidationError, model: type[BaseModel]) -> str:
-    """Put the first problem of a pydantic error in our words: where, found, expected, next."""
-    problem = error.errors()[0]
+    """Put a pydantic error in words: where, found, expected, next; several problems one per line.
+
+    Unknown keys come first: a misspelt key is also the reason why another one is missing.
+    """
+    problems = sorted(error.errors(), key=lambda problem: problem["type"] != "extra_forbidden")
+    lines = [_explain(problem, model) for problem in problems]
+    return lines[0] if len(lines) == 1 else "\n  ".join([f"{len(lines)} problems", *lines])
+
+
+def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
     where = ".".join(str(part) for part in problem["loc"])
-    message = problem["msg"].removeprefix("Value error, ")  # pydantic's, of a rule of ours
-    more = f" ({len(error.errors()) - 1} more problems follow.)" if len(error.errors()) > 1 else ""
+    message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix for a rule of edgedyn
     if problem["type"] == "extra_forbidden":
         known = _keys_at(model, problem["loc"][:-1])
-        near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        return f"unknown key {where!r}; {hint}Known here: {', '.join(known)}.{more}"
+        hint = nearest(str(problem["loc"][-1]), known)
+        return f"unknown key {where!r}; {hint}Known here: {', '.join(known)}."
     if problem["type"] == "missing":
-        return f"the key {where!r} is missing. Add it.{more}"
+        return f"the key {where!r} is missing. Add it."
     if not where:  # a rule over several values
-        return f"{message}. Fix these values.{more}"
-    return f"{where} is {problem['input']!r}: {message}. Fix this value.{more}"
+        return f"{message}. Fix these values."
+    hint = _nearest_choice(problem)
+    return f"{where} is {problem['input']!r}: {hint}{message}. Fix this value."
+
+
+def _nearest_choice(problem: ErrorDetails) -> str:
+    """Return the hint for a value that is none of a key's choices, or the empty string."""
+    if problem["type"] != "literal_error":
+        return ""
+    choices = re.findall(r"'([^']*)'", problem["ctx"]["expected"])
+    return nearest(str(problem["input"]), choices)
 
 
 def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]:

@@ -26,7 +26,7 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from edgedyn.bundle.manifest import ROUTER
-from edgedyn.errors import CalibrationError, RecipeError
+from edgedyn.errors import CalibrationError, RecipeError, nearest
 from edgedyn.layers._routed import RoutedModel
 from edgedyn.quantize.deciding import Mask, find_decisions
 from edgedyn.quantize.observe.histogram import Histogram
@@ -223,7 +223,8 @@ def _refuse_unknown(met: Sequence[_Met], unused: Sequence[str]) -> None:
     for pattern in unused:
         if not any(matches(name, [pattern]) for name in masks):
             raise RecipeError(
-                f"quantize.coverage.unused: {pattern!r} matches no mask; the network's are "
+                f"quantize.coverage.unused: {pattern!r} matches no mask; {nearest(pattern, masks)}"
+                "the network's are "
                 f"{', '.join(masks) or 'none'}. Fix the pattern."
             )
 

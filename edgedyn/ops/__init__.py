@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from edgedyn.errors import NoFormError, RecipeError
+from edgedyn.errors import NoFormError, RecipeError, nearest
 from edgedyn.graph.constants import fold_constants
 
 if TYPE_CHECKING:
@@ -134,9 +134,10 @@ def choose_form(op: Op, target: Target, wanted: str | None = None) -> Form:
         NoFormError: when the target lacks what the form needs; every form is named with what it lacks.
     """
     if wanted is not None and wanted not in {form.name for form in op.forms}:
-        known = ", ".join(form.name for form in op.forms)
+        known = [form.name for form in op.forms]
         raise RecipeError(
-            f"form {wanted!r} of op {op.name!r} is unknown; found forms: {known}. Fix forms.{op.name}."
+            f"form {wanted!r} of op {op.name!r} is unknown; {nearest(wanted, known)}found forms: "
+            f"{', '.join(known)}. Fix forms.{op.name}."
         )
     candidates = [form for form in op.forms if wanted in (None, form.name)]
     for form in candidates:
@@ -163,7 +164,8 @@ def choose_forms(
     unknown = sorted(set(wanted) - set(known))
     if unknown:
         raise RecipeError(
-            f"forms names the unknown op {unknown[0]!r}; found ops: {', '.join(known)}. Fix the recipe."
+            f"forms names the unknown op {unknown[0]!r}; {nearest(unknown[0], known)}found ops: "
+            f"{', '.join(known)}. Fix the recipe."
         )
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
     return {

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
-from edgedyn.errors import CalibrationError, RecipeError
+from edgedyn.errors import CalibrationError, RecipeError, nearest
 from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, belongs_to, fused_activation, module_path
 from edgedyn.ops import is_ours, load_all
 from edgedyn.quantize.accounting import (
@@ -316,10 +316,11 @@ def refuse_unknown_layers(programs: Sequence[fx.GraphModule], key: str, patterns
     paths = [module_path(site.node) for module in programs for site in find_quantizable_layers(module)]
     for pattern in patterns:
         if not fnmatch.filter(paths, pattern):
-            near = ", ".join(dict.fromkeys(paths[:8]))
+            first = ", ".join(dict.fromkeys(paths[:8]))
             raise RecipeError(
-                f"quantize.{key}: {pattern!r} matches no layer; found {len(paths)} convolutions and "
-                f"linear layers, the first are {near}. Use a dotted path; * matches any part."
+                f"quantize.{key}: {pattern!r} matches no layer; {nearest(pattern, paths)}found {len(paths)} "
+                f"convolutions and linear layers, the first are {first}. "
+                "Use a dotted path; * matches any part."
             )
 
 

@@ -18,7 +18,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from edgedyn.bundle.tensors import TensorSpec
-from edgedyn.errors import RecipeError
+from edgedyn.errors import RecipeError, nearest
 from edgedyn.images.noise import NoiseSection
 from edgedyn.recipe.keys import (
     InputSection,
@@ -175,8 +175,8 @@ def find_network(name: str) -> Any:
         from edgedyn.models import names
 
         raise RecipeError(
-            f"model.network {name!r} cannot be loaded ({error}); expected one of {', '.join(names())}, or "
-            "package.module:function of an importable module."
+            f"model.network {name!r} cannot be loaded ({error}); {nearest(name, names())}expected one of "
+            f"{', '.join(names())}, or package.module:function of an importable module."
         ) from error
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedyn.errors import RecipeError
+from edgedyn.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -131,7 +131,8 @@ def load(name: str, kernels: str = "stock") -> Target:
     """
     if name not in names():
         raise RecipeError(
-            f"target {name!r} is unknown; found targets: {', '.join(names())}. Pick one in the recipe."
+            f"target {name!r} is unknown; {nearest(name, names())}found targets: {', '.join(names())}. "
+            "Pick one in the recipe."
         )
     target: Target = importlib.import_module(f"edgedyn.targets.{name}").TARGET
     if kernels == "stock":

@@ -143,7 +143,10 @@ def test_recipe_cannot_be_changed(tmp_path):
         ),
         ({"tile": {"overlap": -1}}, ["tile.overlap is -1", "greater than or equal to 0"]),
         ({"tile": {"overlap": "32"}}, ["tile.overlap is '32'", "integer"]),
-        ({"precision": "int4", "target": 3}, ["(1 more problems follow.)"]),
+        (
+            {"precision": "int4", "target": 3},
+            [": 2 problems\n", "\n  target is 3", "\n  precision is 'int4'"],
+        ),
         ({"folder": "/"}, ["folder"]),
     ],
     ids=lambda v: "" if isinstance(v, list) else str(v).replace(" ", ""),

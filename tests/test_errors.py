@@ -1,0 +1,69 @@
+"""A wrong name is answered with the nearest known one."""
+
+from __future__ import annotations
+
+import pytest
+
+from edgedyn import targets
+from edgedyn.errors import EdgedynError, RecipeError, nearest
+from edgedyn.ops import choose_form, choose_forms, load_all
+from edgedyn.recipe.recipe import find_network
+
+
+@pytest.mark.parametrize(
+    ("name", "known", "hint"),
+    [
+        ("quantise", ["target", "quantize"], "did you mean 'quantize'? "),
+        ("MalleNet", ["mallenet", "dncnn"], "did you mean 'mallenet'? "),
+        ("conv3", ["body.conv1", "body.conv3"], "did you mean 'body.conv3'? "),
+        ("zzz", ["target"], ""),
+        ("x", [], ""),
+    ],
+)
+def test_nearest_name_is_a_hint_or_nothing(name, known, hint):
+    assert nearest(name, known) == hint
+
+
+def refused_network() -> None:
+    find_network("malenet")
+
+
+def refused_target() -> None:
+    targets.load("executorh")
+
+
+def refused_form() -> None:
+    op = load_all()["sliced_depthwise2d"]
+    choose_form(op, targets.load("executorch"), "shift_mc")
+
+
+def refused_op() -> None:
+    import torch
+
+    program = torch.export.export(torch.nn.Identity(), (torch.zeros(1),))
+    choose_forms(program, targets.load("executorch"), {"sliced_depthwise": "shift_mac"})
+
+
+@pytest.mark.parametrize(
+    ("refused", "hint"),
+    [
+        (refused_network, "did you mean 'mallenet'?"),
+        (refused_target, "did you mean 'executorch'?"),
+        (refused_form, "_shift_mac'?"),
+        (refused_op, "did you mean 'sliced_depthwise2d'?"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else value.__name__,
+)
+def test_a_misspelt_name_is_refused_with_the_nearest(refused, hint):
+    with pytest.raises(RecipeError) as caught:
+        refused()
+    assert hint in str(caught.value)
+
+
+def test_every_exit_code_stands_in_the_table_of_the_module():
+    from edgedyn import errors
+
+    kinds = [k for k in vars(errors).values() if isinstance(k, type) and issubclass(k, EdgedynError)]
+    assert len(kinds) > 8
+    for kind in kinds:
+        assert f"\n    {kind.exit_code}    " in errors.__doc__
