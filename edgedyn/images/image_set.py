@@ -131,7 +131,7 @@ class CalibrationSet:
         taken: list[SetImage] = []
         for index, item in enumerate(images):
             for pixels in unpack(transform(item), f"item {index} of the set {name!r}"):
-                taken.append(SetImage(Path(f"{name}[{len(taken)}]"), _digest(pixels), pixels=pixels))
+                taken.append(SetImage(Path(f"{name}[{len(taken)}]"), digest_pixels(pixels), pixels=pixels))
             if len(taken) >= samples:
                 break
         if len(taken) < samples or samples < 1:
@@ -234,6 +234,31 @@ class CalibrationSet:
         values += [self.short_side] if self.short_side is not None else []
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
+    def with_values(
+        self,
+        *,
+        noise: NoiseSection | float | None = None,
+        samples: int | None = None,
+        color_augmented: int = 0,
+    ) -> CalibrationSet:
+        """Return the set with a user's values in place of its own.
+
+        Args:
+            noise: noise model, or the level of the set's Gaussian noise on the 0..255 scale; None keeps the
+                set's own.
+            samples: number of samples, each of another image; None keeps the set's own.
+            color_augmented: further samples of exchanged and saturated colours.
+
+        Raises:
+            CalibrationError: as ``with_noise``, ``take`` and ``with_color_augmented``.
+            pydantic.ValidationError: when ``noise`` is no level.
+        """
+        if isinstance(noise, float):
+            noise = self.noise.at_level(noise)
+        adapted = self if noise is None else self.with_noise(noise)
+        adapted = adapted if samples is None else adapted.take(samples)
+        return adapted.with_color_augmented(color_augmented)
+
     def with_noise(self, noise: NoiseSection) -> CalibrationSet:
         """Return the set with another noise model; of noisy photos the clean ones are taken then.
 
@@ -289,14 +314,27 @@ class CalibrationSet:
         return replace(self, images=distinct, samples=samples)
 
 
-def open_set(path: Path, *, most: int = MOST_SAMPLES) -> CalibrationSet:
-    """Open a manifest, or a folder of images with ``FOLDER_NOISE``, at most ``most`` of them evenly taken.
+def open_set(
+    path: Path,
+    *,
+    noise: NoiseSection | float | None = None,
+    samples: int | None = None,
+    color_augmented: int = 0,
+) -> CalibrationSet:
+    """Open a manifest or a folder of images, with the values of ``CalibrationSet.with_values``.
+
+    A folder has ``FOLDER_NOISE``; of its images, ``MOST_SAMPLES`` or ``samples`` are evenly taken at most.
 
     Raises:
-        CalibrationError: when it does not exist, is empty, or a file is missing or differs from its sha256.
+        CalibrationError: when it does not exist, is empty, a file is missing or differs from its sha256, or
+            it cannot take the values.
     """
-    if path.is_dir():
-        return _open_folder(path, most)
+    most = max(MOST_SAMPLES, samples or 0)
+    opened = _open_folder(path, most) if path.is_dir() else _open_manifest(path)
+    return opened.with_values(noise=noise, samples=samples, color_augmented=color_augmented)
+
+
+def _open_manifest(path: Path) -> CalibrationSet:
     manifest = read_manifest(path)
     images = []
     for file in manifest.files:
@@ -323,39 +361,6 @@ def open_set(path: Path, *, most: int = MOST_SAMPLES) -> CalibrationSet:
     return opened
 
 
-def refuse_overlap(calibration: CalibrationSet, validation: CalibrationSet) -> None:
-    """Refuse sets that share an image: numbers measured on calibration images prove nothing.
-
-    Raises:
-        CalibrationError: naming the shared files.
-    """
-    seen = {digest: path for path, digest in calibration.files}
-    digests = list(validation.files)
-    if any(image.pixels is not None for image in calibration.images):  # these are known by their pixels
-        digests += [(path, _digest(read_pixels(path, validation.raw))) for path, _ in validation.files]
-    shared = [f"{path.name} ({seen[digest].name})" for path, digest in digests if digest in seen]
-    if shared:
-        raise CalibrationError(
-            f"calibration set {calibration.name!r} and validation set {validation.name!r} share "
-            f"{len(shared)} files (by content): {', '.join(shared[:5])}. Take them out of one set."
-        )
-
-
-def refuse_other_clipping(calibration: CalibrationSet, validation: CalibrationSet) -> None:
-    """Refuse sets of which one clips its noise and the other does not: a network is trained for one of them.
-
-    Raises:
-        CalibrationError: naming both rules.
-    """
-    rules = [(s.name, s.noise.clip) for s in (calibration, validation) if s.noise.is_added]
-    if len({clip for _, clip in rules}) > 1:
-        one, other = (f"{name!r} has clip: {str(clip).lower()}" for name, clip in rules)
-        raise CalibrationError(
-            f"calibration set {one}, and validation set {other}; expected one clipping rule, the one that "
-            "the network was trained with. Fix a manifest, or set noise: in the recipe, for both."
-        )
-
-
 def _open_folder(path: Path, most: int) -> CalibrationSet:
     files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
     if not files:
@@ -378,7 +383,8 @@ def _sha256(file: Path, source: Path) -> str:
         ) from error
 
 
-def _digest(pixels: np.ndarray) -> str:
+def digest_pixels(pixels: np.ndarray) -> str:
+    """Return the sha256 of an image in memory, of its shape and its pixels."""
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 

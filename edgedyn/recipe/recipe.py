@@ -103,21 +103,16 @@ class Recipe(Section):
             return ""
         return hashlib.sha256(self.path(self.model.weights).read_bytes()).hexdigest()
 
-    def choose_noise(self, own: NoiseSection) -> NoiseSection:
-        """Return the recipe's noise, else a set's own, at the level that the network is told.
+    @property
+    def sets_noise(self) -> NoiseSection | float | None:
+        """The noise of both image sets: the recipe's own, or the level that the network is conditioned on.
 
-        Raises:
-            RecipeError: when that is no level of noise.
+        None where the recipe has neither: each set keeps its own noise.
         """
-        if self.noise is not None:
-            return self.noise
-        told = self.model.arguments.get("sigma")
-        if not isinstance(told, int | float) or isinstance(told, bool):  # true and false are no level
-            return own
-        try:
-            return own.at_level(float(told))
-        except ValidationError as error:
-            raise RecipeError(f"model.arguments.sigma: {explain(error, NoiseSection)}") from error
+        level = self.model.arguments.get("sigma")
+        if self.noise is not None or not isinstance(level, int | float) or isinstance(level, bool):
+            return self.noise  # true and false are no level
+        return float(level)
 
     @property
     def is_trained(self) -> bool:

@@ -268,5 +268,5 @@ def test_shipped_networks_that_are_told_a_level_have_unclipped_noise_of_it(path)
     shipped = load_recipe(path)
     for name in (shipped.calibration, shipped.validation):
         if name is not None:
-            noise = shipped.choose_noise(open_set(shipped.path(name)).noise)
+            noise = open_set(shipped.path(name), noise=shipped.sets_noise).noise
             assert noise.to_json() == {"kind": "gaussian", "sigma": [25.0], "clip": False}

@@ -24,7 +24,9 @@ from small_sets import (
 )
 
 from edgedyn.errors import CalibrationError
-from edgedyn.images.image_set import CalibrationSet, open_set, refuse_overlap
+from edgedyn.images.disjoint import refuse_overlap
+from edgedyn.images.image_set import CalibrationSet, open_set
+from edgedyn.images.noise import NoiseSection
 
 
 def test_draw_is_the_same_every_time_and_follows_the_seed(tmp_path):
@@ -351,3 +353,16 @@ def test_sets_of_the_project_open_and_do_not_overlap(name):
     for opened in (calibration, validation):
         assert opened.licence
         assert not opened.noise.clip
+
+
+def test_values_of_a_user_take_the_place_of_the_set_s_own(tmp_path):
+    path = write_set(tmp_path, noise={"sigma": [15.0, 50.0], "clip": False})
+    own = open_set(path)
+    at_level = open_set(path, noise=40.0)
+    assert (at_level.noise.sigma, at_level.noise.clip) == ([40.0], False)
+    given = NoiseSection(kind="none")
+    assert open_set(path, noise=given).noise == given
+    made = open_set(path, samples=2, color_augmented=3)
+    assert (made.samples, made.color_augmented, made.noise) == (2, 3, own.noise)
+    assert made.digest() == own.take(2).with_color_augmented(3).digest()
+    assert own.with_values(noise=40.0).digest() == at_level.digest() != own.digest()

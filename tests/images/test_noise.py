@@ -13,7 +13,8 @@ from small_sets import NOISE, draw, entry, refused, save_image, write_pairs, wri
 
 from edgedyn.errors import CalibrationError
 from edgedyn.images import metrics
-from edgedyn.images.image_set import Sample, open_set, refuse_other_clipping
+from edgedyn.images.disjoint import refuse_other_clipping
+from edgedyn.images.image_set import Sample, open_set
 from edgedyn.images.noise import NoiseSection
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.validation.stages import _by_condition, to_hwc

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, TensorDataset
 from edgedyn import CalibrationSet
 from edgedyn.errors import CalibrationError
 from edgedyn.images.crops import correlate
-from edgedyn.images.image_set import open_set, refuse_overlap
+from edgedyn.images.disjoint import refuse_overlap
+from edgedyn.images.image_set import open_set
 from edgedyn.images.noise import NoiseSection
 from edgedyn.images.photo import _png16, read_image
 from edgedyn.images.pixels import read_pixels
