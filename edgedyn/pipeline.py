@@ -18,10 +18,11 @@ from edgedyn.bundle.dispatch import load_programs
 from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
 from edgedyn.conversion import coverage, implicit
 from edgedyn.conversion.capture import capture
-from edgedyn.conversion.convert import Measurements, Progress, convert, load_target
+from edgedyn.conversion.convert import Measurements, convert, load_target
 from edgedyn.conversion.image_sets import load_sets
 from edgedyn.errors import RecipeError, UsageError
 from edgedyn.graph.provenance import shared_provenance
+from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.table.table import refuse_place
 from edgedyn.report import write_report
 from edgedyn.report.rows import ValidationReport
@@ -72,7 +73,7 @@ def build(
     calibration: CalibrationSet | None = None,
     force: bool = False,
     trust: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Build:
     """Build the bundle ``out``; it appears whole, report included, or not at all.
 
@@ -82,7 +83,7 @@ def build(
         calibration: in place of the recipe's calibration set, for instance ``CalibrationSet.of(loader)``.
         force: replace a bundle that stands there.
         trust: allow weights that are a pickle of tensors.
-        progress: called with (what is done, steps done, steps in all).
+        progress: called with (phase, steps done, steps of the phase).
 
     Raises:
         EdgedynError: the narrowest kind, before anything is written where that can be known.
@@ -134,7 +135,7 @@ def calibrate(
     trust: bool = False,
     sensitivity: bool = False,
     ablation: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> CalibrationTable:
     """Write the calibration table of an INT8 recipe, whole or not at all; nothing is lowered.
 
@@ -147,7 +148,7 @@ def calibrate(
         trust: allow weights that are a pickle of tensors.
         sensitivity: measure what INT8 costs in each layer; ``CalibrationTable.precision`` has it.
         ablation: measure what each switch of the method is worth; ``CalibrationTable.ablation`` has it.
-        progress: called with (what is done, steps done, steps in all).
+        progress: called with (phase, steps done, steps of the phase).
 
     Raises:
         RecipeError: for a recipe of another precision, or one that has no calibration cache.

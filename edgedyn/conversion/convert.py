@@ -7,7 +7,7 @@ A routed network goes the way once a part: its router, and each of its variants.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -25,6 +25,7 @@ from edgedyn.conversion.table_key import find_table, make_table, part_of, table_
 from edgedyn.errors import RecipeError, TargetMissingError
 from edgedyn.layers import find_dynamic, float32_classes, recognise
 from edgedyn.layers._routed import part_inputs, parts, routing_of
+from edgedyn.quantize.progress import Progress, silent
 
 if TYPE_CHECKING:
     from edgedyn.conversion.coverage import Coverage
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from edgedyn.quantize.table.table import CalibrationTable
     from edgedyn.recipe.recipe import Recipe
     from edgedyn.targets import Target
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
@@ -141,7 +140,7 @@ def convert(
     force: bool = False,
     trust: bool = False,
     measure: Measurements = Measurements(),
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Converted:
     """Bring the recipe's network to the programs that the target lowers.
 
@@ -156,7 +155,7 @@ def convert(
         force: use the recipe's calibration table also where it is of something else.
         trust: allow weights that are a pickle of tensors.
         measure: measurements that calibration makes besides.
-        progress: called with (what is done, steps done, steps in all).
+        progress: called with (phase, steps done, steps of the phase).
 
     Raises:
         CalibrationError: when images to fine-tune on are refused, or are validated on.
@@ -180,7 +179,7 @@ def rewrite_network(
     example: Sample,
     *,
     trust: bool = False,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Rewritten:
     """Rewrite the recipe's network on our ops, capture its programs and decompose them for the target.
 
@@ -211,7 +210,7 @@ def find_or_calibrate(
     *,
     force: bool = False,
     measure: Measurements = Measurements(),
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> tuple[CalibrationTable | None, str]:
     """Return the calibration table of a network: the recipe's where it fits, else a new one.
 

@@ -149,7 +149,7 @@ def part_of(table: CalibrationTable, program: str) -> Calibrated:
 
 def _layers(module: fx.GraphModule) -> str:
     """Return the digest of what could be INT8: layers, the tensors that they read and write, and shapes."""
-    rows = [[site.name, site.x, list(shape_of(site.node))] for site in find_quantizable_layers(module)]
+    rows = [[site.name, site.input, list(shape_of(site.node))] for site in find_quantizable_layers(module)]
     return _digest(rows)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
@@ -13,7 +13,8 @@ from edgedyn.errors import CalibrationError
 from edgedyn.quantize.calibrated import Calibrated
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.program import Observed, observe_program
-from edgedyn.quantize.plan import Int8Method, Progress
+from edgedyn.quantize.plan import Int8Method
+from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.rounding.program import round_program
 from edgedyn.quantize.search.ablation import ablate
 from edgedyn.quantize.search.precision import EvaluationSet, Rounded, choose_precision
@@ -48,7 +49,7 @@ def calibrate(
     *,
     generated: Collection[str] = frozenset(),
     evaluation: EvaluationSet | None = None,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Calibrated:
     """Choose the INT8 ranges, weights and float layers of an decomposed float program.
 
@@ -58,7 +59,7 @@ def calibrate(
         method: the recipe's ``quantize`` section on a target.
         generated: names of the tensors that are generated kernels, from ``find_generators``.
         evaluation: evaluation set of the precision search and the ablation; None for neither.
-        progress: called with (what is done, steps done, steps in all).
+        progress: called with (phase, steps done, steps of the phase).
 
     Raises:
         CalibrationError: without samples, or for a sample that brings NaN or infinite values.
@@ -105,14 +106,14 @@ class Calibrator:
         inputs: its calibration inputs.
         method: the recipe's ``quantize`` section on a target.
         generated: names of the tensors that are generated kernels.
-        progress: called with (what is done, steps done, steps in all).
+        progress: called with (phase, steps done, steps of the phase).
     """
 
     module: fx.GraphModule
     inputs: CalibrationInputs
     method: Int8Method
     generated: Collection[str] = frozenset()
-    progress: Callable[[str, int, int], None] = lambda what, done, total: None
+    progress: Progress = silent
 
     def observe(self) -> tuple[fx.GraphModule, Observed]:
         """Return the program, equalized, with the ranges of its tensors."""

@@ -92,12 +92,12 @@ def make_quantizer(plan: Plan, steps: QParams, scheme: Int8Scheme) -> Any:
             nodes = {node.name: node for node in model.graph.nodes}
             for call, x in plan.kernels.items():
                 annotate(nodes[call.name], {nodes[call.name].args[0]: activation(x)})
-            has_step = set(plan.written(scheme))
-            for site in plan.sites:
+            has_step = set(plan.quantized_outputs(scheme))
+            for site in plan.layers:
                 node = nodes[site.node.name]
-                last = nodes[site.last.name]
-                written = activation(site.y) if site in has_step else None
-                x = of_each_image if site.node in plan.dynamic else activation(site.x)
+                last = nodes[site.output_node.name]
+                written = activation(site.output) if site in has_step else None
+                x = of_each_image if site.node in plan.dynamic else activation(site.input)
                 read = {node.args[0]: x, node.args[1]: weight(site)}
                 annotate(node, read, written if last is node else None)
                 if last is not node:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import fnmatch
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -34,67 +34,75 @@ from edgedyn.targets import Int8Scheme
 if TYPE_CHECKING:
     from edgedyn.recipe.keys import QuantizeSection
 
-Progress = Callable[[str, int, int], None]  # called with (what is done, steps done, steps in all)
-
 
 @dataclass(frozen=True)
 class QuantizableLayer:
-    """A convolution or linear layer, at one of its calls.
+    """One call of a convolution or linear layer, and the names of its tensors in a calibration table.
 
     Attributes:
-        name: dotted path of the layer; ``#2`` follows where it is called again.
+        name: dotted path of the layer; the second call of the same layer ends in ``#2``.
         node: the call.
-        last: the call, or the activation behind it that a runtime fuses.
-        x: name of the tensor that it reads.
+        output_node: the call, or the activation behind it that runtimes fuse into it.
+        input: name of the input activation.
     """
 
     name: str
     node: fx.Node
-    last: fx.Node
-    x: str
+    output_node: fx.Node
+    input: str
 
     @property
-    def y(self) -> str:
-        """Name of the tensor that it writes, behind the activation."""
+    def input_node(self) -> fx.Node:
+        """Node of the input activation."""
+        node = self.node.args[0]
+        assert isinstance(node, fx.Node)
+        return node
+
+    @property
+    def output(self) -> str:
+        """Name of the output activation, behind the fused activation."""
         return f"{self.name}.output"
 
     @property
     def weight(self) -> str:
-        """Name of its weight."""
+        """Name of the weight."""
         return f"{self.name}.weight"
 
     @property
     def bias(self) -> str:
-        """Name of its bias."""
+        """Name of the bias."""
         return f"{self.name}.bias"
 
 
 def find_quantizable_layers(module: fx.GraphModule) -> list[QuantizableLayer]:
     """Return every convolution and linear layer of a folded program, in the order of the graph.
 
-    A tensor is named by the layer that writes it, else by the first that reads it: these names are the same
-    in whichever form our ops are.
+    An activation is named after the layer that computes it, else after the first layer that reads it. These
+    names do not depend on the forms of our ops.
     """
-    seen: Counter[str] = Counter()
+    calls: Counter[str] = Counter()
     names: dict[fx.Node, str] = {}
-    sites = []
+    layers = []
     for node in module.graph.nodes:
         if node.target in MULTIPLY_ADD_OPS:
             path = module_path(node) or node.name
-            seen[path] += 1
-            name = path if seen[path] == 1 else f"{path}#{seen[path]}"
-            x = names.setdefault(node.args[0], f"{name}.input")
-            site = QuantizableLayer(name, node, fused_activation(node) or node, x)
-            names[site.last] = site.y
-            sites.append(site)
-    return sites
+            calls[path] += 1
+            name = path if calls[path] == 1 else f"{path}#{calls[path]}"
+            input_name = names.setdefault(node.args[0], f"{name}.input")
+            layer = QuantizableLayer(name, node, fused_activation(node) or node, input_name)
+            names[layer.output_node] = layer.output
+            layers.append(layer)
+    return layers
 
 
-def name_tensors(module: fx.GraphModule, sites: Sequence[QuantizableLayer]) -> dict[str, fx.Node]:
-    """Return what INT8 layers read or write on any target, and the x of every op of ours, by name."""
+def name_tensors(module: fx.GraphModule, layers: Sequence[QuantizableLayer]) -> dict[str, fx.Node]:
+    """Return the activations that may be INT8 on any target, by name.
+
+    They are the inputs and outputs of layers and the first argument of every op of ours.
+    """
     tensors: dict[str, fx.Node] = {}
-    for site in sites:
-        tensors |= {site.x: site.node.args[0], site.y: site.last}  # type: ignore[dict-item]
+    for layer in layers:
+        tensors |= {layer.input: layer.input_node, layer.output: layer.output_node}
     known = {node: name for name, node in tensors.items()}
     for node in module.graph.nodes:
         if is_ours(node):
@@ -113,7 +121,7 @@ def find_generators(module: fx.GraphModule) -> frozenset[str]:
     Args:
         module: a folded program with our ops as nodes.
     """
-    written = {site.last: site.y for site in find_quantizable_layers(module)}
+    written = {site.output_node: site.output for site in find_quantizable_layers(module)}
     names = {node: name for name, node in _last_of_modules(module).items()}
     ops = {op.overload: op for op in load_all().values()}
     decided = find_decided(module)
@@ -141,7 +149,9 @@ def find_kernels(module: fx.GraphModule, names: Collection[str]) -> dict[str, fx
         module: a folded program.
         names: from ``find_generators``.
     """
-    tensors = _last_of_modules(module) | {site.y: site.last for site in find_quantizable_layers(module)}
+    tensors = _last_of_modules(module) | {
+        site.output: site.output_node for site in find_quantizable_layers(module)
+    }
     return {name: node for name, node in tensors.items() if name in names}
 
 
@@ -184,20 +194,20 @@ class Plan:
     """What is computed in INT8.
 
     Attributes:
-        sites: convolutions and linear layers.
+        layers: the INT8 convolutions and linear layers.
         kernels: calls of our ops that get their x in INT8, with the name of x.
         reasons: of what stays float, by node name.
         dynamic: calls of layers that take the range of what they read from each image, and write float.
     """
 
-    sites: tuple[QuantizableLayer, ...]
+    layers: tuple[QuantizableLayer, ...]
     kernels: Mapping[fx.Node, str]
     reasons: Mapping[str, str]
     dynamic: frozenset[fx.Node] = frozenset()
 
-    def written(self, scheme: Int8Scheme) -> tuple[QuantizableLayer, ...]:
-        """Return the layers whose output has a step."""
-        return tuple(site for site in self.sites if scheme.outputs and site.node not in self.dynamic)
+    def quantized_outputs(self, scheme: Int8Scheme) -> tuple[QuantizableLayer, ...]:
+        """Return the layers whose output activation is quantized."""
+        return tuple(site for site in self.layers if scheme.outputs and site.node not in self.dynamic)
 
 
 def make_plan(
@@ -235,7 +245,7 @@ def make_plan(
     names = _matching([site for site in found if scheme.dynamic(site.node)], dynamic)
     if scheme.outputs:
         written = [site for site in found if site.node.name not in names]
-        reasons |= {site.node.name: KEPT_GENERATED for site in written if site.y in generated}
+        reasons |= {site.node.name: KEPT_GENERATED for site in written if site.output in generated}
     reasons |= {node.name: KEPT_ALWAYS for node in module.graph.nodes if belongs_to(node, float32)}
     deciding = find_deciding_layers(module, is_router=is_router)
     reasons |= {node.name: KEPT_ALWAYS for node in deciding}

@@ -89,13 +89,13 @@ def apply(
     generated = {entry.name for entry in calibrated.entries if entry.kind == "kernel"}
     module = fold(program)
     planned = method.plan(module, kept=calibrated.kept, generated=generated)
-    refuse_other_layers(module, planned.sites, calibrated)
-    final = without_rescales(calibrated, {site.y for site in planned.written(scheme)})
+    refuse_other_layers(module, planned.layers, calibrated)
+    final = without_rescales(calibrated, {site.output for site in planned.quantized_outputs(scheme)})
     insert_output_rescales(module, output_factors(final.entries))
     insert_input_rescales(module, input_factors(final.entries))
     restore(module, final)
     plan, steps = method.plan(module, kept=final.kept, generated=generated), qparams_of(final.entries, scheme)
-    drop_input_rescales(module, {site.node for site in plan.sites})
+    drop_input_rescales(module, {site.node for site in plan.layers})
     reasons = {**plan.reasons, **{n.name: n.meta[RESCALE] for n in module.graph.nodes if RESCALE in n.meta}}
     with torch.no_grad():
         converted = insert_qdq(module, plan, steps, scheme)
@@ -104,5 +104,5 @@ def apply(
     reasons |= {node.name: KEPT_SHIFT for node in converted.graph.nodes if SHIFT in node.meta}
     separate_readers(converted)
     exported = torch.export.export(converted, inputs)
-    ranged = tuple(site.name for site in plan.sites if site.node in plan.dynamic)
+    ranged = tuple(site.name for site in plan.layers if site.node in plan.dynamic)
     return Quantized(exported, *int8_share(exported), account(converted, reasons), calibrated, ranged)

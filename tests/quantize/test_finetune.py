@@ -124,7 +124,7 @@ def test_training_goes_through_ranges_of_each_image(monkeypatch):
     monkeypatch.setattr(training, "_RATE", 0.05)  # few steps here
     scheme = targets.load("executorch").int8
     made = coarse(make_net(), scheme=scheme, dynamic=("*",))
-    assert len(made[1].dynamic) == len(made[1].sites) == 3
+    assert len(made[1].dynamic) == len(made[1].layers) == 3
     assert error(made, train(made, 60, scheme), scheme) < 0.75 * error(made, {}, scheme)
 
 
@@ -199,12 +199,14 @@ def test_result_that_is_not_better_is_dropped(monkeypatch):
 
 def test_training_twice_gives_the_same_codes_and_leaves_the_module_alone():
     made = coarse(make_net())
-    before = [weight_of(made[0], site.node).clone() for site in made[1].sites]
+    before = [weight_of(made[0], site.node).clone() for site in made[1].layers]
     first, second = train(made, 12), train(made, 12)
     assert first
     assert all((first[name] == second[name]).all() for name in first)
     assert all(parameter.grad is None for parameter in made[0].parameters())
-    assert all(torch.equal(weight_of(made[0], s.node), w) for s, w in zip(made[1].sites, before, strict=True))
+    assert all(
+        torch.equal(weight_of(made[0], s.node), w) for s, w in zip(made[1].layers, before, strict=True)
+    )
 
 
 def test_only_int8_layers_are_trained_and_codes_fit_int8():
@@ -346,7 +348,7 @@ def test_steps_are_counted_and_what_was_trained_is_what_calibration_found():
     restore(module, found)
     plan, steps = make_plan(module, scheme=AFFINE), qparams_of(found.entries, AFFINE)
     program = training._Int8Program(module, plan, steps, AFFINE)
-    assert len(found.constants) == 2 * len(plan.sites)
-    for site in plan.sites:
+    assert len(found.constants) == 2 * len(plan.layers)
+    for site in plan.layers:
         codes = program.codes[site.node].detach().to(torch.int8).numpy()
         assert (codes == found.constants[site.weight]).all()

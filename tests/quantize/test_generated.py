@@ -34,7 +34,7 @@ KERNELS = {"1.scales.0.output", "1.offsets.0.output"}
 
 
 def measure_content(module, sites, samples):
-    meter = ContentMeter({site.y: site.last for site in sites})
+    meter = ContentMeter({site.output: site.output_node for site in sites})
     channel_maxima(module, (), samples, dict.fromkeys(meter.names, meter.add))
     return meter.read()
 

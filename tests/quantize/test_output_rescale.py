@@ -63,7 +63,7 @@ def products(made: quantize.Quantized) -> int:
 
 def scale_all(module, x: Tensor) -> dict[str, Tensor]:
     sites = find_scalable(module, ())
-    return scale_outputs(module, sites, channel_maxima(module, [site.last for site in sites], [(x,)]))
+    return scale_outputs(module, sites, channel_maxima(module, [site.output_node for site in sites], [(x,)]))
 
 
 def test_network_stays_what_it_was_and_channels_have_one_range(net):

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 
 from edgedyn.quantize.observe.histogram import Histogram
-from edgedyn.quantize.observe.ranges import ESTIMATORS, entropy, minmax, mse, percentile, step_of
+from edgedyn.quantize.observe.ranges import ESTIMATORS, choose_qparams, entropy, minmax, mse, percentile
 
 NORMAL = np.random.default_rng(1).standard_normal(200_000).astype(np.float32)
 OUTLIER = np.append(NORMAL, np.float32(60))
 
 
 def squared_error(values: np.ndarray, interval: tuple[float, float], *, symmetric: bool) -> float:
-    scale, zero = step_of(*interval, symmetric=symmetric)
+    scale, zero = choose_qparams(*interval, symmetric=symmetric)
     codes = np.clip(np.round(values / scale) + zero, -128, 127)
     return float(np.mean(((codes - zero) * scale - values) ** 2))
 
@@ -69,12 +69,12 @@ def test_entropy_drops_a_long_tail_and_keeps_a_flat_distribution():
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 3.0), (0.0, 2.0), (-5.0, 0.0), (0.0, 0.0), (-1e-30, 1e-30)])
 def test_step_reaches_both_ends_and_holds_zero_exactly(low, high):
-    scale, zero = step_of(low, high, symmetric=False)
+    scale, zero = choose_qparams(low, high, symmetric=False)
     assert scale == np.float32(scale) > 0
     assert -128 <= zero <= 127
     # rounding of the zero point moves both ends by half a step at most; a step is 2^-16 at least
     assert (-128 - zero) * scale <= low + 0.51 * scale
     assert (127 - zero) * scale >= high - 0.51 * scale
-    symmetric, nothing = step_of(low, high, symmetric=True)
+    symmetric, nothing = choose_qparams(low, high, symmetric=True)
     assert nothing == 0
     assert 127 * symmetric == pytest.approx(max(-low, high, 0), rel=2.0**-23, abs=127 * 2.0**-16)

@@ -12,15 +12,15 @@ from torch import Tensor, fx
 
 from edgedyn.graph.nodes import bias_of, weight_of
 from edgedyn.quantize.observe.histogram import Histogram
-from edgedyn.quantize.observe.ranges import ESTIMATORS, step_of
+from edgedyn.quantize.observe.ranges import ESTIMATORS, choose_qparams
 from edgedyn.quantize.observe.statistics import channel_maxima, observe
 from edgedyn.quantize.plan import (
-    Progress,
     QuantizableLayer,
     find_kernels,
     find_quantizable_layers,
     name_tensors,
 )
+from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.rescale.equalize import equalize, find_pairs
 from edgedyn.quantize.rescale.generated import ContentMeter, find_generating, scale_taps
 from edgedyn.quantize.rescale.input_rescale import find_read, scale_inputs
@@ -56,7 +56,7 @@ def observe_program(
     samples: Sequence[tuple[Tensor, ...]],
     sources: Sequence[str] = (),
     generated: Collection[str] = frozenset(),
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Observed:
     """Equalize a folded program, observe it on calibration samples and choose the range of every tensor.
 
@@ -66,7 +66,7 @@ def observe_program(
         samples: inputs of the program.
         sources: where each sample comes from, for errors.
         generated: names of the tensors that are generated kernels.
-        progress: called with (what is done, steps done, steps in all).
+        progress: called with (phase, steps done, steps of the phase).
 
     Raises:
         CalibrationError: for a sample that brings NaN or infinite values to a tensor.
@@ -75,7 +75,7 @@ def observe_program(
     writing = find_generating(module, generated)
     done = {pair.first for pair in pairs} | {site.node for site in writing}
     scalable = find_scalable(module, done) if section.equalize_outputs else []
-    maps = {node for pair in pairs for node in pair.maps} | {site.last for site in scalable}
+    maps = {node for pair in pairs for node in pair.maps} | {site.output_node for site in scalable}
     read = find_read(module, [pair.between for pair in pairs]) if section.equalize_inputs else {}
     maps |= {x for x, _ in read.values()}
     kernels = find_kernels(module, generated)  # before a product stands behind one
@@ -88,7 +88,7 @@ def observe_program(
     factors = scale_inputs(module, read, largest)
     changed += [site.node for name in factors for site in read[name][1]]
     sites = find_quantizable_layers(module)
-    constants = _changed_constants(module, [x for x in sites if x.node in changed or x.y in products])
+    constants = _changed_constants(module, [x for x in sites if x.node in changed or x.output in products])
     found = observe(
         module,
         {**name_tensors(module, sites), **kernels},
@@ -113,8 +113,8 @@ def observe_program(
 def _entry(name: str, kind: Kind, histogram: Histogram, section: QuantizeSection) -> Entry:
     method = section.ranges.kernel if kind == "kernel" else section.ranges.feature
     options = {"share": section.ranges.percentile} if method == "percentile" else {}
-    affine = step_of(*ESTIMATORS[method](histogram, symmetric=False, **options), symmetric=False)
-    symmetric, _ = step_of(*ESTIMATORS[method](histogram, symmetric=True, **options), symmetric=True)
+    affine = choose_qparams(*ESTIMATORS[method](histogram, symmetric=False, **options), symmetric=False)
+    symmetric, _ = choose_qparams(*ESTIMATORS[method](histogram, symmetric=True, **options), symmetric=True)
     return Entry(name, kind, histogram, method, affine, symmetric)
 
 

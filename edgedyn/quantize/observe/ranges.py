@@ -5,9 +5,9 @@
     mse          the interval with the least mean squared error of rounding and clipping
     entropy      the interval whose quantized distribution is nearest to the true one (Kullback-Leibler)
 
-Each reads a histogram and returns (low, high); ``step_of`` turns that to a scale and a zero point. Zero is
-always in the interval: it pads convolutions, and has to be exact. Where the zero point is 0 the interval is
-as wide on both sides.
+Each reads a histogram and returns (low, high); ``choose_qparams`` turns them into a scale and a zero point.
+The interval always contains zero, which pads convolutions and must be exact. Where the zero point is 0, the
+interval is symmetric.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ ESTIMATORS: Mapping[str, Callable[..., tuple[float, float]]] = {
 }
 
 
-def step_of(low: float, high: float, *, symmetric: bool) -> tuple[float, int]:
+def choose_qparams(low: float, high: float, *, symmetric: bool) -> tuple[float, int]:
     """Return the scale, a float32 value, and the zero point of int8 for an interval that holds 0."""
     if symmetric:
         return max(float(np.float32(max(-low, high) / 127)), _FINEST), 0

@@ -47,7 +47,7 @@ def find_generating(module: fx.GraphModule, names: Collection[str]) -> list[Quan
         module: a folded program.
         names: of the kernels, from ``find_generators``.
     """
-    return [site for site in find_quantizable_layers(module) if site.y in names]
+    return [site for site in find_quantizable_layers(module) if site.output in names]
 
 
 class ContentMeter:
@@ -87,9 +87,9 @@ def scale_taps(
     """
     factors = {}
     for site in sites:
-        largest = content[site.y].largest
+        largest = content[site.output].largest
         if can_scale(site) and largest.any():
             up = largest.max() / largest.clamp(min=largest.max() / _LARGEST)
-            factors[site.y] = scale_channels(module, site, up)
+            factors[site.output] = scale_channels(module, site, up)
     insert_output_rescales(module, factors)
     return factors

@@ -40,7 +40,7 @@ def find_read(module: fx.GraphModule, equalized: Collection[fx.Node] = ()) -> Re
     """
     sites = find_quantizable_layers(module)
     deciding = set(find_deciding_layers(module))
-    written = {site.last for site in sites} | set(equalized)
+    written = {site.output_node for site in sites} | set(equalized)
     readers: dict[fx.Node, list[QuantizableLayer]] = {}
     for site in sites:
         x = site.node.args[0]

@@ -46,7 +46,7 @@ def find_scalable(module: fx.GraphModule, taken_back: Collection[fx.Node]) -> li
     sites = [
         site for site in find_quantizable_layers(module) if site.node not in taken_back and can_scale(site)
     ]
-    written = {site: site.last.meta["val"] for site in sites}
+    written = {site: site.output_node.meta["val"] for site in sites}
     return [site for site, y in written.items() if y.numel() > y.shape[channel_axis(y)]]
 
 
@@ -62,17 +62,19 @@ def scale_outputs(
     """
     factors = {}
     for site in sites:
-        top = largest[site.last].max()
-        up = top / largest[site.last].clamp(min=top / _LARGEST)
+        top = largest[site.output_node].max()
+        up = top / largest[site.output_node].clamp(min=top / _LARGEST)
         if top > 0 and float((1 / up**2).mean()) <= _WORTH:
-            factors[site.y] = scale_channels(module, site, up)
+            factors[site.output] = scale_channels(module, site, up)
     insert_output_rescales(module, factors)
     return factors
 
 
 def can_scale(site: QuantizableLayer) -> bool:
     """Whether the channels that a layer writes can be scaled in it and taken back where they are float."""
-    return not _meets_layer(site.last) and (site.last is site.node or site.last.target in RELUS)
+    return not _meets_layer(site.output_node) and (
+        site.output_node is site.node or site.output_node.target in RELUS
+    )
 
 
 def _meets_layer(node: fx.Node) -> bool:
@@ -97,9 +99,11 @@ def scale_channels(module: fx.GraphModule, site: QuantizableLayer, up: Tensor) -
 def insert_output_rescales(module: fx.GraphModule, factors: Mapping[str, Tensor]) -> None:
     """Multiply what layers write, by name, with a factor a channel: what reads it finds its own size."""
     for site in find_quantizable_layers(module):
-        if site.y not in factors:
+        if site.output not in factors:
             continue
-        insert_product(module, site.last, factors[site.y], list(site.last.users), KEPT_PRODUCT)
+        insert_product(
+            module, site.output_node, factors[site.output], list(site.output_node.users), KEPT_PRODUCT
+        )
     module.recompile()
 
 

@@ -62,7 +62,7 @@ def correct_biases(
     quantized = insert_qdq(copy.deepcopy(module), plan, steps, scheme, fold=False)
     # NNCF reads the shape of every node
     FakeTensorProp(quantized, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*samples[0])
-    _add_biases(wanted, [site.node.name for site in plan.sites if bias_of(module, site.node) is not None])
+    _add_biases(wanted, [site.node.name for site in plan.layers if bias_of(module, site.node) is not None])
     if how == "full":
         samples = _thin(plan, samples)
     reads = itertools.count(1)
@@ -84,7 +84,7 @@ def correct_biases(
         means = collect_statistics(chosen.get_statistic_points(wanted, graph), wanted, graph, data)
         corrected = chosen.apply(quantized, build_graph(quantized), means)
     nodes = {node.name: node for node in corrected.graph.nodes}
-    biases = {site: bias_of(corrected, nodes[site.node.name]) for site in plan.sites}
+    biases = {site: bias_of(corrected, nodes[site.node.name]) for site in plan.layers}
     return {site.bias: bias.numpy() for site, bias in biases.items() if bias is not None}
 
 
@@ -98,5 +98,5 @@ def _add_biases(module: fx.GraphModule, layers: Collection[str]) -> None:
 
 def _thin(plan: Plan, samples: Sequence[tuple[Tensor, ...]]) -> Sequence[tuple[Tensor, ...]]:
     """Return every n-th sample, so many that what layers read of them takes no more than ``_HELD`` bytes."""
-    each = 4 * sum(math.prod(shape_of(site.node.args[0])) for site in plan.sites)  # of float32
+    each = 4 * sum(math.prod(shape_of(site.node.args[0])) for site in plan.layers)  # of float32
     return samples[:: -(-len(samples) * each // _HELD) or 1]

@@ -139,7 +139,7 @@ class _Int8Program(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, plan: Plan, steps: QParams, scheme: Int8Scheme) -> None:
         super().__init__(module)
-        self.sites = {site.node: site for site in plan.sites}
+        self.sites = {site.node: site for site in plan.layers}
         self.read, self.written = qparams_by_call(plan, steps, scheme)
         # our ops have no gradient of their own; the last form of each is ordinary operators that run anywhere
         self.forms: dict[Any, Any] = {op.overload: op.forms[-1].fn for op in load_all().values()}
@@ -149,7 +149,7 @@ class _Int8Program(fx.Interpreter):
             weight, bias = weight_of(module, node), bias_of(module, node)
             scales = steps.weights[site.weight]
             self.scales[node] = by_output(scales, weight)
-            self.units[node] = steps.of(site.y)[0]
+            self.units[node] = steps.of(site.output)[0]
             bias = torch.zeros(len(weight)) if bias is None else bias
             self.codes[node] = quantize_weight(weight, scales).requires_grad_()
             self.biases[node] = (bias / self.units[node]).requires_grad_()

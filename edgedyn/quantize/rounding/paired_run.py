@@ -50,10 +50,10 @@ def qparams_by_call(
 ) -> tuple[dict[fx.Node, Step], dict[fx.Node, tuple[float, int]]]:
     """Return the steps of what calls read first, and of what calls write."""
     read: dict[fx.Node, Step] = {
-        site.node: None if site.node in plan.dynamic else steps.of(site.x) for site in plan.sites
+        site.node: None if site.node in plan.dynamic else steps.of(site.input) for site in plan.layers
     }
     read |= {call: steps.of(x) for call, x in plan.kernels.items()}
-    return read, {site.last: steps.of(site.y) for site in plan.written(scheme)}
+    return read, {site.output_node: steps.of(site.output) for site in plan.quantized_outputs(scheme)}
 
 
 Change = Callable[[QuantizableLayer, list[Tensor], list[Tensor]], tuple[Tensor, Tensor | None]]
@@ -71,7 +71,7 @@ class PairedRun:
 
     def __init__(self, module: fx.GraphModule, plan: Plan, steps: QParams, scheme: Int8Scheme) -> None:
         self.module = module
-        self.sites = {site.node: site for site in plan.sites}
+        self.sites = {site.node: site for site in plan.layers}
         self.read, self.written = qparams_by_call(plan, steps, scheme)
         self.deciding = set(find_deciding(module))
         self.last_reader = {x: node for node in module.graph.nodes for x in node.all_input_nodes}

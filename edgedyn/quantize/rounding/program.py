@@ -15,7 +15,8 @@ from edgedyn.graph.nodes import by_output, weight_of
 from edgedyn.graph.rewrites import convolution_arguments
 from edgedyn.quantize.calibrated import Calibrated, qparams_of, restore
 from edgedyn.quantize.observe.program import Observed
-from edgedyn.quantize.plan import Plan, Progress, QParams, QuantizableLayer
+from edgedyn.quantize.plan import Plan, QParams, QuantizableLayer
+from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.rounding.finetune import choose_examples, finetune
 from edgedyn.quantize.rounding.norms import reestimate
 from edgedyn.quantize.rounding.paired_run import PairedRun, quantize_weight
@@ -35,7 +36,7 @@ def round_program(
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]],
     finetuning: Sequence[tuple[Tensor, ...]] = (),
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Calibrated:
     """Choose the INT8 weights and the biases of an observed program, which keeps them.
 
@@ -47,7 +48,7 @@ def round_program(
         section: the recipe's ``quantize`` section.
         samples: inputs of the program.
         finetuning: inputs for training and judging weights; without any, the samples.
-        progress: called with (what is done, steps done, steps in all).
+        progress: called with (phase, steps done, steps of the phase).
     """
     steps = qparams_of(observed.entries, scheme)
     entries, constants = {entry.name: entry for entry in observed.entries}, dict(observed.constants)

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from edgedyn.quantize.plan import Int8Method, Progress
+from edgedyn.quantize.plan import Int8Method
+from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.rescale.generated import find_generating
 from edgedyn.quantize.search.precision import EvaluationSet, Measured, Rounded
 
@@ -43,7 +44,7 @@ def ablate(
     evaluation: EvaluationSet,
     before: Measured,
     rounded: Rounded,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> dict[str, float]:
     """Return the PSNR drop at the worst noise level of the method, and with one switch changed at a time, dB.
 
@@ -54,7 +55,7 @@ def ablate(
         evaluation: images with truths.
         before: PSNR of the float program by noise level, dB, from ``EvaluationSet.float_psnr_db``.
         rounded: the program in INT8 by the method as it is.
-        progress: called with (what is done, steps done, steps in all).
+        progress: called with (phase, steps done, steps of the phase).
     """
     tried = {}
     names = [entry.name for entry in rounded.calibrated.entries if entry.kind == "kernel"]

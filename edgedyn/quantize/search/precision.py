@@ -29,7 +29,8 @@ from edgedyn.images import metrics
 from edgedyn.quantize.accounting import all_multiply_adds
 from edgedyn.quantize.calibrated import Calibrated, qparams_of
 from edgedyn.quantize.observe.statistics import look
-from edgedyn.quantize.plan import Plan, Progress, QParams
+from edgedyn.quantize.plan import Plan, QParams
+from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.rounding.paired_run import qparams_by_call, quantize_dequantize, round_weight
 from edgedyn.quantize.table.entries import LayerCost, Point, Precision
 from edgedyn.targets import Int8Scheme
@@ -114,7 +115,7 @@ class Rounded:
         """Of its INT8 layers, as INT8 has them."""
         return {
             site.node: round_weight(weight_of(self.module, site.node), self.steps.weights[site.weight])
-            for site in self.plan.sites
+            for site in self.plan.layers
         }
 
     def run(
@@ -139,10 +140,10 @@ class _Int8(fx.Interpreter):
         self, program: Rounded, float_: Mapping[str, Constants], see: Callable[[fx.Node, Tensor], None]
     ) -> None:
         super().__init__(program.module)
-        sites = [site for site in program.plan.sites if site.name not in float_]
-        plan = replace(program.plan, sites=tuple(sites))
+        sites = [site for site in program.plan.layers if site.name not in float_]
+        plan = replace(program.plan, layers=tuple(sites))
         self.read, self.written = qparams_by_call(plan, program.steps, program.scheme)
-        self.float_ = {site.node: float_[site.name] for site in program.plan.sites if site.name in float_}
+        self.float_ = {site.node: float_[site.name] for site in program.plan.layers if site.name in float_}
         self.weights, self.see = {site.node: program.weights[site.node] for site in sites}, see
 
     def run_node(self, n: fx.Node) -> Any:
@@ -167,7 +168,7 @@ def choose_precision(
     attempt: Callable[[Sequence[str]], Rounded],
     evaluation: EvaluationSet,
     before: Measured,
-    progress: Progress = lambda what, done, total: None,
+    progress: Progress = silent,
 ) -> Rounded:
     """Measure what INT8 costs, and keep so many layers float that it costs no more than the limit.
 
@@ -176,7 +177,7 @@ def choose_precision(
         attempt: rounds the weights of the program for INT8 layers that are all but the named ones.
         evaluation: images with truths; without a limit every layer stays INT8.
         before: PSNR of the float program by noise level, dB, from ``EvaluationSet.float_psnr_db``.
-        progress: called with (what is done, steps done, steps in all).
+        progress: called with (phase, steps done, steps of the phase).
 
     Returns:
         The attempt that meets the limit; its ``calibrated.precision`` says what was measured.
@@ -226,7 +227,7 @@ def measure(
         progress: called with (programs measured, programs).
     """
     nodes = {node.name: node for node in module.graph.nodes}
-    calls = {site.name: nodes[site.node.name] for site in rounded.plan.sites}
+    calls = {site.name: nodes[site.node.name] for site in rounded.plan.layers}
     weights = {name: (weight_of(module, node), bias_of(module, node)) for name, node in calls.items()}
     costs = all_multiply_adds(module.graph)
     shares = {name: costs[node] / sum(costs.values()) for name, node in calls.items()}
@@ -280,7 +281,7 @@ def _sqnr_db(
 ) -> Measured:
     """Return the SQNR of the output of every INT8 layer over all samples."""
     names = {node: name for name, node in calls.items()}
-    int8_names = {site.node: site.name for site in rounded.plan.sites}
+    int8_names = {site.node: site.name for site in rounded.plan.layers}
     power, errors = dict.fromkeys(calls, 0.0), dict.fromkeys(calls, 0.0)
     wanted: dict[str, Tensor] = {}
 
