@@ -105,40 +105,31 @@ def qparams_of(entries: Sequence[Entry], scheme: Int8Scheme) -> QParams:
     return QParams(tensors, weights)
 
 
-def output_factors(entries: Sequence[Entry]) -> dict[str, Tensor]:
-    """Return the factors that give the channels of what layers write their size back, by its name."""
-    return _factors_of(entries, ".output")
-
-
-def input_factors(entries: Sequence[Entry]) -> dict[str, Tensor]:
-    """Return the factors that bring the channels of what layers read to one size, by its name."""
-    return _factors_of(entries, ".input")
-
-
-def _factors_of(entries: Sequence[Entry], where: str) -> dict[str, Tensor]:
-    return {e.name: torch.tensor(e.channels) for e in entries if e.channels and e.name.endswith(where)}
+def rescale_factors(entries: Sequence[Entry]) -> dict[str, Tensor]:
+    """Return the per-channel factors of the rescale Muls, by name of the activation beside each."""
+    return {e.name: torch.tensor(e.channels) for e in entries if e.channels and e.kind != "weight"}
 
 
 def without_rescales(calibrated: Calibrated, kept: Collection[str]) -> Calibrated:
     """Return the same where only the named tensors are INT8: channels of others have their own size again."""
-    products = {
+    dropped = {
         name.removesuffix(".output"): factors
-        for name, factors in output_factors(calibrated.entries).items()
-        if name not in kept
+        for name, factors in rescale_factors(calibrated.entries).items()
+        if name.endswith(".output") and name not in kept
     }
     constants, entries = dict(calibrated.constants), []
     for entry in calibrated.entries:
-        layer, _, what = entry.name.rpartition(".")
-        factors = products.get(layer)
-        if factors is not None and what == "weight":
+        layer, _, tensor = entry.name.rpartition(".")
+        factors = dropped.get(layer)
+        if factors is not None and tensor == "weight":
             scales = tuple(float(x) for x in torch.tensor(entry.channels) * factors)
             entries.append(replace(entry, channels=scales))
             for name in (entry.name, f"{layer}.bias"):
                 value = constants.get(name)
                 if value is not None and value.dtype != np.int8:
-                    tensor = torch.from_numpy(value)
-                    constants[name] = (tensor * by_output(factors, tensor)).numpy()
+                    constant = torch.from_numpy(value)
+                    constants[name] = (constant * by_output(factors, constant)).numpy()
         else:
-            is_product = factors is not None and what == "output"
-            entries.append(replace(entry, channels=()) if is_product else entry)
+            is_dropped = factors is not None and tensor == "output"
+            entries.append(replace(entry, channels=()) if is_dropped else entry)
     return replace(calibrated, entries=tuple(entries), constants=constants)

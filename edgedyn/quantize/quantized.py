@@ -18,10 +18,9 @@ from edgedyn.graph.rewrites import to_float16
 from edgedyn.quantize.accounting import KEPT_SHIFT, account, int8_share
 from edgedyn.quantize.calibrated import (
     Calibrated,
-    input_factors,
-    output_factors,
     qparams_of,
     refuse_other_layers,
+    rescale_factors,
     restore,
     without_rescales,
 )
@@ -91,8 +90,9 @@ def apply(
     planned = method.plan(module, kept=calibrated.kept, generated=generated)
     refuse_other_layers(module, planned.layers, calibrated)
     final = without_rescales(calibrated, {site.output for site in planned.quantized_outputs(scheme)})
-    insert_output_rescales(module, output_factors(final.entries))
-    insert_input_rescales(module, input_factors(final.entries))
+    factors = rescale_factors(final.entries)
+    insert_output_rescales(module, factors)
+    insert_input_rescales(module, factors)
     restore(module, final)
     plan, steps = method.plan(module, kept=final.kept, generated=generated), qparams_of(final.entries, scheme)
     drop_input_rescales(module, {site.node for site in plan.layers})

@@ -8,7 +8,11 @@ from torch import Tensor, nn
 
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.statistics import channel_maxima, look
-from edgedyn.quantize.rescale.equalize import Pair, equalize, find_pairs
+from edgedyn.quantize.rescale.passes import find_places, rescale_channels
+from edgedyn.quantize.rescale.place import Place
+from edgedyn.recipe.keys import QuantizeSection
+
+ONLY = {"equalize_outputs": False, "equalize_inputs": False}
 
 
 def spread(net: nn.Sequential) -> nn.Sequential:
@@ -40,7 +44,7 @@ def test_channels_get_one_range_and_the_network_stays(name):
     pairs = find_pairs(module)
     assert len(pairs) == (2 if name == "three" else 1)
     wanted, before = net(x), ranges(module, pairs, samples)
-    equalize(module, pairs, maxima(module, pairs, samples), most_dense=3)
+    equalize(module, samples, equalize_dense=3)
     y = torch.cat([module(*sample) for sample in samples])
     torch.testing.assert_close(y, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
     after = ranges(module, pairs, samples)
@@ -52,23 +56,30 @@ def test_channels_get_one_range_and_the_network_stays(name):
             assert after[node].max() <= before[node].max() * (1 + 1e-12)
 
 
-def maxima(module, pairs, samples) -> dict[torch.fx.Node, Tensor]:
-    return channel_maxima(module, {node for pair in pairs for node in pair.maps}, samples)
+def find_pairs(module) -> list[Place]:
+    return [place for _, place in find_places(module, QuantizeSection(**ONLY))]
 
 
-def quantized(pair: Pair) -> set[torch.fx.Node]:
-    """Return the maps that have INT8 steps: behind a fused ReLU, and on both sides of a PReLU."""
-    is_fused = pair.between.target == torch.ops.aten.relu.default or "relu_" in str(pair.between.target)
-    return {pair.between} if is_fused else {pair.first, pair.between}
+def equalize(module, samples, **values) -> None:
+    places = find_places(module, QuantizeSection(**ONLY, **values))
+    nodes = {node for _, place in places for node in place.activations}
+    rescale_channels(module, places, channel_maxima(module, nodes, samples))
 
 
-def shares(largest: dict[torch.fx.Node, Tensor], pair: Pair) -> Tensor:
-    """Return how much of the range of its tensor each channel takes, in that tensor where it takes more."""
+def quantized(pair: Place) -> set[torch.fx.Node]:
+    """Return the INT8 activations of a pair: behind a fused ReLU, and on both sides of a PReLU."""
+    first, between = pair.layers[0], pair.layers[1].args[0]
+    is_fused = between.target == torch.ops.aten.relu.default or "relu_" in str(between.target)
+    return {between} if is_fused else {first, between}
+
+
+def shares(largest: dict[torch.fx.Node, Tensor], pair: Place) -> Tensor:
+    """Return the share of the range that each channel takes, in the activation where it is larger."""
     return torch.stack([largest[node] / largest[node].max() for node in quantized(pair)]).amax(0)
 
 
 def ranges(module, pairs, samples) -> dict[torch.fx.Node, Tensor]:
-    """Return the largest absolute value of each channel of the maps."""
+    """Return the largest absolute value of each channel of the INT8 activations."""
     found: dict[torch.fx.Node, Tensor] = {}
     nodes = {node for pair in pairs for node in quantized(pair)}
     for sample in samples:
@@ -85,9 +96,10 @@ def test_channel_that_a_prelu_makes_small_does_not_take_the_steps_in_front_of_it
     module = fold(torch.export.export(net, (x,)))
     pairs = find_pairs(module)
     before = ranges(module, pairs, [(x,)])
-    equalize(module, pairs, maxima(module, pairs, [(x,)]))
+    equalize(module, [(x,)])
     after = ranges(module, pairs, [(x,)])
-    assert after[pairs[0].first].max() <= before[pairs[0].first].max() * (1 + 1e-6)
+    first = pairs[0].layers[0]
+    assert after[first].max() <= before[first].max() * (1 + 1e-6)
 
 
 class Joined(nn.Module):
@@ -120,8 +132,7 @@ def test_dead_channel_takes_no_more_than_the_limit():
     module = fold(torch.export.export(net, (x,)))
     with torch.no_grad():
         expected = net(x)
-        pairs = find_pairs(module)
-        equalize(module, pairs, maxima(module, pairs, [(x,)]))
+        equalize(module, [(x,)])
         torch.testing.assert_close(module(x), expected, rtol=0, atol=1e-6)
     weights = [p for name, p in module.named_parameters() if "weight" in name and p.shape[0] == 2]
     assert torch.isfinite(weights[-1]).all()

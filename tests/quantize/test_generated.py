@@ -18,11 +18,12 @@ from edgedyn.layers import canonicalize
 from edgedyn.layers.acda import ACDAConv
 from edgedyn.layers.ddf import DDFPack
 from edgedyn.layers.dynconv import SparseBasicBlock
-from edgedyn.quantize.accounting import KEPT_PRODUCT
+from edgedyn.quantize.accounting import KEPT_OUTPUT_RESCALE
 from edgedyn.quantize.observe.program import observe_program
 from edgedyn.quantize.observe.statistics import channel_maxima, look
 from edgedyn.quantize.plan import find_kernels
-from edgedyn.quantize.rescale.generated import ContentMeter, find_generating, scale_taps
+from edgedyn.quantize.rescale.generated import ContentMeter, find_generating
+from edgedyn.quantize.rescale.passes import find_places, rescale_channels
 from edgedyn.quantize.table.entries import Entry
 from edgedyn.recipe.keys import QuantizeSection, RangeSection
 from edgedyn.recipe.recipe import load_recipe
@@ -33,10 +34,24 @@ SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[
 KERNELS = {"1.scales.0.output", "1.offsets.0.output"}
 
 
-def measure_content(module, sites, samples):
-    meter = ContentMeter({site.output: site.output_node for site in sites})
+def measure_content(module, layers, samples):
+    meter = ContentMeter({layer.output: layer.output_node for layer in layers})
     channel_maxima(module, (), samples, dict.fromkeys(meter.names, meter.add))
     return meter.read()
+
+
+def scale_taps(module, names, samples) -> dict[str, Tensor]:
+    section = QuantizeSection(generated="tap", equalize=False, equalize_outputs=False)
+    places = find_places(module, section, names)
+    nodes = {node for _, place in places for node in place.activations}
+    factors, _ = rescale_channels(module, places, channel_maxima(module, nodes, samples))
+    return factors
+
+
+def largest_taps(module, samples) -> dict[str, Tensor]:
+    nodes = {layer.output_node: layer.output for layer in find_generating(module, KERNELS)}
+    maxima = channel_maxima(module, nodes, samples)
+    return {name: maxima[node] for node, name in nodes.items()}
 
 
 def make_samples(count: int = 3) -> list[tuple[Tensor, ...]]:
@@ -82,18 +97,15 @@ def to_int8(net: nn.Module, generated: str, target: str = "executorch", **sectio
 def test_scaled_taps_have_one_range_and_their_readers_find_what_they_found():
     net, samples = make_net(spread=100), make_samples()
     module = quantize.fold(decomposed(net))
-    sites = find_generating(module, KERNELS)
-    content = measure_content(module, sites, samples)
-    assert scale_taps(module, sites, content).keys() == KERNELS
+    before = largest_taps(module, samples)
+    assert scale_taps(module, KERNELS, samples).keys() == KERNELS
     with torch.no_grad():
         for x in samples:  # float32 rounding of weights and of what undoes them, on values around 1
             torch.testing.assert_close(module(*x), net(*x), rtol=0, atol=1e-5)
-    after = measure_content(module, find_generating(module, KERNELS), samples)
+    after = largest_taps(module, samples)
     for name in KERNELS:
-        assert content[name].largest.max() / content[name].largest.min() > 10
-        torch.testing.assert_close(
-            after[name].largest, content[name].largest.max().expand(8), rtol=1e-5, atol=0
-        )
+        assert before[name].max() / before[name].min() > 10
+        torch.testing.assert_close(after[name], before[name].max().expand(8), rtol=1e-5, atol=0)
 
 
 def test_tap_that_is_always_zero_stays_finite_and_takes_no_more_than_the_limit():
@@ -103,8 +115,7 @@ def test_tap_that_is_always_zero_stays_finite_and_takes_no_more_than_the_limit()
         net[1].coefficients.bias[[2, 10]] = 0
         net[1].norm.bias[2] = 0
     module = quantize.fold(decomposed(net))
-    sites = find_generating(module, KERNELS)
-    factors = scale_taps(module, sites, measure_content(module, sites, samples))
+    factors = scale_taps(module, KERNELS, samples)
     assert factors["1.scales.0.output"][2] == 1 / 1024
     with torch.no_grad():
         torch.testing.assert_close(module(*samples[0]), net(*samples[0]), rtol=0, atol=1e-5)  # float32
@@ -142,7 +153,7 @@ def test_runtime_of_float_kernels_has_no_products_and_the_same_steps():
 
 def test_products_of_taps_are_accounted_as_such():
     rows = to_int8(make_net(), "tap", equalize_outputs=False).float_nodes
-    (row,) = [row for row in rows if row["reason"] == KEPT_PRODUCT]
+    (row,) = [row for row in rows if row["reason"] == KEPT_OUTPUT_RESCALE]
     assert (row["node"], row["count"]) == ("mul", 2)
 
 
@@ -210,9 +221,9 @@ def test_only_taps_that_can_be_scaled_exactly_are(net, scaled):
     module = quantize.fold(torch.export.export(net.eval(), samples[0]))
     with torch.no_grad():
         expected = net(*samples[0])
-        sites = [site for site in find_generating(module, {"layer.output", "layer.0.output"})]
-        assert len(sites) == 1
-        assert len(scale_taps(module, sites, measure_content(module, sites, samples))) == scaled
+        names = {"layer.output", "layer.0.output"}
+        assert len(find_generating(module, names)) == 1
+        assert len(scale_taps(module, names, samples)) == scaled
         torch.testing.assert_close(module(*samples[0]), expected, rtol=1e-5, atol=1e-5)  # float32, 6 terms
 
 
@@ -290,9 +301,9 @@ def content_of(kernels: np.ndarray) -> tuple[float, float]:
     with torch.no_grad():
         identity.weight.copy_(torch.eye(6)[:, :, None, None])
     module = quantize.fold(torch.export.export(identity.eval(), (torch.zeros(1, *kernels.shape[1:]),)))
-    sites = find_generating(module, {"conv2d.output"})
+    layers = find_generating(module, {"conv2d.output"})
     samples = [(torch.from_numpy(x[None]),) for x in kernels]
-    (found,) = measure_content(module, sites, samples).values()
+    (found,) = measure_content(module, layers, samples).values()
     return found.spread, found.between_images
 
 

@@ -8,11 +8,12 @@ from small_int8 import quantize_program
 from torch import Tensor, nn
 
 from edgedyn import quantize, targets
-from edgedyn.quantize.accounting import KEPT_INPUT_PRODUCT
+from edgedyn.quantize.accounting import KEPT_INPUT_RESCALE
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.statistics import channel_maxima
-from edgedyn.quantize.rescale.input_rescale import drop_input_rescales, find_read, scale_inputs
+from edgedyn.quantize.rescale.input_rescale import drop_input_rescales
 from edgedyn.quantize.rescale.output_rescale import RESCALE
+from edgedyn.quantize.rescale.passes import find_places, rescale_channels
 from edgedyn.recipe.keys import QuantizeSection
 
 SCHEME = targets.load("tensorrt").int8
@@ -87,14 +88,16 @@ def error(net, made: quantize.Quantized) -> float:
 
 
 def products(made: quantize.Quantized) -> int:
-    return sum(row["count"] for row in made.float_nodes if row["reason"] == KEPT_INPUT_PRODUCT)
+    return sum(row["count"] for row in made.float_nodes if row["reason"] == KEPT_INPUT_RESCALE)
 
 
 def scale_all(net: nn.Module, x: Tensor):
     module = fold(torch.export.export(net, (x,)))
-    read = find_read(module)
-    largest = channel_maxima(module, {y for y, _ in read.values()}, [(x,)])
-    return module, scale_inputs(module, read, largest)
+    section = QuantizeSection(equalize=False, equalize_outputs=False, equalize_inputs=True)
+    places = find_places(module, section)
+    nodes = {node for _, place in places for node in place.activations}
+    factors, _ = rescale_channels(module, places, channel_maxima(module, nodes, [(x,)]))
+    return module, factors
 
 
 def test_network_stays_what_it_was_and_channels_have_one_range(net):

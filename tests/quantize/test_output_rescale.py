@@ -10,10 +10,11 @@ from small_int8 import quantize_program
 from torch import Tensor, nn
 
 from edgedyn import quantize, targets
-from edgedyn.quantize.accounting import KEPT_PRODUCT
+from edgedyn.quantize.accounting import KEPT_OUTPUT_RESCALE
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.statistics import channel_maxima
-from edgedyn.quantize.rescale.output_rescale import RESCALE, find_scalable, scale_outputs
+from edgedyn.quantize.rescale.output_rescale import RESCALE
+from edgedyn.quantize.rescale.passes import find_places, rescale_channels
 from edgedyn.recipe.keys import QuantizeSection
 
 SCHEMES = {name: targets.load(name).int8 for name in ("executorch", "tensorrt")}
@@ -58,12 +59,14 @@ def error(net, made: quantize.Quantized) -> float:
 
 
 def products(made: quantize.Quantized) -> int:
-    return sum(row["count"] for row in made.float_nodes if row["reason"] == KEPT_PRODUCT)
+    return sum(row["count"] for row in made.float_nodes if row["reason"] == KEPT_OUTPUT_RESCALE)
 
 
 def scale_all(module, x: Tensor) -> dict[str, Tensor]:
-    sites = find_scalable(module, ())
-    return scale_outputs(module, sites, channel_maxima(module, [site.output_node for site in sites], [(x,)]))
+    places = find_places(module, QuantizeSection(equalize=False))
+    nodes = {node for _, place in places for node in place.activations}
+    factors, _ = rescale_channels(module, places, channel_maxima(module, nodes, [(x,)]))
+    return factors
 
 
 def test_network_stays_what_it_was_and_channels_have_one_range(net):

@@ -21,10 +21,8 @@ from edgedyn.quantize.plan import (
     name_tensors,
 )
 from edgedyn.quantize.progress import Progress, silent
-from edgedyn.quantize.rescale.equalize import equalize, find_pairs
-from edgedyn.quantize.rescale.generated import ContentMeter, find_generating, scale_taps
-from edgedyn.quantize.rescale.input_rescale import find_read, scale_inputs
-from edgedyn.quantize.rescale.output_rescale import find_scalable, scale_outputs
+from edgedyn.quantize.rescale.generated import ContentMeter
+from edgedyn.quantize.rescale.passes import find_places, rescale_channels
 from edgedyn.quantize.rounding.paired_run import round_weight
 from edgedyn.quantize.table.entries import Entry, Kind
 
@@ -71,27 +69,17 @@ def observe_program(
     Raises:
         CalibrationError: for a sample that brings NaN or infinite values to a tensor.
     """
-    pairs = find_pairs(module) if section.equalize else []
-    writing = find_generating(module, generated)
-    done = {pair.first for pair in pairs} | {site.node for site in writing}
-    scalable = find_scalable(module, done) if section.equalize_outputs else []
-    maps = {node for pair in pairs for node in pair.maps} | {site.output_node for site in scalable}
-    read = find_read(module, [pair.between for pair in pairs]) if section.equalize_inputs else {}
-    maps |= {x for x, _ in read.values()}
-    kernels = find_kernels(module, generated)  # before a product stands behind one
+    places = find_places(module, section, generated)
+    kernels = find_kernels(module, generated)  # before a Mul stands behind one
     meter = ContentMeter(kernels)
-    largest = channel_maxima(module, maps, samples, dict.fromkeys(meter.names, meter.add))
-    content = meter.read()
-    changed = equalize(module, pairs, largest, most_dense=section.equalize_dense)
-    products = scale_taps(module, writing, content) if section.generated == "tap" else {}
-    products |= scale_outputs(module, scalable, largest)
-    factors = scale_inputs(module, read, largest)
-    changed += [site.node for name in factors for site in read[name][1]]
-    sites = find_quantizable_layers(module)
-    constants = _changed_constants(module, [x for x in sites if x.node in changed or x.output in products])
+    activations = {node for _, place in places for node in place.activations}
+    maxima = channel_maxima(module, activations, samples, dict.fromkeys(meter.names, meter.add))
+    factors, changed = rescale_channels(module, places, maxima)
+    layers = find_quantizable_layers(module)
+    constants = _changed_constants(module, [layer for layer in layers if layer.node in changed])
     found = observe(
         module,
-        {**name_tensors(module, sites), **kernels},
+        {**name_tensors(module, layers), **kernels},
         samples,
         sources=sources,
         progress=lambda done, total: progress("observe", done, total),
@@ -102,11 +90,10 @@ def observe_program(
     }
     entries |= {
         name: replace(entries[name], spread=(seen.spread, seen.between_images))
-        for name, seen in content.items()
+        for name, seen in meter.read().items()
     }
-    scaled = (products | factors).items()
-    entries |= {name: replace(entries[name], channels=tuple(x.tolist())) for name, x in scaled}
-    entries |= {site.weight: _weight_entry(module, site, section) for site in sites}
+    entries |= {name: replace(entries[name], channels=tuple(x.tolist())) for name, x in factors.items()}
+    entries |= {layer.weight: _weight_entry(module, layer, section) for layer in layers}
     return Observed(tuple(entries.values()), constants)
 
 

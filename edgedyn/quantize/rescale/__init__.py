@@ -1,1 +1,1 @@
-"""Exact rewrites that bring channels to one size before they are quantized."""
+"""Exact rewrites that bring the channels of an activation to one range before it is quantized."""

@@ -1,19 +1,15 @@
-"""Channel equalization: the channels of a feature map are scaled to one range, and back by the next layer.
+"""Channel equalization: one convolution scales the channels of a feature map, the next scales them back.
 
     p_c = w_c x + b_c,  y_c = f(p_c),  z = sum_c v_c y_c      with f(s p) = s f(p)
     w_c, b_c -> s_c w_c, s_c b_c;  v_c -> v_c / s_c
     1 / s_c = max(max |p_c| / max |p|, max |y_c| / max |y|)
 
-A tensor has one INT8 step, set by its largest channel; here every channel uses all of the steps. That is the
-cross-layer equalization of Nagel et al. 2019 ("Data-free quantization through weight equalization and bias
-correction") with measured ranges of activations in place of those of weights: the rows w_c have a scale
-each, and what the columns v_c lose, reconstruction of their rounding brings back.
+This is the cross-layer equalization of Nagel et al. 2019 ("Data-free quantization through weight equalization
+and bias correction"), but for measured ranges of activations instead of ranges of weights: each row w_c has
+its own scale anyway, and reconstruction recovers the rounding error of the columns v_c.
 """
 
 from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, fx
@@ -29,33 +25,19 @@ from edgedyn.graph.nodes import (
     weight_of,
 )
 from edgedyn.graph.rewrites import convolution_arguments
+from edgedyn.quantize.rescale.place import Place, RescalePass, Scope, always
 
-_LARGEST = 32.0  # a channel that is hardly ever used keeps some of its steps
+_LIMIT = 32.0
 _HOMOGENEOUS = RELUS | {torch.ops.aten.prelu.default, torch.ops.aten.leaky_relu.default}
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Two convolutions with nothing but an activation between them, which nobody else reads.
+def find_pairs(module: fx.GraphModule, scope: Scope) -> list[Place]:
+    """Return every pair of convolutions with nothing but an activation function between them.
 
-    Attributes:
-        first: the convolution that writes the map.
-        between: the map that is scaled: what ``second`` reads.
-        second: the convolution that reads it.
+    The activations of a place are those that may be INT8: the output of the first convolution and the input
+    of the second. Where the second is dense, the recipe limits the factors: all inputs of one of its output
+    channels share one weight scale.
     """
-
-    first: fx.Node
-    between: fx.Node
-    second: fx.Node
-
-    @property
-    def maps(self) -> tuple[fx.Node, fx.Node]:
-        """Return what may have an INT8 step: what ``first`` writes, and what ``second`` reads."""
-        return fused_activation(self.first) or self.first, self.between
-
-
-def find_pairs(module: fx.GraphModule) -> list[Pair]:
-    """Return every pair of convolutions that can be equalized exactly."""
     pairs = []
     for first in module.graph.nodes:
         if not _is_convolution(first) or len(first.users) != 1:
@@ -65,48 +47,26 @@ def find_pairs(module: fx.GraphModule) -> list[Pair]:
         second = next(iter(between.users)) if len(between.users) == 1 else None
         if second is None or not _is_convolution(second) or second.args[0] is not between:
             continue
-        if convolution_arguments(second)[3] in (1, between.meta["val"].shape[1]):  # dense, or depthwise
-            pairs.append(Pair(first, between, second))
+        groups = convolution_arguments(second)[3]
+        if groups in (1, between.meta["val"].shape[1]):  # dense, or depthwise
+            limit = _LIMIT if groups > 1 else scope.section.equalize_dense
+            pairs.append(Place((fused_activation(first) or first, between), (first, second), limit))
     return pairs
 
 
-def equalize(
-    module: fx.GraphModule,
-    pairs: Sequence[Pair],
-    largest: Mapping[fx.Node, Tensor],
-    *,
-    most_dense: float = _LARGEST,
-) -> list[fx.Node]:
-    """Scale the channels between pairs of convolutions; return the convolutions that were changed.
-
-    Exact but for one float32 rounding a weight. A map of zeros has no range, and its pair stays.
-
-    Args:
-        module: a folded program; changed in place.
-        pairs: of its convolutions.
-        largest: absolute value of each channel of the maps of the pairs, from ``channel_maxima``.
-        most_dense: how many times a channel may be widened that a dense layer takes back: there all inputs of
-            an output channel share one step.
-    """
-    scaled = [pair for pair in pairs if largest[pair.between].any()]
-    for pair in scaled:
-        shares = [largest[node] / largest[node].max() for node in pair.maps]
-        _scale(module, pair, torch.stack(shares).amax(0), most_dense)
-    module.recompile()
-    return list(dict.fromkeys(node for pair in scaled for node in (pair.first, pair.second)))
-
-
-def _scale(module: fx.GraphModule, pair: Pair, largest: Tensor, most_dense: float) -> None:
-    top = largest.max()
-    is_depthwise = convolution_arguments(pair.second)[3] > 1
-    factor = top / largest.clamp(min=top / (_LARGEST if is_depthwise else most_dense))
-    weight = weight_of(module, pair.first)
-    set_constant(module, pair.first, 1, weight * by_output(factor, weight))
-    bias = bias_of(module, pair.first)
+def scale_pair(module: fx.GraphModule, place: Place, factors: Tensor) -> None:
+    """Multiply the output channels of the first convolution; divide the input channels of the second."""
+    first, second = place.layers
+    weight = weight_of(module, first)
+    set_constant(module, first, 1, weight * by_output(factors, weight))
+    bias = bias_of(module, first)
     if bias is not None:
-        set_constant(module, pair.first, 2, bias * factor)
-    weight = weight_of(module, pair.second)
-    set_constant(module, pair.second, 1, weight / by_input(factor, weight))
+        set_constant(module, first, 2, bias * factors)
+    weight = weight_of(module, second)
+    set_constant(module, second, 1, weight / by_input(factors, weight))
+
+
+EQUALIZE = RescalePass("equalize", lambda section: section.equalize, find_pairs, always, scale_pair)
 
 
 def _is_convolution(node: fx.Node) -> bool:

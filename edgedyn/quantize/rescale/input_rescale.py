@@ -1,124 +1,131 @@
-"""Channels of what a layer reads, brought to one range by a product in front of it; its weight takes it back.
+"""Input rescale: a Mul in front of layers scales their input channels to one range; their weights undo it.
 
-    x -> Q -> DQ -> conv(w)                           one step, set by the largest channel
-    x -> times s_c -> Q -> DQ -> conv(w_c / s_c)      every channel uses all of the steps
-    s_c = max |x| / max |x_c|
+    x -> Q -> DQ -> conv(w)                      one scale, set by the largest channel
+    x -> Mul s_c -> Q -> DQ -> conv(w_c / s_c)   every channel uses all 256 values
 
-The exact rewrite of ``equalize.py`` where float operators write the map, and no layer can take the factors:
-behind a residual sum, or a ReLU6 and a mask, which are not homogeneous. It costs one float product a map.
-Xiao et al. 2023 (SmoothQuant) scale so where a norm takes the factors.
+The exact rewrite of ``equalize.py`` where float operators write the activation and no layer can take the
+factors: behind a residual sum, or behind a ReLU6 and a mask, which are not homogeneous. It costs one float
+Mul per feature map. SmoothQuant (Xiao et al. 2023) scales in the same way where a norm takes the factors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, fx
 
 from edgedyn.graph.nodes import by_input, channel_axis, constant_of, set_constant, weight_of
-from edgedyn.quantize.accounting import KEPT_INPUT_PRODUCT, moves_only
+from edgedyn.quantize.accounting import KEPT_INPUT_RESCALE, moves_only
 from edgedyn.quantize.deciding import find_deciding_layers
 from edgedyn.quantize.plan import QuantizableLayer, find_quantizable_layers
-from edgedyn.quantize.rescale.output_rescale import PADS, RESCALE, insert_product
+from edgedyn.quantize.rescale.output_rescale import PADS, RESCALE, insert_rescale
+from edgedyn.quantize.rescale.place import Place, RescalePass, Scope
 
-_LARGEST = 32.0  # a channel that is hardly ever used
-_WORTH = 0.2  # of the power of the error that rounding makes in the layers, or less must be left
-
-Read = dict[str, tuple[fx.Node, list[QuantizableLayer]]]
+_LIMIT = 32.0
+_WORTH = 0.2  # share of the power of the layers' rounding error that may be left
 
 
-def find_read(module: fx.GraphModule, equalized: Collection[fx.Node] = ()) -> Read:
-    """Return the maps whose channels can be scaled for the layers that read them: (map, layers) by name.
+def find_inputs(module: fx.GraphModule, scope: Scope) -> list[Place]:
+    """Return the activations of float operators whose channels can be scaled for the layers that read them.
 
-    Not what a layer writes, which may stay INT8 in between; not for layers that decide; not single positions,
-    which do not tell how far a channel goes.
-
-    Args:
-        module: a folded program.
-        equalized: maps whose channels have one range already.
+    Outputs of layers are left alone, because they may stay INT8 in between; so are inputs of layers that
+    decide, and inputs of a single position, which do not show the range of a channel.
     """
-    sites = find_quantizable_layers(module)
+    return _find(module, scope.taken)
+
+
+def _find(module: fx.GraphModule, taken: Collection[fx.Node] = ()) -> list[Place]:
+    layers = find_quantizable_layers(module)
     deciding = set(find_deciding_layers(module))
-    written = {site.output_node for site in sites} | set(equalized)
+    written = {layer.output_node for layer in layers} | set(taken)
     readers: dict[fx.Node, list[QuantizableLayer]] = {}
-    for site in sites:
-        x = site.node.args[0]
-        assert isinstance(x, fx.Node)
-        if site.node not in deciding and _origin(x) not in written and _has_positions(site, x):
-            readers.setdefault(x, []).append(site)
-    return {f"{sites[0].name}.input": (x, sites) for x, sites in readers.items()}
+    for layer in layers:
+        x = layer.input_node
+        if layer.node not in deciding and _origin(x) not in written and _has_positions(layer, x):
+            readers.setdefault(x, []).append(layer)
+    return [
+        Place((x,), tuple(layer.node for layer in found), _LIMIT, f"{found[0].name}.input")
+        for x, found in readers.items()
+    ]
 
 
-def scale_inputs(module: fx.GraphModule, read: Read, largest: Mapping[fx.Node, Tensor]) -> dict[str, Tensor]:
-    """Scale what layers read of float operators, where that pays; return the factors by name.
+def lowers_error(module: fx.GraphModule, place: Place, factors: Tensor) -> bool:
+    """Whether at most a fifth of the rounding error's power is left in the outputs of the layers."""
+    power = torch.stack([_power(module, layer, len(factors)) for layer in place.layers]).sum(0)
+    return float((power / factors**2).sum()) <= _WORTH * float(power.sum())
 
-    Args:
-        module: a folded float program; changed in place, exactly but for one float32 rounding a weight.
-        read: the maps, from ``find_read``.
-        largest: absolute value of each channel of them, from ``channel_maxima``.
-    """
-    factors = {}
-    for name, (x, sites) in read.items():
-        top = largest[x].max()
-        up = top / largest[x].clamp(min=top / _LARGEST)
-        power = torch.stack([_power(module, site, len(up)) for site in sites]).sum(0)
-        if top > 0 and float((power / up**2).sum()) <= _WORTH * float(power.sum()):
-            factors[name] = up
-            _insert(module, x, sites, up)
-            for site in sites:
-                _scale(module, site.node, 1 / up)
-    module.recompile()
+
+def scale_input(module: fx.GraphModule, place: Place, factors: Tensor) -> Tensor:
+    """Insert the Mul in front of the layers and divide their weights by its factors; return these."""
+    insert_rescale(module, place.activations[0], factors, place.layers, KEPT_INPUT_RESCALE)
+    for layer in place.layers:
+        _scale(module, layer, 1 / factors)
     return factors
 
 
+RESCALE_INPUTS = RescalePass(
+    "rescale_inputs", lambda section: section.equalize_inputs, find_inputs, lowers_error, scale_input
+)
+
+
 def insert_input_rescales(module: fx.GraphModule, factors: Mapping[str, Tensor]) -> None:
-    """Multiply what layers read, by name, with a factor a channel; their weights are not touched."""
-    for name, (x, sites) in (find_read(module) if factors else {}).items():
-        if name in factors:
-            _insert(module, x, sites, factors[name])
+    """Insert a per-channel Mul in front of the layers that read each named input.
+
+    Their weights are not touched: a calibration table has them scaled already.
+
+    Args:
+        module: a folded program; changed in place.
+        factors: of Muls, (C,), by name of an activation; those of outputs are ignored.
+    """
+    for place in _find(module) if factors else ():
+        if place.tensor in factors:
+            insert_rescale(
+                module, place.activations[0], factors[place.tensor], place.layers, KEPT_INPUT_RESCALE
+            )
     module.recompile()
 
 
 def drop_input_rescales(module: fx.GraphModule, int8: Collection[fx.Node]) -> None:
-    """Take products away that no INT8 layer reads, and the factors out of the weights behind them."""
-    products = [node for node in module.graph.nodes if node.meta.get(RESCALE) == KEPT_INPUT_PRODUCT]
-    for product in products:
-        if not any(reader in int8 for reader in product.users):
-            factors = constant_of(module, product.args[1]).flatten()
-            for reader in list(product.users):
+    """Remove the Muls in front of layers that stay float, and the factors from their weights.
+
+    Args:
+        module: a folded program; changed in place.
+        int8: calls of the INT8 layers. A Mul that one of them reads stays.
+    """
+    rescales = [node for node in module.graph.nodes if node.meta.get(RESCALE) == KEPT_INPUT_RESCALE]
+    for rescale in rescales:
+        if not any(reader in int8 for reader in rescale.users):
+            factors = constant_of(module, rescale.args[1]).flatten()
+            for reader in list(rescale.users):
                 _scale(module, reader, factors)
-            product.replace_all_uses_with(product.args[0])
-            module.graph.erase_node(product)
+            rescale.replace_all_uses_with(rescale.args[0])
+            module.graph.erase_node(rescale)
     module.recompile()
 
 
-def _insert(module: fx.GraphModule, x: fx.Node, sites: Sequence[QuantizableLayer], factors: Tensor) -> None:
-    insert_product(module, x, factors, [site.node for site in sites], KEPT_INPUT_PRODUCT)
-
-
 def _scale(module: fx.GraphModule, layer: fx.Node, factors: Tensor) -> None:
-    """Multiply the weight of a layer by a factor an input channel."""
+    """Multiply the weight of a layer by one factor per input channel."""
     weight = weight_of(module, layer)
     set_constant(module, layer, 1, weight * by_input(factors, weight))
 
 
-def _power(module: fx.GraphModule, site: QuantizableLayer, channels: int) -> Tensor:
+def _power(module: fx.GraphModule, layer: fx.Node, channels: int) -> Tensor:
     """Return the sum of the squared weights that meet each input channel, (C,)."""
-    weight = weight_of(module, site.node)
+    weight = weight_of(module, layer)
     groups = channels // weight.shape[1]
     return weight.square().reshape(groups, -1, weight.shape[1], weight[0, 0].numel()).sum((1, 3)).flatten()
 
 
-def _has_positions(site: QuantizableLayer, x: fx.Node) -> bool:
-    """Whether a map has several positions, and its channels where ``channel_axis`` says."""
+def _has_positions(layer: QuantizableLayer, x: fx.Node) -> bool:
+    """Whether an activation has several positions, and its channels on the axis of ``channel_axis``."""
     value = x.meta["val"]
-    axis = 1 if site.node.target is not torch.ops.aten.linear.default else value.dim() - 1
+    axis = 1 if layer.node.target is not torch.ops.aten.linear.default else value.dim() - 1
     return axis == channel_axis(value) and value.numel() > value.shape[axis]
 
 
 def _origin(x: fx.Node) -> fx.Node:
-    """Return what wrote the values of a map that may have been moved or padded since."""
+    """Return the node that computed an activation, which may have been moved or padded since."""
     while x.all_input_nodes and (moves_only(x) or x.target in PADS):
         x = x.all_input_nodes[0]
     return x

@@ -1,15 +1,15 @@
-"""Channels of what a layer writes, brought to one range and taken back by a product where it is float again.
+"""Output rescale: a layer scales its output channels to one range, and a Mul behind it scales them back.
 
-    w_c x + b_c -> Q -> DQ                               one step, set by the largest channel
-    s_c w_c x + s_c b_c -> Q -> DQ -> times 1 / s_c      every channel uses all of the steps
+    w_c x + b_c -> Q -> DQ                               one scale, set by the largest channel
+    s_c w_c x + s_c b_c -> Q -> DQ -> Mul 1 / s_c        every channel uses all 256 values
 
-The exact rewrite of ``equalize.py`` where no second convolution takes the factors back: in front of a PReLU
-and a residual sum, or of a generated kernel's taps. It costs one float product a map.
+The exact rewrite of ``equalize.py`` where no second convolution takes the factors: in front of a PReLU, a
+residual sum, or an op that filters with generated kernels. It costs one float Mul per feature map.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, fx, nn
@@ -24,61 +24,61 @@ from edgedyn.graph.nodes import (
     weight_of,
 )
 from edgedyn.ops import is_ours
-from edgedyn.quantize.accounting import KEPT_PRODUCT, moves_only
+from edgedyn.quantize.accounting import KEPT_OUTPUT_RESCALE, moves_only
 from edgedyn.quantize.plan import QuantizableLayer, find_quantizable_layers
+from edgedyn.quantize.rescale.place import Place, RescalePass, Scope
 
-RESCALE = "product"  # in a node's meta: what it does to the size of channels, and for whom
+RESCALE = "rescale"  # key in the meta of a rescale Mul: the reason for it, in the account of float operators
 PADS = {torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default}
-_LARGEST = 32.0  # a channel that is hardly ever used
-_WORTH = 0.5  # of the power of the rounding error, averaged over channels, or less must be left
+_LIMIT = 32.0
+_WORTH = 0.5  # share of the rounding error's power, averaged over channels, that may be left
 
 
-def find_scalable(module: fx.GraphModule, taken_back: Collection[fx.Node]) -> list[QuantizableLayer]:
-    """Return the layers whose channels can be scaled and taken back by a product.
+def find_outputs(module: fx.GraphModule, scope: Scope) -> list[Place]:
+    """Return the layers whose output channels can be scaled back by a Mul, but those of generated kernels.
 
-    Not those of a single position: a few values do not tell how far a channel goes, and scaled it has no
-    room.
-
-    Args:
-        module: a folded program.
-        taken_back: layers whose channels somebody else takes back.
+    An output of a single position is left alone: a few values do not show the range of a channel, and a
+    channel that is scaled to all of its range clips.
     """
-    sites = [
-        site for site in find_quantizable_layers(module) if site.node not in taken_back and can_scale(site)
-    ]
-    written = {site: site.output_node.meta["val"] for site in sites}
-    return [site for site, y in written.items() if y.numel() > y.shape[channel_axis(y)]]
+    places = []
+    for layer in find_quantizable_layers(module):
+        if layer.output in scope.generated or layer.output_node in scope.taken or not can_scale(layer):
+            continue
+        y = layer.output_node.meta["val"]
+        if y.numel() > y.shape[channel_axis(y)]:
+            places.append(Place((layer.output_node,), (layer.node,), _LIMIT, layer.output))
+    return places
 
 
-def scale_outputs(
-    module: fx.GraphModule, sites: Sequence[QuantizableLayer], largest: Mapping[fx.Node, Tensor]
-) -> dict[str, Tensor]:
-    """Scale what layers write for float operators, where that pays; return the products by name.
-
-    Args:
-        module: a folded float program; changed in place, exactly but for one float32 rounding a weight.
-        sites: the layers, from ``find_scalable``.
-        largest: absolute value of each channel of what they write, from ``channel_maxima``.
-    """
-    factors = {}
-    for site in sites:
-        top = largest[site.output_node].max()
-        up = top / largest[site.output_node].clamp(min=top / _LARGEST)
-        if top > 0 and float((1 / up**2).mean()) <= _WORTH:
-            factors[site.output] = scale_channels(module, site, up)
-    insert_output_rescales(module, factors)
-    return factors
+def halves_error(module: fx.GraphModule, place: Place, factors: Tensor) -> bool:
+    """Whether the rounding error of the output loses half of its power; the Mul costs time."""
+    return float((1 / factors**2).mean()) <= _WORTH
 
 
-def can_scale(site: QuantizableLayer) -> bool:
-    """Whether the channels that a layer writes can be scaled in it and taken back where they are float."""
-    return not _meets_layer(site.output_node) and (
-        site.output_node is site.node or site.output_node.target in RELUS
-    )
+def scale_output(module: fx.GraphModule, place: Place, factors: Tensor) -> Tensor:
+    """Multiply the output channels of the layer and insert the Mul that undoes it; return its factors."""
+    (layer,), (output,) = place.layers, place.activations
+    weight, bias = weight_of(module, layer), bias_of(module, layer)
+    set_constant(module, layer, 1, weight * by_output(factors, weight))
+    if bias is not None:
+        set_constant(module, layer, 2, bias * factors)
+    insert_rescale(module, output, 1 / factors, list(output.users), KEPT_OUTPUT_RESCALE)
+    return 1 / factors
+
+
+RESCALE_OUTPUTS = RescalePass(
+    "rescale_outputs", lambda section: section.equalize_outputs, find_outputs, halves_error, scale_output
+)
+
+
+def can_scale(layer: QuantizableLayer) -> bool:
+    """Whether the output channels of a layer can be scaled in its weight and back where they are float."""
+    output = layer.output_node
+    return not _meets_layer(output) and (output is layer.node or output.target in RELUS)
 
 
 def _meets_layer(node: fx.Node) -> bool:
-    """Whether a layer or a kernel of ours filters a map, padded or moved as it may be: it is INT8 there."""
+    """Whether a layer or an op of ours filters an activation, perhaps padded or moved: it is INT8 there."""
     return any(
         user.target in MULTIPLY_ADD_OPS
         or (is_ours(user) and user.args[0] is node)
@@ -87,37 +87,33 @@ def _meets_layer(node: fx.Node) -> bool:
     )
 
 
-def scale_channels(module: fx.GraphModule, site: QuantizableLayer, up: Tensor) -> Tensor:
-    """Multiply what a layer writes by a factor a channel; return the product that takes it back."""
-    weight, bias = weight_of(module, site.node), bias_of(module, site.node)
-    set_constant(module, site.node, 1, weight * by_output(up, weight))
-    if bias is not None:
-        set_constant(module, site.node, 2, bias * up)
-    return 1 / up
-
-
 def insert_output_rescales(module: fx.GraphModule, factors: Mapping[str, Tensor]) -> None:
-    """Multiply what layers write, by name, with a factor a channel: what reads it finds its own size."""
-    for site in find_quantizable_layers(module):
-        if site.output not in factors:
-            continue
-        insert_product(
-            module, site.output_node, factors[site.output], list(site.output_node.users), KEPT_PRODUCT
-        )
+    """Insert a per-channel Mul behind each named output, so that its readers see the original range.
+
+    The weights are not touched: a calibration table has them scaled already.
+
+    Args:
+        module: a folded program; changed in place.
+        factors: of Muls, (C,), by name of an activation; those of inputs are ignored.
+    """
+    for layer in find_quantizable_layers(module):
+        if layer.output in factors:
+            output = layer.output_node
+            insert_rescale(module, output, factors[layer.output], list(output.users), KEPT_OUTPUT_RESCALE)
     module.recompile()
 
 
-def insert_product(
+def insert_rescale(
     module: fx.GraphModule, x: fx.Node, factors: Tensor, readers: Sequence[fx.Node], reason: str
 ) -> None:
-    """Multiply a map with a factor a channel for some of its readers; the module has to be recompiled.
+    """Insert a per-channel Mul between an activation and some of its readers; the caller recompiles.
 
     Args:
         module: changed in place.
-        x: the map.
+        x: the activation.
         factors: (C,).
-        readers: of the map, that read the product from now on.
-        reason: why that is there, for the account of what is float.
+        readers: nodes that read the rescaled activation from now on.
+        reason: why the Mul is there, for the account of float operators.
     """
     value = x.meta["val"]
     axis = channel_axis(value)
@@ -128,7 +124,7 @@ def insert_product(
         constant = module.graph.get_attr(name)
     constant.meta = {"val": column}
     with module.graph.inserting_after(constant):
-        product = module.graph.call_function(torch.ops.aten.mul.Tensor, (x, constant))
-    product.meta = {**x.meta, RESCALE: reason}
+        rescaled = module.graph.call_function(torch.ops.aten.mul.Tensor, (x, constant))
+    rescaled.meta = {**x.meta, RESCALE: reason}
     for reader in readers:
-        reader.replace_input_with(x, product)
+        reader.replace_input_with(x, rescaled)
