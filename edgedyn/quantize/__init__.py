@@ -1,10 +1,10 @@
-"""From an decomposed float program to the program that a target lowers.
+"""From a decomposed float program to the program that a target lowers.
 
-    calibrate(program, images) -> Calibrated     ranges, weights and float layers; part of a calibration table
-    apply(program, calibrated) -> Quantized      the INT8 program; no image is needed
+    calibrate(program, samples) -> Calibrated    ranges, weights and float layers; part of a calibration table
+    apply(program, calibrated) -> Quantized      the INT8 program; needs no image
 
-A build by a table and a build by images end in the same call of ``apply``, so that both give the same program
-to the bit.
+A build from a calibration table and a build from images end in the same call of ``apply``, so that both give
+the same program to the bit.
 """
 
 from __future__ import annotations

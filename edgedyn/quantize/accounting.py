@@ -1,4 +1,4 @@
-"""What of a program is INT8, and what stays float for which reason."""
+"""The account of a program: its share of INT8 multiply-adds, and the reason for every float operator."""
 
 from __future__ import annotations
 
@@ -20,29 +20,29 @@ from edgedyn.graph.nodes import (
 from edgedyn.ops import is_ours
 
 _KEPT_FLOAT = {
-    "add": "sum of a residual stream: one 8-bit step a block would add up",
-    "sub": "sum of a residual stream: one 8-bit step a block would add up",
+    "add": "residual sum: in INT8, one rounding error per block would add up",
+    "sub": "residual sum: in INT8, one rounding error per block would add up",
     "mul": "product of two activations",
     "clamp": "follows a product of two activations",
-    "upsample_bilinear2d": "slices generated kernels, or resizes a float stream",
+    "upsample_bilinear2d": "slices generated kernels, or resizes a float activation",
     "bmm": "interpolates generated kernels",
     "mm": "interpolates generated kernels",
     "prelu": "its runtime kernel is float",
-    "cat": "joins float streams",
-    "max_pool2d": "its input is a float stream",
-    "avg_pool2d": "its input is a float stream",
+    "cat": "joins float activations",
+    "max_pool2d": "its input is float",
+    "avg_pool2d": "its input is float",
     "batch_norm": "could not be folded into a convolution",
 }
 KEPT_BY_RECIPE = "kept in float by the recipe (quantize.keep_float)"
-KEPT_FOR_QUALITY = "kept in float so that INT8 costs no more than it may (quantize.max_drop_db)"
+KEPT_FOR_QUALITY = "kept in float to meet the limit on the PSNR drop (quantize.max_drop_db)"
 KEPT_ALWAYS = "decides or normalises: float32 in every precision"
 KEPT_GENERATED = "writes generated kernels, which stay float (quantize.generated)"
-KEPT_OUTPUT_RESCALE = "gives the channels of an INT8 map or kernel their size back"
-KEPT_INPUT_RESCALE = "brings the channels that an INT8 layer reads to one size"
-KEPT_SHIFT = "moves a map, or pads a moved one, so that its INT8 step has zero point 0"
+KEPT_OUTPUT_RESCALE = "scales the channels of an INT8 output back (rescale Mul)"
+KEPT_INPUT_RESCALE = "scales the channels of an INT8 input to one range (rescale Mul)"
+KEPT_SHIFT = "shifts an activation, or pads a shifted one, so that its zero point is 0"
 _NO_RULE = "no INT8 rule for this operator"
 _GENERATED = "filters with generated kernels, which stay float"
-# operators that are no view of their input and yet compute nothing
+# operators that compute nothing, although their output is no view of their input
 _MOVES_ONLY = {
     "_to_copy",
     "_unsafe_view",
@@ -65,11 +65,11 @@ _MOVES_ONLY = {
 
 
 def account(module: fx.GraphModule, reasons: Mapping[str, str]) -> tuple[dict[str, object], ...]:
-    """List what stays float: ``{"node", "count", "reason"}``.
+    """List the float operators of a program: ``{"node", "count", "reason"}``.
 
     Args:
         module: a program with Q/DQ pairs.
-        reasons: of layers that could be INT8 and are not, by node name.
+        reasons: why layers that could be INT8 are float, by node name.
     """
     kept: Counter[tuple[str, str]] = Counter()
     for node in module.graph.nodes:
@@ -92,7 +92,7 @@ def _is_fused(node: fx.Node) -> bool:
 
 
 def moves_only(node: fx.Node) -> bool:
-    """Whether a node computes nothing: a view of its input, or its values at other places."""
+    """Whether a node computes nothing: a view of its input, or the same values at other places."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload):
         return False
@@ -101,7 +101,7 @@ def moves_only(node: fx.Node) -> bool:
 
 
 def _float_operator(node: fx.Node) -> str | None:
-    """Return the name of the operator that a node computes in float, or None where it only moves values."""
+    """Return the name of a node's float operator, or None where it only moves values."""
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or target.namespace == "quantized_decomposed":
         return None
@@ -114,7 +114,7 @@ def _float_operator(node: fx.Node) -> str | None:
 
 
 def int8_share(program: ExportedProgram) -> tuple[float, int]:
-    """Return the share of multiply-adds that a program computes in INT8, and how many nodes have some."""
+    """Return the share of a program's multiply-adds that are INT8, and the number of nodes that have any."""
     costs = all_multiply_adds(program.graph)
     quantized = sum(cost for node, cost in costs.items() if is_int8(node))
     return (quantized / sum(costs.values()) if costs else 0.0), len(costs)

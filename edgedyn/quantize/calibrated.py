@@ -1,9 +1,9 @@
-"""The value that calibration of one program returns, and how it is put to use on a program.
+"""The result of calibrating one program, and its use on a program.
 
-    entries     a range, a histogram and INT8 parameters per tensor, in the order of the graph
+    entries     a range, a histogram and quantization parameters per tensor, in the order of the graph
     constants   weights and biases that calibration changed
 
-With these two ``restore`` and ``qparams_of`` make the same INT8 program without an image: a calibration table
+From these, ``restore`` and ``qparams_of`` make the same INT8 program without an image. A calibration table
 holds one ``Calibrated`` per program.
 """
 
@@ -25,14 +25,14 @@ from edgedyn.targets import Int8Scheme
 
 @dataclass(frozen=True)
 class Calibrated:
-    """What calibration found out about one program.
+    """The calibration of one program.
 
     Attributes:
         entries: its tensors, in the order of its graph.
-        constants: new weights and biases by ``layer.weight``, ``layer.bias``: int8 codes of a reconstructed
-            weight, whose scales are in its entry; else float32.
-        precision: which layers stay float because of what INT8 costs; None where that was not measured.
-        ablation: PSNR drop by what was changed in the method, dB, where that was measured.
+        constants: changed weights and biases by ``layer.weight``, ``layer.bias``: a rounded weight as int8
+            values, whose scales are in its entry; else float32.
+        precision: result of the precision search, where it ran.
+        ablation: PSNR drop by change of the method, dB, where it was measured.
     """
 
     entries: tuple[Entry, ...]
@@ -42,60 +42,67 @@ class Calibrated:
 
     @property
     def kept(self) -> tuple[str, ...]:
-        """Names of the layers that stay float because of what INT8 costs."""
+        """Names of the layers that the precision search keeps in float."""
         return self.precision.kept if self.precision else ()
+
+    def __repr__(self) -> str:
+        """Return one line with counts; the values are in the fields."""
+        return (
+            f"Calibrated({len(self.entries)} tensors, {len(self.constants)} changed constants, "
+            f"{len(self.kept)} layers kept float)"
+        )
 
 
 def refuse_other_layers(
-    module: fx.GraphModule, sites: Sequence[QuantizableLayer], calibrated: Calibrated
+    module: fx.GraphModule, layers: Sequence[QuantizableLayer], calibrated: Calibrated
 ) -> None:
-    """Refuse what calibration found out about other layers: a table can be forced onto any program.
+    """Refuse a calibration of other layers: ``--force`` applies a table to any program.
 
     Args:
         module: a folded program.
-        sites: its INT8 layers.
+        layers: its INT8 layers.
         calibrated: from a calibration table.
 
     Raises:
         CalibrationError: naming the first layer that does not fit.
     """
     entries = {entry.name: entry for entry in calibrated.entries}
-    int8 = {site.node for site in sites}
-    for site in find_quantizable_layers(module):
-        shape, entry = tuple(weight_of(module, site.node).shape), entries.get(site.weight)
-        value = calibrated.constants.get(site.weight)
-        if entry is None and site.node in int8:
-            found = "none"
+    int8 = {layer.node for layer in layers}
+    for layer in find_quantizable_layers(module):
+        shape, entry = tuple(weight_of(module, layer.node).shape), entries.get(layer.weight)
+        value = calibrated.constants.get(layer.weight)
+        if entry is None and layer.node in int8:
+            actual = "none"
         elif entry is not None and len(entry.channels) != shape[0]:
-            found = f"one of {len(entry.channels)} output channels"
+            actual = f"one of {len(entry.channels)} output channels"
         elif value is not None and value.shape != shape:
-            found = f"one of {value.shape}"
+            actual = f"one of {value.shape}"
         else:
             continue
         raise CalibrationError(
-            f"layer {site.name!r} has a weight of {shape}, and the calibration table has {found}: it is of "
+            f"layer {layer.name!r} has a weight of {shape}, and the calibration table has {actual}: it is of "
             "another network, or of other forms of our ops, and cannot be forced on this one. Calibrate "
             "again, or give this recipe the table's kernels and forms."
         )
 
 
 def restore(module: fx.GraphModule, calibrated: Calibrated) -> None:
-    """Give a folded program the weights and biases that calibration chose."""
+    """Set the weights and biases of a folded program to those of its calibration; in place."""
     scales = {entry.name: entry.channels for entry in calibrated.entries}
-    for site in find_quantizable_layers(module):
-        for index, name in ((1, site.weight), (2, site.bias)):
+    for layer in find_quantizable_layers(module):
+        for index, name in ((1, layer.weight), (2, layer.bias)):
             value = calibrated.constants.get(name)
             if value is None:
                 continue
             tensor = torch.from_numpy(np.ascontiguousarray(value))
             if tensor.dtype == torch.int8:
                 tensor = tensor.float() * by_output(torch.tensor(scales[name]), tensor)
-            set_constant(module, site.node, index, tensor)
+            set_constant(module, layer.node, index, tensor)
     module.recompile()
 
 
 def qparams_of(entries: Sequence[Entry], scheme: Int8Scheme) -> QParams:
-    """Return the steps of all tensors for a target's scheme."""
+    """Return the quantization parameters of all tensors for a target's scheme."""
     tensors, weights = {}, {}
     for entry in entries:
         if entry.kind == "weight":
@@ -111,7 +118,12 @@ def rescale_factors(entries: Sequence[Entry]) -> dict[str, Tensor]:
 
 
 def without_rescales(calibrated: Calibrated, kept: Collection[str]) -> Calibrated:
-    """Return the same where only the named tensors are INT8: channels of others have their own size again."""
+    """Return a calibration without the output rescales of tensors that are not INT8.
+
+    Args:
+        calibrated: of a program.
+        kept: names of the INT8 outputs, whose rescales stay.
+    """
     dropped = {
         name.removesuffix(".output"): factors
         for name, factors in rescale_factors(calibrated.entries).items()

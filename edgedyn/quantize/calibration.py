@@ -1,4 +1,4 @@
-"""Calibrate one program: once by the recipe, or as often as the precision search and the ablation ask."""
+"""Calibrate one program: once by the recipe, and again for the precision search and the ablation."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class CalibrationInputs:
     """The inputs that one program is calibrated on, each a tuple of tensors of the program's shapes.
 
     Attributes:
-        samples: inputs that ranges are observed on and weights are rounded for.
+        samples: inputs for the ranges and for the rounding of weights.
         color_augmented: number of the last samples that only widen ranges, not round weights.
-        finetuning: inputs that fine-tuning trains and is scored on; the samples where there are none.
+        finetuning: inputs that fine-tuning trains and scores on; without any, the samples.
         sources: origin of each sample, then of each of ``finetuning``, for errors.
     """
 
@@ -51,13 +51,13 @@ def calibrate(
     evaluation: EvaluationSet | None = None,
     progress: Progress = silent,
 ) -> Calibrated:
-    """Choose the INT8 ranges, weights and float layers of an decomposed float program.
+    """Choose the INT8 ranges, weights and float layers of a decomposed float program.
 
     Args:
         program: decomposed float program; left as it is.
         inputs: calibration inputs of the program.
         method: the recipe's ``quantize`` section on a target.
-        generated: names of the tensors that are generated kernels, from ``find_generators``.
+        generated: names of the generated kernels, from ``find_generators``.
         evaluation: evaluation set of the precision search and the ablation; None for neither.
         progress: called with (phase, steps done, steps of the phase).
 
@@ -105,7 +105,7 @@ class Calibrator:
         module: the folded float program; left as it is.
         inputs: its calibration inputs.
         method: the recipe's ``quantize`` section on a target.
-        generated: names of the tensors that are generated kernels.
+        generated: names of the generated kernels.
         progress: called with (phase, steps done, steps of the phase).
     """
 
@@ -116,7 +116,7 @@ class Calibrator:
     progress: Progress = silent
 
     def observe(self) -> tuple[fx.GraphModule, Observed]:
-        """Return the program, equalized, with the ranges of its tensors."""
+        """Return the program with rescaled channels, and the ranges of its tensors."""
         module = copy.deepcopy(self.module)
         observed = observe_program(
             module,
@@ -129,7 +129,13 @@ class Calibrator:
         return module, observed
 
     def round(self, module: fx.GraphModule, observed: Observed, kept: Sequence[str] = ()) -> Rounded:
-        """Round the weights of an observed program, which is left as it is; ``kept`` names float layers."""
+        """Round the weights of a copy of an observed program.
+
+        Args:
+            module: from ``observe``; left as it is.
+            observed: its ranges.
+            kept: names of the layers that the precision search keeps in float.
+        """
         made = copy.deepcopy(module)
         plan = self.method.plan(made, kept=kept, generated=self.generated)
         calibrated = round_program(
@@ -153,7 +159,7 @@ def refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]
     """
     if not samples:
         raise CalibrationError(
-            "there are no calibration samples; INT8 needs at least one image. Fix the set."
+            "there are no calibration samples; INT8 needs at least one image. Add one to the calibration set."
         )
     for index, sample in enumerate(samples):
         bad = sum(int((~x.isfinite()).sum()) for x in sample)

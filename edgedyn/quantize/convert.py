@@ -1,4 +1,4 @@
-"""From a folded program and the steps of its tensors to a program of Q/DQ pairs: PT2E, by torchao."""
+"""From a folded program and its quantization parameters to a program with Q/DQ pairs, by torchao (PT2E)."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from edgedyn.targets import Int8Scheme
 def insert_qdq(
     module: fx.GraphModule,
     plan: Plan,
-    steps: QParams,
+    qparams: QParams,
     scheme: Int8Scheme,
     *,
     fold: bool = True,
 ) -> fx.GraphModule:
-    """Quantize and dequantize what the plan says, by the given steps; the module itself is used up.
+    """Insert the Q/DQ pairs of a plan; the module itself is used up.
 
     Args:
         module: a folded program.
         plan: its INT8 layers.
-        steps: of every tensor that they read and, where the scheme wants it, write.
+        qparams: of the weights and inputs of these layers, and of their outputs where the scheme wants that.
         scheme: how the target annotates INT8.
-        fold: store int8 weights; else float weights are quantized in the graph, as NNCF wants it.
+        fold: store int8 weights; else the graph quantizes float weights, as NNCF expects.
     """
-    prepared = prepare_pt2e(module, make_quantizer(plan, steps, scheme))
+    prepared = prepare_pt2e(module, make_quantizer(plan, qparams, scheme))
     return convert_pt2e(prepared, fold_quantize=fold)  # type: ignore[no-any-return]
 
 
 class _FixedChannels(ObserverBase):  # type: ignore[misc]
-    """Gives the weight of a layer the scales that were chosen before; observes nothing."""
+    """Sets the scales of a weight to those of its calibration; observes nothing."""
 
     def __init__(self, channel_scales: Tensor, **spec: Any) -> None:
         super().__init__(dtype=spec["dtype"])
@@ -57,15 +57,15 @@ class _FixedChannels(ObserverBase):  # type: ignore[misc]
         return self.channel_scales, torch.zeros(len(self.channel_scales), dtype=torch.int64)
 
 
-def make_quantizer(plan: Plan, steps: QParams, scheme: Int8Scheme) -> Any:
-    """Make the PT2E quantizer of a plan: int8 activations by tensor, symmetric int8 weights by channel."""
+def make_quantizer(plan: Plan, qparams: QParams, scheme: Int8Scheme) -> Any:
+    """Make the PT2E quantizer of a plan: per-tensor int8 activations, symmetric per-channel int8 weights."""
 
     def activation(tensor: str) -> Any:
-        scale, zero_point = steps.of(tensor)
+        scale, zero_point = qparams.of(tensor)
         kind = torch.per_tensor_symmetric if scheme.symmetric else torch.per_tensor_affine
         return FixedQParamsQuantizationSpec(torch.int8, scale, zero_point, -128, 127, kind)
 
-    of_each_image = QuantizationSpec(
+    dynamic = QuantizationSpec(
         torch.int8,
         PlaceholderObserver.with_args(eps=SCALE_EPSILON),
         -128,
@@ -74,37 +74,37 @@ def make_quantizer(plan: Plan, steps: QParams, scheme: Int8Scheme) -> Any:
         is_dynamic=True,
     )
 
-    def weight(site: QuantizableLayer) -> Any:
+    def weight(layer: QuantizableLayer) -> Any:
         return QuantizationSpec(
             dtype=torch.int8,
             quant_min=-127,
             quant_max=127,
             qscheme=torch.per_channel_symmetric,
             ch_axis=0,
-            observer_or_fake_quant_ctr=_FixedChannels.with_args(channel_scales=steps.weights[site.weight]),
+            observer_or_fake_quant_ctr=_FixedChannels.with_args(channel_scales=qparams.weights[layer.weight]),
         )
 
-    def annotate(node: fx.Node, read: dict[Any, Any], written: Any = None) -> None:
-        node.meta["quantization_annotation"] = QuantizationAnnotation(read, written, _annotated=True)
+    def annotate(node: fx.Node, inputs: dict[Any, Any], output: Any = None) -> None:
+        node.meta["quantization_annotation"] = QuantizationAnnotation(inputs, output, _annotated=True)
 
     class Int8Quantizer(Quantizer):  # type: ignore[misc]
         def annotate(self, model: fx.GraphModule) -> fx.GraphModule:
             nodes = {node.name: node for node in model.graph.nodes}
             for call, x in plan.kernels.items():
                 annotate(nodes[call.name], {nodes[call.name].args[0]: activation(x)})
-            has_step = set(plan.quantized_outputs(scheme))
-            for site in plan.layers:
-                node = nodes[site.node.name]
-                last = nodes[site.output_node.name]
-                written = activation(site.output) if site in has_step else None
-                x = of_each_image if site.node in plan.dynamic else activation(site.input)
-                read = {node.args[0]: x, node.args[1]: weight(site)}
-                annotate(node, read, written if last is node else None)
+            quantized_outputs = set(plan.quantized_outputs(scheme))
+            for layer in plan.layers:
+                node = nodes[layer.node.name]
+                last = nodes[layer.output_node.name]
+                output = activation(layer.output) if layer in quantized_outputs else None
+                x = dynamic if layer.node in plan.dynamic else activation(layer.input)
+                inputs = {node.args[0]: x, node.args[1]: weight(layer)}
+                annotate(node, inputs, output if last is node else None)
                 if last is not node:
-                    annotate(last, {}, written)
+                    annotate(last, {}, output)
             return model
 
         def validate(self, model: fx.GraphModule) -> None:
-            """Nothing to refuse: annotate writes only what the scheme allows."""
+            """Accept every model: annotate follows the scheme."""
 
     return Int8Quantizer()

@@ -1,9 +1,9 @@
-"""Which nodes of a program decide: masks, and every other step from real numbers to booleans or integers.
+"""Decisions of a program: masks, and all other operators from real numbers to booleans or integers.
 
     logits >= threshold     a mask     1 or 0 at every position
 
-A decision has no small errors. So the layer that computes what is compared stays float in every precision, in
-a network that nobody told us of too.
+A decision has no small errors. So the layer that computes the compared values stays float in every precision.
+The graph alone shows the decisions, so that this holds for any network.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _STEPS = {"bucketize", "ceil", "floor", "floor_divide", "heaviside", "round", "s
 
 @dataclass(frozen=True)
 class Mask:
-    """A comparison of a float map with a number, in a program.
+    """A comparison of a float activation with a number, in a program.
 
     Attributes:
         node: name of the comparison.
-        logits: name of the node that gives the map.
+        logits: name of the node that computes the activation.
         path: dotted path of the module that compares.
         threshold: the number.
         compare: ge, gt, le or lt.
@@ -52,16 +52,15 @@ class Mask:
     is_floor: bool = False
 
     def decide(self, logits: np.ndarray) -> np.ndarray:
-        """Return where the mask is set, booleans."""
+        """Return the mask, booleans."""
         return self.compare(logits, self.threshold)
 
 
 def find_decisions(program: ExportedProgram) -> tuple[list[Mask], int]:
     """List the masks of a program, and count its other data-dependent decisions."""
     deciding, _ = _decide(program.graph, program.graph_signature.user_inputs)
-    found = [_read_mask(node) for node in deciding]
-    masks = [mask for mask in found if mask is not None]
-    return masks, len(found) - len(masks)
+    masks = [mask for mask in map(_read_mask, deciding) if mask is not None]
+    return masks, len(deciding) - len(masks)
 
 
 def find_deciding(module: fx.GraphModule) -> list[fx.Node]:
@@ -70,15 +69,15 @@ def find_deciding(module: fx.GraphModule) -> list[fx.Node]:
 
 
 def find_decided(module: fx.GraphModule) -> set[fx.Node]:
-    """Return the nodes of a folded program that decide, and what is computed from decisions alone: masks."""
+    """Return the nodes of a folded program that decide, and those computed from decisions alone: masks."""
     return _decide(module.graph, _inputs(module))[1]
 
 
 def find_deciding_layers(module: fx.GraphModule, *, is_router: bool = False) -> list[fx.Node]:
     """Return the last convolutions and linear layers in front of every decision of a folded program.
 
-    What is not compared itself and has other readers is a feature map, not logits: where a residual sum is
-    compared, the layers that write it stay float, and not those of all sums before.
+    An activation that is not compared itself and has other readers is a feature map, not logits. So where a
+    residual sum is compared, only the layers that write it stay float, and not those of all sums before.
 
     Args:
         module: a folded program.
@@ -107,14 +106,14 @@ def _inputs(module: fx.GraphModule) -> list[str]:
 
 
 def _decide(graph: fx.Graph, inputs: Collection[str]) -> tuple[list[fx.Node], set[fx.Node]]:
-    """List the nodes that decide, and return them with what is computed from them alone.
+    """List the nodes that decide, and all nodes computed from decisions alone, themselves included.
 
     A decision is a boolean or integer computed from the input (a comparison, an index), or a step function of
-    it. What is computed from decisions alone decides nothing more.
+    it. A node computed from decisions alone decides nothing more.
     """
     from_input = {node for node in graph.nodes if node.op == "placeholder" and node.name in inputs}
     decided: set[fx.Node] = set()
-    found = []
+    deciding = []
     for node in graph.nodes:
         sources = from_input.intersection(node.all_input_nodes)
         if node.op != "call_function" or not sources:
@@ -126,12 +125,12 @@ def _decide(graph: fx.Graph, inputs: Collection[str]) -> tuple[list[fx.Node], se
         name = getattr(node.target, "_opname", "")
         if name in _STEPS or (not _is_float(node) and all(_is_float(x) for x in sources - decided)):
             decided.add(node)
-            found.append(node)
-    return found, decided
+            deciding.append(node)
+    return deciding, decided
 
 
 def _read_mask(node: fx.Node) -> Mask | None:
-    """Return the mask that a deciding node is, or None."""
+    """Return a deciding node as a mask, or None where it is none."""
     source, path = node.args[0], module_path(node)
     if not isinstance(source, fx.Node):
         return None
@@ -145,7 +144,7 @@ def _read_mask(node: fx.Node) -> Mask | None:
 
 
 def _is_float(node: fx.Node) -> bool:
-    """Whether all tensors that a graph node gives stand for real numbers, quantized ones too."""
+    """Whether all outputs of a graph node stand for real numbers, quantized ones included."""
     if getattr(node.target, "namespace", "") == "quantized_decomposed":
         return True
     value: Any = node.meta.get("val")

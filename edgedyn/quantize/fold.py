@@ -12,11 +12,11 @@ from edgedyn.graph.rewrites import explicit_padding, unshare_constants
 def fold(program: ExportedProgram) -> fx.GraphModule:
     """Fold every BatchNorm that follows a convolution into it; exact up to rounding of the weights.
 
-    Convolutions called several times get a weight a call, because each may meet another BatchNorm.
+    A convolution with several calls gets one weight per call, because each call may meet another BatchNorm.
     """
     from torchao.quantization.pt2e.utils import _fuse_conv_bn_
 
-    # without guards: shapes are fixed, and who runs the nodes knows operators only
+    # without guards: shapes are fixed, and the interpreters of the graph know operators only
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     explicit_padding(module)

@@ -1,11 +1,11 @@
-"""Which tensors of a folded program are INT8, and by which steps.
+"""The plan of a program: its INT8 layers, and the quantization parameters by name of a tensor.
 
-    x -> Q/DQ -> conv(int8 weights, one scale a channel) [-> Q/DQ -> PReLU -> Q/DQ -> conv ...] -> float adds
-    x -> min, max -> Q/DQ -> conv(int8 weights, one scale a channel) -> float          where that is dynamic
+    x -> Q/DQ -> conv(int8 weights, per channel) [-> Q/DQ -> PReLU -> Q/DQ -> conv ...] -> float adds
+    x -> min, max -> Q/DQ -> conv(int8 weights, per channel) -> float          where the range is dynamic
 
-Only convolutions and linear layers are INT8, with the PReLU between them where the runtime keeps it so.
-Residual sums, products of two activations, generated kernels and slicing stay float: the residual stream is
-where an 8-bit step would be paid at every block.
+Only convolutions and linear layers are INT8, with the PReLU between them where the runtime keeps it INT8.
+Residual sums, products of two activations, generated kernels and slicing stay float: in a residual stream,
+one rounding error per block would add up.
 """
 
 from __future__ import annotations
@@ -112,78 +112,82 @@ def name_tensors(module: fx.GraphModule, layers: Sequence[QuantizableLayer]) -> 
 
 
 def find_generators(module: fx.GraphModule) -> frozenset[str]:
-    """Name the tensors that are generated kernels: what an op of ours takes as such, but masks, which decide.
+    """Name the generated kernels: the arguments that our ops declare as such, except masks, which decide.
 
-    One that a layer writes straight into the op is that layer's output. One that float operators write, a
-    Tanh or a norm, is named by the module that ends with them, at its last call; where the op is in the same
-    module it has no name.
+    A kernel that a layer writes straight into the op has the name of that layer's output. A kernel that float
+    operators write, a Tanh or a norm, is named after the module that ends with them, at its last call. It has
+    no name where the op is in the same module.
 
     Args:
         module: a folded program with our ops as nodes.
     """
-    written = {site.output_node: site.output for site in find_quantizable_layers(module)}
-    names = {node: name for name, node in _last_of_modules(module).items()}
+    outputs = {layer.output_node: layer.output for layer in find_quantizable_layers(module)}
+    modules = {node: name for name, node in _last_of_modules(module).items()}
     ops = {op.overload: op for op in load_all().values()}
     decided = find_decided(module)
-    found = set()
+    names = set()
     for node in filter(is_ours, module.graph.nodes):
         op, path = ops[node.target], module_path(node)
         for argument, value in zip(op.overload._schema.arguments, node.args, strict=False):
             if isinstance(value, fx.Node) and argument.name in op.generated:
-                moved = [value]  # from what the op is given to what was computed
-                while moves_only(moved[-1]) and len(moved[-1].all_input_nodes) == 1:
-                    moved.append(moved[-1].all_input_nodes[0])
-                if moved[-1] in written:
-                    found.add(written[moved[-1]])
-                elif moved[-1] not in decided:
-                    given = next((n for n in moved if module_path(n) != path), None)
-                    if given in names:
-                        found.add(names[given])
-    return frozenset(found)
+                chain = [value]  # from the argument back to the node that computes it
+                while moves_only(chain[-1]) and len(chain[-1].all_input_nodes) == 1:
+                    chain.append(chain[-1].all_input_nodes[0])
+                if chain[-1] in outputs:
+                    names.add(outputs[chain[-1]])
+                elif chain[-1] not in decided:
+                    last = next((n for n in chain if module_path(n) != path), None)
+                    if last in modules:
+                        names.add(modules[last])
+    return frozenset(names)
 
 
 def find_kernels(module: fx.GraphModule, names: Collection[str]) -> dict[str, fx.Node]:
-    """Return generated kernels by name, in whichever form our ops are; one may be what a layer reads as well.
+    """Return the nodes of generated kernels by name, in every form of our ops.
+
+    A kernel may be the input of a layer as well, under another name.
 
     Args:
         module: a folded program.
         names: from ``find_generators``.
     """
     tensors = _last_of_modules(module) | {
-        site.output: site.output_node for site in find_quantizable_layers(module)
+        layer.output: layer.output_node for layer in find_quantizable_layers(module)
     }
     return {name: node for name, node in tensors.items() if name in names}
 
 
 def _last_of_modules(module: fx.GraphModule) -> dict[str, fx.Node]:
-    """Return the tensor that each module of the network gives, by the name that it has as a kernel."""
-    given = (node for node in module.graph.nodes if isinstance(node.meta.get("val"), Tensor))
+    """Return the last tensor of each module of the network, by the name that it has as a kernel."""
+    tensors = (node for node in module.graph.nodes if isinstance(node.meta.get("val"), Tensor))
     return {
-        f"{path}.kernel": node for node in given if node.op == "call_function" and (path := module_path(node))
+        f"{path}.kernel": node
+        for node in tensors
+        if node.op == "call_function" and (path := module_path(node))
     }
 
 
 @dataclass(frozen=True)
 class QParams:
-    """Scales and zero points by name of a tensor.
+    """Quantization parameters by name of a tensor: x ~ scale * (q - zero point), q in int8.
 
     Attributes:
-        tensors: of activations: (scale, zero point), one of each for the whole tensor.
-        weights: of weights: float32 scales, one an output channel; their zero points are 0.
+        tensors: of activations, per tensor: (scale, zero point).
+        weights: of weights, per output channel: float32 scales, (O,); their zero points are 0.
     """
 
     tensors: Mapping[str, tuple[float, int]]
     weights: Mapping[str, Tensor]
 
     def of(self, tensor: str) -> tuple[float, int]:
-        """Return the step of an activation.
+        """Return scale and zero point of an activation.
 
         Raises:
-            CalibrationError: when it has none: the table was made where nobody read or wrote this tensor.
+            CalibrationError: when it has none: in the table's program no layer reads or writes this tensor.
         """
         if tensor not in self.tensors:
             raise CalibrationError(
-                f"the calibration table has no step for the tensor {tensor!r}: it was made for other forms "
+                f"the calibration table has no scale for the tensor {tensor!r}: it was made for other forms "
                 "of our ops. Calibrate again with this recipe, or give it the table's kernels and forms."
             )
         return self.tensors[tensor]
@@ -191,13 +195,13 @@ class QParams:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is computed in INT8.
+    """The INT8 layers and ops of a folded program.
 
     Attributes:
         layers: the INT8 convolutions and linear layers.
-        kernels: calls of our ops that get their x in INT8, with the name of x.
-        reasons: of what stays float, by node name.
-        dynamic: calls of layers that take the range of what they read from each image, and write float.
+        kernels: calls of our ops with an INT8 x, and the name of x.
+        reasons: why other layers stay float, by node name.
+        dynamic: calls of layers that take their input range from each image, and write float.
     """
 
     layers: tuple[QuantizableLayer, ...]
@@ -207,7 +211,7 @@ class Plan:
 
     def quantized_outputs(self, scheme: Int8Scheme) -> tuple[QuantizableLayer, ...]:
         """Return the layers whose output activation is quantized."""
-        return tuple(site for site in self.layers if scheme.outputs and site.node not in self.dynamic)
+        return tuple(layer for layer in self.layers if scheme.outputs and layer.node not in self.dynamic)
 
 
 def make_plan(
@@ -222,52 +226,51 @@ def make_plan(
     is_router: bool = False,
     generated: Collection[str] = frozenset(),
 ) -> Plan:
-    """Decide what is INT8.
+    """Choose the INT8 layers of a folded program.
 
-    Where convolutions have no quantized output, a kernel's x gets its step only in front of readers that
-    quantize y as well: an 8-bit rounding that saves no float feature map would be paid for nothing.
+    Where layers have float outputs, the x of an op of ours is quantized only if all readers of its y are INT8
+    layers: else its rounding error would save no float feature map.
 
     Args:
         module: a folded program.
         scheme: how the target annotates INT8.
         keep_float: patterns of layer paths that stay float.
-        dynamic: patterns of layer paths that take the range of what they read from each image, where the
-            scheme lets them.
+        dynamic: patterns of layer paths that take their input range from each image, where the scheme
+            allows it.
         float32: names of module classes that are never quantized.
         kernels: overloads of our ops that the target computes in INT8 where x is.
-        kept: names of layers that stay float because of what INT8 costs there.
-        is_router: whether the first output is compared.
-        generated: names of generated kernels that are to stay float, where outputs are quantized at all.
+        kept: names of the layers that the precision search keeps in float.
+        is_router: whether the host compares the first output.
+        generated: names of generated kernels that stay float, where the scheme quantizes outputs at all.
     """
-    found = find_quantizable_layers(module)
-    reasons = {site.node.name: KEPT_FOR_QUALITY for site in found if site.name in kept}
-    reasons |= dict.fromkeys(_matching(found, keep_float), KEPT_BY_RECIPE)
-    names = _matching([site for site in found if scheme.dynamic(site.node)], dynamic)
+    candidates = find_quantizable_layers(module)
+    reasons = {layer.node.name: KEPT_FOR_QUALITY for layer in candidates if layer.name in kept}
+    reasons |= dict.fromkeys(_matching(candidates, keep_float), KEPT_BY_RECIPE)
+    dynamic_names = _matching([layer for layer in candidates if scheme.dynamic(layer.node)], dynamic)
     if scheme.outputs:
-        written = [site for site in found if site.node.name not in names]
-        reasons |= {site.node.name: KEPT_GENERATED for site in written if site.output in generated}
+        static = [layer for layer in candidates if layer.node.name not in dynamic_names]
+        reasons |= {layer.node.name: KEPT_GENERATED for layer in static if layer.output in generated}
     reasons |= {node.name: KEPT_ALWAYS for node in module.graph.nodes if belongs_to(node, float32)}
     deciding = find_deciding_layers(module, is_router=is_router)
     reasons |= {node.name: KEPT_ALWAYS for node in deciding}
-    sites = tuple(site for site in found if site.node.name not in reasons)
-    chosen = {site.node for site in sites}
-    tensors = {node: name for name, node in name_tensors(module, found).items()}
+    layers = tuple(layer for layer in candidates if layer.node.name not in reasons)
+    int8 = {layer.node for layer in layers}
+    names = {node: name for name, node in name_tensors(module, candidates).items()}
     calls = [] if scheme.outputs else [node for node in module.graph.nodes if node.target in kernels]
-    fed = {node: tensors[node.args[0]] for node in calls if chosen.issuperset(node.users)}
-    ranged = frozenset(node for node in chosen if node.name in names)
-    return Plan(sites, fed, reasons, ranged)
+    int8_calls = {node: names[node.args[0]] for node in calls if int8.issuperset(node.users)}
+    return Plan(layers, int8_calls, reasons, frozenset(node for node in int8 if node.name in dynamic_names))
 
 
 @dataclass(frozen=True)
 class Int8Method:
-    """How a program becomes INT8: the recipe's ``quantize`` section on one target.
+    """The recipe's ``quantize`` section on one target.
 
     Attributes:
         scheme: how the target annotates INT8.
         section: the recipe's ``quantize`` section.
         float32: names of module classes that are never quantized.
         kernels: overloads of our ops that the target computes in INT8 where x is.
-        is_router: whether the program's first output is compared, so that what computes it stays float.
+        is_router: whether the host compares the program's first output, whose layers then stay float.
     """
 
     scheme: Int8Scheme
@@ -280,13 +283,13 @@ class Int8Method:
     def shifts(self) -> bool:
         """Whether zero points become offsets of the activations: ``quantize.shift`` on a symmetric target.
 
-        Not where layers have INT8 outputs: others read these, and have no bias that could take the offset.
+        Not where layers have INT8 outputs: their readers may have no bias that takes the offset.
         """
         return self.section.shift and self.scheme.symmetric and not self.scheme.outputs
 
     @property
     def ranges(self) -> Int8Scheme:
-        """The scheme that ranges are chosen for: with zero points where ``shifts`` takes them away later."""
+        """The scheme of the ranges: affine where ``shifts`` turns the zero points into offsets later."""
         return replace(self.scheme, symmetric=False) if self.shifts else self.scheme
 
     def plan(
@@ -296,8 +299,8 @@ class Int8Method:
 
         Args:
             module: the program.
-            kept: names of layers that stay float because of what INT8 costs there.
-            generated: names of the tensors that are generated kernels.
+            kept: names of the layers that the precision search keeps in float.
+            generated: names of the generated kernels.
         """
         return make_plan(
             module,
@@ -305,7 +308,7 @@ class Int8Method:
             keep_float=self.section.keep_float,
             dynamic=self.section.dynamic,
             float32=self.float32,
-            kernels=frozenset() if self.shifts else self.kernels,  # these read float then
+            kernels=frozenset() if self.shifts else self.kernels,  # our ops have no bias for an offset
             generated=generated if self.section.generated == "float" else (),
             kept=kept,
             is_router=self.is_router,
@@ -313,17 +316,17 @@ class Int8Method:
 
 
 def refuse_unknown_layers(programs: Sequence[fx.GraphModule], key: str, patterns: Sequence[str]) -> None:
-    """Refuse a pattern that matches no layer of any program: variants need not have the same ones.
+    """Refuse a pattern that matches no layer of any program; variants may have different layers.
 
     Args:
-        programs: folded, all of a network.
-        key: of the recipe's ``quantize`` section, for the error.
+        programs: all folded programs of a network.
+        key: key in the recipe's ``quantize`` section, for the error.
         patterns: of layer paths (``*`` as in file names).
 
     Raises:
-        RecipeError: naming the first layers that there are.
+        RecipeError: naming the first layers of the network.
     """
-    paths = [module_path(site.node) for module in programs for site in find_quantizable_layers(module)]
+    paths = [module_path(layer.node) for module in programs for layer in find_quantizable_layers(module)]
     for pattern in patterns:
         if not fnmatch.filter(paths, pattern):
             first = ", ".join(dict.fromkeys(paths[:8]))
@@ -335,10 +338,10 @@ def refuse_unknown_layers(programs: Sequence[fx.GraphModule], key: str, patterns
 
 
 def matches(path: str, patterns: Sequence[str]) -> bool:
-    """Say whether a dotted path is one of those that patterns name; * matches any part."""
+    """Whether a dotted path matches one of the patterns; * matches any part."""
     return any(fnmatch.fnmatch(path, pattern) for pattern in patterns)
 
 
-def _matching(sites: Sequence[QuantizableLayer], patterns: Sequence[str]) -> list[str]:
+def _matching(layers: Sequence[QuantizableLayer], patterns: Sequence[str]) -> list[str]:
     """Name the nodes whose layer path matches a pattern."""
-    return [site.node.name for site in sites if matches(module_path(site.node), patterns)]
+    return [layer.node.name for layer in layers if matches(module_path(layer.node), patterns)]

@@ -1,4 +1,4 @@
-"""From an decomposed float program to the program that a target lowers: INT8, half or float.
+"""From a decomposed float program to the program that a target lowers: INT8, half or float.
 
 fold -> restore calibrated weights -> rescale Muls -> Q/DQ pairs -> shifted zero points
 """
@@ -34,10 +34,10 @@ from edgedyn.targets.executorch.readers import separate_readers
 
 @dataclass(frozen=True)
 class Quantized:
-    """A program ready for lowering, with an account of its precision.
+    """A program ready for lowering, with the account of its precision.
 
     Attributes:
-        program: BatchNorm folded; INT8 as ``quantized_decomposed`` Q/DQ pairs, half, or float32.
+        program: BatchNorm folded; INT8 as ``quantized_decomposed`` Q/DQ pairs, float16, or float32.
         int8_mac_share: multiply-adds of convolutions and linear layers that run in INT8, as a share of all.
         multiply_add_nodes: number of these layers.
         float_nodes: ``{"node", "count", "reason"}`` of operators that stay float.
@@ -52,6 +52,14 @@ class Quantized:
     calibrated: Calibrated | None = field(default=None, repr=False)
     dynamic: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        """Return one line with counts; the values are in the fields."""
+        count = sum(int(str(row["count"])) for row in self.float_nodes)
+        return (
+            f"Quantized({self.int8_mac_share:.1%} INT8 multiply-adds, {self.multiply_add_nodes} layers, "
+            f"{count} float operators)"
+        )
+
 
 def to_float(
     program: ExportedProgram,
@@ -62,7 +70,7 @@ def to_float(
     """Return the folded program in float32 or float16; modules of the classes ``float32`` stay float32."""
     module = fold(program)
     if precision == "fp16":
-        # a copy: the program shares its tensors with the module, and halving would change both
+        # a copy: the program shares its tensors with the module, and to_float16 would change both
         module, inputs = copy.deepcopy(module), tuple(x.half() for x in inputs)
         to_float16(module, {node for node in module.graph.nodes if belongs_to(node, float32)})
     return Quantized(torch.export.export(module, inputs))
@@ -71,12 +79,12 @@ def to_float(
 def apply(
     program: ExportedProgram, inputs: tuple[Tensor, ...], calibrated: Calibrated, method: Int8Method
 ) -> Quantized:
-    """Convert an decomposed float program to INT8 by its calibration; no image is needed.
+    """Convert a decomposed float program to INT8 by its calibration; no image is needed.
 
     Args:
         program: decomposed float program; left as it is.
         inputs: one set of example inputs, for the shapes.
-        calibrated: of this program, from ``calibrate`` or from a calibration table.
+        calibrated: calibration of this program, from ``calibrate`` or from a calibration table.
         method: the recipe's ``quantize`` section on a target.
 
     Raises:
@@ -87,22 +95,24 @@ def apply(
     scheme = method.ranges
     generated = {entry.name for entry in calibrated.entries if entry.kind == "kernel"}
     module = fold(program)
-    planned = method.plan(module, kept=calibrated.kept, generated=generated)
-    refuse_other_layers(module, planned.layers, calibrated)
-    final = without_rescales(calibrated, {site.output for site in planned.quantized_outputs(scheme)})
+    plan = method.plan(module, kept=calibrated.kept, generated=generated)
+    refuse_other_layers(module, plan.layers, calibrated)
+    final = without_rescales(calibrated, {layer.output for layer in plan.quantized_outputs(scheme)})
     factors = rescale_factors(final.entries)
     insert_output_rescales(module, factors)
     insert_input_rescales(module, factors)
     restore(module, final)
-    plan, steps = method.plan(module, kept=final.kept, generated=generated), qparams_of(final.entries, scheme)
-    drop_input_rescales(module, {site.node for site in plan.layers})
+    plan = method.plan(
+        module, kept=final.kept, generated=generated
+    )  # a Mul in front of a layer renames its input
+    drop_input_rescales(module, {layer.node for layer in plan.layers})
     reasons = {**plan.reasons, **{n.name: n.meta[RESCALE] for n in module.graph.nodes if RESCALE in n.meta}}
     with torch.no_grad():
-        converted = insert_qdq(module, plan, steps, scheme)
+        converted = insert_qdq(module, plan, qparams_of(final.entries, scheme), scheme)
         if method.shifts:
             shift_zero_points(converted)
     reasons |= {node.name: KEPT_SHIFT for node in converted.graph.nodes if SHIFT in node.meta}
     separate_readers(converted)
     exported = torch.export.export(converted, inputs)
-    ranged = tuple(site.name for site in plan.layers if site.node in plan.dynamic)
-    return Quantized(exported, *int8_share(exported), account(converted, reasons), calibrated, ranged)
+    dynamic = tuple(layer.name for layer in plan.layers if layer.node in plan.dynamic)
+    return Quantized(exported, *int8_share(exported), account(converted, reasons), calibrated, dynamic)

@@ -1,1 +1,1 @@
-"""What is observed of a tensor, and the range that is chosen for it."""
+"""Observation of a program's tensors on calibration samples, and the choice of their ranges."""

@@ -1,16 +1,16 @@
-"""Histograms that do not depend on the order or the batches in which values come.
+"""Histograms that do not depend on the order or the batches of the values.
 
     bin i counts the x with  i * step <= x < (i + 1) * step,    step a power of two
 
 When values need more than ``MOST_BINS`` bins, the step doubles and bins i = 2 j and 2 j + 1 become bin j.
-Floor of half a floor is the floor of the half, so that merging gives exactly what a first pass with the final
-step would have given: samples in any order, in batches of any size, on any machine, give the same table.
+floor(floor(x) / 2) = floor(x / 2), so that merged bins are exactly those of one pass with the final step:
+samples in any order, in batches of any size, on any machine, give the same table.
 """
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from edgedyn.errors import CalibrationError
 
 MOST_BINS = 1024
 _FINEST = 2.0**-40  # spread of a tensor of zeros
-_BLOCK = 2**16  # values that are counted at once: what is made of them stays in the processor's cache
+_BLOCK = 2**16  # values counted at once: the intermediate arrays stay in the processor's cache
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,13 @@ class Histogram:
     high: float
     step: float
     first: int
-    counts: np.ndarray = field(repr=False)
+    counts: np.ndarray
+
+    def __repr__(self) -> str:
+        """Return one line; the counts are in their field."""
+        return (
+            f"Histogram({self.total} values from {self.low:.4g} to {self.high:.4g}, {self.counts.size} bins)"
+        )
 
     @classmethod
     def of(cls, values: np.ndarray) -> Histogram:
@@ -62,8 +68,8 @@ class Histogram:
         counts = np.zeros(math.floor(high / step) - first + 1, np.int64)
         for start in range(0, flat.size, _BLOCK):
             block = flat[start : start + _BLOCK]
-            # a division by a power of two is exact, so that a value on an edge falls where every merge puts
-            # it; by one above 1, of float32 that is next to nothing, in float64 only
+            # Division by a power of two is exact, so that a value on an edge falls into the same bin as after
+            # a merge. For a step above 1, tiny float32 values are exact in float64 only.
             bins = np.floor(block / np.float32(step) if step <= 1 else block.astype(np.float64) / step)
             counts += np.bincount((bins - first).astype(np.int64), minlength=counts.size)
         return cls(low, high, step, first, counts)
@@ -92,12 +98,12 @@ class Histogram:
 
     @property
     def total(self) -> int:
-        """How many values were counted."""
+        """Number of counted values."""
         return int(self.counts.sum())
 
     @property
     def edges(self) -> np.ndarray:
-        """Where bins begin, and the end of the last; float64."""
+        """Lower edge of each bin, and the upper edge of the last; float64."""
         return np.asarray((self.first + np.arange(self.counts.size + 1)) * self.step)
 
     @property
@@ -112,7 +118,7 @@ class Histogram:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Histogram:
-        """Read what ``to_json`` gives."""
+        """Return the histogram of JSON values from ``to_json``."""
         counts = np.asarray(values["counts"], np.int64)
         return cls(values["low"], values["high"], values["step"], values["first"], counts)
 

@@ -1,4 +1,4 @@
-"""Ranges of a folded program's tensors: equalize its channels, observe it on images, choose each range."""
+"""Ranges of a folded program's tensors: rescale channels, observe on samples, choose each range."""
 
 from __future__ import annotations
 
@@ -30,21 +30,27 @@ if TYPE_CHECKING:
     from edgedyn.recipe.keys import QuantizeSection
 
 
-_WEAKEST = 2.0**-12  # channel of a weight, against the strongest: one of zeros has a step, too
+_WEAKEST = (
+    2.0**-12
+)  # smallest range of a weight's channel, as a share of the largest: one of zeros gets a scale
 _WIDTHS = np.linspace(1, 0.6, 41)  # shares of a channel's largest weight that ``mse`` tries as its range
 
 
 @dataclass(frozen=True)
 class Observed:
-    """A folded program after its images were seen, and before a weight is rounded: the same for every plan.
+    """Ranges and rescaled constants of a folded program, before rounding: the same for every plan.
 
     Attributes:
         entries: its tensors, in the order of its graph.
-        constants: weights and biases that equalization changed, float32, by name.
+        constants: weights and biases that the rescale passes changed, float32, by name.
     """
 
     entries: tuple[Entry, ...]
     constants: Mapping[str, np.ndarray]
+
+    def __repr__(self) -> str:
+        """Return one line with counts; the values are in the fields."""
+        return f"Observed({len(self.entries)} tensors, {len(self.constants)} changed constants)"
 
 
 def observe_program(
@@ -56,14 +62,14 @@ def observe_program(
     generated: Collection[str] = frozenset(),
     progress: Progress = silent,
 ) -> Observed:
-    """Equalize a folded program, observe it on calibration samples and choose the range of every tensor.
+    """Rescale a folded program, observe it on calibration samples and choose the range of every tensor.
 
     Args:
-        module: changed in place where channels are equalized.
+        module: changed in place where channels are rescaled.
         section: the recipe's ``quantize`` section.
         samples: inputs of the program.
-        sources: where each sample comes from, for errors.
-        generated: names of the tensors that are generated kernels.
+        sources: origin of each sample, for errors.
+        generated: names of the generated kernels.
         progress: called with (phase, steps done, steps of the phase).
 
     Raises:
@@ -77,7 +83,7 @@ def observe_program(
     factors, changed = rescale_channels(module, places, maxima)
     layers = find_quantizable_layers(module)
     constants = _changed_constants(module, [layer for layer in layers if layer.node in changed])
-    found = observe(
+    histograms = observe(
         module,
         {**name_tensors(module, layers), **kernels},
         samples,
@@ -86,11 +92,11 @@ def observe_program(
     )
     entries = {
         name: _entry(name, "kernel" if name in generated else "feature", histogram, section)
-        for name, histogram in found.items()
+        for name, histogram in histograms.items()
     }
     entries |= {
-        name: replace(entries[name], spread=(seen.spread, seen.between_images))
-        for name, seen in meter.read().items()
+        name: replace(entries[name], spread=(content.spread, content.between_images))
+        for name, content in meter.read().items()
     }
     entries |= {name: replace(entries[name], channels=tuple(x.tolist())) for name, x in factors.items()}
     entries |= {layer.weight: _weight_entry(module, layer, section) for layer in layers}
@@ -105,8 +111,8 @@ def _entry(name: str, kind: Kind, histogram: Histogram, section: QuantizeSection
     return Entry(name, kind, histogram, method, affine, symmetric)
 
 
-def _weight_entry(module: fx.GraphModule, site: QuantizableLayer, section: QuantizeSection) -> Entry:
-    weight = weight_of(module, site.node)
+def _weight_entry(module: fx.GraphModule, layer: QuantizableLayer, section: QuantizeSection) -> Entry:
+    weight = weight_of(module, layer.node)
     flat = weight.flatten(1).double()
     largest = flat.abs().amax(1)
     if section.ranges.weight == "percentile":  # torch.quantile takes 16 million values at most
@@ -114,12 +120,12 @@ def _weight_entry(module: fx.GraphModule, site: QuantizableLayer, section: Quant
     largest = largest.clamp(min=max(float(largest.max()) * _WEAKEST, _WEAKEST))
     scales = largest / 127
     if section.ranges.weight == "mse":
-        tried = [largest * share / 127 for share in _WIDTHS]
-        errors = torch.stack([_rounding_error(flat, scale) for scale in tried])
-        scales = torch.stack(tried).gather(0, errors.argmin(0)[None])[0]
+        candidates = [largest * share / 127 for share in _WIDTHS]
+        errors = torch.stack([_rounding_error(flat, scale) for scale in candidates])
+        scales = torch.stack(candidates).gather(0, errors.argmin(0)[None])[0]
     channels = tuple(float(scale) for scale in scales.float())
     return Entry(
-        site.weight, "weight", Histogram.of(weight.numpy()), section.ranges.weight, channels=channels
+        layer.weight, "weight", Histogram.of(weight.numpy()), section.ranges.weight, channels=channels
     )
 
 
@@ -127,7 +133,7 @@ def _rounding_error(weight: Tensor, scales: Tensor) -> Tensor:
     return ((weight - round_weight(weight, scales)) ** 2).sum(1)
 
 
-def _changed_constants(module: fx.GraphModule, sites: Sequence[QuantizableLayer]) -> dict[str, np.ndarray]:
-    constants = {site.weight: weight_of(module, site.node).numpy() for site in sites}
-    biases = {site.bias: bias_of(module, site.node) for site in sites}
+def _changed_constants(module: fx.GraphModule, layers: Sequence[QuantizableLayer]) -> dict[str, np.ndarray]:
+    constants = {layer.weight: weight_of(module, layer.node).numpy() for layer in layers}
+    biases = {layer.bias: bias_of(module, layer.node) for layer in layers}
     return constants | {name: bias.numpy() for name, bias in biases.items() if bias is not None}

@@ -1,11 +1,11 @@
-"""Range estimators: which interval of a tensor its 256 INT8 steps cover.
+"""Range estimators: the interval of a tensor that the 256 INT8 values cover.
 
     minmax       all values
     percentile   all but the share (100 - p) / 2 % of the values at either end
     mse          the interval with the least mean squared error of rounding and clipping
     entropy      the interval whose quantized distribution is nearest to the true one (Kullback-Leibler)
 
-Each reads a histogram and returns (low, high); ``choose_qparams`` turns them into a scale and a zero point.
+Each takes a histogram and returns (low, high); ``choose_qparams`` turns them into a scale and a zero point.
 The interval always contains zero, which pads convolutions and must be exact. Where the zero point is 0, the
 interval is symmetric.
 """
@@ -21,10 +21,10 @@ import numpy as np
 from edgedyn.quantize.observe.histogram import Histogram
 
 _LEVELS = 256
-_CANDIDATES = 64  # widths that mse and entropy try, evenly between all of the range and a half
-_SMALLEST = 2.0**-100  # of an interval that is divided by
-# The finest step: XNNPACK refuses a convolution whose x step times w step is 256 times its y step or more,
-# and a ReLU may leave nothing but zeros (executorch 1.5.1, "Failed to load method").
+_CANDIDATES = 64  # widths that mse and entropy try, evenly between the full range and half of it
+_SMALLEST = 2.0**-100  # smallest divisor
+# Smallest scale. XNNPACK refuses a convolution whose input scale times weight scale is 256 times its output
+# scale or more, and a ReLU may leave nothing but zeros (executorch 1.5.1, "Failed to load method").
 _FINEST = 2.0**-16
 
 
@@ -39,8 +39,8 @@ def percentile(histogram: Histogram, *, symmetric: bool, share: float) -> tuple[
 
     Args:
         histogram: of a tensor.
-        symmetric: as wide on both sides.
-        share: of the values that stay inside, percent; in (50, 100].
+        symmetric: return a symmetric interval.
+        share: share of the values inside the interval, percent; in (50, 100].
     """
     outside = histogram.total * (100 - share) / 200
     cumulative = np.cumsum(histogram.counts)
@@ -77,19 +77,19 @@ def choose_qparams(low: float, high: float, *, symmetric: bool) -> tuple[float, 
 
 
 def _candidates(histogram: Histogram, symmetric: bool) -> list[tuple[float, float]]:
-    """Shrink the ends of the full interval, together and each by itself."""
+    """Return the full interval with its ends shrunk, together and each by itself."""
     low, high = minmax(histogram, symmetric=symmetric)
     shares = np.linspace(1, 0.5, _CANDIDATES)
-    found = [(low * share, high * share) for share in shares]
+    intervals = [(low * share, high * share) for share in shares]
     if not symmetric and low < 0 < high:
-        found += [(low * share, high) for share in shares] + [(low, high * share) for share in shares]
-    return found
+        intervals += [(low * share, high) for share in shares] + [(low, high * share) for share in shares]
+    return intervals
 
 
 def _squared_error(histogram: Histogram, low: float, high: float) -> float:
     """Return the mean squared error of rounding to 256 levels and clipping to the interval.
 
-    A bin may be as wide as a step: what is inside counts as uniform, scale^2 / 12.
+    A bin may be as wide as the scale: values inside the interval count as uniform, scale^2 / 12.
     """
     scale = (high - low) / (_LEVELS - 1)
     x = histogram.centers
@@ -99,10 +99,10 @@ def _squared_error(histogram: Histogram, low: float, high: float) -> float:
 
 
 def _divergence(histogram: Histogram, low: float, high: float) -> float:
-    """Return the divergence of the clipped distribution from itself cut to 256 levels.
+    """Return the divergence of the clipped distribution from the same distribution on 256 levels.
 
-    What is clipped counts at the ends of the first; in the second a level spreads what lay inside of it
-    evenly over the bins that held something.
+    In the first, clipped values count at the ends. In the second, a level spreads the values inside the
+    interval evenly over its bins that held any.
     """
     x, counts = histogram.centers, histogram.counts.astype(np.float64)
     inside = (counts > 0) & (x >= low) & (x <= high)

@@ -1,4 +1,4 @@
-"""What the tensors of a program are on calibration samples: one histogram each, in one pass."""
+"""Statistics of a program's tensors on calibration samples: histograms and channel maxima."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def look(
     sample: tuple[Tensor, ...],
     see: Callable[[fx.Node, Tensor], None],
 ) -> None:
-    """Run a program on one sample and call ``see(node, value)`` for each of the nodes, in their order."""
+    """Run a program on one sample and call ``see(node, value)`` for each node, in the graph's order."""
 
     class Looking(fx.Interpreter):
         def run_node(self, n: fx.Node) -> Any:
@@ -42,69 +42,69 @@ def observe(
     sources: Sequence[str] = (),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Histogram]:
-    """Count the values of tensors over all samples; their order and batches do not matter.
+    """Return one histogram per tensor over all samples; their order and batches do not matter.
 
     Args:
         module: a folded float program.
-        tensors: what is observed, by name.
+        tensors: the observed nodes, by name.
         samples: inputs of the program.
-        sources: where each sample comes from, for errors; by default its number.
+        sources: origin of each sample, for errors; by default its number.
         progress: called with (samples seen, samples).
 
     Raises:
-        CalibrationError: when a sample brings NaN or infinite values: it is named.
+        CalibrationError: for NaN or infinite values, naming sample and tensor.
     """
     names: dict[fx.Node, list[str]] = {}
     for name, node in tensors.items():
         names.setdefault(node, []).append(name)
-    found: dict[str, Histogram] = {}
+    histograms: dict[str, Histogram] = {}
     source = ""
 
     def see(node: fx.Node, value: Tensor) -> None:
         for name in names[node]:
-            count(found, name, value.numpy(), f"{source}, tensor {name!r}")
+            count(histograms, name, value.numpy(), f"{source}, tensor {name!r}")
 
     for index, sample in enumerate(samples):
         source = sources[index] if sources else f"sample {index}"
         look(module, names, sample, see)
         progress(index + 1, len(samples))
-    return found
+    return histograms
 
 
-def count(found: dict[str, Histogram], name: str, values: np.ndarray, where: str) -> None:
+def count(histograms: dict[str, Histogram], name: str, values: np.ndarray, where: str) -> None:
     """Add values to the histogram of a name.
 
     Raises:
-        CalibrationError: for NaN or infinite values, with ``where`` they are from.
+        CalibrationError: for NaN or infinite values; the message begins with ``where``.
     """
     try:
         histogram = Histogram.of(values)
     except CalibrationError as error:
         raise CalibrationError(f"{where}: {error}") from error
-    found[name] = found[name] + histogram if name in found else histogram
+    histograms[name] = histograms[name] + histogram if name in histograms else histogram
 
 
 def channel_maxima(
     module: fx.GraphModule,
-    maps: Collection[fx.Node],
+    activations: Collection[fx.Node],
     samples: Sequence[tuple[Tensor, ...]],
     also: Mapping[fx.Node, Callable[[fx.Node, Tensor], None]] = MappingProxyType({}),
 ) -> dict[fx.Node, Tensor]:
-    """Return the largest absolute value of each channel of maps over all samples, (C,).
+    """Return the largest absolute value of each channel of activations over all samples, (C,).
 
     Args:
         module: a folded float program.
-        maps: nodes of it, (B, C, H, W), or (..., C) behind a linear layer.
+        activations: its nodes, (B, C, H, W), or (..., C) behind a linear layer.
         samples: its inputs.
-        also: called with these nodes and their values, in the same pass.
+        also: further observers by node, called with the node and its value in the same pass.
     """
-    axes = {node: channel_axis(node.meta["val"]) for node in maps}
+    axes = {node: channel_axis(node.meta["val"]) for node in activations}
     largest = {node: torch.zeros(shape_of(node)[axis]) for node, axis in axes.items()}
 
     def see(node: fx.Node, value: Tensor) -> None:
         if node in largest:
             others = [axis for axis in range(value.dim()) if axis != axes[node]]
-            high, low = value.amax(others), value.amin(others)  # abs would copy the map
+            high, low = value.amax(others), value.amin(others)  # abs would copy the activation
             largest[node] = torch.maximum(largest[node], torch.maximum(high, -low))
         if node in also:
             also[node](node, value)

@@ -85,11 +85,11 @@ class ContentMeter:
 
     def read(self) -> dict[str, Content]:
         """Return the content of each kernel, by name."""
-        found = {}
+        content = {}
         for node, name in self.names.items():
             means, squares = (torch.stack(parts) for parts in zip(*self._moments[node], strict=True))
             mean, power = means.mean(0), squares.mean().clamp(min=torch.finfo(torch.float64).tiny)
             all_, images = squares.mean() - mean.square().mean(), (means - mean).square().mean()
             shares = [float((part.clamp(min=0) / power).sqrt()) for part in (all_, images)]
-            found[name] = Content(*shares)
-        return found
+            content[name] = Content(*shares)
+        return content

@@ -1,11 +1,11 @@
-"""INT8 steps with any zero point on a runtime that has none: maps are moved, and biases move them back.
+"""Shifted zero points, for runtimes whose activations are symmetric: an offset on them, undone by a bias.
 
-    x ~ s (q - z)            affine: behind a ReLU z = -128, and all 256 codes are used
-    x' = x + s z ~ s q       what is quantized instead, with zero point 0
+    x ~ s (q - z)            affine: behind a ReLU z = -128 uses all 256 values, z = 0 half of them
+    x' = x + s z ~ s q       quantized in place of x, with zero point 0
     W x + b = W x' + (b - s z sum W)
 
-Exact, codes included. Behind a convolution and its ReLU the move is free: relu(y) + s z = max(y + s z, s z),
-and y's bias takes it. Zero padding is s z now, so that a padded map is padded in front of its layer.
+Exact, down to the int8 values. Behind a convolution and its ReLU the offset is free: relu(y) + s z =
+max(y + s z, s z), and y's bias takes it. Zero padding becomes padding by s z, in front of the layer.
 """
 
 from __future__ import annotations
@@ -18,35 +18,36 @@ from torch import Tensor, fx
 from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, RELUS, bias_of, channel_axis, constant_of, set_constant
 from edgedyn.graph.rewrites import convolution_arguments
 
-SHIFT = "shift"  # in a node's meta: it moves a map, or pads one that was moved
+SHIFT = "shift"  # key in the meta of nodes that shift an activation, or pad a shifted one
 
 
 def shift_zero_points(module: fx.GraphModule) -> None:
-    """Turn every zero point of a Q/DQ program to 0 where a convolution or linear layer reads.
+    """Turn every zero point of a Q/DQ program to 0.
 
     Args:
-        module: of int8 weights with one scale an output channel; changed in place.
+        module: a program whose INT8 inputs only convolutions and linear layers read, with per-channel int8
+            weights; changed in place.
     """
     target = torch.ops.quantized_decomposed.quantize_per_tensor.default
     for node in [n for n in module.graph.nodes if n.target is target and n.args[2] != 0]:
         scale, zero_point, *rest = node.args[1:]
         offset = float(scale * zero_point)
-        step = (scale, 0, *rest)
-        node.args = (_move(module, node, offset), *step)
+        qparams = (scale, 0, *rest)
+        node.args = (_shift(module, node, offset), *qparams)
         for dequantize in list(node.users):
-            dequantize.args = (node, *step)
+            dequantize.args = (node, *qparams)
             for layer in list(dequantize.users):
                 assert layer.target in MULTIPLY_ADD_OPS  # only these read INT8 on such a runtime
                 bias = bias_of(module, layer)
                 lost = -offset * _dequantized(module, layer).flatten(1).sum(1)
                 set_constant(module, layer, 2, lost if bias is None else bias + lost)
-                _pad(module, layer, offset, step)
+                _pad(module, layer, offset, qparams)
     module.graph.eliminate_dead_code()
     module.recompile()
 
 
-def _move(module: fx.GraphModule, quantize: fx.Node, offset: float) -> fx.Node:
-    """Return what a quantize node reads, moved by an offset."""
+def _shift(module: fx.GraphModule, quantize: fx.Node, offset: float) -> fx.Node:
+    """Return the input of a quantize node, shifted by an offset."""
     x = quantize.args[0]
     assert isinstance(x, fx.Node)
     layer = x.args[0] if x.target in RELUS else None
@@ -61,8 +62,8 @@ def _move(module: fx.GraphModule, quantize: fx.Node, offset: float) -> fx.Node:
     return _insert(module, quantize, torch.ops.aten.add.Tensor, (x, offset), x)
 
 
-def _pad(module: fx.GraphModule, layer: fx.Node, offset: float, step: tuple[Any, ...]) -> None:
-    """Pad what a convolution reads by the offset, which is zero there, in place of the convolution."""
+def _pad(module: fx.GraphModule, layer: fx.Node, offset: float, qparams: tuple[Any, ...]) -> None:
+    """Pad the input of a convolution by the offset, which stands for 0, in place of its own padding."""
     if layer.target is torch.ops.aten.linear.default:
         return
     stride, padding, dilation, groups = convolution_arguments(layer)
@@ -73,8 +74,8 @@ def _pad(module: fx.GraphModule, layer: fx.Node, offset: float, step: tuple[Any,
     sides = [side for size in reversed(list(padding) * (2 // len(padding))) for side in (size, size)]
     padded = _insert(module, layer, torch.ops.aten.constant_pad_nd.default, (x, sides, offset), x)
     pair = torch.ops.quantized_decomposed
-    quantized = _insert(module, layer, pair.quantize_per_tensor.default, (padded, *step), x)
-    dequantized = _insert(module, layer, pair.dequantize_per_tensor.default, (quantized, *step), x)
+    quantized = _insert(module, layer, pair.quantize_per_tensor.default, (padded, *qparams), x)
+    dequantized = _insert(module, layer, pair.dequantize_per_tensor.default, (quantized, *qparams), x)
     rest = (stride, [0] * len(padding), dilation)
     is_general = layer.target is torch.ops.aten.convolution.default
     layer.args = (dequantized, *layer.args[1:3], *rest, *(layer.args[6:] if is_general else (groups,)))
@@ -90,9 +91,9 @@ def _insert(
 
 
 def _dequantized(module: fx.GraphModule, layer: fx.Node) -> Tensor:
-    """Return the weight of a layer as its INT8 codes have it."""
+    """Return the dequantized weight of a layer."""
     dequantize = layer.args[1]
     assert isinstance(dequantize, fx.Node)
-    codes, scales, zeros = (constant_of(module, node) for node in dequantize.args[:3])
+    quantized, scales, zeros = (constant_of(module, node) for node in dequantize.args[:3])
     pair = torch.ops.quantized_decomposed
-    return pair.dequantize_per_channel(codes, scales, zeros, *dequantize.args[3:])  # type: ignore[no-any-return]
+    return pair.dequantize_per_channel(quantized, scales, zeros, *dequantize.args[3:])  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
-"""What a calibration table holds: tensors, layers by what INT8 costs, and what the network decided.
+"""Rows of a calibration table: tensors, the precision search, and the network's decisions.
 
-Each is JSON with the sha256 of its own values, so that one edited by hand is found and named. Standard
-library and numpy only.
+Each row is JSON with the sha256 of its own values, so that the reader finds and names one edited by hand.
+Standard library and numpy only.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 from edgedyn.quantize.observe.histogram import Histogram
@@ -22,16 +22,15 @@ class Entry:
     """One tensor.
 
     Attributes:
-        name: layer and operator that it comes from.
-        kind: weight, feature map, generated kernel, or what a decision is made of.
+        name: dotted path of the layer, and the tensor's part in it, for instance ``body.0.output``.
+        kind: weight, feature map, generated kernel, or logits of a decision.
         histogram: of all its values on the calibration samples.
-        estimator: how its range was found.
+        estimator: range estimator, see ``edgedyn.quantize.observe.ranges``.
         affine: (scale, zero point) for runtimes of affine activations; None for weights and decisions.
-        symmetric: scale where the zero point is 0.
-        channels: scales of a weight, one an output channel; of another tensor whose channels were scaled, the
-            factors of the product: what each channel's, or tap's, step is of the tensor's where a layer wrote
-            it, and the other way round where one reads it.
-        spread: of a generated kernel: how far it depends on content, and how far on the image as a whole, see
+        symmetric: scale for runtimes whose zero point is 0.
+        channels: of a weight, one scale per output channel; of a rescaled activation, the per-channel factors
+            of its rescale Mul.
+        spread: of a generated kernel: its spread over all positions, and that between images, see
             ``edgedyn.quantize.rescale.generated``.
     """
 
@@ -43,6 +42,11 @@ class Entry:
     symmetric: float | None = None
     channels: tuple[float, ...] = ()
     spread: tuple[float, ...] = ()
+
+    def __repr__(self) -> str:
+        """Return one line; the values are in the fields."""
+        channels = f", {len(self.channels)} channels" if self.channels else ""
+        return f"Entry({self.name}: {self.kind}, {self.estimator or 'no range'}{channels}, {self.histogram})"
 
     def to_json(self) -> dict[str, Any]:
         """Return JSON values, with the digest of all others."""
@@ -60,7 +64,7 @@ class Entry:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Entry:
-        """Read what ``to_json`` gives; KeyError, TypeError or ValueError for anything else."""
+        """Return the entry of JSON values from ``to_json``; KeyError, TypeError or ValueError for others."""
         affine = values["affine"]
         return cls(
             values["name"],
@@ -76,13 +80,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """What INT8 costs in one layer.
+    """The cost of INT8 in one layer.
 
     Attributes:
         layer: its name.
-        share: of all multiply-adds.
-        sqnr_db: its output's power over that of its error where all layers are INT8.
-        gain_db: PSNR that comes back where this layer alone is float, at the noise level that loses most.
+        share: its share of all multiply-adds.
+        sqnr_db: power of its output over that of the error, with all layers in INT8.
+        gain_db: PSNR gained with this layer alone in float, at the noise level with the largest drop.
     """
 
     layer: str
@@ -93,7 +97,7 @@ class LayerCost:
 
 @dataclass(frozen=True)
 class Point:
-    """One choice: how many layers are float, the share that is INT8, and the PSNR that this costs, dB."""
+    """One choice of the search: number of float layers, INT8 share of multiply-adds, and PSNR drop in dB."""
 
     layers: int
     int8_share: float
@@ -102,17 +106,17 @@ class Point:
 
 @dataclass(frozen=True)
 class Precision:
-    """What was measured to choose, and what was chosen.
+    """Result of the precision search.
 
     Attributes:
-        layers: the INT8 layers in the order in which they become float.
-        curve: drop against INT8 share, the most INT8 first.
+        layers: the INT8 layers in the order in which the search makes them float.
+        curve: PSNR drop against INT8 share, the most INT8 first.
         kept: the chosen float layers.
-        drop_db: of what was chosen, its weights rounded for it.
+        drop_db: PSNR drop of this choice, with weights rounded for it.
     """
 
-    layers: tuple[LayerCost, ...]
-    curve: tuple[Point, ...]
+    layers: tuple[LayerCost, ...] = field(repr=False)
+    curve: tuple[Point, ...] = field(repr=False)
     kept: tuple[str, ...] = ()
     drop_db: float = 0.0
 
@@ -123,7 +127,7 @@ class Precision:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Precision:
-        """Read what ``to_json`` gives."""
+        """Return the precision of JSON values from ``to_json``."""
         layers = tuple(LayerCost(**layer) for layer in values["layers"])
         curve = tuple(Point(**point) for point in values["curve"])
         return cls(layers, curve, tuple(values["kept"]), values["drop_db"])
@@ -131,15 +135,15 @@ class Precision:
 
 @dataclass(frozen=True)
 class Outcome:
-    """One thing that a network can decide, and how many calibration samples it decided so.
+    """One outcome of a decision, and the number of calibration samples with this outcome.
 
     Attributes:
         decision: ``variant``, ``mask`` (active anywhere) or ``density`` (active share of all masks).
-        name: of the variant, the layer with the mask, or the band, ``25-50%``; of masks in a variant its name
-            and a colon stand in front.
-        taken: samples that take it.
-        samples: all of them.
-        needed: samples that the recipe demands; 0 where it only reports.
+        name: of the variant, the layer with the mask, or the band, ``25-50%``. For masks in a variant, the
+            name of the variant and a colon stand in front.
+        taken: number of samples with this outcome.
+        samples: number of all samples.
+        needed: number of samples that the recipe requires; 0 where it only reports.
         least: smallest density of a mask.
         most: largest density of a mask.
     """

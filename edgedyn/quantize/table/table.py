@@ -1,10 +1,10 @@
-"""The calibration table: of every tensor what calibration saw, and the INT8 steps that follow. A text file.
+"""The calibration table: histograms and quantization parameters of every tensor, as a text file.
 
-    NAME.json               the key, the image set, and for each program its tensors, one a line
+    NAME.json               the key, the image set, and the tensors of each program, one per line
     NAME.json.safetensors   beside it, where calibration changed weights or biases: their new values
 
-A table belongs to what its key says: network, graph, forms, images, transform, method, versions. Each tensor
-has the sha256 of its own line, so that one edited by hand is found and named; so have the key and the list of
+A table fits one key: network, graph, forms, images, transform, method and versions. Each tensor has the
+sha256 of its own line, so that the reader finds and names one edited by hand; so have the key and the list of
 all lines. Standard library, numpy and safetensors only.
 """
 
@@ -31,41 +31,53 @@ _AGAIN = "Calibrate again: edgedyn calibrate RECIPE -o FILE"
 
 @dataclass(frozen=True)
 class CalibrationTable:
-    """Everything that calibration found out.
+    """The calibration of all programs of a network.
 
     Attributes:
-        key: what the table belongs to, by field.
-        images: name, licence and files of the set.
+        key: network, graph, forms, images, transform, method and versions that the table fits.
+        images: name, licence and files of the calibration set.
         programs: program -> its tensors in the order of its graph.
-        constants: ``program/tensor`` -> new value of a weight or bias: float32, or int8 codes of a weight
+        constants: ``program/tensor`` -> new value of a weight or bias: float32, or int8 values of a weight
             whose scales are in its entry.
-        precision: program -> which layers stay float because of what INT8 costs, where that was measured.
-        ablation: program -> PSNR drop by what was changed in the method, dB, where that was measured.
-        coverage: how often the samples take each outcome of what the network decides.
+        precision: program -> result of the precision search, where it ran.
+        ablation: program -> PSNR drop by change of the method, dB, where it was measured.
+        coverage: number of samples per outcome of the network's decisions.
     """
 
     key: Mapping[str, Any]
     images: Mapping[str, Any]
     programs: Mapping[str, tuple[Entry, ...]]
-    constants: Mapping[str, np.ndarray] = field(default_factory=dict, repr=False)
+    constants: Mapping[str, np.ndarray] = field(default_factory=dict)
     precision: Mapping[str, Precision] = field(default_factory=dict)
     ablation: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     coverage: tuple[Outcome, ...] = ()
 
+    def __repr__(self) -> str:
+        """Return one line with counts; the values are in the fields."""
+        tensors = sum(map(len, self.programs.values()))
+        return (
+            f"CalibrationTable({self.images.get('name', 'no set')}: {len(self.programs)} programs, "
+            f"{tensors} tensors, {len(self.constants)} changed constants)"
+        )
+
     def mismatch(self, key: Mapping[str, Any]) -> str:
-        """Say which field of another key differs first, what the table has, what is wanted; else nothing."""
+        """Describe the first field in which another key differs; empty where none does."""
         for name in {**self.key, **key}:
-            found, wanted = self.key.get(name), key.get(name)
-            if found != wanted:
+            table, recipe = self.key.get(name), key.get(name)
+            if table != recipe:
                 other = "other" if name.endswith("s") else "another"
-                return f"is of {other} {name}: {_difference(found, wanted)}"
+                return f"is of {other} {name}: {_difference(table, recipe)}"
         return ""
 
     def refuse_other(self, key: Mapping[str, Any], path: Path) -> None:
-        """Refuse to be used for anything else than what it was made of.
+        """Refuse the table for a recipe with another key.
+
+        Args:
+            key: key of the recipe.
+            path: file of the table, for the error.
 
         Raises:
-            CalibrationError: naming the first field that differs, what the table has and what is wanted.
+            CalibrationError: naming the first field that differs, with both values.
         """
         mismatch = self.mismatch(key)
         if mismatch:
@@ -77,7 +89,7 @@ class CalibrationTable:
     def write(self, path: Path) -> None:
         """Write the table, and its constants beside it.
 
-        Whoever interrupts this leaves the old table, the new one, or none: never one with other constants.
+        An interruption leaves the old table, the new one, or none: never one with other constants.
         """
         weights = save({name: np.ascontiguousarray(x) for name, x in sorted(self.constants.items())})
         beside = _beside(path)
@@ -108,7 +120,7 @@ def read_table(path: Path) -> CalibrationTable:
     """Read a table and verify every digest in it.
 
     Raises:
-        CalibrationError: when it is missing, damaged, of another format, or edited: the tensor is named.
+        CalibrationError: when it is missing, damaged, of another format, or edited, naming the tensor.
     """
     try:
         values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
@@ -120,18 +132,18 @@ def read_table(path: Path) -> CalibrationTable:
         whole, programs = _whole(values), {}
         for program, rows in values["programs"].items():
             for row in rows:
-                what = f"the entry {row.get('name')!r} of program {program!r}"
-                _refuse_edited(path, row, what, "The recipe sets ranges (quantize.ranges)")
+                label = f"the entry {row.get('name')!r} of program {program!r}"
+                _refuse_edited(path, row, label, "The recipe sets ranges (quantize.ranges)")
             programs[program] = tuple(Entry.from_json(row) for row in rows)
         for program, row in values["precision"].items():
-            what = f"the precision of program {program!r}"
-            _refuse_edited(path, row, what, "The recipe keeps layers float (quantize.keep_float)")
+            label = f"the precision of program {program!r}"
+            _refuse_edited(path, row, label, "The recipe keeps layers float (quantize.keep_float)")
         precision = {name: Precision.from_json(row) for name, row in values["precision"].items()}
         for program, row in values["ablation"].items():
             _refuse_edited(path, row, f"the ablation of program {program!r}", "It is measured, never written")
         for row in values["coverage"]:
-            what = f"the coverage of {row.get('decision')} {row.get('name')!r}"
-            _refuse_edited(path, row, what, "The recipe says what is demanded (quantize.coverage)")
+            label = f"the coverage of {row.get('decision')} {row.get('name')!r}"
+            _refuse_edited(path, row, label, "The recipe sets the required samples (quantize.coverage)")
         if values["sha256"] != whole:
             raise CalibrationError(
                 f"calibration table {path}: its key, its images or its list of tensors was edited: the "
@@ -152,10 +164,10 @@ def read_table(path: Path) -> CalibrationTable:
 
 
 def refuse_place(path: Path) -> None:
-    """Refuse a path that no table can be written to: better before a calibration than after it.
+    """Refuse a path that no table can be written to, before a long calibration.
 
     Raises:
-        UsageError: when it names no JSON file, or its folder is not there.
+        UsageError: when it names no JSON file, or its folder does not exist.
     """
     if path.suffix != ".json":
         raise UsageError(
@@ -166,12 +178,12 @@ def refuse_place(path: Path) -> None:
 
 
 def _beside(path: Path) -> Path:
-    """Return where the constants of a table stand: under a name that nobody else gives a file."""
+    """Return the path of a table's constants: a name that no other file is likely to have."""
     return path.with_name(f"{path.name}.safetensors")
 
 
 def _whole(values: Mapping[str, Any]) -> str:
-    """Return the digest of what the rows of a table do not say: its key, and which rows there are."""
+    """Return the digest of a table's key and list of rows, which the digests of the rows do not cover."""
     rows = {
         "precision": {name: row["sha256"] for name, row in values["precision"].items()},
         "ablation": {name: row["sha256"] for name, row in values["ablation"].items()},
@@ -181,12 +193,12 @@ def _whole(values: Mapping[str, Any]) -> str:
     return digest({name: values[name] for name in ("format", "key", "images", "constants")} | rows)
 
 
-def _refuse_edited(path: Path, row: dict[str, Any], what: str, instead: str) -> None:
-    """Take the digest off a row of a table, and refuse a row that it does not fit."""
-    given = row.pop("sha256")
-    if digest(row) != given:
+def _refuse_edited(path: Path, row: dict[str, Any], label: str, instead: str) -> None:
+    """Remove the digest from a row of a table, and refuse a row that does not match it."""
+    stored = row.pop("sha256")
+    if digest(row) != stored:
         raise CalibrationError(
-            f"calibration table {path}: {what} was edited: its sha256 is {digest(row)}, it says {given}. "
+            f"calibration table {path}: {label} was edited: its sha256 is {digest(row)}, it says {stored}. "
             f"{instead}. {_AGAIN}."
         )
 
@@ -195,10 +207,10 @@ def _read_constants(path: Path, expected: str) -> dict[str, np.ndarray]:
     if not expected:
         return {}
     data = path.read_bytes()
-    found = hashlib.sha256(data).hexdigest()
-    if found != expected:
+    actual = hashlib.sha256(data).hexdigest()
+    if actual != expected:
         raise CalibrationError(
-            f"{path}, the weights of a calibration table, has sha256 {found}; the table says {expected}. "
+            f"{path}, the weights of a calibration table, has sha256 {actual}; the table says {expected}. "
             f"{_AGAIN}."
         )
     try:
@@ -211,9 +223,9 @@ def _refuse_constant(name: str) -> float:
     raise ValueError(f"the value {name} is not a number")
 
 
-def _difference(found: Any, wanted: Any) -> str:
-    """Say where two values of a field differ; in dictionaries the first part that does."""
-    if isinstance(found, dict) and isinstance(wanted, dict):
-        part = next(name for name in {**found, **wanted} if found.get(name) != wanted.get(name))
-        return f"{part} was {found.get(part)!r}, now {wanted.get(part)!r}"
-    return f"it was {found!r}, now {wanted!r}"
+def _difference(table: Any, recipe: Any) -> str:
+    """Describe the difference of two values of a field; of dictionaries, that of the first part."""
+    if isinstance(table, dict) and isinstance(recipe, dict):
+        part = next(name for name in {**table, **recipe} if table.get(name) != recipe.get(name))
+        return f"{part} was {table.get(part)!r}, now {recipe.get(part)!r}"
+    return f"it was {table!r}, now {recipe!r}"
