@@ -1,4 +1,4 @@
-"""What computes a decision stays float, in shipped networks and in others, on both targets."""
+"""Layers that decide stay float, in shipped networks and in others, on both targets."""
 
 from __future__ import annotations
 

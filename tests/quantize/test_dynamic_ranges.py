@@ -1,4 +1,4 @@
-"""Layers that take the range of what they read from each image: what is INT8 then, and what it costs."""
+"""Layers that take their input range from each image: the INT8 operators, and the error."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def to_int8(net: nn.Module, *, target: str = "executorch", **section) -> quantiz
 
 
 def dynamic_layers(program: torch.export.ExportedProgram) -> set[str]:
-    """Return the layers that read what was quantized with a range found at run time."""
+    """Return the layers whose input is quantized with a range from run time."""
     layers = [n for n in program.graph.nodes if n.target in quantize.MULTIPLY_ADD_OPS]
     return {
         quantize.module_path(node)
@@ -60,8 +60,8 @@ def dynamic_layers(program: torch.export.ExportedProgram) -> set[str]:
 def error(result: quantize.Quantized, net: nn.Module, x: Tensor) -> float:
     """Return |INT8 - float| / |float|."""
     with torch.no_grad():
-        wanted = net(x)
-        return float((result.program.module()(x) - wanted).norm() / wanted.norm())
+        expected = net(x)
+        return float((result.program.module()(x) - expected).norm() / expected.norm())
 
 
 def test_dense_layers_find_their_range_and_the_others_keep_their_step():
@@ -96,10 +96,10 @@ def test_what_they_write_is_float():
     (last,) = [
         n for n in program.graph.nodes if quantize.module_path(n) == "last" and "conv2d" in str(n.target)
     ]
-    # linear, which reads it, brings its own step
+    # linear, which reads it, brings its own scale
     assert [str(user.target) for user in last.users] == ["quantized_decomposed.quantize_per_tensor.default"]
-    steps = [n for n in program.graph.nodes if ".quantize_per_tensor.default" in str(n.target)]
-    assert len(steps) == 4  # depthwise and linear, what they read and what they write
+    pairs = [n for n in program.graph.nodes if ".quantize_per_tensor.default" in str(n.target)]
+    assert len(pairs) == 4  # inputs and outputs of depthwise and linear
 
 
 @pytest.mark.parametrize("rounding", ["nearest", "reconstruct"])

@@ -1,4 +1,4 @@
-"""Channel equalization: the network stays what it was, and its channels share one range."""
+"""Channel equalization: the network computes the same, and its channels share one range."""
 
 from __future__ import annotations
 
@@ -43,15 +43,15 @@ def test_channels_get_one_range_and_the_network_stays(name):
     module = fold(torch.export.export(net, samples[0]))
     pairs = find_pairs(module)
     assert len(pairs) == (2 if name == "three" else 1)
-    wanted, before = net(x), ranges(module, pairs, samples)
+    expected, before = net(x), ranges(module, pairs, samples)
     equalize(module, samples, equalize_dense=3)
     y = torch.cat([module(*sample) for sample in samples])
-    torch.testing.assert_close(y, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+    torch.testing.assert_close(y, expected, rtol=0, atol=1e-12 * float(expected.abs().max()))
     after = ranges(module, pairs, samples)
     most = 32 if name == "depthwise" else 3  # of its range a channel is lifted to all of it, or this often
     for pair in pairs:
-        wanted = (shares(before, pair) * most).clamp(max=1)
-        torch.testing.assert_close(shares(after, pair), wanted)
+        expected = (shares(before, pair) * most).clamp(max=1)
+        torch.testing.assert_close(shares(after, pair), expected)
         for node in quantized(pair):  # the range of neither grows
             assert after[node].max() <= before[node].max() * (1 + 1e-12)
 
@@ -103,7 +103,7 @@ def test_channel_that_a_prelu_makes_small_does_not_take_the_steps_in_front_of_it
 
 
 class Joined(nn.Module):
-    """Maps that someone else reads, or that go through what is not homogeneous."""
+    """Activations with further readers, or behind a function that is not homogeneous."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Joined(nn.Module):
         return self.grouped(y)
 
 
-def test_maps_that_others_read_or_that_do_not_scale_are_left_alone():
+def test_activations_with_other_readers_or_that_do_not_scale_are_left_alone():
     module = fold(torch.export.export(Joined().eval(), (torch.randn(1, 4, 5, 6),)))
     assert find_pairs(module) == []
 

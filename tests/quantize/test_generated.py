@@ -1,4 +1,4 @@
-"""Generated kernels: how far they depend on the image, a step for each tap, or float."""
+"""Generated kernels: how far they depend on the image; one range for all taps, or float."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_scaled_taps_have_one_range_and_their_readers_find_what_they_found():
     before = largest_taps(module, samples)
     assert scale_taps(module, KERNELS, samples).keys() == KERNELS
     with torch.no_grad():
-        for x in samples:  # float32 rounding of weights and of what undoes them, on values around 1
+        for x in samples:  # float32 rounding of weights and of the Mul, on values around 1
             torch.testing.assert_close(module(*x), net(*x), rtol=0, atol=1e-5)
     after = largest_taps(module, samples)
     for name in KERNELS:
@@ -121,7 +121,7 @@ def test_tap_that_is_always_zero_stays_finite_and_takes_no_more_than_the_limit()
         torch.testing.assert_close(module(*samples[0]), net(*samples[0]), rtol=0, atol=1e-5)  # float32
 
 
-def test_step_a_tap_is_finer_than_a_step_a_tensor_and_coarser_than_float():
+def test_a_scale_per_tap_is_finer_than_one_per_tensor_and_coarser_than_float():
     net, errors = make_net(spread=100), {}
     x = torch.rand(1, 3, 32, 48, generator=torch.Generator().manual_seed(14))
     with torch.no_grad():
@@ -137,8 +137,8 @@ def test_float_kernels_are_accounted_where_outputs_would_be_int8(target, count):
     assert [row["node"] for row in rows] == ["1.scales.0", "1.offsets.0"][:count]
 
 
-def test_runtime_of_float_kernels_has_no_products_and_the_same_steps():
-    """A weight's codes do not change with the size of its rows, nor does what it computes."""
+def test_runtime_of_float_kernels_has_no_rescale_muls_and_the_same_scales():
+    """The int8 values of a weight do not change with the size of its rows, nor does its output."""
     programs = {g: to_int8(make_net(spread=100), g, "tensorrt").program for g in ("tensor", "tap")}
     calls = {
         g: Counter(str(n.target) for n in p.graph.nodes if n.op == "call_function")
@@ -151,7 +151,7 @@ def test_runtime_of_float_kernels_has_no_products_and_the_same_steps():
     torch.testing.assert_close(a, b, rtol=0, atol=1e-5)  # of values around 1
 
 
-def test_products_of_taps_are_accounted_as_such():
+def test_rescale_muls_of_taps_are_accounted_as_such():
     rows = to_int8(make_net(), "tap", equalize_outputs=False).float_nodes
     (row,) = [row for row in rows if row["reason"] == KEPT_OUTPUT_RESCALE]
     assert (row["node"], row["count"]) == ("mul", 2)
@@ -213,7 +213,7 @@ class Generator(nn.Module):
     ],
     ids=["convolution", "relu", "clamp", "read_by_a_convolution"],
 )
-def test_only_taps_that_can_be_scaled_exactly_are(net, scaled):
+def test_only_taps_that_can_be_scaled_exactly_are_scaled(net, scaled):
     torch.manual_seed(22)
     for parameter in net.parameters():
         nn.init.normal_(parameter)
@@ -229,7 +229,7 @@ def test_only_taps_that_can_be_scaled_exactly_are(net, scaled):
 
 @pytest.mark.parametrize(("behind", "is_tried"), [(nn.Identity, True), (nn.Tanh, False)])
 def test_ablation_tries_steps_of_kernels_that_a_layer_writes(behind, is_tried):
-    """What a Tanh writes is float, whatever the recipe says."""
+    """The output of a Tanh is float, whatever the recipe says."""
     torch.manual_seed(25)
     net, samples = Generator(nn.Sequential(nn.Conv2d(3, 6, 1), behind())).eval(), make_samples()
     program = torch.export.export(net, samples[0])
@@ -265,7 +265,7 @@ def entries_of(**ranges: str) -> dict[str, Entry]:
     section = QuantizeSection(ranges=RangeSection(**ranges, percentile=90.0), **plain)
     net = make_net()
     with torch.no_grad():
-        net[2].weight[0] = 63.5 / 127  # between two steps of the full range
+        net[2].weight[0] = 63.5 / 127  # between two int8 values of the full range
         net[2].weight[0, 0, 0, 0] = 1
     module = quantize.fold(decomposed(net))
     found = observe_program(module, section=section, samples=make_samples(), generated=KERNELS)
@@ -284,7 +284,7 @@ def test_estimator_of_a_class_chooses_the_ranges_of_that_class_alone(kind, metho
         assert entry.estimator == (method if entry.kind == kind else "minmax")
         if entry.kind != kind:
             assert entry.to_json() == before[name].to_json()
-    # all of them cut off what is rare: no range is wider, and some are narrower
+    # all of them cut off rare values: no range is wider, and some are narrower
     ratios = [
         np.array(entry.channels or entry.symmetric)
         / np.array(before[name].channels or before[name].symmetric)
@@ -296,7 +296,7 @@ def test_estimator_of_a_class_chooses_the_ranges_of_that_class_alone(kind, metho
 
 
 def content_of(kernels: np.ndarray) -> tuple[float, float]:
-    """Measure what a network generates that copies kernels (N, C, gh, gw)."""
+    """Measure the content of kernels (N, C, gh, gw) in a network that copies them."""
     identity = nn.Conv2d(6, 6, 1, bias=False)
     with torch.no_grad():
         identity.weight.copy_(torch.eye(6)[:, :, None, None])
@@ -332,9 +332,9 @@ def test_spread_of_extreme_kernels(kernels, expected):
 
 def convert(folder: Path, generated: str) -> Converted:
     overrides = [*SMALL, f"quantize.table={folder / 'table.json'}", f"quantize.generated={generated}"]
-    given = load_recipe(RECIPES / "mallenet-s.phone.int8.yaml", overrides)
-    calibration, samples = pipeline.load_sets(given)
-    return pipeline.convert(given, load_target(given), calibration, samples[0])
+    recipe = load_recipe(RECIPES / "mallenet-s.phone.int8.yaml", overrides)
+    calibration, samples = pipeline.load_sets(recipe)
+    return pipeline.convert(recipe, load_target(recipe), calibration, samples[0])
 
 
 @pytest.mark.parametrize("generated", ["tap", "float"])
@@ -354,5 +354,5 @@ def test_second_build_is_the_same_to_the_bit_and_the_runtime_computes_it(tmp_pat
     artifact = target.lower(again.programs, tmp_path, "int8")
     (y,) = target.load(tmp_path / artifact.programs["forward"], "forward")(x.numpy())
     error = np.abs(y - second.module()(x).numpy())
-    # the runtime rounds ties of the maps before it to the other side; a wrong tap is off by many steps
+    # the runtime rounds ties of earlier activations to the other side; a wrong tap is off by many values
     assert error.mean() < entries["2.output"].affine[0]

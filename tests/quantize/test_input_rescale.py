@@ -1,4 +1,4 @@
-"""Channels of what layers read of float operators: scaled by a product, taken back in their weights."""
+"""Input channels of layers behind float operators: scaled by a Mul, scaled back in the weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ INPUT = torch.rand(1, 3, 10, 14, generator=torch.Generator().manual_seed(1))
 
 
 class Masked(nn.Module):
-    """An inverted bottleneck with a mask: ``project`` reads channels of very unequal ranges off a product."""
+    """An inverted bottleneck with a mask: ``project`` reads channels of very unequal ranges."""
 
     def __init__(self, groups: int = 1) -> None:
         super().__init__()
@@ -87,7 +87,7 @@ def error(net, made: quantize.Quantized) -> float:
         return float((made.program.module()(INPUT) - net(INPUT)).square().mean().sqrt())
 
 
-def products(made: quantize.Quantized) -> int:
+def rescales(made: quantize.Quantized) -> int:
     return sum(row["count"] for row in made.float_nodes if row["reason"] == KEPT_INPUT_RESCALE)
 
 
@@ -100,13 +100,13 @@ def scale_all(net: nn.Module, x: Tensor):
     return module, factors
 
 
-def test_network_stays_what_it_was_and_channels_have_one_range(net):
+def test_network_computes_the_same_and_channels_have_one_range(net):
     wide, x = net.double(), INPUT.double()
     module, factors = scale_all(wide, x)
     (reader,) = factors
     assert reader in ("project.input", "linear.input")
-    (product,) = [node for node in module.graph.nodes if RESCALE in node.meta]
-    largest = channel_maxima(module, [product], [(x,)])[product]
+    (rescale,) = [node for node in module.graph.nodes if RESCALE in node.meta]
+    largest = channel_maxima(module, [rescale], [(x,)])[rescale]
     torch.testing.assert_close(largest, largest.max().expand(8))
     with torch.no_grad():
         torch.testing.assert_close(module(x), wide(x), rtol=0, atol=1e-12)
@@ -117,14 +117,14 @@ def test_network_stays_what_it_was_and_channels_have_one_range(net):
 
 def test_int8_reads_every_channel_finely(net):
     plain, scaled = make(net, equalize_inputs=False), make(net)
-    assert (products(plain), products(scaled)) == (0, 1)
+    assert (rescales(plain), rescales(scaled)) == (0, 1)
     assert error(net, scaled) < 0.8 * error(net, plain)
 
 
-def test_layer_that_stays_float_has_no_product_and_its_own_weight(net):
+def test_layer_that_stays_float_has_no_rescale_mul_and_its_own_weight(net):
     reader = "linear" if isinstance(net, Rows) else "project"
     made = make(net, keep_float=[reader])
-    assert products(made) == 0
+    assert rescales(made) == 0
     plain = make(net, keep_float=[reader], equalize_inputs=False)
     assert error(net, made) == pytest.approx(error(net, plain), rel=1e-3)
 
@@ -132,14 +132,14 @@ def test_layer_that_stays_float_has_no_product_and_its_own_weight(net):
 def test_program_from_the_table_is_the_same(net):
     first = make(net)
     again = make(net, calibrated=first.calibrated)
-    assert products(again) == 1
+    assert rescales(again) == 1
     assert again.program.graph_module.code == first.program.graph_module.code
     with torch.no_grad():
         assert torch.equal(again.program.module()(INPUT), first.program.module()(INPUT))
 
 
 class Reading(nn.Module):
-    """A map that may be read by several layers, or as a whole."""
+    """An activation that several layers may read, or one layer as a whole."""
 
     def __init__(self, how: str) -> None:
         super().__init__()
@@ -168,13 +168,13 @@ class Reading(nn.Module):
 )
 def test_who_reads_scaled_channels(how, readers):
     module, factors = scale_all(seeded(lambda: Reading(how)), INPUT)
-    found = [product for product in module.graph.nodes if RESCALE in product.meta]
-    names = {site.node: site.name for site in quantize.plan.find_quantizable_layers(module)}
-    assert [names[reader] for product in found for reader in product.users] == readers
-    assert len(factors) == len(found)
+    muls = [node for node in module.graph.nodes if RESCALE in node.meta]
+    names = {layer.node: layer.name for layer in quantize.plan.find_quantizable_layers(module)}
+    assert [names[reader] for mul in muls for reader in mul.users] == readers
+    assert len(factors) == len(muls)
 
 
-def test_maps_of_nearly_equal_channels_are_left_alone():
+def test_activations_of_nearly_equal_channels_are_left_alone():
     even = seeded(Masked)
     with torch.no_grad():
         even.head.weight[:], even.head.bias[:] = even.head.weight[:1].clone(), even.head.bias[:1].clone()

@@ -1,4 +1,4 @@
-"""Channels of what float operators read: scaled in INT8, taken back by a product, nothing else changes."""
+"""Output channels of layers before float operators: scaled in INT8, scaled back by a Mul, all else equal."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def error(net, made: quantize.Quantized) -> float:
         return float((made.program.module()(INPUT) - net(INPUT)).abs().mean())
 
 
-def products(made: quantize.Quantized) -> int:
+def rescales(made: quantize.Quantized) -> int:
     return sum(row["count"] for row in made.float_nodes if row["reason"] == KEPT_OUTPUT_RESCALE)
 
 
@@ -69,13 +69,12 @@ def scale_all(module, x: Tensor) -> dict[str, Tensor]:
     return factors
 
 
-def test_network_stays_what_it_was_and_channels_have_one_range(net):
+def test_network_computes_the_same_and_channels_have_one_range(net):
     wide = copy.deepcopy(net).double()
     module = fold(torch.export.export(wide, (INPUT.double(),)))
     factors = scale_all(module, INPUT.double())
-    assert set(factors) == {
-        "body.output"
-    }  # what head writes is read by an INT8 layer, tail writes three alike
+    # an INT8 layer reads the output of head; the three channels of tail are alike
+    assert set(factors) == {"body.output"}
     with torch.no_grad():
         torch.testing.assert_close(module(INPUT.double()), wide(INPUT.double()), rtol=0, atol=1e-12)
         y = torch.relu(wide.head(INPUT.double()))
@@ -84,22 +83,22 @@ def test_network_stays_what_it_was_and_channels_have_one_range(net):
     assert sum(RESCALE in node.meta for node in module.graph.nodes) == 1
 
 
-def test_steps_of_every_channel_are_finer(net):
+def test_every_channel_is_rounded_more_finely(net):
     plain, scaled = make(net, equalize_outputs=False), make(net)
-    assert (products(plain), products(scaled)) == (0, 1)
+    assert (rescales(plain), rescales(scaled)) == (0, 1)
     assert error(net, scaled) < 0.7 * error(net, plain)
 
 
-def test_where_outputs_are_float_there_is_no_product(net):
+def test_where_outputs_are_float_there_is_no_rescale_mul(net):
     made = make(net, "tensorrt")
-    assert products(made) == 0
+    assert rescales(made) == 0
     plain = make(net, "tensorrt", equalize_outputs=False)
     assert error(net, made) == pytest.approx(error(net, plain), rel=0.01)
 
 
-def test_layer_that_stays_float_has_no_product(net):
+def test_layer_that_stays_float_has_no_rescale_mul(net):
     made = make(net, keep_float=["body"])
-    assert products(made) == 0
+    assert rescales(made) == 0
     plain = make(net, keep_float=["body"], equalize_outputs=False)
     assert error(net, made) == pytest.approx(error(net, plain), rel=0.01)
 
@@ -111,18 +110,18 @@ def test_program_from_the_table_is_the_same(net):
     again = quantize_program(
         program, (INPUT,), scheme=SCHEMES["executorch"], section=section, calibrated=first.calibrated
     )
-    assert products(again) == 1
+    assert rescales(again) == 1
     assert again.program.graph_module.code == first.program.graph_module.code
     with torch.no_grad():
         assert torch.equal(again.program.module()(INPUT), first.program.module()(INPUT))
 
 
-def test_maps_of_equal_channels_are_left_alone(net):
+def test_activations_of_equal_channels_are_left_alone(net):
     even = copy.deepcopy(net)
     with torch.no_grad():
         even.body.weight[:] = even.body.weight[:1].clone()
         even.body.bias[:] = even.body.bias[:1].clone()
-    assert products(make(even)) == 0
+    assert rescales(make(even)) == 0
 
 
 class Rows(nn.Module):
@@ -143,7 +142,7 @@ class Rows(nn.Module):
 def test_channels_of_rows_are_scaled_too(net):
     rows = Rows(net).eval()
     plain, scaled = make(rows, equalize_outputs=False), make(rows)
-    assert (products(plain), products(scaled)) == (0, 1)
+    assert (rescales(plain), rescales(scaled)) == (0, 1)
     assert error(rows, scaled) < 0.7 * error(rows, plain)
 
 
@@ -153,7 +152,7 @@ def test_channels_of_one_position_are_left_alone(net):
 
 
 class Padded(nn.Module):
-    """What ``body`` writes is padded for a convolution, and summed up by somebody else."""
+    """The output of ``body`` is padded for a convolution, and a sum reads it too."""
 
     def __init__(self, net: Block) -> None:
         super().__init__()
@@ -164,6 +163,6 @@ class Padded(nn.Module):
         return self.net.tail(nn.functional.pad(y, (1, 1, 1, 1))), y + 1
 
 
-def test_map_that_an_int8_layer_reads_behind_its_padding_is_left_alone(net):
+def test_activation_that_an_int8_layer_reads_behind_its_padding_is_left_alone(net):
     module = fold(torch.export.export(Padded(net), (INPUT,)))
     assert scale_all(module, INPUT) == {}

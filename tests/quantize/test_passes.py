@@ -31,7 +31,7 @@ class Every(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
+        self.first, self.act, self.second = nn.Conv2d(3, 3, 1), nn.PReLU(3), nn.Conv2d(3, 3, 1)
         self.kernels, self.body, self.tail = nn.Conv2d(3, 6, 1), nn.Conv2d(3, 3, 1), nn.Conv2d(3, 2, 1)
         with torch.no_grad():
             for layer in (self.first, self.second, self.kernels, self.body):
@@ -39,7 +39,7 @@ class Every(nn.Module):
             self.tail.weight *= torch.logspace(0, 2, 3)[:, None, None]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.second(torch.relu(self.first(x)))
+        y = self.second(self.act(self.first(x)))
         grid = self.kernels(x[:, :, ::4, ::4])
         y = y + torch.ops.edgedyn.sliced_depthwise2d(x, grid[:, :3], grid[:, 3:], 1)
         z = torch.sigmoid(self.body(y)) * torch.tensor([100.0, 1.0, 0.01])[:, None, None]
@@ -50,8 +50,8 @@ GENERATED = {"kernels.output"}
 PLACES = {
     "equalize": [("first", "second")],
     "equalize_taps": [("kernels",)],
-    "rescale_outputs": [("second",), ("body",), ("tail",)],
-    "rescale_inputs": [("first",), ("kernels",), ("body",), ("tail",)],
+    "rescale_outputs": [("first",), ("second",), ("body",), ("tail",)],
+    "rescale_inputs": [("first",), ("second",), ("kernels",), ("body",), ("tail",)],
 }
 
 
@@ -85,9 +85,9 @@ def test_no_activation_is_taken_by_two_passes():
     places = find_places(module, QuantizeSection(**values), GENERATED)
     nodes = [node for _, place in places for node in set(place.activations)]
     assert len(nodes) == len(set(nodes))
-    outputs = [layer for (layer,) in named(module, **values)["rescale_outputs"]]
-    assert "first" not in outputs  # equalize has it
-    assert "kernels" not in outputs  # equalize_taps has it
+    found = named(module, **values)
+    assert found["rescale_outputs"] == [("second",), ("body",), ("tail",)]  # equalize has first
+    assert ("second",) not in found["rescale_inputs"]  # equalize has the activation in front of it
 
 
 @pytest.mark.parametrize("generated", ["float", "tensor"])

@@ -1,4 +1,4 @@
-"""INT8 with both roundings and for both schemes: what is quantized, how, and what is said of the rest."""
+"""INT8 with both roundings and for both schemes: the Q/DQ pairs, and the account of float operators."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def calls(program: torch.export.ExportedProgram, name: str) -> list[torch.fx.Nod
     return [n for n in program.graph.nodes if n.op == "call_function" and name in str(n.target)]
 
 
-def steps(program: torch.export.ExportedProgram) -> list[tuple[float, int]]:
+def qparams(program: torch.export.ExportedProgram) -> list[tuple[float, int]]:
     return [node.args[1:3] for node in calls(program, ".quantize_per_tensor")]
 
 
@@ -118,7 +118,7 @@ def test_weights_are_symmetric_with_one_scale_a_channel(layer, rounding, target)
         weight, scales, zeros, axis = *(constant(program, n) for n in node.args[:3]), node.args[3]
         assert weight.dtype == torch.int8
         assert weight.min() >= -127
-        # the largest weight of a layer takes the largest step; reconstruction moves it a little
+        # the largest weight of a layer becomes the largest int8 value; reconstruction moves it a little
         assert weight.abs().amax() >= (127 if rounding == "nearest" else 100)
         assert axis == 0
         assert scales.shape == (weight.shape[0],)
@@ -134,7 +134,7 @@ def test_batch_norm_is_folded(layer, rounding, target):
 
 @every_case
 def test_zero_points_are_those_of_the_scheme(layer, rounding, target):
-    found = steps(quantized(layer, rounding, target).program)
+    found = qparams(quantized(layer, rounding, target).program)
     assert all(scale > 0 for scale, _ in found)
     zero_points = {zero_point for _, zero_point in found}
     if target == "tensorrt":
@@ -180,7 +180,7 @@ def test_int8_is_close_to_float_on_other_images(layer, rounding, target):
     with torch.no_grad():
         expected = net(x)
         noise = quantized(layer, rounding, target).program.module()(x) - expected
-    # a uniform step over a tensor's range leaves about 6.02 * 8 - 7 dB (the peak is a few deviations above
+    # uniform rounding over a tensor's range leaves about 6.02 * 8 - 7 dB (the peak is a few deviations above
     # the mean square); the fifteen tensors on the way add 12 dB of noise; a wrong scale or bias leaves about
     # 0 dB
     assert 10 * torch.log10((expected - x).square().mean() / noise.square().mean()) > 20
@@ -222,14 +222,14 @@ class PadNet(nn.Module):
 
 @pytest.mark.parametrize(("value", "pairs"), [(0.0, 5), (0.5, 4)])
 def test_zero_pad_of_dequantized_values_is_quantized_again_without_loss(value, pairs, monkeypatch):
-    """Four pairs by annotation; the fifth, behind a zero pad, has the step of the pad's input."""
+    """Four pairs by annotation; the fifth, behind a zero pad, has the scale of the pad's input."""
     torch.manual_seed(16)
     net, x = PadNet(value).eval(), make_samples()[0][0]
     separated = to_int8(net, EXECUTORCH.int8)
     monkeypatch.setattr("edgedyn.quantize.quantized.separate_readers", lambda module: None)
     shared = to_int8(net, EXECUTORCH.int8)
-    assert len(steps(separated.program)) == pairs
-    assert len(steps(shared.program)) == 4
+    assert len(qparams(separated.program)) == pairs
+    assert len(qparams(shared.program)) == 4
     assert torch.equal(separated.program.module()(x), shared.program.module()(x))
 
 
@@ -306,15 +306,15 @@ def test_progress_is_reported_and_standard_output_stays_clean(bias_correction, c
         scheme=EXECUTORCH.int8,
         section=QuantizeSection(bias_correction=bias_correction),
         samples=samples,
-        progress=lambda what, done, total: seen.append((what, done, total)),
+        progress=lambda phase, done, total: seen.append((phase, done, total)),
     )
     assert seen[:4] == [*(("observe", done, 3) for done in (1, 2, 3)), ("round weights", 1, 1)]
-    assert {what for what, _, _ in seen[4:]} == ({"correct biases"} if bias_correction == "fast" else set())
+    assert {phase for phase, _, _ in seen[4:]} == ({"correct biases"} if bias_correction == "fast" else set())
     assert capfd.readouterr().out == ""
 
 
 def test_full_bias_correction_reads_no_more_samples_than_fit_into_memory(monkeypatch):
-    """NNCF holds what every layer reads of all of them."""
+    """NNCF holds the inputs of every layer for all of them."""
     torch.manual_seed(17)
     net, samples, seen = nn.Conv2d(3, 3, 3).eval(), make_samples(), []
     monkeypatch.setattr("edgedyn.quantize.rounding.bias_correction._HELD", 2 * samples[0][0].nbytes)
@@ -324,10 +324,10 @@ def test_full_bias_correction_reads_no_more_samples_than_fit_into_memory(monkeyp
         scheme=EXECUTORCH.int8,
         section=QuantizeSection(bias_correction="full"),
         samples=samples,
-        progress=lambda what, done, total: seen.append((what, total)),
+        progress=lambda phase, done, total: seen.append((phase, total)),
     )
     assert len(samples) == 3
-    assert {total for what, total in seen if what == "correct biases"} == {2}
+    assert {total for phase, total in seen if phase == "correct biases"} == {2}
 
 
 @pytest.mark.parametrize("target", ["executorch", "tensorrt"])
@@ -544,5 +544,5 @@ def test_activation_behind_a_convolution_is_quantized_with_it(activation):
     (first, _) = calls(result.program, "conv2d")
     assert next(iter(first.users)).target is fused_activation(first).target
     assert result.float_nodes == ()
-    zero_points = [zero_point for _, zero_point in steps(result.program)]
+    zero_points = [zero_point for _, zero_point in qparams(result.program)]
     assert zero_points[1] == -128  # nothing of the 8 bits below zero

@@ -1,4 +1,4 @@
-"""Range estimators: what they promise, on distributions where the answer is known."""
+"""Range estimators, on distributions whose best range is known."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ OUTLIER = np.append(NORMAL, np.float32(60))
 
 def squared_error(values: np.ndarray, interval: tuple[float, float], *, symmetric: bool) -> float:
     scale, zero = choose_qparams(*interval, symmetric=symmetric)
-    codes = np.clip(np.round(values / scale) + zero, -128, 127)
-    return float(np.mean(((codes - zero) * scale - values) ** 2))
+    quantized = np.clip(np.round(values / scale) + zero, -128, 127)
+    return float(np.mean(((quantized - zero) * scale - values) ** 2))
 
 
 def run(name: str, values: np.ndarray, *, symmetric: bool) -> tuple[float, float]:
@@ -72,7 +72,7 @@ def test_step_reaches_both_ends_and_holds_zero_exactly(low, high):
     scale, zero = choose_qparams(low, high, symmetric=False)
     assert scale == np.float32(scale) > 0
     assert -128 <= zero <= 127
-    # rounding of the zero point moves both ends by half a step at most; a step is 2^-16 at least
+    # rounding of the zero point moves both ends by half a scale at most; a scale is 2^-16 at least
     assert (-128 - zero) * scale <= low + 0.51 * scale
     assert (127 - zero) * scale >= high - 0.51 * scale
     symmetric, nothing = choose_qparams(low, high, symmetric=True)

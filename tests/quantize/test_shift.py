@@ -1,4 +1,4 @@
-"""Zero points on a runtime that has none: the same codes, moved, and the runtime computes the same."""
+"""Shifted zero points on a symmetric runtime: the same int8 values, and the runtime agrees."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Chain(nn.Module):
 
 
 class Skips(nn.Module):
-    """What layers read, before its ReLU and behind it, is also read in float."""
+    """Float operators read the inputs of layers too, before their ReLU and behind it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -80,25 +80,25 @@ def test_every_zero_point_is_gone_and_codes_are_those_of_affine_steps(monkeypatc
     shifted = to_int8(net, shift=True)
     monkeypatch.setattr("edgedyn.quantize.quantized.shift_zero_points", lambda module: None)
     affine = to_int8(net, shift=True)
-    steps = [node.args[1:3] for node in targets_of(affine.program, "quantize_per_tensor.default")]
-    assert {-128} < {zero for _, zero in steps}  # behind ReLU, and others elsewhere
+    qparams = [node.args[1:3] for node in targets_of(affine.program, "quantize_per_tensor.default")]
+    assert {-128} < {zero for _, zero in qparams}  # behind ReLU, and others elsewhere
     assert {node.args[2] for node in targets_of(shifted.program, "quantize_per_tensor.default")} == {0}
     for x in (SAMPLES[0][0], 1.3 * SAMPLES[1][0] - 0.1):  # also where ranges clip
         with torch.no_grad():
             expected, found = affine.program.module()(x), shifted.program.module()(x)
-            wanted = net(x)
+            exact = net(x)
         # a value on a tie may fall to the other code
-        assert (found - expected).norm() < 0.5 * (expected - wanted).norm()
-        assert (expected - wanted).norm() > 1e-3 * wanted.norm()
+        assert (found - expected).norm() < 0.5 * (expected - exact).norm()
+        assert (expected - exact).norm() > 1e-3 * exact.norm()
 
 
 def test_step_behind_a_relu_is_half_as_large():
-    steps = []
+    scales = []
     for shift in (False, True):
         program = to_int8(make_net(), shift=shift).program
         (layer,) = [n for n in targets_of(program, "conv2d") if quantize.module_path(n) == "strided"]
-        steps.append(layer.args[0].args[1])
-    assert steps[0] / steps[1] == pytest.approx(255 / 127, rel=1e-6)
+        scales.append(layer.args[0].args[1])
+    assert scales[0] / scales[1] == pytest.approx(255 / 127, rel=1e-6)
 
 
 def test_move_behind_a_relu_is_free_and_only_padded_maps_are_padded():
@@ -106,7 +106,7 @@ def test_move_behind_a_relu_is_free_and_only_padded_maps_are_padded():
     assert len(targets_of(program, "clamp")) == 2  # of first and strided, in place of their ReLU
     assert not targets_of(program, "aten.relu")
     assert len(targets_of(program, "constant_pad_nd")) == 4  # first, strided, grouped, right
-    # the image, what PReLU writes, and what linear reads; and the network's own two
+    # the image, the output of PReLU, and the input of linear; and the network's own two
     assert len(targets_of(program, "add.Tensor")) == 5
 
 
@@ -162,10 +162,10 @@ IMPLICIT = Int8Scheme(symmetric=True, outputs=True)  # of TensorRT's calibration
 @pytest.mark.parametrize("scheme", [targets.load("executorch").int8, IMPLICIT], ids=["executorch", "cache"])
 def test_others_keep_their_steps(scheme):
     program = torch.export.export(make_net(), SAMPLES[0])
-    codes = [
+    code = [
         quantize_program(
             program, SAMPLES[0], scheme=scheme, section=QuantizeSection(shift=shift), samples=SAMPLES
         ).program.graph_module.code
         for shift in (False, True)
     ]
-    assert codes[0] == codes[1]
+    assert code[0] == code[1]

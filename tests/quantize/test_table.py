@@ -1,4 +1,4 @@
-"""The calibration table: kept whole, read whole, refused when it is not what it says."""
+"""The calibration table: written whole, read whole, refused where a digest does not match."""
 
 from __future__ import annotations
 
