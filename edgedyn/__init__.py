@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from edgedyn.checkpoints.authors import from_authors
     from edgedyn.device.session import open_session
     from edgedyn.images.image_set import CalibrationSet
-    from edgedyn.layers import canonicalize
+    from edgedyn.layers import RoutedModel, canonicalize
     from edgedyn.pipeline import build
     from edgedyn.recipe.recipe import load_recipe
 
 __version__ = "0.1.0"
 __all__ = [
     "CalibrationSet",
+    "RoutedModel",
     "build",
     "canonicalize",
     "from_authors",
@@ -29,6 +30,7 @@ __all__ = [
 ]
 _HOMES = {
     "CalibrationSet": "edgedyn.images.image_set",
+    "RoutedModel": "edgedyn.layers",
     "build": "edgedyn.pipeline",
     "canonicalize": "edgedyn.layers",
     "from_authors": "edgedyn.checkpoints.authors",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgedyn.images.image_set import Sample
-from edgedyn.layers._routed import RoutedModel, part_inputs, parts
+from edgedyn.layers import RoutedModel, part_inputs, parts
 from edgedyn.recipe.recipe import Recipe
 
 CENTERS = (0.125, 0.5, 0.875)

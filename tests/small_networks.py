@@ -11,7 +11,7 @@ from torchao.quantization.pt2e import HistogramObserver, PerChannelMinMaxObserve
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
 from torchao.quantization.pt2e.quantizer import QuantizationAnnotation, QuantizationSpec, Quantizer
 
-from edgedyn.layers._routed import RoutedModel
+from edgedyn.layers import RoutedModel
 from edgedyn.layers.malleconv import AffineMalleConv, MalleConv
 
 SHAPE = (2, 3, 10, 14)

@@ -125,8 +125,7 @@ def lower_in_float(
     from edgedyn.conversion.capture import capture
     from edgedyn.conversion.reference import load_reference, rewrite
     from edgedyn.graph.provenance import shared_provenance
-    from edgedyn.layers import float32_classes
-    from edgedyn.layers._routed import part_inputs, parts
+    from edgedyn.layers import float32_classes, part_inputs, parts
 
     recipe, samples = stored_recipe(bundle), stored_inputs(bundle)
     target = targets.load(recipe.target, recipe.kernels)

@@ -3,7 +3,7 @@
     argmax     logits, *carried = router(x)      y = variant[argmax(logits)](*carried, or x where none)
     fallback   y, overflow = variant[0](x)       y = variant[1](x) where overflow > 0; no router
 
-The host's side, what the variants are and how they are made, is ``edgedyn/layers/_routed.py``.
+The host's side, what the variants are and how they are made, is ``edgedyn.layers.RoutedModel``.
 """
 
 from __future__ import annotations

@@ -21,7 +21,7 @@ from rich.table import Table
 
 from edgedyn import targets
 from edgedyn.cli.terminal import OUT, AsJson, print_json
-from edgedyn.errors import TargetMissingError
+from edgedyn.errors import EdgedynError, TargetMissingError
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def _targets() -> Iterator[Finding]:
         # A target that does not load is a finding of its own: the others are still to be examined.
         try:
             target = targets.load(name)
-        except (ImportError, AttributeError) as error:
+        except (ImportError, AttributeError, EdgedynError) as error:
             fix = f"edgedyn/targets/{name} does not load ({error}); reinstall edgedyn"
             yield Finding(f"target {name}", None, "unknown, it does not load", False, fix, optional=True)
             continue

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from pathlib import Path
@@ -41,7 +40,7 @@ def list_networks() -> list[dict[str, Any]]:
     """List the networks of ``edgedyn/models/``."""
     from edgedyn import models
 
-    found = [(name, importlib.import_module(f"edgedyn.models.{name}").NETWORK) for name in models.names()]
+    found = [(name, models.load(name)) for name in models.names()]
     parameters = {name: inspect.signature(made).parameters.values() for name, made in found}
     return [
         {"network": name, "arguments": ", ".join(_argument(p) for p in of)} for name, of in parameters.items()

@@ -23,8 +23,7 @@ from edgedyn.conversion.image_sets import draw, draw_more, open_finetuning, to_t
 from edgedyn.conversion.reference import count_capacities, load_reference, rewrite
 from edgedyn.conversion.table_key import find_table, make_table, part_of, table_key
 from edgedyn.errors import RecipeError, TargetMissingError
-from edgedyn.layers import find_dynamic, float32_classes, recognise
-from edgedyn.layers._routed import part_inputs, parts, routing_of
+from edgedyn.layers import find_dynamic, float32_classes, part_inputs, parts, recognise, routing_of
 from edgedyn.quantize.progress import Progress, silent
 
 if TYPE_CHECKING:

@@ -27,7 +27,7 @@ from torch.export import ExportedProgram
 
 from edgedyn.bundle.manifest import ROUTER
 from edgedyn.errors import CalibrationError, RecipeError, nearest
-from edgedyn.layers._routed import RoutedModel
+from edgedyn.layers import RoutedModel
 from edgedyn.quantize.deciding import Mask, find_decisions
 from edgedyn.quantize.observe.histogram import Histogram
 from edgedyn.quantize.observe.statistics import count, look

@@ -10,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from edgedyn import extensions
 from edgedyn.bundle.manifest import ROUTER
 from edgedyn.conversion.image_sets import to_tensors
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.images.tasks import TASKS
-from edgedyn.layers._routed import part_inputs, parts
+from edgedyn.layers import part_inputs, parts
 from edgedyn.quantize import EvaluationSet
 from edgedyn.quantize.search.measurement_cache import MeasurementCache
 
@@ -68,6 +69,7 @@ def make_evaluation_sets(
     given = [part_inputs(canonical, to_tensors(sample)) for sample in drawn]
     method = {**key["method"], "max_drop_db": None}
     facts = json.dumps({**key, "method": method, "target": recipe.target, "kernels": recipe.kernels})
+    sources = [*sorted(Path(__file__).parents[1].rglob("*.py")), *extensions.files()]
     return {
         name: EvaluationSet(
             [x[name] for x in given],
@@ -77,7 +79,7 @@ def make_evaluation_sets(
             recipe.limits.int8_share,
             by_layer,
             ablates,
-            MeasurementCache(name + facts, sorted(Path(__file__).parents[1].rglob("*.py"))),
+            MeasurementCache(name + facts, sources),
         )
         for name in parts(canonical)
         if name != ROUTER

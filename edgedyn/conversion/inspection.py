@@ -22,8 +22,7 @@ from edgedyn.conversion.capture import capture
 from edgedyn.conversion.convert import load_target
 from edgedyn.errors import EdgedynError, RecipeError
 from edgedyn.graph.provenance import shared_provenance
-from edgedyn.layers import canonicalize, load_all, recognise
-from edgedyn.layers._routed import RoutedModel, part_inputs, parts
+from edgedyn.layers import RoutedModel, canonicalize, load_all, part_inputs, parts, recognise
 from edgedyn.quantize import COUNTED_OPS, module_path, multiply_adds
 
 if TYPE_CHECKING:

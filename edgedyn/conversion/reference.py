@@ -10,8 +10,7 @@ from torch import Tensor, nn
 
 from edgedyn.checkpoints.weights import settle_norms
 from edgedyn.errors import CalibrationError, ModelError
-from edgedyn.layers import canonicalize
-from edgedyn.layers._routed import RoutedModel
+from edgedyn.layers import RoutedModel, canonicalize
 
 if TYPE_CHECKING:
     from edgedyn.recipe.recipe import Recipe

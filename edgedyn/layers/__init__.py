@@ -7,8 +7,6 @@ canonical twin; the rewrite is exact, and no target is involved.
 from __future__ import annotations
 
 import copy
-import importlib
-import pkgutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,7 +14,23 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
-from edgedyn.layers._routed import RoutedModel
+from edgedyn.extensions import extend_path, load_named, module_names
+from edgedyn.layers._routed import RoutedModel, part_inputs, parts, routing_of
+
+__all__ = [
+    "Layer",
+    "RoutedModel",
+    "canonicalize",
+    "find_dynamic",
+    "float32_classes",
+    "load_all",
+    "part_inputs",
+    "parts",
+    "recognise",
+    "replace_modules",
+    "routing_of",
+]
+__path__ = extend_path(__path__, __name__)
 
 
 @dataclass(frozen=True)
@@ -53,9 +67,7 @@ class Layer:
 
 def load_all() -> dict[str, Layer]:
     """Return every paper's layers by file name."""
-    files = sorted(m.name for m in pkgutil.iter_modules(__path__) if not m.name.startswith("_"))
-    found = [importlib.import_module(f"edgedyn.layers.{file}").LAYER for file in files]
-    return {layer.name: layer for layer in found}
+    return {name: load_named(f"{__name__}.{name}", "LAYER", Layer) for name in module_names(__path__)}
 
 
 def float32_classes() -> frozenset[str]:

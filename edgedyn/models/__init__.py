@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-import pkgutil
+from collections.abc import Callable
+from typing import Any
+
+from edgedyn.extensions import extend_path, load_constant, module_names
+
+__path__ = extend_path(__path__, __name__)
 
 
 def names() -> list[str]:
     """Return the names of all networks."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__))
+    return module_names(__path__)
+
+
+def load(name: str) -> Callable[..., Any]:
+    """Return the class or function that makes a network.
+
+    Raises:
+        ImportError: when there is no file of that name.
+        UsageError: when the file has no constant ``NETWORK``.
+    """
+    network: Callable[..., Any] = load_constant(f"{__name__}.{name}", "NETWORK")
+    return network

@@ -7,20 +7,30 @@ never a target.
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 
 from edgedyn.errors import NoFormError, RecipeError, nearest
+from edgedyn.extensions import extend_path, load_named, module_names
 from edgedyn.graph.constants import fold_constants
 
-if TYPE_CHECKING:
-    from edgedyn.targets import Target
+__path__ = extend_path(__path__, __name__)
+
+
+class HasCapabilities(Protocol):
+    """A target, as far as the choice of a form depends on it."""
+
+    @property
+    def name(self) -> str:
+        """The name that a recipe gives it."""
+
+    @property
+    def capabilities(self) -> frozenset[str]:
+        """The capabilities that it offers to forms."""
 
 
 @dataclass(frozen=True)
@@ -121,12 +131,11 @@ def is_ours(node: torch.fx.Node) -> bool:
 
 def load_all() -> dict[str, Op]:
     """Return every op by name."""
-    folders = sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
-    found = [importlib.import_module(f"edgedyn.ops.{folder}").OP for folder in folders]
-    return {op.name: op for op in found}
+    names = module_names(__path__, are_folders=True)
+    return {name: load_named(f"{__name__}.{name}", "OP", Op) for name in names}
 
 
-def choose_form(op: Op, target: Target, wanted: str | None = None) -> Form:
+def choose_form(op: Op, target: HasCapabilities, wanted: str | None = None) -> Form:
     """Return the first form whose needs the target meets, or the wanted one.
 
     Raises:
@@ -152,7 +161,7 @@ def choose_form(op: Op, target: Target, wanted: str | None = None) -> Form:
 
 
 def choose_forms(
-    program: torch.export.ExportedProgram, target: Target, wanted: Mapping[str, str]
+    program: torch.export.ExportedProgram, target: HasCapabilities, wanted: Mapping[str, str]
 ) -> dict[Op, Form]:
     """Choose a form for every op of ours that the program calls.
 

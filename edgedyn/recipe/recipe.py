@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from edgedyn import models
 from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.errors import RecipeError, nearest
 from edgedyn.images.noise import NoiseSection
@@ -165,13 +166,11 @@ def find_network(name: str) -> Any:
     try:
         if function:
             return getattr(importlib.import_module(module_name), function)
-        return importlib.import_module(f"edgedyn.models.{name}").NETWORK
+        return models.load(name)
     except (ImportError, AttributeError) as error:
-        from edgedyn.models import names
-
         raise RecipeError(
-            f"model.network {name!r} cannot be loaded ({error}); {nearest(name, names())}expected one of "
-            f"{', '.join(names())}, or package.module:function of an importable module."
+            f"model.network {name!r} cannot be loaded ({error}); {nearest(name, models.names())}expected one of "
+            f"{', '.join(models.names())}, or package.module:function of an importable module."
         ) from error
 
 

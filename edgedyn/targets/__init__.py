@@ -8,13 +8,13 @@ neither.
 from __future__ import annotations
 
 import importlib
-import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedyn.errors import RecipeError, nearest
+from edgedyn.extensions import extend_path, load_named, module_names
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,9 @@ if TYPE_CHECKING:
     from edgedyn.report.rows import Row
 
     Run = Callable[..., list[np.ndarray]]
+
+
+__path__ = extend_path(__path__, __name__)
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def deferred(module: str, function: str) -> Callable[..., Any]:
 
 def names() -> list[str]:
     """Return the names of all targets."""
-    return sorted(m.name for m in pkgutil.iter_modules(__path__) if m.ispkg)
+    return module_names(__path__, are_folders=True)
 
 
 def load(name: str, kernels: str = "stock") -> Target:
@@ -134,7 +137,7 @@ def load(name: str, kernels: str = "stock") -> Target:
             f"target {name!r} is unknown; {nearest(name, names())}found targets: {', '.join(names())}. "
             "Pick one in the recipe."
         )
-    target: Target = importlib.import_module(f"edgedyn.targets.{name}").TARGET
+    target = load_named(f"{__name__}.{name}", "TARGET", Target)
     if kernels == "stock":
         return target
     if not target.kernels:

@@ -14,7 +14,7 @@ from edgedyn.bundle.dispatch import Decision, Dispatcher
 from edgedyn.conversion.convert import Converted
 from edgedyn.conversion.reference import rewrite
 from edgedyn.graph.rewrites import to_float64_like
-from edgedyn.layers._routed import parts
+from edgedyn.layers import parts
 from edgedyn.quantize.progress import Progress
 from edgedyn.report.rows import Row
 from edgedyn.validation import stages as validate

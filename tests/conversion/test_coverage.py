@@ -29,7 +29,7 @@ from edgedyn.conversion import convert as conversion
 from edgedyn.conversion import coverage
 from edgedyn.conversion.convert import load_target
 from edgedyn.errors import CalibrationError, RecipeError
-from edgedyn.layers._routed import RoutedModel
+from edgedyn.layers import RoutedModel
 from edgedyn.quantize.table.entries import Outcome
 from edgedyn.quantize.table.table import read_table
 from edgedyn.recipe.recipe import Recipe, load_recipe

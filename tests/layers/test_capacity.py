@@ -13,8 +13,7 @@ from torch import nn
 from edgedyn import targets
 from edgedyn.errors import ModelError
 from edgedyn.graph.nodes import module_path
-from edgedyn.layers import canonicalize, float32_classes
-from edgedyn.layers._routed import RoutedModel
+from edgedyn.layers import RoutedModel, canonicalize, float32_classes
 from edgedyn.layers.dynconv import LAYER, SparseBasicBlock, SparseBottleneck, SparseInvertedResidual
 from edgedyn.layers.dynconv.capacity import CapacityBlock, Grid, capacities_of, with_capacity
 from edgedyn.layers.dynconv.masks import PointMaskHead, Selection

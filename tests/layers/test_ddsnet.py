@@ -11,8 +11,7 @@ from torch import nn
 
 from edgedyn.checkpoints.authors import from_authors
 from edgedyn.errors import ModelError
-from edgedyn.layers import canonicalize, find_dynamic
-from edgedyn.layers._routed import RoutedModel
+from edgedyn.layers import RoutedModel, canonicalize, find_dynamic
 from edgedyn.layers.ddsnet import LAYER
 from edgedyn.layers.ddsnet.blocks import BlockOptions, Stage
 from edgedyn.layers.ddsnet.dsnet import MBNET_14, DSNet

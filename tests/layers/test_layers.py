@@ -11,8 +11,7 @@ from torch import nn
 
 from edgedyn import layers, ops
 from edgedyn.errors import ModelError
-from edgedyn.layers import canonicalize, find_dynamic
-from edgedyn.layers._routed import RoutedModel
+from edgedyn.layers import RoutedModel, canonicalize, find_dynamic
 from edgedyn.layers.malleconv import AffineMalleConv, CanonicalAffineMalleConv, CanonicalMalleConv, MalleConv
 
 LAYERS = layers.load_all()

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from edgedyn.errors import ModelError
-from edgedyn.layers._routed import RoutedModel
+from edgedyn.layers import RoutedModel
 
 
 class Scale(nn.Module):

@@ -19,7 +19,7 @@ import torch
 from edgedyn import pipeline
 from edgedyn.conversion.convert import load_target
 from edgedyn.conversion.reference import rewrite
-from edgedyn.layers._routed import parts
+from edgedyn.layers import parts
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.targets.executorch import runner
 from edgedyn.targets.executorch.run import load

@@ -156,7 +156,7 @@ class CapacityBlock(nn.Module):
         if x.shape[0] != 1:
             raise ModelError(
                 f"a block of fixed capacity got x {tuple(x.shape)}; expected a batch of 1. Run the images "
-                "one by one, as routing.RoutedModel does."
+                "one by one, as edgedyn.RoutedModel does."
             )
         bend = F.relu6 if self.is_inverted else F.relu
         _, mask, dilated = self.masker(x)
