@@ -43,7 +43,7 @@ sys.meta_path.insert(0, Blocked())
 # from the ground up; a file imports files of its own room and of the floors below
 FLOORS = (
     ("errors",),
-    ("files", "sections"),
+    ("files", "sections", "extensions"),
     ("bundle",),
     ("images",),
     ("graph",),
@@ -175,6 +175,7 @@ DEVICE_SIDE = [
     "edgedyn",
     "edgedyn.bench.process",
     "edgedyn.errors",
+    "edgedyn.extensions",
     "edgedyn.files",
     "edgedyn.images.metrics",
     "edgedyn.images.photo",

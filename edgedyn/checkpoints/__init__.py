@@ -1,1 +1,1 @@
-"""From a file of weights, ours or the authors', to a loaded network."""
+"""From a weights file, ours or the authors', to a loaded network."""

@@ -1,7 +1,7 @@
 """From a checkpoint of the authors' implementation to our reference of the same class, weights loaded.
 
-Class names and constructor arguments are the authors' own. Every file of ``edgedyn/layers/`` lists its
-classes in ``LAYER.authors``, every file of ``edgedyn/models/`` its networks in a constant ``AUTHORS``.
+Class names and constructor arguments are the authors' own. Files of ``edgedyn/layers/`` list their classes in
+``LAYER.authors``, files of ``edgedyn/models/`` their networks in an optional constant ``AUTHORS``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from edgedyn.checkpoints.weights import fit_state
 from edgedyn.errors import ModelError, WeightsError
 
 Author = Callable[[Mapping[str, Any], Mapping[str, Tensor]], nn.Module]
-# keys of a constructor record that name the class or function where several share a description
+# keys of a record of arguments that name the class or function; they override ``class_name``
 _NAMING_KEYS = ("name", "cls", "block")
 
 
@@ -29,9 +29,9 @@ def from_authors(
     """Build our reference of an authors' class and load their weights into it.
 
     Args:
-        class_name: the authors' name, ``DDFPack``; a module path before it and words behind it are allowed,
-            ``models.resnet32(sparse=True)``. ``arguments["name"]``, ``["cls"]`` or ``["block"]`` go first.
-            The words ``up to layer2`` mean the network up to that layer, with the state_dict of that part.
+        class_name: the authors' name, ``DDFPack``, also with a module path before it and text behind it,
+            ``models.resnet32(sparse=True)``. ``arguments["name"]``, ``["cls"]`` or ``["block"]`` override it.
+            The text ``up to layer2`` means the network up to that layer, with the state_dict of that part.
         arguments: the authors' constructor arguments, by keyword.
         state_dict: the authors' state_dict; its dtype becomes the module's.
 
@@ -71,13 +71,13 @@ def from_authors(
 
 
 def load_all() -> dict[str, Author]:
-    """Return every authors' class by name."""
-    found: dict[str, Author] = {}
+    """Return the function that makes our reference, for every authors' class by name."""
+    authors: dict[str, Author] = {}
     for layer in layers.load_all().values():
-        found |= layer.authors
+        authors |= layer.authors
     for network in models.names():
-        found |= getattr(importlib.import_module(f"edgedyn.models.{network}"), "AUTHORS", {})
-    return found
+        authors |= getattr(importlib.import_module(f"edgedyn.models.{network}"), "AUTHORS", {})
+    return authors
 
 
 def bare_name(class_name: str) -> str:

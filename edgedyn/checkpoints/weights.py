@@ -1,4 +1,4 @@
-"""Load weights from safetensors; a pickle only where the user trusts it, and then tensors only."""
+"""Load weights from safetensors, or from a pickle that the user trusts, and then tensors only."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ _PICKLES = {".pth", ".pt", ".ckpt", ".ckp", ".bin", ".pkl"}
 
 
 def load_weights(model: nn.Module, path: Path, *, sha256: str | None = None, trust: bool = False) -> None:
-    """Load a weights file into a model, all keys, all finite.
+    """Load a weights file into a model; every key must fit and every value be finite.
 
     Args:
         model: the network; its keys must be those of the file.
-        path: ``.safetensors``, or a ``torch.save`` file of tensors where ``trust`` is given.
-        sha256: digest that the file must have, or None.
+        path: ``.safetensors``, or with ``trust`` a ``torch.save`` file of tensors.
+        sha256: digest that the file must have; None accepts any.
         trust: allow ``torch.load(weights_only=True)``.
 
     Raises:
-        WeightsError: missing, altered, unsafe, damaged, not finite, or of another network.
+        WeightsError: when the file is missing, altered, unsafe, damaged, not finite, or of another network.
     """
     if not path.is_file():
         raise WeightsError(
             f"weights {path} do not exist; expected a safetensors file. Set model.weights in the recipe, or "
             "--set model.weights=PATH."
         )
-    found = hashlib.sha256(path.read_bytes()).hexdigest()
-    if sha256 is not None and found != sha256:
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    if sha256 is not None and digest != sha256:
         raise WeightsError(
-            f"weights {path} have sha256 {found}; the recipe expects {sha256}. Fetch the file again, "
+            f"weights {path} have sha256 {digest}; the recipe expects {sha256}. Fetch the file again, "
             "or change model.sha256 if you mean to deploy these."
         )
     state = _read(path, trust=trust)
@@ -82,17 +82,17 @@ def _read(path: Path, *, trust: bool) -> dict[str, Tensor]:
 
 
 def _looks_pickled(path: Path) -> bool:
-    """Tell a pickle or a zip by its start; one safetensors header in 256 also starts with byte 0x80."""
+    """Tell a pickle or a zip by its first bytes; one safetensors file in 256 also starts with byte 0x80."""
     with path.open("rb") as file:
         start = file.read(9)  # safetensors: 8 bytes of length, then JSON
     return (start[:1] == b"\x80" and start[8:] != b"{") or zipfile.is_zipfile(path)
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor], complaint: str, advice: str) -> None:
-    """Load a state_dict, every key and shape of it.
+    """Load a state_dict; every key and shape must fit.
 
     Raises:
-        WeightsError: ``complaint``, what differs, ``advice``.
+        WeightsError: with ``complaint``, the first difference and ``advice``.
     """
     own = model.state_dict()
     missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
@@ -108,15 +108,15 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], complaint: str, adv
 
 
 def settle_norms(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Give every BatchNorm the statistics of what it sees; for a network that has no trained ones.
+    """Set every BatchNorm to the statistics of its input; for a network without trained ones.
 
     Args:
-        model: in evaluation mode, and left in it. A method ``every_path(*inputs)``, where it has one, is
-            called in place of the model: it runs each of several paths that an input could take.
-        inputs: a batch of real images, at least two: a map of one pixel has no spread of its own.
+        model: in evaluation mode, before and after. A method ``every_path(*inputs)``, where it has one, is
+            called in its place: it runs every path that an input can take.
+        inputs: a batch of real images, at least two: a feature map of one pixel has no variance.
 
     Returns:
-        The number of BatchNorm modules that saw something; what no path reaches keeps its initial values.
+        The number of BatchNorm modules that had an input; the others keep their initial values.
 
     Raises:
         ModelError: when statistics are not finite.
@@ -125,7 +125,7 @@ def settle_norms(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     momenta = {name: norm.momentum for name, norm in norms.items()}
     for norm in norms.values():
         norm.reset_running_stats()
-        norm.momentum = None  # the plain mean over all that is seen
+        norm.momentum = None  # the plain mean over all batches
         norm.train()
     with torch.no_grad():
         getattr(model, "every_path", model)(*inputs)

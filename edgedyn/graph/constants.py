@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
+from edgedyn.graph.nodes import COUNTED_OPS
 from edgedyn.graph.rewrites import attribute
 
 
@@ -24,8 +25,9 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
     module = program.module()
     assert isinstance(module, fx.GraphModule)
     values = _constant_values(module)
-    # what is made from nothing, as arange, costs nothing to make
-    computed = [node for node in values if node.all_input_nodes and isinstance(values[node], Tensor)]
+    tensors = [node for node in values if node.op == "call_function" and isinstance(values[node], Tensor)]
+    # a factory, as arange, costs nothing to run, but a layer needs a stored weight
+    computed = [node for node in tensors if node.all_input_nodes or _is_weight(node)]
     stored = [node for node in computed if any(user not in values for user in node.users)]
     if not stored:
         return program
@@ -41,6 +43,11 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
     assert program.example_inputs is not None  # torch.export.export always keeps them
     args, kwargs = program.example_inputs
     return torch.export.export(module, args, kwargs)
+
+
+def _is_weight(node: fx.Node) -> bool:
+    """Tell whether a convolution or linear layer takes a node as its weight."""
+    return any(user.target in COUNTED_OPS and user.args[1] is node for user in node.users)
 
 
 def _constant_values(module: fx.GraphModule) -> dict[fx.Node, Any]:

@@ -1,7 +1,13 @@
-"""Dynamic layers, one file a paper: the faithful reference, and its canonical module that calls our ops.
+"""Dynamic layers, one file per paper: the faithful reference, and its canonical counterpart on our ops.
 
-A file adds a paper by a constant ``LAYER``. ``canonicalize`` swaps every reference layer of a model for its
-canonical twin; the rewrite is exact, and no target is involved.
+``canonicalize`` replaces every reference layer of a model by its canonical counterpart, exactly and for no
+target in particular.
+
+A file or folder with a constant ``LAYER`` adds a paper; its name does not start with an underscore. It lies
+here, or in the folder ``layers`` of an extension: a folder of the user that the environment variable
+``EDGEDYN_EXTENSIONS`` names. An extension also adds ops (``ops``, ``OP``), networks (``models``, ``NETWORK``)
+and targets (``targets``, ``TARGET``); its files become modules of this package, ``layers/blur.py`` becomes
+``edgedyn.layers.blur``. See ``edgedyn/extensions.py``.
 """
 
 from __future__ import annotations
@@ -41,16 +47,17 @@ class Layer:
         name: the file's name.
         paper: title and arXiv number.
         primitive: the op that the canonical modules call, or ``routed program``.
-        canonical: reference class -> function of an instance of that class, which makes the canonical module
-            with the same weights.
-        examples: reference modules in evaluation mode with inputs that discriminate.
-        authors: name of an authors' class -> function of its constructor arguments and its state_dict, which
-            makes our reference, its weights not yet loaded. What the authors' class refuses, or ignores
-            without a word, is refused with a ModelError.
-        recognise: name of an authors' class -> function of an instance of a class of that name, which makes
-            our reference with the same weights and the same call, gives None for an ordinary module that
-            shares the name, and raises ModelError, with the reason, for a dynamic one of another structure.
-        float32: classes of modules that stay in float32 in every precision, and are never quantized.
+        canonical: reference class -> function that makes the canonical module, with the same weights, from an
+            instance of that class.
+        examples: yields (reference module in evaluation mode, inputs); the inputs tell a wrong index from a
+            right one: B >= 2, H != W.
+        authors: name of an authors' class -> function of its constructor arguments and its state_dict that
+            makes our reference, weights not yet loaded. It raises ModelError for arguments that the authors'
+            class refuses, or silently ignores.
+        recognise: name of an authors' class -> function of an instance of a class of that name. It returns
+            our reference with the same weights and the same call, or None for an ordinary module that shares
+            the name; it raises ModelError for a dynamic module of another structure.
+        float32: module classes that stay in float32 in every precision and are never quantized.
     """
 
     name: str
@@ -66,7 +73,7 @@ class Layer:
 
 
 def load_all() -> dict[str, Layer]:
-    """Return every paper's layers by file name."""
+    """Return the ``Layer`` of every paper by file name."""
     return {name: load_named(f"{__name__}.{name}", "LAYER", Layer) for name in module_names(__path__)}
 
 
@@ -88,13 +95,13 @@ def find_dynamic(model: nn.Module) -> list[tuple[str, nn.Module, Layer]]:
 
 
 def recognise(model: nn.Module) -> nn.Module:
-    """Return a copy of the model in which the authors' dynamic layers are our references, weights and all.
+    """Return a copy of the model with our references, same weights, in place of the authors' dynamic layers.
 
-    They are found by class name and structure. A layer that stands at several places stays one module.
+    Class name and structure identify them. A layer that stands at several places stays one module.
 
     Raises:
-        ModelError: when the model is in training mode; for a layer with hooks; for what bears the name of an
-            authors' dynamic layer, or derives from one of our references, and does not fit.
+        ModelError: when the model is in training mode; for a layer with hooks; for a dynamic module that has
+            the name of an authors' layer and another structure; for a class derived from our references.
     """
     training = [path or "(the model)" for path, module in model.named_modules() if module.training]
     if training:
@@ -112,8 +119,8 @@ def recognise(model: nn.Module) -> nn.Module:
         if isinstance(module, ours):
             raise ModelError(
                 f"{path or 'the model'} is {_name(module)}, derived from {_name(module, 1)}: its forward may "
-                "differ from the paper's, so nothing proves a rewrite. Use the class itself, or add a layer "
-                "to edgedyn/layers/."
+                "differ from the paper's, so nothing proves a rewrite. Use the class itself, or add a "
+                "layer of your own: edgedyn/layers/__init__.py says how."
             )
         make = by_name.get(type(module).__name__)
         return make(module) if make else None
@@ -122,10 +129,10 @@ def recognise(model: nn.Module) -> nn.Module:
 
 
 def canonicalize(model: nn.Module) -> nn.Module:
-    """Return a copy of the model in which every dynamic layer is its canonical twin.
+    """Return a copy of the model in which the canonical counterpart replaces every dynamic layer.
 
     A layer that stands at several places stays one module. The model itself is not changed. A network that
-    picks its own structure becomes a ``RoutedModel``.
+    chooses its own structure becomes a ``RoutedModel``.
 
     Raises:
         ModelError: as ``recognise``; when a dynamic layer carries hooks that would be lost; when a routed
@@ -151,20 +158,28 @@ def canonicalize(model: nn.Module) -> nn.Module:
 
 
 def replace_modules(model: nn.Module, make: Callable[[nn.Module, str], nn.Module | None]) -> nn.Module:
-    """Replace modules from the outside in, each once, wherever it stands; what is put in is searched too."""
-    twins: dict[nn.Module, nn.Module] = {}
+    """Replace modules from the outside in, each once wherever it stands, also inside of replacements.
+
+    Args:
+        model: changed in place.
+        make: ``make(module, path)`` returns the replacement, or None to keep the module.
+
+    Raises:
+        ModelError: when a replaced module carries forward hooks.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
 
     def visit(module: nn.Module, path: str) -> nn.Module:
-        if module in twins:
-            return twins[module]
-        twin = make(module, path)
-        if twin is not None and (module._forward_hooks or module._forward_pre_hooks):
+        if module in replaced:
+            return replaced[module]
+        replacement = make(module, path)
+        if replacement is not None and (module._forward_hooks or module._forward_pre_hooks):
             raise ModelError(
-                f"{path or 'the model'} ({_name(module)}) carries forward hooks, which its canonical form "
+                f"{path or 'the model'} ({_name(module)}) carries forward hooks, which its replacement "
                 "cannot call. Remove them before building."
             )
-        result = module if twin is None else twin.eval()
-        twins[module] = twins[result] = result
+        result = module if replacement is None else replacement.eval()
+        replaced[module] = replaced[result] = result
         for name, child in result._modules.items():  # named_children passes over a repeated layer
             if child is not None:
                 result._modules[name] = visit(child, f"{path}.{name}" if path else name)
@@ -174,5 +189,5 @@ def replace_modules(model: nn.Module, make: Callable[[nn.Module, str], nn.Module
 
 
 def _name(module: nn.Module, base: int = 0) -> str:
-    """Return the name of a module's class, or of an ancestor."""
+    """Return the name of a module's class, or of its ancestor number ``base``."""
     return type(module).__mro__[base].__name__

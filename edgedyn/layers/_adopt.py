@@ -1,7 +1,7 @@
-"""Adopt a module of foreign code: prove that its structure is that of ours, then take its weights.
+"""Adopt a module of foreign code: prove that it has our structure, then take its weights.
 
-A class name proves nothing: two papers, or two versions of one, share names. What is compared: every key and
-shape of the state_dict, and what convolutions, norms and activations of equal path compute.
+A class name proves nothing: two papers, or two versions of one, share names. Compared are every key and shape
+of the state_dict, and type and options of the convolutions, norms and activations at each path.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ _CONVOLUTION = ("kernel_size", "stride", "padding", "dilation", "groups", "paddi
 
 
 def require(fact: bool, foreign: nn.Module, found: str) -> None:
-    """Raise a ModelError that says what was found, unless the fact holds."""
+    """Raise a ModelError unless the fact holds; ``found`` describes the foreign module."""
     if not fact:
         raise ModelError(
-            f"a foreign {type(foreign).__name__} ({type(foreign).__module__}) {found}; it computes something "
-            "else than the published layer of that name. Rename its class if it is another layer, or build "
+            f"a foreign {type(foreign).__name__} ({type(foreign).__module__}) {found}; it differs from "
+            "the published layer of that name. Rename its class if it is another layer, or build "
             "the network of edgedyn's own layers."
         )
 

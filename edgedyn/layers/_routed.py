@@ -3,8 +3,8 @@
     argmax     logits, *carried = router(x)      y = variants[argmax(logits)](*carried, or x where none)
     fallback   y, overflow = variants[0](x)      y = variants[1](x) where overflow > 0; no router
 
-Every variant is an ordinary network of fixed structure, lowered like any other. The host picks one an image,
-by the rule that the manifest names; no Python code of the network is needed there.
+Every variant is an ordinary network of fixed structure, lowered like any other. The host picks one per image
+by the rule in the manifest; it needs no Python code of the network.
 """
 
 from __future__ import annotations
@@ -24,8 +24,9 @@ class RoutedModel(nn.Module):
     Args:
         router: x -> logits (B, K), or (logits, *carried) where the variants take ``carried`` instead of x;
             None for the rule ``fallback``.
-        variants: name -> network, K of them. Without a router the first is right while its second output,
-            ``overflow`` (B,), is 0 (it counts what did not fit), and the second is always right.
+        variants: name -> network, K of them. Without a router: first the capacity variant, which returns
+            (y, overflow) and is exact while ``overflow`` (B,), the number of positions that did not fit, is
+            0; then the dense variant, which is always exact.
 
     Raises:
         ModelError: for fewer than 2 variants, or, without a router, more; for a name that no file can have.
@@ -42,7 +43,7 @@ class RoutedModel(nn.Module):
         if len(variants) < 2 or (router is None and len(variants) != 2):
             raise ModelError(
                 f"a routed program got {len(variants)} variants {list(variants)}; expected at least 2, and "
-                "without a router exactly 2: the quick one and the one that is always right."
+                "without a router exactly 2: the capacity variant and the dense one."
             )
         self.router = router
         self.variants = nn.ModuleDict(variants)
@@ -57,20 +58,20 @@ class RoutedModel(nn.Module):
         return torch.cat([self._run(sample) for sample in torch.split(x, 1)])
 
     def route(self, x: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
-        """Return the router's logits (B, K) and what the variants take.
+        """Return the router's logits (B, K) and the inputs of the variants.
 
         Raises:
-            ModelError: when there is no router, or it does not give one logit a variant.
+            ModelError: when there is no router, or it does not return one logit per variant.
         """
         if self.router is None:
             raise ModelError("this routed program has no router; its rule is fallback. Run its variants.")
-        given = self.router(x)
-        logits, *carried = given if isinstance(given, tuple) else (given,)
+        outputs = self.router(x)
+        logits, *carried = outputs if isinstance(outputs, tuple) else (outputs,)
         if logits.shape != (x.shape[0], len(self.variants)):
             raise ModelError(
-                f"the router gives logits {tuple(logits.shape)} for {len(self.variants)} variants "
+                f"the router returns logits {tuple(logits.shape)} for {len(self.variants)} variants "
                 f"({', '.join(self.variants)}) and a batch of {x.shape[0]}; expected "
-                f"{(x.shape[0], len(self.variants))}. Give the gate one output a variant."
+                f"{(x.shape[0], len(self.variants))}. Give the gate one output per variant."
             )
         return logits, tuple(carried) or (x,)
 
@@ -92,20 +93,20 @@ def parts(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def part_inputs(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, tuple[Tensor, ...]]:
-    """Return what each part takes for a model's inputs, as the model itself would make it.
+    """Return the inputs of every part for one call of the model; the router runs once.
 
     Raises:
-        ModelError: when the router does not give one logit a variant.
+        ModelError: when the router does not return one logit per variant.
     """
-    given = dict.fromkeys(parts(model), inputs)
+    by_part = dict.fromkeys(parts(model), inputs)
     if isinstance(model, RoutedModel) and model.router is not None:
         with torch.no_grad():
-            given |= dict.fromkeys(model.variants, model.route(*inputs)[1])
-    return given
+            by_part |= dict.fromkeys(model.variants, model.route(*inputs)[1])
+    return by_part
 
 
 def routing_of(model: nn.Module) -> Routing | None:
-    """Return how the manifest tells a model's routing, or None where it has none."""
+    """Return a model's routing as the manifest describes it, or None for a model of one part."""
     if not isinstance(model, RoutedModel):
         return None
     router = "" if model.router is None else ROUTER

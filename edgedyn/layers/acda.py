@@ -6,7 +6,7 @@
     y = Conv1x1(Z, coef, bias)
 
 x: (B, C, H, W)   alpha: (B, M, K, h, w)   bases: (K, T)   coef: (O, C * M, 1, 1)   y: (B, O, h, w)
-M = num_bases kernels a pixel, the paper's atoms; K = M * (R // 2): M bases for each radius 1 .. R // 2
+M = num_bases kernels per pixel, the paper's atoms; K = M * (R // 2): M bases per radius 1 .. R // 2
 
 The reference follows the published code, channel-major features and all, and loads its state_dicts. The
 canonical module holds the same weights and calls ``edgedyn::atom_depthwise2d``, whose output is
@@ -15,7 +15,6 @@ kernel-major: the columns of ``coef`` are permuted once, so nothing is transpose
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -29,7 +28,7 @@ from edgedyn.errors import ModelError
 from edgedyn.layers import Layer
 from edgedyn.ops.atom_depthwise2d import atom_depthwise2d
 
-MAX_BASES = 6  # as many functions as radius 1 has; every radius gives the same number
+MAX_BASES = 6  # as many functions as radius 1 has; every radius contributes the same number
 _MAX_ORDER = 15  # angular frequencies among which the published code looks for zeros
 
 
@@ -40,7 +39,7 @@ def fourier_bessel(radius: int) -> np.ndarray[Any, np.dtype[np.float64]]:
 
         J_0(z r) / |J_1(z)|      sqrt(2) J_k(z r) / |J_(k+1)(z)| * {cos, sin}(k phi),  k > 0
 
-    Kept is a zero whose successor is at most pi * (L + 1/2) * f, with f = 2 for L = 1 and 1.5 otherwise. The
+    A zero is kept if its successor is at most pi * (L + 1/2) * f, with f = 2 for L = 1 and 1.5 otherwise. The
     functions are 0 outside the disc; the set is divided by the root mean square of their norms on the grid.
 
     Args:
@@ -90,7 +89,7 @@ class ACDAConv(nn.Module):
         out_channels: channels O of the output.
         kernel_size: odd kernel side R >= 3; the input is zero-padded by R // 2.
         stride: pixels between two output pixels; H and W must be divisible by it.
-        num_bases: kernels M a pixel, 1 to 6; also the bases of each radius.
+        num_bases: kernels M per pixel, 1 to 6; also the bases per radius.
         bias: whether the last 1x1 convolution has an offset.
 
     Raises:
@@ -184,7 +183,7 @@ def _check_arguments(kernel_size: int, stride: int, num_bases: int) -> None:
     if not 1 <= num_bases <= MAX_BASES:
         raise ModelError(
             f"ACDAConv got num_bases={num_bases}; expected 1 to {MAX_BASES}: radius 1 has {MAX_BASES} "
-            "Fourier-Bessel functions, and every radius gives the same number. Retrain with fewer bases."
+            "Fourier-Bessel functions, and every radius contributes as many bases. Retrain with fewer."
         )
 
 
@@ -196,40 +195,47 @@ def _check_size(x: Tensor, stride: int) -> None:
         )
 
 
-def _from_constructor(
-    in_channels: int,
-    out_channels: int,
-    kernel_size: int,
-    inter_kernel_size: int = 5,
-    stride: int = 1,
-    padding: int = 0,
-    num_bases: int = MAX_BASES,
-    bias: bool = True,
-    bases_grad: bool = True,
-    dilation: int = 1,
-    groups: int = 1,
-    mode: str = "mode1",
-    bases_drop: float | None = None,
-) -> ACDAConv:
-    """Make our reference of the authors' constructor arguments, which have the authors' defaults here.
+_SIZES = ("in_channels", "out_channels", "kernel_size")
+# the optional arguments of the published class and their defaults
+_OPTIONS: dict[str, Any] = {
+    "inter_kernel_size": 5,
+    "stride": 1,
+    "padding": 0,
+    "num_bases": MAX_BASES,
+    "bias": True,
+    "bases_grad": True,
+    "dilation": 1,
+    "groups": 1,
+    "mode": "mode1",
+    "bases_drop": None,
+}
 
-    ``mode``, ``bases_grad`` and ``bases_drop`` change no output of the published class, so any value will do
-    that it accepts.
+
+def _from_constructor(in_channels: int, out_channels: int, kernel_size: int, **options: Any) -> ACDAConv:
+    """Make our reference from the authors' constructor arguments; the defaults are theirs.
+
+    ``mode``, ``bases_grad`` and ``bases_drop`` change no output of the published class: any value that it
+    accepts is accepted.
 
     Raises:
+        TypeError: for an argument that the published class does not have.
         ModelError: for arguments that the published class refuses, or accepts and ignores.
     """
+    if unknown := sorted(options.keys() - _OPTIONS.keys()):
+        raise TypeError(f"unexpected keyword argument {unknown[0]!r}")
+    options = _OPTIONS | options
+    stride, num_bases, padding, mode = (options[k] for k in ("stride", "num_bases", "padding", "mode"))
     sizes = {"kernel_size": kernel_size, "stride": stride, "num_bases": num_bases}
     if wrong := {name: value for name, value in sizes.items() if not isinstance(value, int)}:
         raise ModelError(f"Conv_DCFD got {wrong}; the published class takes one whole number for each.")
     _check_arguments(kernel_size, stride, num_bases)
-    ignored = {"inter_kernel_size": (inter_kernel_size, 5), "dilation": (dilation, 1), "groups": (groups, 1)}
-    for name, (value, expected) in ignored.items():
+    for name in ("inter_kernel_size", "dilation", "groups"):
+        value, expected = options[name], _OPTIONS[name]
         if value != expected:
             raise ModelError(
                 f"Conv_DCFD got {name}={value!r}; expected {expected}. The published class accepts any value "
-                "and ignores it, so the trained network does not do what the argument says. Pass "
-                f"{name}={expected}: that is what it computes."
+                "and ignores it, so the trained network was computed with "
+                f"{name}={expected}. Pass that."
             )
     if padding not in (kernel_size // 2, (kernel_size // 2,) * 2, [kernel_size // 2] * 2):
         raise ModelError(
@@ -239,22 +245,22 @@ def _from_constructor(
     if mode not in ("mode0", "mode1"):
         raise ModelError(f"Conv_DCFD got mode={mode!r}; the published class knows 'mode0' and 'mode1'.")
     return ACDAConv(
-        in_channels, out_channels, kernel_size, stride=stride, num_bases=num_bases, bias=bool(bias)
+        in_channels, out_channels, kernel_size, stride=stride, num_bases=num_bases, bias=bool(options["bias"])
     )
 
 
 def _from_instance(layer: Any) -> ACDAConv | None:
-    """Make our reference of an instance of a class named Conv_DCFD; its forward is never called.
+    """Make our reference from an instance of a class named Conv_DCFD; its forward is never called.
 
     Returns:
-        None where it has no ``bases_net``: no dynamic layer.
+        None where it has no ``bases_net`` and so is no dynamic layer.
 
     Raises:
         ModelError: when attributes, modules or tensors are not those of the published class.
     """
     if not isinstance(layer._modules.get("bases_net"), nn.Module):
         return None
-    names = inspect.signature(_from_constructor).parameters.keys() - {"bias"}
+    names = {*_SIZES, *_OPTIONS} - {"bias"}
     found = {name: getattr(layer, name) for name in names if hasattr(layer, name)}
     if missing := sorted(names - found.keys()):
         raise ModelError(f"Conv_DCFD has no attribute {missing[0]!r}, the published class has. {_OTHER}")
@@ -270,7 +276,7 @@ def _from_instance(layer: Any) -> ACDAConv | None:
 
 
 def _adopt_structure(theirs: list[Any], ours: nn.Sequential) -> None:
-    """Check that a foreign bases_net computes what ours does, and take over BatchNorm's constants."""
+    """Check that a foreign bases_net has our layers and options, and copy its BatchNorm constants."""
     if [type(module) for module in theirs] != [type(module) for module in ours]:
         raise ModelError(f"Conv_DCFD has bases_net {theirs}; expected {list(ours)}. {_OTHER}")
     for found, expected in zip(theirs, ours, strict=True):

@@ -1,4 +1,4 @@
-"""MalleConv (arXiv 2201.00392, ECCV 2022): depthwise kernels of a predicted grid, sliced at every pixel.
+"""MalleConv (arXiv 2201.00392, ECCV 2022): depthwise kernels from a predicted grid, sliced at every pixel.
 
     K x K    y[b, c, p] = sum_t Resize(grid)[b, t, c, p] * x[b, c, p + off(t)]  (+ Resize(bias)[b, c, p])
     affine   y[b, c, p] = Resize(scale)[b, c, p] * x[b, c, p] + Resize(offset)[b, c, p]
@@ -264,11 +264,12 @@ def affine_slice(coefficients: Tensor, x: Tensor, depth: int = 1) -> Tensor:
 
 
 class CanonicalAffineMalleConv(nn.Module):
-    """Affine MalleConv on ``edgedyn::sliced_depthwise2d``: one call a depth cell, weighed by the guide.
+    """Affine MalleConv on ``edgedyn::sliced_depthwise2d``: one call per depth cell, weighed by the guide.
 
-    Scale and offset have a convolution each: one that makes both would be split outside XNNPACK's delegate.
-    BatchNorm follows an affine map of x whose coefficients a 1x1 convolution makes, and slicing keeps
-    constants (interpolation and depth weights sum to one): so BN folds into that convolution's rows, exactly.
+    Scale and offset have a convolution each: XNNPACK would split the output of a common one outside of its
+    delegate. BatchNorm follows an affine map of x whose coefficients come from a 1x1 convolution, and slicing
+    keeps constants (interpolation and depth weights sum to one): BN folds into that convolution's rows,
+    exactly.
     """
 
     def __init__(self, layer: AffineMalleConv) -> None:
@@ -295,7 +296,7 @@ class CanonicalAffineMalleConv(nn.Module):
 
 
 def _fold_norm(layer: AffineMalleConv) -> nn.Conv2d:
-    """Fold ``norm(scale * x + offset)`` of evaluation into the convolution that makes scale and offset."""
+    """Fold ``norm(scale * x + offset)`` in evaluation mode into the convolution of scale and offset."""
     norm, conv = layer.norm, copy.deepcopy(layer.coefficients)
     assert norm.running_mean is not None
     assert norm.running_var is not None
@@ -334,7 +335,7 @@ def _examples() -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
 
 
 def _flying_conv(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MalleConv:
-    """Build the reference of the community's ``FlyingConv``."""
+    """Build the reference from the constructor arguments of the community's ``FlyingConv``."""
     known = {name: value for name, value in arguments.items() if name != "dropout"}  # without effect here
     if known.pop("bias", False):
         raise ModelError(
@@ -350,7 +351,7 @@ def _flying_conv(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor])
 
 
 def _recognise_flying_conv(foreign: nn.Module) -> nn.Module:
-    """Take over an instance of the community's ``FlyingConv``."""
+    """Make the reference, with the same weights, from an instance of the community's ``FlyingConv``."""
 
     def make(layer: Any) -> MalleConv:
         clip = (layer.clipper.min_val, layer.clipper.max_val)

@@ -1,4 +1,7 @@
-"""Networks that a user deploys, one file each; the constant ``NETWORK`` is the class or function to call."""
+"""Networks that a recipe can name, one file each; the constant ``NETWORK`` is the class or function to call.
+
+A network of your own needs no file here: a recipe also takes ``network: package.module:function``.
+"""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
 out = x - net(x)        x, out: (B, 3 or 1, H, W) in [0, 1], any H and W
 net: Conv3x3 ReLU, (depth - 2) x [ACDA BN ReLU], Conv3x3
 
-All of it runs at full resolution, and BatchNorm directly follows the last 1x1 convolution of its layer: a
-deployed network has none.
+All of it runs at full resolution. BatchNorm directly follows the last 1x1 convolution of its layer, and is
+folded into it for deployment.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class ACDADnCNN(nn.Module):
         depth: layers in all, at least 3; depth - 2 of them are dynamic.
         colors: image channels, 3 or 1.
         kernel_size: odd kernel side of the dynamic layers, at least 3.
-        num_bases: kernels a pixel of a dynamic layer, 1 to 6.
+        num_bases: kernels per pixel of a dynamic layer, 1 to 6.
 
     Raises:
-        ModelError: for a depth without a dynamic layer, a width below 1, or what ACDAConv refuses.
+        ModelError: for a depth without a dynamic layer, a width below 1, or arguments that ACDAConv refuses.
     """
 
     def __init__(

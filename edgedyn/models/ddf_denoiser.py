@@ -4,7 +4,7 @@
     x, out: (B, 3 or 1, H, W) in [0, 1], any H and W
 
 The network is this project's own; the paper has none for denoising. The channel filters come from the mean
-of the whole feature map: a tiled image gets each tile's own.
+of the whole feature map: in a tiled image each tile has its own.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class DDFDenoiser(nn.Module):
         features: channels of every block.
         blocks: how many.
         colors: image channels, 3 or 1.
-        head: spatial filters a DDFPack.
+        head: spatial filters per DDFPack.
         combine: ``mul`` or ``add``.
 
     Raises:

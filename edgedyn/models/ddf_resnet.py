@@ -104,7 +104,7 @@ class DDFResNet(nn.Module):
         in_chans: image channels.
         base_width: DDFPack channels for 64 planes.
         cardinality: factor on the DDFPacks' channels.
-        output_stride: 32, 16 or 8; what is lost against 32 the later layers make up for by dilation.
+        output_stride: 32, 16 or 8; below 32 the later layers dilate instead of striding.
         se_ratio: the DDFPacks'.
         gen_kernel_size: the DDFPacks'.
         up_to: ``fc``, or the layer after which the network ends and whose features it returns.
@@ -189,7 +189,7 @@ def _make_layer(
 def _build_network(
     depth: int, combine: str
 ) -> Callable[[Mapping[str, Any], Mapping[str, Tensor]], DDFResNet]:
-    """Return what builds the published function of that depth and combination from its arguments."""
+    """Return a function that makes the published network of that depth and combination from its arguments."""
 
     def build(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> DDFResNet:
         known = {k: v for k, v in arguments.items() if k not in ("name", *_TRAINING_OPTIONS)}
@@ -200,7 +200,7 @@ def _build_network(
 
 
 def _build_block(class_combine: str) -> Callable[[Mapping[str, Any], Mapping[str, Tensor]], DDFBottleneck]:
-    """Return what builds the published block of that combination from its arguments.
+    """Return a function that makes the published block of that combination from its arguments.
 
     Its ``dilation`` is timm's, of the convolution that the DDFPack replaces; ``first_dilation`` is the
     DDFPack's, and without it the published block fails when it is called.

@@ -3,9 +3,9 @@
     out = bilinear(x) + tail(relu(DDF-Up(body(head(x)), guide)))
     x: (B, colors, H, W)   guide: (B, guide_colors, 2H, 2W)   out: (B, colors, 2H, 2W), any H and W
 
-The network is this project's own. The published layer wants its guide at the low resolution: the guide image
-is rearranged to (B, 4 * guide_colors, H, W) by pixel_unshuffle, which loses nothing, and a 3x3 convolution
-makes it the features that the spatial branches read. Guided, it is joint upsampling: a depth map by its
+The network is this project's own. The published layer needs its guide at the low resolution: pixel_unshuffle
+rearranges the guide image to (B, 4 * guide_colors, H, W), without loss, and a 3x3 convolution turns it into
+the features that the spatial branches read. Guided, it is joint upsampling: a depth map by its
 photo, colours by a sharp gray image, a frame by a better exposed one.
 """
 
@@ -44,11 +44,11 @@ class DDFUpsampler(nn.Module):
         colors: channels of the image to upsample.
         joint: whether a guide goes with every image.
         guide_colors: channels of the guide image.
-        head: spatial filters a pair of generators.
+        head: spatial filters per pair of generators.
         combine: ``mul`` or ``add``.
 
     Raises:
-        ModelError: for arguments below 1, or a guide that is missing, not wanted or of another size.
+        ModelError: for arguments below 1, or a guide that is missing, unexpected or of another size.
     """
 
     def __init__(
@@ -96,12 +96,12 @@ class DDFUpsampler(nn.Module):
         return y
 
     def _refuse_other_guide(self, x: Tensor, guide: Tensor | None) -> None:
-        found = None if guide is None else tuple(guide.shape)
+        actual = None if guide is None else tuple(guide.shape)
         sides = SCALE * x.shape[2], SCALE * x.shape[3]
         expected = (x.shape[0], self.guide_colors, *sides) if self.guide_colors else None
-        if found != expected:
+        if actual != expected:
             raise ModelError(
-                f"DDFUpsampler got an image {tuple(x.shape)} and the guide {found}; expected {expected}. "
+                f"DDFUpsampler got an image {tuple(x.shape)} and the guide {actual}; expected {expected}. "
                 "Build it with joint=True for a guide, which is an image at the output's resolution."
             )
 

@@ -1,9 +1,9 @@
-"""DnCNN, the static denoiser that residual learning began with (arXiv 1608.03981); published weights load.
+"""DnCNN, the first residual denoiser, a static one (arXiv 1608.03981); it loads the published weights.
 
     y = x - convs(x)       x, y: (B, 1 or 3, H, W) in [0, 1]; the convolutions predict the noise
 
 17 3x3 convolutions of 64 channels at full resolution, their BatchNorm folded as in the published files. Each
-set of weights is for one noise level.
+weights file is for one noise level.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ class DnCNN(nn.Module):
 
     Args:
         colors: image channels, 3 or 1.
-        depth: convolutions, 17 for one noise level.
-        channels: of the maps between them.
+        depth: number of convolutions, 17 for one noise level.
+        channels: channels between the convolutions.
     """
 
     def __init__(self, *, colors: int = 1, depth: int = 17, channels: int = 64) -> None:

@@ -1,9 +1,9 @@
-"""A denoiser whose blocks work only where the image needs it: DynConv's gates (arXiv 1912.03203) on pixels.
+"""A denoiser that skips its blocks at smooth positions, by DynConv's gates (arXiv 1912.03203).
 
     out = x - net(x)        x, out: (B, 3 or 1, H, W) in [0, 1], any H and W
 
 Space-to-depth by 2, a 3x3 convolution, gated InvertedResiduals at one resolution, a 3x3 convolution,
-depth-to-space. Smooth areas leave a block's mask empty; edges and texture set it.
+depth-to-space. A block's mask is empty in smooth areas, and set at edges and texture.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Stacked hourglass of DynConv blocks for human pose (arXiv 1912.03203, sec. 4.3; arXiv 1603.06937).
 
-    heatmaps = net(x)        x: (B, 3, H, W)   heatmaps: (B, joints, H / 4, W / 4), one map a joint
+    heatmaps = net(x)        x: (B, 3, H, W)   heatmaps: (B, joints, H / 4, W / 4), one per joint
 
 A stem at a quarter of the resolution, then stacks of an hourglass (four times halved, joined on the way up),
 a block, and two 1x1 convolutions that score the joints. Every stack but the last feeds its features and
@@ -54,13 +54,13 @@ class Hourglass(nn.Module):
 
 
 class HourglassNet(nn.Module):
-    """The published network, which gives the heatmaps of every stack.
+    """The published network, which returns the heatmaps of every stack.
 
     Args:
         features: channels of the stream, rounded down to an even number.
         stacks: number of hourglasses.
         blocks: blocks at each place of an hourglass.
-        joints: heatmaps.
+        joints: number of heatmaps.
         sparse: whether blocks are gated; the same network without gates otherwise.
 
     Raises:
@@ -100,7 +100,7 @@ class HourglassNet(nn.Module):
         self.score_ = nn.ModuleList(nn.Conv2d(joints, channels, 1) for _ in range(stacks - 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        """Return a tuple of heatmaps (B, joints, H / 4, W / 4), one a stack; H and W multiples of 64.
+        """Return a tuple of heatmaps (B, joints, H / 4, W / 4), one per stack; H and W multiples of 64.
 
         Raises:
             ModelError: for another size.
@@ -123,7 +123,7 @@ class HourglassNet(nn.Module):
 
 
 class DynConvHourglass(HourglassNet):
-    """The network as it is used: the heatmaps of the last stack alone. 6.885 M parameters by default."""
+    """The network for inference: the heatmaps of the last stack alone. 6.885 M parameters by default."""
 
     def forward(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """Return heatmaps (B, joints, H / 4, W / 4) of x (B, 3, H, W), H and W multiples of 64."""
@@ -131,7 +131,7 @@ class DynConvHourglass(HourglassNet):
 
 
 def _from_authors(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> nn.Module:
-    """Make the network of the authors' configuration fields; other fields do not shape it."""
+    """Make the network from the authors' configuration fields; refuse other fields."""
     known = {
         "NUM_FEATURES": "features",
         "NUM_STACKS": "stacks",
@@ -139,16 +139,16 @@ def _from_authors(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]
         "NUM_JOINTS": "joints",
         "ENABLED": "sparse",
     }
-    given = {key.rpartition(".")[2]: value for key, value in arguments.items()}
-    unknown = sorted(given.keys() - known.keys() - {"name", "cls", "block"})
-    lacking = sorted({"NUM_FEATURES", "NUM_STACKS", "NUM_BLOCKS", "NUM_JOINTS"} - given.keys())
+    fields = {key.rpartition(".")[2]: value for key, value in arguments.items()}
+    unknown = sorted(fields.keys() - known.keys() - {"name", "cls", "block"})
+    lacking = sorted({"NUM_FEATURES", "NUM_STACKS", "NUM_BLOCKS", "NUM_JOINTS"} - fields.keys())
     if unknown or lacking:
         raise ModelError(
-            f"HourglassNet got the fields {sorted(given)}; expected {sorted(known)}, as in MODEL.EXTRA, "
+            f"HourglassNet got the fields {sorted(fields)}; expected {sorted(known)}, as in MODEL.EXTRA, "
             "MODEL.NUM_JOINTS and DYNCONV.ENABLED of the authors' configuration."
         )
-    given.setdefault("ENABLED", any(".masker." in key for key in state_dict))
-    return HourglassNet(**{ours: given[field] for field, ours in known.items()})
+    fields.setdefault("ENABLED", any(".masker." in key for key in state_dict))
+    return HourglassNet(**{ours: fields[field] for field, ours in known.items()})
 
 
 NETWORK = DynConvHourglass

@@ -2,9 +2,9 @@
 
     logits = fc(pool(layers(stem(x))))        x: (B, 3, H, W)   logits: (B, classes)
 
-Depth 8, 14, 20, 26, 32: three layers of 16, 32, 64 channels, for 32 x 32 pixels. The published pool takes
-the top-left 8 x 8 positions of the last map and no others, so that larger images lose their right and
-bottom. Depth 18, 34, 50, 101: four layers, for 224 x 224 pixels, pooled over the whole map.
+Depth 8, 14, 20, 26, 32: three layers of 16, 32, 64 channels, for 32 x 32 pixels. The published pool
+averages only the top-left 8 x 8 positions of the last feature map: larger images lose their right and bottom.
+Depth 18, 34, 50, 101: four layers, for 224 x 224 pixels, pooled over the whole feature map.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from edgedyn.errors import ModelError
 from edgedyn.layers.dynconv import SparseBasicBlock, SparseBottleneck
 from edgedyn.layers.dynconv.residual import BasicBlock, Bottleneck
 
-_CIFAR = {8: 1, 14: 2, 20: 3, 26: 4, 32: 5}  # depth -> blocks a layer
+_CIFAR = {8: 1, 14: 2, 20: 3, 26: 4, 32: 5}  # depth -> blocks per layer
 _IMAGENET = {18: (2, 2, 2, 2), 34: (3, 4, 6, 3), 50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
 _POOL = 8
 
@@ -52,7 +52,7 @@ class CifarResNet(nn.Module):
         """Classify (B, 3, H, W), H and W of 29 to 60.
 
         Raises:
-            ModelError: for a size whose last map has not exactly one 8 x 8 window.
+            ModelError: for a size whose last feature map does not hold exactly one 8 x 8 window.
         """
         y = F.relu(self.bn1(self.conv1(x)))
         y = self.layer3(self.layer2(self.layer1(y)))
@@ -175,7 +175,7 @@ def _from_authors(depth: int, arguments: Mapping[str, Any], state_dict: Mapping[
         if options.pop(name, expected) != expected:
             raise ModelError(f"resnet{depth} got {name}={arguments[name]!r}; {reason}. Leave it out.")
     if depth in _IMAGENET:
-        for name in ("progress", "zero_init_residual"):  # they say how to load and to initialise
+        for name in ("progress", "zero_init_residual"):  # they concern loading and initialisation
             options.pop(name, None)
         if options.get("replace_stride_with_dilation", ()) is None:
             options.pop("replace_stride_with_dilation")

@@ -1,9 +1,9 @@
-"""MalleNet: a denoiser whose every level carries one MalleConv (arXiv 2201.00392, fig. 3).
+"""MalleNet: a denoiser with one MalleConv per level (arXiv 2201.00392, fig. 3).
 
     out = x - net(x)        x, out: (B, 3 or 1, H, W) in [0, 1], any H and W
 
-Four levels see x at 1, 1/2, 1/4 and 1/8 of its size by space-to-depth, with f, f, 2f and 4f channels. From
-coarse to fine: 2 ResConvBlocks, MalleConv, 2 ResConvBlocks; bilinear x2, concatenation, Conv3x3. The
+Four levels work on x at 1, 1/2, 1/4 and 1/8 of its size by space-to-depth, with f, f, 2f and 4f channels.
+From coarse to fine: 2 ResConvBlocks, MalleConv, 2 ResConvBlocks; bilinear x2, concatenation, Conv3x3. The
 predictors have 6, 5, 4 and 3 stages from fine to coarse, so that every kernel grid is H/32 x W/32 and H, W
 are padded to multiples of 32.
 """

@@ -90,7 +90,7 @@ def gated_dncnn(
     Args:
         configurations: see ``SlimmableDnCNN``.
         colors: image channels, 3 or 1.
-        gate_features: channels that the gate looks at.
+        gate_features: channels of the gate's second convolution.
     """
     network = SlimmableDnCNN(configurations, colors=colors)
     return GatedNetwork(ImageGate(len(network.configurations), colors, gate_features), network)

@@ -4,7 +4,7 @@
 
 Down: at 1, 1/2, 1/4 and 1/8 of the size two units (3x3 convolution, BatchNorm, ReLU), the first of stride 2
 below the top. Up: bilinear x2, concatenation with the features of that scale, one unit. Tail: 3x3
-convolution. On a concatenation a width is two prefixes, one an input. The gate follows arXiv 2110.08940, the
+convolution. On a concatenation a width is two prefixes, one per input. The gate follows arXiv 2110.08940, the
 layout is arXiv 1505.04597's with strided convolutions. H, W are padded to multiples of 8 by reflection.
 """
 
@@ -119,7 +119,7 @@ def gated_unet(
     Args:
         configurations: see ``SlimmableUNet``.
         colors: image channels, 3 or 1.
-        gate_features: channels that the gate looks at.
+        gate_features: channels of the gate's second convolution.
     """
     network = SlimmableUNet(configurations, colors=colors)
     return GatedNetwork(ImageGate(len(network.configurations), colors, gate_features), network)

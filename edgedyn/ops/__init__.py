@@ -1,8 +1,10 @@
-"""Primitive ops, one folder each: what a paper layer is rewritten to, and how a target can compute it.
+"""Primitive ops, one folder each: the few operations that the layers of all papers are rewritten to.
 
-A folder adds an op by a constant ``OP`` in its ``__init__.py``. The eager body of an op is its definition
-(the oracle); a form is a plain function of the same signature, and names the capabilities that it needs,
-never a target.
+A folder adds an op by a constant ``OP`` in its ``__init__.py``, here or in an extension
+(``edgedyn/extensions.py``). The eager body of an op is its definition (the oracle).
+
+A *form* is one way for a runtime to compute an op: a plain function of the op's signature, made of ordinary
+operators, or a kernel of ours. It names the capabilities that it needs, never a target.
 """
 
 from __future__ import annotations
@@ -39,9 +41,12 @@ class Form:
 
     Attributes:
         name: the trick, for instance ``resize_shift_mac``.
-        fn: function with the op's signature; None leaves the op's own node, for a kernel of ours.
-        requires: capabilities that a target must state.
-        decompose: when the form replaces the op: quantizers see its nodes, or see one opaque float node.
+        fn: function of the op's signature that replaces the op's node in the graph; None keeps the node, for
+            a kernel of ours.
+        requires: capabilities that a target must have.
+        decompose: when ``fn`` replaces the node. ``before_quantize``: the quantizer annotates the operators
+            of ``fn``. ``after_quantize``: the quantizer sees one float node, and the operators of ``fn``
+            stay float.
     """
 
     name: str
@@ -55,16 +60,16 @@ FUSED = Form("fused", None, requires=frozenset({"edgedyn_kernels"}), decompose="
 
 @dataclass(frozen=True)
 class Op:
-    """A primitive.
+    """A primitive op.
 
     Attributes:
         name: the folder's name, and the op's in ``torch.ops.edgedyn``.
         overload: the ``torch.library`` overload; its first argument is x (B, C, H, W).
-        forms: how targets can compute it, best first.
-        examples: the op's arguments in order, inputs that discriminate.
-        generated: names of the arguments that a generator computes from the input: kernels, coefficients,
+        forms: its forms, best first; a target takes the first whose capabilities it has.
+        examples: yields argument tuples of the op that tell a wrong index from a right one: B >= 2, H != W.
+        generated: names of the arguments that the network computes from its input: kernels, coefficients,
             masks.
-        apply_macs: multiply-adds of one call, from its arguments; tensors need only their shapes.
+        apply_macs: multiply-adds of one call from its arguments, of which only shapes are read.
     """
 
     name: str
@@ -78,17 +83,21 @@ class Op:
 def register(
     name: str, schema: str, oracle: Callable[..., torch.Tensor], fake: Callable[..., torch.Tensor]
 ) -> torch._ops.OpOverload:
-    """Register ``edgedyn::name`` and its INT8 twin, each with the ``.out`` twin which ExecuTorch calls.
+    """Register ``edgedyn::name`` and its INT8 variant, each with the ``.out`` variant that ExecuTorch calls.
 
-    The twin ``name_int8`` takes x and gives y as int8, with the affine scales of both: a kernel reads and
-    writes INT8 and holds no float feature map in between. All come from one schema: ``custom_op`` infers
-    SymInt where one types int, and ExecuTorch then reports "Missing out variants" (executorch 1.5).
+    ``name_int8`` takes x and returns y as int8, with the quantization parameters of both as arguments: its
+    kernel reads and writes INT8 and holds no float feature map in between. All four come from one schema:
+    ``custom_op`` infers SymInt for an argument typed int, and ExecuTorch then reports "Missing out variants"
+    (executorch 1.5).
 
     Args:
-        name: of the op.
+        name: name of the op.
         schema: ``(Tensor x, ...) -> Tensor``.
         oracle: the definition.
-        fake: shapes; checks what the oracle checks.
+        fake: returns an empty tensor of the output's shape; makes the same checks as the oracle.
+
+    Returns:
+        The overload ``torch.ops.edgedyn.<name>.default``.
     """
     first, rest = schema[1 : schema.rindex(")")].split(", ", 1)
 
@@ -120,12 +129,12 @@ def _define(name: str, arguments: str, body: Callable[..., torch.Tensor], fake: 
 
 
 def _without_defaults(arguments: str) -> str:
-    """Required arguments may not follow those that have a default."""
+    """Drop the defaults of a schema: required arguments may not follow those that have one."""
     return re.sub(r"=[^,]+", "", arguments)
 
 
 def is_ours(node: torch.fx.Node) -> bool:
-    """Tell whether a node of a program calls an op of ours, or its INT8 twin."""
+    """Tell whether a node of a program calls an op of ours, or its INT8 variant."""
     return node.op == "call_function" and getattr(node.target, "namespace", "") == "edgedyn"
 
 
@@ -135,42 +144,48 @@ def load_all() -> dict[str, Op]:
     return {name: load_named(f"{__name__}.{name}", "OP", Op) for name in names}
 
 
-def choose_form(op: Op, target: HasCapabilities, wanted: str | None = None) -> Form:
-    """Return the first form whose needs the target meets, or the wanted one.
+def choose_form(op: Op, target: HasCapabilities, requested: str | None = None) -> Form:
+    """Return the named form, or else the first one whose capabilities the target has.
 
     Raises:
-        RecipeError: when the wanted form does not exist.
-        NoFormError: when the target lacks what the form needs; every form is named with what it lacks.
+        RecipeError: when the op has no form of that name.
+        NoFormError: when the target lacks a capability of the named form, or of every form; the message lists
+            the needs of all forms.
     """
-    if wanted is not None and wanted not in {form.name for form in op.forms}:
+    if requested is not None and requested not in {form.name for form in op.forms}:
         known = [form.name for form in op.forms]
         raise RecipeError(
-            f"form {wanted!r} of op {op.name!r} is unknown; {nearest(wanted, known)}found forms: "
+            f"form {requested!r} of op {op.name!r} is unknown; {nearest(requested, known)}found forms: "
             f"{', '.join(known)}. Fix forms.{op.name}."
         )
-    candidates = [form for form in op.forms if wanted in (None, form.name)]
+    candidates = [form for form in op.forms if requested in (None, form.name)]
     for form in candidates:
         if form.requires <= target.capabilities:
             return form
     others = "; ".join(f"{form.name} needs {sorted(form.requires)}" for form in op.forms)
     raise NoFormError(
-        f"target {target.name!r} cannot run op {op.name!r} as {wanted or 'any form'}: it has "
+        f"target {target.name!r} cannot run op {op.name!r} as {requested or 'any form'}: it has "
         f"{sorted(target.capabilities)}, but {others}. Pick another form in the recipe "
         f"(forms.{op.name}) or add one to edgedyn/ops/{op.name}/."
     )
 
 
 def choose_forms(
-    program: torch.export.ExportedProgram, target: HasCapabilities, wanted: Mapping[str, str]
+    program: torch.export.ExportedProgram, target: HasCapabilities, requested: Mapping[str, str]
 ) -> dict[Op, Form]:
     """Choose a form for every op of ours that the program calls.
 
+    Args:
+        program: exported program with our ops as single nodes.
+        target: the target that shall run it.
+        requested: op name -> form name, the recipe's ``forms``.
+
     Raises:
-        RecipeError: when ``wanted`` names an op that does not exist, or a form that the op does not have.
+        RecipeError: when ``requested`` names an op that does not exist, or a form that the op does not have.
         NoFormError: when no form of an op runs on the target.
     """
     known = load_all()
-    unknown = sorted(set(wanted) - set(known))
+    unknown = sorted(set(requested) - set(known))
     if unknown:
         raise RecipeError(
             f"forms names the unknown op {unknown[0]!r}; {nearest(unknown[0], known)}found ops: "
@@ -178,16 +193,16 @@ def choose_forms(
         )
     called = {node.target for node in program.graph.nodes if node.op == "call_function"}
     return {
-        op: choose_form(op, target, wanted.get(op.name)) for op in known.values() if op.overload in called
+        op: choose_form(op, target, requested.get(op.name)) for op in known.values() if op.overload in called
     }
 
 
 def decompose(
     program: torch.export.ExportedProgram, forms: Mapping[Op, Form], when: str
 ) -> torch.export.ExportedProgram:
-    """Replace the ops whose forms are decomposed at this point (``before_quantize`` or ``after_quantize``).
+    """Replace the nodes of ops whose forms say ``when``, by the operators of the forms.
 
-    What the forms compute from constants alone is computed here, once.
+    Operators whose inputs are all constants are computed here, once.
     """
     table = {op.overload: form.fn for op, form in forms.items() if form.decompose == when and form.fn}
     return fold_constants(program.run_decompositions(table)) if table else program

@@ -2,8 +2,9 @@
 
     y(p) = sum_dy z[dy](p + dy),   z[dy](p) = sum_dx kernel[dy, dx](p - dy) * x(p + dx)
 
-A row of taps reads x where it stands and its sum is shifted: R shifts of x and R of sums, not R * R of x. A
-run of channels goes through all of it before the next begins, so that its maps stay in the cache.
+The taps of one row share the rows of x, and their sum is shifted: R shifts of x and R of sums, not R * R of
+x. A run of channels passes through all of it before the next begins, so that its activations stay in the
+cache.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 RUN_ELEMENTS = 2**20  # of a feature map of a run: 4 MB, of which a handful stay in a last-level cache
-MOST_RUNS = 8  # each repeats the graph of the op: some 40 nodes at R = 3, and lowering takes 30 ms a node
+MOST_RUNS = 8  # each repeats the graph of the op: some 40 nodes at R = 3, and lowering takes 30 ms per node
 
 
 def sum_taps(
@@ -39,7 +40,7 @@ def sum_taps(
             ``h + dy * dilation``; rows that no pixel uses may hold anything.
         kernel_size: odd R.
         dilation: distance between taps, pixels.
-        runs: the channels, cut as they shall be computed; ``cut`` gives such runs.
+        runs: ranges of channels, computed one after the other; see ``cut``.
         below: rows that kernels have beyond the padded x.
         offset: ``offset(run)``, added to y: (B, len(run), rows, W), pixel row h uses row ``h + reach``.
 
@@ -66,7 +67,7 @@ def sum_taps(
 
 
 def cut(channels: int, elements: int, within: int | None = None) -> list[range]:
-    """Cut channels of ``elements`` pixels into runs that stay in the cache, none past ``within`` of them."""
+    """Cut channels of ``elements`` pixels into runs that fit the cache and blocks of ``within`` channels."""
     within = within or channels
     count = min(max(1, RUN_ELEMENTS // elements, -(-channels // MOST_RUNS)), within)
     return [
@@ -77,5 +78,5 @@ def cut(channels: int, elements: int, within: int | None = None) -> list[range]:
 
 
 def take(x: Tensor, axis: int, first: int, size: int) -> Tensor:
-    """Return a range of an axis; x itself where this is all of it, because a slice of all is an alias."""
+    """Return a range of an axis, or x itself for the whole axis: such a slice would be an alias."""
     return x if x.shape[axis] == size else x.narrow(axis, first, size)

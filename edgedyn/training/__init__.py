@@ -1,1 +1,1 @@
-"""What each paper needs to be trained: the denoising loop."""
+"""Training of the networks: the denoising loop, and the mask budget of DynConv."""

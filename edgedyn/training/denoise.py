@@ -3,7 +3,7 @@
     loss = mean sqrt((net(x + sigma n) - x)^2 + eps^2)        x in [0, 1], sigma ~ U(low, high) / 255
 
 The noise n ~ N(0, 1) is not clipped. Every random choice of step k comes from a generator seeded with
-(seed, k), so an interrupted run continues with the patches and the noise that it would have seen.
+(seed, k), so a resumed run gets the same patches and noise as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -51,13 +51,13 @@ class TrainingPlan:
 
 
 class Penalty(Protocol):
-    """What a step's loss counts beside the picture, such as ``edgedyn.training.masks.MaskBudget``."""
+    """A term of the loss besides the image error, such as ``edgedyn.training.masks.MaskBudget``."""
 
     def begin(self, progress: float) -> None:
-        """Get ready for a forward pass; ``progress`` is the share of the steps that are done, 0 to 1."""
+        """Prepare a forward pass; ``progress`` is the share of the steps that are done, 0 to 1."""
 
     def loss(self) -> Tensor:
-        """Return what that forward pass costs."""
+        """Return the term for that forward pass, a scalar."""
 
 
 def load_images(folder: Path, *, gray: bool = False) -> list[Tensor]:
@@ -83,7 +83,7 @@ def load_images(folder: Path, *, gray: bool = False) -> list[Tensor]:
 
 
 def patches(images: list[Tensor], plan: TrainingPlan, step: int) -> tuple[Tensor, Tensor]:
-    """Draw the (noisy, clean) batch of a step: image, crop, one of 8 orientations, noise level a sample."""
+    """Draw the (noisy, clean) batch of a step: image, crop, one of 8 orientations, noise level per sample."""
     rng = np.random.default_rng([plan.seed, step])
     crops = []
     for index in rng.integers(len(images), size=plan.batch):
@@ -99,12 +99,12 @@ def patches(images: list[Tensor], plan: TrainingPlan, step: int) -> tuple[Tensor
 
 
 def charbonnier(y: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
-    """Charbonnier loss, a smooth L1."""
+    """Return the Charbonnier loss, a smooth L1."""
     return ((y - target) ** 2 + eps**2).sqrt().mean()
 
 
 def learning_rate(plan: TrainingPlan, step: int) -> float:
-    """Linear warm-up, then a cosine to zero at ``plan.steps``."""
+    """Return the learning rate of a step: linear warm-up, then a cosine to zero at ``plan.steps``."""
     ramp = min(1.0, (step + 1) / plan.warmup)
     return plan.learning_rate * ramp * 0.5 * (1 + math.cos(math.pi * min(1.0, step / plan.steps)))
 
@@ -126,16 +126,16 @@ def train(
         images: uint8 (C, H, W), each at least ``plan.patch`` high and wide.
         plan: the settings; a checkpoint may be continued with another number of steps.
         checkpoint: file written every ``save_every`` steps, atomically, and read at the start.
-        penalty: what else the loss counts.
+        penalty: a further term of the loss.
         report: called after every step with (step, loss, averaged model).
         save_every: steps between checkpoints.
 
     Returns:
-        The averaged model in evaluation mode and the seconds spent in all.
+        The averaged model in evaluation mode, and the seconds of all runs together.
 
     Raises:
         TrainingError: when an image is smaller than a patch, the checkpoint is of another plan, or the loss
-            stops being finite.
+            is not finite.
     """
     small = [tuple(i.shape) for i in images if min(i.shape[1:]) < plan.patch]
     if small:
@@ -152,7 +152,7 @@ def train(
     begin = time.monotonic() - seconds
     for step in range(start, plan.steps):
         if step == max(start, plan.freeze_norms):
-            switches = step == plan.freeze_norms > 0  # trained weights come with statistics that fit them
+            switches = step == plan.freeze_norms > 0  # trained weights have statistics that fit them
             _freeze_norms(model, images, plan, measure=switches)
             if switches:
                 averaged.n_averaged.zero_()  # the average starts again from the weights as they are now
@@ -185,7 +185,7 @@ def train(
 def _freeze_norms(
     model: nn.Module, images: list[Tensor], plan: TrainingPlan, *, measure: bool, batches: int = 100
 ) -> None:
-    """Switch BatchNorm to its running statistics, measured anew over many batches when the switch happens."""
+    """Switch BatchNorm to its running statistics; ``measure`` computes them anew over many batches."""
 
     def stream() -> Iterator[Tensor]:
         for k in range(batches):
@@ -208,11 +208,11 @@ def _resume(
     if not path.exists():
         return 0, 0.0
     state = torch.load(path, weights_only=True)
-    asked, found = _fixed(plan), state["plan"]
-    if changed := sorted(key for key in asked if asked[key] != found.get(key)):
+    expected, actual = _fixed(plan), state["plan"]
+    if changed := sorted(key for key in expected if expected[key] != actual.get(key)):
         raise TrainingError(
-            f"checkpoint {path} is of another plan: found {[f'{k}={found.get(k)}' for k in changed]}, "
-            f"expected {[f'{k}={asked[k]}' for k in changed]}. Use those settings, or another checkpoint."
+            f"checkpoint {path} is of another plan: found {[f'{k}={actual.get(k)}' for k in changed]}, "
+            f"expected {[f'{k}={expected[k]}' for k in changed]}. Use those settings, or another checkpoint."
         )
     model.load_state_dict(state["model"])
     averaged.load_state_dict(state["averaged"])
@@ -221,7 +221,7 @@ def _resume(
 
 
 def _fixed(plan: TrainingPlan) -> dict[str, object]:
-    """Return what a run cannot change on its way, as a checkpoint gives it back; ``steps`` it can."""
+    """Return the settings that a resumed run must share with its checkpoint: all but ``steps``."""
     return {key: value for key, value in asdict(plan).items() if key != "steps"}
 
 

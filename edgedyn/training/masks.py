@@ -1,14 +1,14 @@
-"""What DynConv's masks are trained with (arXiv 1912.03203, section 3.3): a budget for what they let through.
+"""The loss that trains DynConv's masks (arXiv 1912.03203, section 3.3): a budget of active positions.
 
     L = (mean_b r_b - t)^2 + mean_b [max(0, r_b - u)^2 + max(0, l - r_b)^2]
     c = max(cos^2(pi/2 min(1, p / 0.33)), k),  u = 1 - c (1 - t),  l = c t
 
 r_b: share of block b's positions that are active in this batch   t: the budget, 0 to 1   p: progress, 0 to 1
 
-The bounds start at the budget for every block alone and open during the first third, so that no block is
-switched off before it has learnt anything: fully in the paper, k = 0, where blocks may end always on or
-always off; with k > 0 each keeps a share to decide about. In the last fifth masks are decided without Gumbel
-noise, as they will be when deployed.
+The bounds u and l start at the budget for every single block and open during the first third of the training,
+so that no block is switched off before it has learnt anything. In the paper they open fully, k = 0: a block
+may end always on or always off. With k > 0 every block still decides about a share. In the last fifth the
+masks are decided without Gumbel noise, as when deployed.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from edgedyn.layers.dynconv.masks import Masks, MaskUnit
 
 
 class MaskBudget:
-    """The budget loss of a network's masks; every block counts alike, so it is for networks of equal blocks.
+    """The budget loss of a network's masks; every block weighs the same, as suits networks of equal blocks.
 
     Args:
-        network: holds ``MaskUnit`` modules; their masks are watched by forward hooks.
+        network: contains ``MaskUnit`` modules; forward hooks record their masks.
         budget: share of positions that should be active over all blocks, 0 to 1.
-        weight: what the loss is multiplied by.
+        weight: factor on the loss.
         keep: k, 0 to 1, how tight the bounds of single blocks stay.
 
     Raises:
@@ -53,7 +53,7 @@ class MaskBudget:
             self.shares.append(masks.mask.float().mean())
 
     def begin(self, progress: float) -> None:
-        """Get ready for a forward pass in training mode; ``progress``: share of the steps that are done."""
+        """Prepare a forward pass in training mode; ``progress``: share of the steps that are done."""
         self.shares.clear()
         self.progress = progress
         for unit in self.units:

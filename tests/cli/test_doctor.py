@@ -152,7 +152,7 @@ def test_a_target_says_what_it_lacks_in_its_own_words(tmp_path, monkeypatch):
         "from edgedyn.targets import Target\n"
         "none = frozenset()\n"
         "sets, calls = (none, none, none), (print, print, print)\n"
-        "TARGET = Target('lacking', 'one line', *sets, None, *calls, lambda: 'no board')\n"
+        "TARGET = Target('lacking_for_the_doctor', 'one line', *sets, None, *calls, lambda: 'no board')\n"
     )
     monkeypatch.setattr(targets, "__path__", [*targets.__path__, str(tmp_path)])
     try:

@@ -55,6 +55,17 @@ def test_constant_made_of_nothing_is_computed_with_what_reads_it():
     assert torch.equal(folded.module()(torch.ones(3, 4)), torch.tensor([0.5, 1.5, 2, 2]).expand(3, 4))
 
 
+def test_weight_made_of_nothing_is_stored():
+    class Box(nn.Module):
+        def forward(self, x):
+            return torch.conv2d(x, torch.full((3, 1, 3, 3), 1 / 9), padding=1, groups=3)
+
+    folded = fold_constants(capture(Box(), torch.zeros(1, 3, 5, 7)))
+    assert called(folded) == ["aten.conv2d.default"]
+    x = torch.randn(1, 3, 5, 7)
+    assert torch.equal(folded.module()(x), Box()(x))
+
+
 def test_path_of_the_layer_is_kept():
     folded = fold_constants(capture(nn.Sequential(nn.Identity(), Kernels()), torch.zeros(1, 3, 5, 7)))
     (conv,) = [node for node in folded.graph.nodes if node.target is torch.ops.aten.conv2d.default]

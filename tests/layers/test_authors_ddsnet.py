@@ -37,7 +37,11 @@ GATE = {"in_chs": [4, 6], "channel_gate_num": 4}
             "padding_mode='reflect', which its code ignores",
         ),
         ("DSConv2d", SIZES | {"kernel_size": 3, "groups": 3}, "groups=3 for .*expected 1, or"),
-        ("DSConv2d", SIZES | {"kernel_size": [3, 5]}, r"kernel_size=\[3, 5\]; its padding looks at one axis"),
+        (
+            "DSConv2d",
+            SIZES | {"kernel_size": [3, 5]},
+            r"kernel_size=\[3, 5\]; its padding is computed from one axis",
+        ),
         ("DSConv2d", SIZES | {"kernel_size": 3, "stride": (1, 2)}, r"stride=\(1, 2\)"),
         ("DSConv2d", SIZES | {"kernel_size": 3, "padding": 1}, "DSConv2d got padding=1; expected only"),
         ("DSdwConv2d", {"channels_list": [4, 6], "kernel_size": 0}, "kernel_size=0"),

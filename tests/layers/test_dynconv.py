@@ -200,7 +200,7 @@ def test_residual_block_refuses_what_the_authors_refuse_or_ignore(name, argument
     [
         ({"oup": 6}, "4 channels in, 6 out"),
         ({"stride": 2}, "stride=2.*expected stride 1"),
-        ({"expand_ratio": 1}, "expand_ratio=1; expected.*Make it dense"),
+        ({"expand_ratio": 1}, "expand_ratio=1; expected.*Use the dense block"),
         ({"stride": 3, "sparse": False}, "stride=3; expected 1 or 2"),
     ],
 )

@@ -213,7 +213,7 @@ X, GRID, OFFSET = torch.zeros(2, 6, 5, 7), torch.zeros(2, 27, 2, 3), torch.zeros
         ((X, GRID[:, :0], None, 3), "0 channels for 9 taps", "F divides the channels"),
         ((X[:, :4], GRID, None, 3), "x of 4 channels", "F divides the channels"),
         ((X, GRID, OFFSET[:, :2], 3), r"offset \(2, 2, 2, 3\)", r"expected \(2, 3, 2, 3\)"),
-        ((X, GRID, OFFSET[:, :, :1], 3), r"offset \(2, 3, 1, 3\)", "one offset a filter"),
+        ((X, GRID, OFFSET[:, :, :1], 3), r"offset \(2, 3, 1, 3\)", "one offset per filter"),
     ],
     ids=lambda v: v.replace(" ", "_") if isinstance(v, str) else "",
 )

@@ -1,4 +1,4 @@
-"""DDF and DDF-Up (arXiv 2104.14107, CVPR 2021): depthwise kernels of a channel and a spatial filter.
+"""DDF and DDF-Up (arXiv 2104.14107, CVPR 2021): depthwise kernels from a channel and a spatial filter.
 
     y[b, c, p] = sum_t (channel[b, c, t] o spatial[b, g(c), t, p]) * x[b, c, p * stride + off(t)]   o: * or +
     FilterNorm   v -> (v - mean_t v) / (std_t v + 1e-10) * gain / R         std is the unbiased one
@@ -8,7 +8,7 @@ x: (B, C, H, W)   channel: (B, C * T)   spatial: (B, G * T, h, w), filters outer
 T = R * R taps, G heads: head g serves C / G consecutive channels.
 
 ``reference.py`` follows the published code, ``canonical.py`` calls our op with the same weights, and
-``authors.py`` takes over what the authors' classes hold.
+``authors.py`` makes references from the authors' arguments and instances.
 """
 
 from __future__ import annotations

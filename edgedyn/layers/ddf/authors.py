@@ -17,7 +17,7 @@ from edgedyn.layers.ddf.reference import DDFPack, DDFUpPack, FilterNorm
 
 
 def _recognise(foreign: Any, make: Callable[[Any], nn.Module]) -> nn.Module | None:
-    """Take over an instance; None where neither branch is there, so that nothing in it is dynamic."""
+    """Make the reference from an instance, or return None for one without the two dynamic branches."""
     if not hasattr(foreign, "spatial_branch") and not hasattr(foreign, "channel_branch"):
         return None
     reference = adopt(make, foreign)
@@ -33,7 +33,7 @@ def _recognise(foreign: Any, make: Callable[[Any], nn.Module]) -> nn.Module | No
 
 
 def _describe(part: Any) -> tuple[object, ...]:
-    """Name a FilterNorm or a pool and what it computes."""
+    """Return type and options of a FilterNorm or a pool."""
     if isinstance(part, FilterNorm):
         learned = isinstance(part.std, Tensor), part.mean is not None
         return "FilterNorm", part.filter_type, part.in_channels, *learned
@@ -92,8 +92,8 @@ def _build_norm(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) 
 def _build_up_pack(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> DDFUpPack:
     """Choose the version by the state_dict's keys.
 
-    With a guide the first version has no depthwise convolution, and reads in_channels channels whatever
-    joint_channels says: it then is the repaired one without a guide, called with joint_x.
+    With a guide the first version has no depthwise convolution and ignores joint_channels, its guide has
+    in_channels channels: this equals the repaired version without joint_channels, called with joint_x.
     """
     known, joint = dict(arguments), arguments.get("joint_channels", -1)
     if _is_first_version(state_dict):

@@ -31,15 +31,15 @@ class FilterGenerator(nn.Module):
         m = mean_t v     v = W x + b                               noise  = 2 T eps |m|
         y = a / (spread + 1e-10) * gain / R  where spread > noise, else 0
 
-    The mean is subtracted from the rows, once and in float64, so rows that are equal leave exact zeros. Where
+    The mean is subtracted from the rows, once and in float64, so equal rows leave exact zeros. Where
     T values equal m, their computed mean is off by up to T eps / 2 |m| (T - 1 additions and a division, each
     by eps / 2), and a product with the matrix 1 - 1/T by up to twice (T + 1) eps / 2 |m|; the root of their
-    mean square over T - 1 is at most sqrt(T / (T - 1)) times that, below ``noise`` for every T > 2. A spread
-    that small is what the published formula cannot tell from none, and would divide by 1e-10. Everywhere else
-    both are equal up to rounding. The rows that make m cost 1 / T of the convolution.
+    mean square over T - 1 is at most sqrt(T / (T - 1)) times that, below ``noise`` for every T > 2. The
+    published formula cannot tell such a spread from none, and divides by 1e-10. Everywhere else both are
+    equal up to rounding. The rows of m cost 1 / T of the convolution.
 
-    The module stays in float32: 1e-10 is 0 in float16, and what is divided by a small spread must not be
-    rounded to steps of the largest tap.
+    The module stays in float32: 1e-10 is 0 in float16, and taps that are divided by a small spread must not
+    be rounded to multiples of the largest tap's precision.
 
     Args:
         conv: the reference's last 1x1 convolution, F * T rows, index ``f * T + t``.
@@ -107,7 +107,7 @@ def deploy_branch(branch: nn.Sequential) -> nn.Sequential:
 
 
 class CanonicalDDFPack(nn.Module):
-    """DDFPack on ``edgedyn::decoupled_depthwise2d``; both filters stand tap-major."""
+    """DDFPack on ``edgedyn::decoupled_depthwise2d``; both filters are tap-major."""
 
     def __init__(self, layer: DDFPack) -> None:
         super().__init__()
@@ -132,7 +132,7 @@ class CanonicalDDFPack(nn.Module):
 
 
 class CanonicalDDFUpPack(nn.Module):
-    """DDFUpPack on ``edgedyn::decoupled_depthwise2d``: one call an output pixel, on the grid of x."""
+    """DDFUpPack on ``edgedyn::decoupled_depthwise2d``: scale_factor ** 2 calls at the resolution of x."""
 
     def __init__(self, layer: DDFUpPack) -> None:
         super().__init__()

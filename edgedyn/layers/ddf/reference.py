@@ -52,20 +52,20 @@ def decoupled_filter(
 
 
 class FilterNorm(nn.Module):
-    """Give the T taps of every filter mean 0 and a learned or constant spread (arXiv 2104.14107, eq. 5).
+    """Normalise the T taps of every filter to mean 0 and a given or learned spread (arXiv 2104.14107, eq. 5).
 
-    The published formula to the letter: taps that are equal, but not exactly representable, differ from
-    their computed mean by a rounding error, which the division by 1e-10 blows up. ``FilterGenerator`` gives
-    0 there.
+    The published formula to the letter: equal taps that are not exactly representable differ from their
+    computed mean by a rounding error, which the division by 1e-10 magnifies. ``FilterGenerator`` returns 0
+    there.
 
     Args:
         in_channels: number F of filters.
         kernel_size: kernel side R, at least 2; T = R * R.
-        filter_type: ``spatial``, (B, F * T, h, w) -> the same, or ``channel``, F * T values a sample ->
+        filter_type: ``spatial``, (B, F * T, h, w) -> the same, or ``channel``, F * T values per sample ->
             (B, F * T).
-        nonlinearity: what ``calculate_gain`` of torch knows; the spread is gain / R.
-        running_std: learn a factor a tap and filter in its place.
-        running_mean: learn an offset a tap and filter, added at the end.
+        nonlinearity: a name that torch's ``calculate_gain`` knows; the spread is gain / R.
+        running_std: learn one factor per tap and filter in place of the constant.
+        running_mean: learn one offset per tap and filter, added at the end.
 
     Raises:
         ModelError: for arguments outside of these.
@@ -156,10 +156,10 @@ def check_options(
     kernel_combine: str,
     **at_least_1: int,
 ) -> None:
-    """Refuse what the published code cannot run, whatever it says first.
+    """Refuse options that the published code cannot run.
 
     Raises:
-        ModelError: with the class ``name``, the argument and what is expected.
+        ModelError: with the class ``name``, the argument and the expected values.
     """
     if kernel_size < 3 or kernel_size % 2 == 0:
         raise ModelError(
@@ -211,7 +211,7 @@ class DDFPack(nn.Module):
         dilation: distance between taps, pixels.
         head: number G of spatial filters, a divisor of C.
         se_ratio: hidden channels of the channel branch as a share of C.
-        nonlinearity: what follows the layer, for FilterNorm's gain.
+        nonlinearity: activation behind the layer, for FilterNorm's gain.
         kernel_combine: ``mul`` or ``add``.
         gen_kernel_size: odd side of a depthwise convolution in front of the spatial branch; 1 for none.
 
@@ -264,9 +264,9 @@ class DDFUpPack(nn.Module):
         kernel_size: odd kernel side R, at least 3.
         scale_factor: output pixels along an input pixel; scale_factor ** 2 pairs of generators.
         dilation: distance between taps, pixels of the input.
-        head: number G of spatial filters a pair, a divisor of C.
+        head: number G of spatial filters per pair, a divisor of C.
         se_ratio: hidden channels of a channel branch as a share of C.
-        nonlinearity: what follows the layer, for FilterNorm's gain.
+        nonlinearity: activation behind the layer, for FilterNorm's gain.
         gen_kernel_size: odd side of a depthwise convolution in front of each spatial branch; 1 for none.
         joint_channels: channels of a guide that the spatial branches read instead of x, with a
             gen_kernel_size of at least 3; below 1 for none.
@@ -346,5 +346,5 @@ def refuse_other_guide(x: Tensor, guide: Tensor, channels: int) -> None:
     if guide.shape != expected:
         raise ModelError(
             f"DDFUpPack got a guide {tuple(guide.shape)} for features {tuple(x.shape)}; expected {expected}: "
-            "the guide stands at the low resolution. Rearrange a larger one with pixel_unshuffle."
+            "the guide has the low resolution. Rearrange a larger one with pixel_unshuffle."
         )

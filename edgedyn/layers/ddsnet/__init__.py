@@ -2,11 +2,11 @@
 
     logits = gate(x)        y = network(x, argmax(logits))
 
-There is no op: the canonical form is a routed program, a router and K ordinary networks, each with the prefix
-of the weights and the BatchNorm statistics of its own width. ``slimmable`` are the layers of which a
-configuration uses a prefix, ``gates`` decide, ``networks`` put both together, ``blocks`` and ``dsnet`` are
-those of DS-Net (arXiv 2103.13258), the same group's published code. ``authors`` takes the authors'
-checkpoints and instances. This file names them, and makes the routed program.
+There is no op: the canonical counterpart is a routed program, a router and K ordinary networks, each with the
+prefix of the weights and the BatchNorm statistics of its own width. ``slimmable``: layers of which a
+configuration uses a prefix. ``gates``: they decide. ``networks``: both together. ``blocks`` and ``dsnet``:
+DS-Net (arXiv 2103.13258), the same group's published code. ``authors``: references from the authors'
+checkpoints and instances. This file: ``LAYER``, and the routed program.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from edgedyn.layers.ddsnet.slimmable import SlimmableConv2d
 
 
 def route_gated_network(model: GatedNetwork) -> RoutedModel:
-    """Make a routed program: the gate, and one ordinary network a configuration."""
+    """Make a routed program: the gate, and one ordinary network per configuration."""
     _refuse_hooks(model)
     network: Any = model.network
     variants = {f"w{k}": network.static(k) for k in range(len(network.configurations))}
@@ -36,7 +36,7 @@ def route_gated_network(model: GatedNetwork) -> RoutedModel:
 
 
 def route_dsnet(model: DSNet) -> RoutedModel:
-    """Make a routed program: trunk with gate, and one ordinary network a configuration behind it."""
+    """Make a routed program: trunk with gate, and one ordinary network per configuration behind it."""
     _refuse_hooks(model)
     router = model.router()
     return RoutedModel(router, {f"w{k}": model.tail(k) for k in range(len(model.configurations))})

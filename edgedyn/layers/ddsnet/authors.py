@@ -23,12 +23,12 @@ Arguments = Mapping[str, Any]
 
 
 def _take(arguments: Arguments, known: str, ignored: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """Return the known arguments.
+    """Return the arguments that take effect; refuse unknown ones.
 
     Args:
         arguments: the authors', by keyword.
-        known: names that mean something, separated by blanks.
-        ignored: names that the authors' class accepts without effect, and the only value to let pass.
+        known: names of arguments that take effect, separated by blanks.
+        ignored: names of arguments that the authors' class ignores, with the only value to accept.
         name: the class, for the message.
     """
     taken = dict(arguments)
@@ -48,13 +48,13 @@ def _take(arguments: Arguments, known: str, ignored: Mapping[str, Any], name: st
     return taken
 
 
-def _side(value: Any, name: str, what: str) -> int:
+def _side(value: Any, name: str, argument: str) -> int:
     """Read a kernel size, stride or dilation, equal on both axes."""
     pair = list(value) if isinstance(value, list | tuple) else [value, value]
     if len(pair) != 2 or pair[0] != pair[1] or type(pair[0]) is not int or pair[0] < 1:
         raise ModelError(
-            f"{name} got {what}={value!r}; its padding looks at one axis only, so expected a positive whole "
-            "number for both."
+            f"{name} got {argument}={value!r}; its padding is computed from one axis, so expected one "
+            "positive whole number for both."
         )
     return pair[0]
 
@@ -64,15 +64,18 @@ _PADDING_MODE = {"padding_mode": "zeros"}
 
 def _conv(arguments: Arguments, state_dict: Mapping[str, Tensor]) -> nn.Module:
     known = "in_channels_list out_channels_list kernel_size stride dilation groups bias"
-    given = _take(arguments, known, _PADDING_MODE, "DSConv2d")
-    inputs, outputs = given.pop("in_channels_list"), given.pop("out_channels_list")
-    groups, kernel_size = given.pop("groups", 1), _side(given.pop("kernel_size"), "DSConv2d", "kernel_size")
+    options = _take(arguments, known, _PADDING_MODE, "DSConv2d")
+    inputs, outputs = options.pop("in_channels_list"), options.pop("out_channels_list")
+    groups, kernel_size = (
+        options.pop("groups", 1),
+        _side(options.pop("kernel_size"), "DSConv2d", "kernel_size"),
+    )
     for key in ("stride", "dilation"):
-        given[key] = _side(given.get(key, 1), "DSConv2d", key)
+        options[key] = _side(options.get(key, 1), "DSConv2d", key)
     if groups == 1:
-        return SlimmableConv2d(inputs, outputs, kernel_size, **given)
+        return SlimmableConv2d(inputs, outputs, kernel_size, **options)
     if list(_listed(inputs)) == list(_listed(outputs)) and groups == _listed(outputs)[-1]:
-        return SlimmableDepthwiseConv2d(outputs, kernel_size, **given)
+        return SlimmableDepthwiseConv2d(outputs, kernel_size, **options)
     raise ModelError(
         f"DSConv2d got groups={groups} for {inputs} to {outputs} channels; expected 1, or for a depthwise "
         "convolution the widest of equal lists."
@@ -84,14 +87,14 @@ def _listed(widths: Any) -> list[int]:
 
 
 def _pointwise(arguments: Arguments, state_dict: Mapping[str, Tensor]) -> nn.Module:
-    given = _take(arguments, "in_channels_list out_channels_list bias", {}, "DSpwConv2d")
-    return SlimmableConv2d(kernel_size=1, **given)
+    options = _take(arguments, "in_channels_list out_channels_list bias", {}, "DSpwConv2d")
+    return SlimmableConv2d(kernel_size=1, **options)
 
 
 def _depthwise(arguments: Arguments, state_dict: Mapping[str, Tensor]) -> nn.Module:
-    given = _take(arguments, "channels_list kernel_size stride dilation bias", {}, "DSdwConv2d")
-    sides = {k: _side(v, "DSdwConv2d", k) for k, v in given.items() if k not in ("channels_list", "bias")}
-    return SlimmableDepthwiseConv2d(**(given | sides))
+    options = _take(arguments, "channels_list kernel_size stride dilation bias", {}, "DSdwConv2d")
+    sides = {k: _side(v, "DSdwConv2d", k) for k, v in options.items() if k not in ("channels_list", "bias")}
+    return SlimmableDepthwiseConv2d(**(options | sides))
 
 
 def _norm(arguments: Arguments, state_dict: Mapping[str, Tensor]) -> nn.Module:
@@ -105,50 +108,48 @@ def _linear(arguments: Arguments, state_dict: Mapping[str, Tensor]) -> nn.Module
 
 def _gate(arguments: Arguments, state_dict: Mapping[str, Tensor]) -> nn.Module:
     known = "in_chs se_ratio reduced_base_chs act_layer attn_act_fn divisor channel_gate_num"
-    given = _take(arguments, known, {"gate_num_features": 1024}, "MultiHeadGate")
-    if given.get("channel_gate_num") is None:
+    options = _take(arguments, known, {"gate_num_features": 1024}, "MultiHeadGate")
+    if options.get("channel_gate_num") is None:
         raise ModelError(
             "MultiHeadGate got no channel_gate_num, which its code compares with 1; expected the number of "
             "configurations, or 0 for attention alone."
         )
-    given["reduced_base_chs"] = given.get("reduced_base_chs") or 0
-    return SlimmableGate(given.pop("in_chs"), given.pop("se_ratio", 0.25), **given)
+    options["reduced_base_chs"] = options.get("reduced_base_chs") or 0
+    return SlimmableGate(options.pop("in_chs"), options.pop("se_ratio", 0.25), **options)
 
 
-# of a block: what its options are called, and what only training looks at or nothing does
 _OPTIONS = " ".join(option.name for option in fields(BlockOptions) if option.name != "gate_outputs")
-
-
+# every argument of the authors' blocks; drop_path_rate has an effect in training only
 _BLOCK = "in_channels_list out_channels_list layer_num norm_layer drop_path_rate has_gate " + _OPTIONS
 
 
-def _block_options(given: dict[str, Any], name: str) -> BlockOptions:
-    if given.pop("norm_layer", "DSBatchNorm2d") != "DSBatchNorm2d":
+def _block_options(options: dict[str, Any], name: str) -> BlockOptions:
+    if options.pop("norm_layer", "DSBatchNorm2d") != "DSBatchNorm2d":
         raise ModelError(f"{name} got another norm_layer; expected DSBatchNorm2d, the only slimmable one.")
-    given.pop("drop_path_rate", 0.0)  # without effect in evaluation
-    outputs = 4 if given.pop("has_gate", False) else 0  # a constant of the authors' code
-    given["norm_kwargs"] = _take(given.get("norm_kwargs") or {}, "eps momentum affine", {}, "norm_kwargs")
-    return BlockOptions(**given, gate_outputs=outputs)
+    options.pop("drop_path_rate", 0.0)  # without effect in evaluation
+    outputs = 4 if options.pop("has_gate", False) else 0  # a constant of the authors' code
+    options["norm_kwargs"] = _take(options.get("norm_kwargs") or {}, "eps momentum affine", {}, "norm_kwargs")
+    return BlockOptions(**options, gate_outputs=outputs)
 
 
 def _block(kind: str, name: str) -> Callable[[Arguments, Mapping[str, Tensor]], nn.Module]:
-    """Return what builds a block of the authors' class ``name``."""
+    """Return the function that builds a block of the authors' class ``name``."""
     known = _BLOCK if kind == "ir" else _BLOCK.replace(" exp_ratio", "")
 
     def build(arguments: Arguments, state_dict: Mapping[str, Tensor]) -> nn.Module:
-        given = _take(arguments, known, {"conv_kwargs": None}, name)
-        given.pop("layer_num", None)  # of the stage; a block is one block
-        widths = given.pop("in_channels_list"), given.pop("out_channels_list")
-        return BLOCKS[kind](*widths, _block_options(given, name))
+        options = _take(arguments, known, {"conv_kwargs": None}, name)
+        options.pop("layer_num", None)  # an option of the stage; this is one block
+        widths = options.pop("in_channels_list"), options.pop("out_channels_list")
+        return BLOCKS[kind](*widths, _block_options(options, name))
 
     return build
 
 
 def _stage(arguments: Arguments, state_dict: Mapping[str, Tensor]) -> nn.Module:
-    given = _take(arguments, "stage_type " + _BLOCK, {"conv_kwargs": None}, "DSStage")
-    blocks, kind = given.pop("layer_num"), given.pop("stage_type")
-    widths = given.pop("in_channels_list"), given.pop("out_channels_list")
-    return Stage(kind, *widths, blocks, _block_options(given, "DSStage"))
+    options = _take(arguments, "stage_type " + _BLOCK, {"conv_kwargs": None}, "DSStage")
+    blocks, kind = options.pop("layer_num"), options.pop("stage_type")
+    widths = options.pop("in_channels_list"), options.pop("out_channels_list")
+    return Stage(kind, *widths, blocks, _block_options(options, "DSStage"))
 
 
 def _dsnet(arguments: Arguments, state_dict: Mapping[str, Tensor]) -> nn.Module:
@@ -156,23 +157,23 @@ def _dsnet(arguments: Arguments, state_dict: Mapping[str, Tensor]) -> nn.Module:
         "num_classes in_chans choices_cfg act_layer noskip drop_rate se_ratio norm_layer norm_kwargs bias "
         "has_head"
     )
-    given = _take(arguments, known, {"drop_path_rate": 0.0, "pretrained": False}, "DSNet")
-    given.pop("drop_rate", 0.0)  # without effect in evaluation
-    if given.get("choices_cfg") is None:
+    options = _take(arguments, known, {"drop_path_rate": 0.0, "pretrained": False}, "DSNet")
+    options.pop("drop_rate", 0.0)  # without effect in evaluation
+    if options.get("choices_cfg") is None:
         raise ModelError("DSNet got no choices_cfg; expected the widths, blocks and strides of its stages.")
-    norm: dict[str, Any] = {key: given.pop(key) for key in ("norm_layer", "norm_kwargs") if key in given}
-    return DSNet(**given, norm_kwargs=_block_options(norm, "DSNet").norm_kwargs)
+    norm: dict[str, Any] = {key: options.pop(key) for key in ("norm_layer", "norm_kwargs") if key in options}
+    return DSNet(**options, norm_kwargs=_block_options(norm, "DSNet").norm_kwargs)
 
 
 def _mbnet(arguments: Arguments, state_dict: Mapping[str, Tensor]) -> nn.Module:
     name = "slimmable_mbnet_v1_bn_uniform"
     known = "num_classes in_chans drop_rate se_ratio norm_kwargs bias has_head pretrained drop_path_rate"
-    given = _take(arguments, known, {"noskip": True}, name)
-    return _dsnet(given | {"choices_cfg": MBNET_14, "act_layer": "swish", "noskip": True}, state_dict)
+    options = _take(arguments, known, {"noskip": True}, name)
+    return _dsnet(options | {"choices_cfg": MBNET_14, "act_layer": "swish", "noskip": True}, state_dict)
 
 
 def _refuse_alone(module: nn.Module) -> None:
-    """Refuse a slimmable layer of the authors outside a DSNet; None for one of a single width."""
+    """Refuse a slimmable layer of the authors outside of a DSNet; return None for one of a single width."""
     lists = [
         widths
         for part in module.modules()

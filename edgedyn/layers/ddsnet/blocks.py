@@ -1,13 +1,13 @@
-"""The blocks of DS-Net: an opening of the input's width, channel attention, a closing (arXiv 2103.13258).
+"""The blocks of DS-Net (arXiv 2103.13258): an opening of the input's width, channel attention, a closing.
 
     separable          depthwise, norm, act, attention | pointwise, norm, act
     inverted residual  pointwise, norm, act, depthwise, norm, act, attention | pointwise, norm
-    with a shortcut    y = x + block(x), x pooled and brought to the output's width where they differ
+    with a shortcut    y = x + block(x), x pooled and convolved to y's size and width where they differ
 
 x: (B, i, H, W)   y: (B, o, H', W')
 
-In a gated block the attention also decides. The gate stands before ``|``: the opening keeps the width of the
-block's input, the closing already has the picked one. State_dict keys are the authors'.
+In a gated block the attention also decides. The gate precedes ``|``: the opening has the width of the block's
+input, the closing already has the chosen one. State_dict keys are the authors'.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from edgedyn.layers.ddsnet.slimmable import (
 
 @dataclass(frozen=True)
 class BlockOptions:
-    """What the authors' blocks can be told; names and defaults as theirs.
+    """Options of the authors' blocks; names and defaults are theirs.
 
     ``stride`` and ``dilation`` are of the depthwise convolution, ``exp_ratio`` is the inner width of an
     inverted residual over its input, ``se_ratio`` the reduced width of the attention over the widest one, and
@@ -82,7 +82,7 @@ class SlimmableBlock(nn.Module):
         self.downsample = nn.Sequential(*layers) if layers else None
 
     def forward(self, x: Tensor, out_channels: int) -> Tensor:
-        """Map (B, i, H, W) to (B, out_channels, H', W'); a gate is not asked."""
+        """Map (B, i, H, W) to (B, out_channels, H', W'); a gate has no effect."""
         y: Tensor = self.gate(self._opening(x))
         for layer in self._closing():
             y = layer(y, out_channels) if isinstance(layer, SlimmableConv2d) else layer(y)
@@ -99,7 +99,7 @@ class SlimmableBlock(nn.Module):
         return x + y
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return what the gate says (B, K) of the block's input (B, i, H, W)."""
+        """Return the gate's logits (B, K) for the block's input (B, i, H, W)."""
         return self.gate.logits(self._opening(x))
 
     def static(self, in_channels: int, out_channels: int) -> nn.Module:
@@ -114,7 +114,7 @@ class SlimmableBlock(nn.Module):
         return nn.Sequential(*self._static_opening(in_channels), gate)
 
     def static_closing(self, in_channels: int, out_channels: int) -> Closing:
-        """Return what follows the attention, for features (B, inner, H, W) and the block's input."""
+        """Return the closing of one width: features (B, inner, H, W) and the block's input -> y."""
         conv, norm, *act = self._closing()
         inner = self._inner(in_channels)
         body = nn.Sequential(conv.static(inner, out_channels), norm.static(out_channels), *act)
@@ -176,8 +176,8 @@ class DepthwiseSeparable(SlimmableBlock):
 class InvertedResidual(SlimmableBlock):
     """Pointwise, norm, act, depthwise, norm, act, attention; pointwise, norm; DSInvertedResidual.
 
-    The inner widths are those of the input times ``exp_ratio``, rounded to multiples of 8. Where rounding
-    makes two equal, both use the statistics of the first, as the authors' do.
+    The inner widths are those of the input times ``exp_ratio``, rounded to multiples of 8. Two widths that
+    rounding makes equal share the statistics of the first, as in the authors' code.
     """
 
     def __init__(
@@ -224,9 +224,9 @@ def _start_as_shortcut(norm: SlimmableBatchNorm2d, options: BlockOptions) -> Non
 
 
 class HalvingPool(nn.Module):
-    """AvgPool2d(2, ceil_mode=True, count_include_pad=False), which XNNPACK has not (executorch 1.5.1).
+    """AvgPool2d(2, ceil_mode=True, count_include_pad=False), which XNNPACK lacks (executorch 1.5.1).
 
-    The window that hangs over an odd border averages what is inside; so does one over that row, twice.
+    At an odd border that pool averages the pixels inside; repeating the last row or column does the same.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -246,7 +246,7 @@ class Closing(nn.Module):
         self.body, self.shortcut = body, shortcut
 
     def forward(self, features: Tensor, *block_input: Tensor) -> Tensor:
-        """Close a block whose opening gave ``features``; its input only where there is a shortcut."""
+        """Close a block whose opening returned ``features``; a block with a shortcut also needs its input."""
         y: Tensor = self.body(features)
         return y if self.shortcut is None else y + self.shortcut(*block_input)
 

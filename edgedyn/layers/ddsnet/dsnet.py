@@ -51,7 +51,7 @@ class Router(nn.Module):
 
 
 class Tail(nn.Module):
-    """An ordinary configuration of the part behind the gate, on what the router carries."""
+    """One ordinary configuration of the part behind the gate; takes the features that the router returns."""
 
     def __init__(self, closing: Closing, rest: nn.Sequential) -> None:
         super().__init__()
@@ -141,21 +141,21 @@ class DSNet(nn.Module):
 
     @property
     def largest(self) -> tuple[int, ...]:
-        """The widest number of every list, which the gate does not reach; for training."""
+        """The largest width of every list, for training; the gate never picks it for the stages before it."""
         return tuple(widths[-1] for widths in self.lists)
 
     def forward(self, x: Tensor, choice: int | None = None) -> Tensor:
-        """Return the scores (B, classes) of a configuration, or where None of the one that the gate picks.
+        """Return the scores (B, classes) of a configuration; ``None`` lets the gate pick one.
 
         Raises:
-            ModelError: without a choice where the gate cannot pick.
+            ModelError: when ``choice`` is None and the gate cannot pick.
         """
         if choice is not None:
             return self.run_widths(x, self.configurations[choice])
         return run_each(self.logits(x), [x], self)
 
     def every_path(self, x: Tensor) -> None:
-        """Run every configuration on x, as BatchNorm statistics need it."""
+        """Run every configuration on x, so that every BatchNorm sees it."""
         for choice in range(len(self.configurations)):
             self(x, choice)
 
@@ -170,7 +170,7 @@ class DSNet(nn.Module):
         return scores
 
     def logits(self, x: Tensor) -> Tensor:
-        """Return what the gate says (B, K) of images.
+        """Return the gate's logits (B, K) for images.
 
         Raises:
             ModelError: when there is no gate that can pick a configuration.
@@ -213,7 +213,7 @@ class DSNet(nn.Module):
         return Tail(closing, nn.Sequential(*rest, *self._static_head(widths[-1])))
 
     def _configurations(self) -> Configurations:
-        """Give what the gate picks from, or without a gate the smallest and the largest network."""
+        """Return the configurations that the gate picks from; without a gate, the smallest and largest."""
         if not self.gated:
             return tuple(dict.fromkeys([tuple(widths[0] for widths in self.lists), self.largest]))
         fixed, free = self.lists[: self.gated[0] + 1], self.lists[self.gated[0] + 1 :]
@@ -227,7 +227,7 @@ class DSNet(nn.Module):
         return tuple((*start, *vector) for vector in zip(*free, strict=True))
 
     def _check_gated(self) -> int:
-        """Return the gated stage."""
+        """Return the index of the gated stage."""
         if len(self.gated) != 1:
             raise ModelError(
                 f"this DSNet has {len(self.gated)} gated stages; expected 1: the gate of a routed program "
@@ -238,7 +238,7 @@ class DSNet(nn.Module):
         return self.gated[0]
 
     def _gated_block(self) -> int:
-        """Return the place of the gated block among all blocks."""
+        """Return the index of the gated block among all blocks."""
         return sum(len(stage.all_blocks) for stage in self.stages[: self._check_gated()])
 
     def _walk(self, widths: Sequence[int]) -> list[tuple[SlimmableBlock, int, int]]:
@@ -278,7 +278,7 @@ def _check_choices(choices_cfg: Sequence[Sequence[Any]]) -> None:
 
 
 def recognise_dsnet(module: nn.Module) -> DSNet | None:
-    """Take over an instance of the authors' DSNet: its gate then picks, whatever mode it was left in.
+    """Make our network from an instance of the authors' DSNet; its gate picks, in whatever mode it was left.
 
     Returns:
         Our network with the same weights, or None for a class of that name without slimmable layers.
@@ -301,7 +301,7 @@ def recognise_dsnet(module: nn.Module) -> DSNet | None:
 
 
 def _read_arguments(module: Any) -> dict[str, Any]:
-    """Read the constructor arguments off an instance; what the blocks do not agree on is no DSNet."""
+    """Read the constructor arguments off an instance; blocks that differ in one are no DSNet's."""
     stages = list(module.blocks)
     firsts = [stage.first_block for stage in stages]
     blocks = [block for stage in stages for block in (stage.first_block, *stage.residual_blocks)]
@@ -319,7 +319,7 @@ def _read_arguments(module: Any) -> dict[str, Any]:
         layout = [stage.layer_num, first.kernel_size, first.conv_dw.stride[0], stage.stage_type]
         choices.append([list(first.out_channels_list), *layout, first.has_gate])
     if any(block.conv_dw.dilation[0] != 1 for block in blocks):
-        raise ModelError("a block is dilated, which no choices_cfg says")
+        raise ModelError("a block is dilated, which choices_cfg cannot express")
     for gate in (block.gate for block in blocks):
         probe = torch.tensor([-1.0, 2.0])
         if not torch.allclose(gate.attn_act_fn(probe.clone()), torch.sigmoid(probe)):
@@ -343,20 +343,20 @@ def _read_arguments(module: Any) -> dict[str, Any]:
 
 
 def _is_block_activation(path: str) -> bool:
-    """Tell the activation of a block or of the network from that of an attention."""
+    """Tell whether a path is an activation of a block or of the network, not of an attention."""
     *before, last = path.split(".")
     return last in ("act1", "act2") and before[-1:] != ["gate"]
 
 
-def _only(what: str, values: Sequence[Any]) -> Any:
+def _only(name: str, values: Sequence[Any]) -> Any:
     """Return the value that all share."""
     if len(set(values)) != 1:
-        raise ModelError(f"its {what} differ: {sorted(map(str, set(values)))}")
+        raise ModelError(f"its {name} differ: {sorted(map(str, set(values)))}")
     return values[0]
 
 
 def _find_ratio(widths: Sequence[tuple[int, int]]) -> float:
-    """Find the ``se_ratio`` that gives every attention its reduced width; an instance does not keep it."""
+    """Find the ``se_ratio`` that gives every attention its reduced width; an instance does not store it."""
     for ratio in (0.25, *(k / 240 for k in range(1, 241))):  # 240: every fraction in use is one of these
         if all(make_divisible(widest * ratio, 1) == reduced for widest, reduced in widths):
             return ratio

@@ -2,7 +2,7 @@
 
     r = act(reduce(mean_hw(x)))     y = x * sigmoid(expand(r))     logits = decide(r)
 
-x, y: (B, i, H, W)   r: (B, reduced, 1, 1)   logits: (B, K), one a configuration
+x, y: (B, i, H, W)   r: (B, reduced, 1, 1)   logits: (B, K), one per configuration
 
 State_dict keys are those of the authors' MultiHeadGate.
 """
@@ -52,7 +52,7 @@ def make_activation(name: str) -> nn.Module:
 
 
 class ChannelAttention(nn.Module):
-    """Rescale each channel by what all channels hold on average; the ordinary form of one width."""
+    """Rescale each channel by a factor computed from the means of all; an ordinary layer of one width."""
 
     def __init__(
         self, reduce: nn.Conv2d, act: nn.Module, expand: nn.Conv2d, attention: str, decide: nn.Conv2d | None
@@ -66,7 +66,7 @@ class ChannelAttention(nn.Module):
         return x * ATTENTIONS[self.attention](self.expand(self.reduced(x)))
 
     def reduced(self, x: Tensor) -> Tensor:
-        """Return what attention and gate look at, (B, reduced, 1, 1)."""
+        """Return the input of attention and gate, (B, reduced, 1, 1)."""
         y: Tensor = self.act(self.reduce(F.adaptive_avg_pool2d(x, 1)))
         return y
 
@@ -87,7 +87,7 @@ class SlimmableGate(nn.Module):
     Args:
         in_chs: widths of the input.
         se_ratio: channels of the reduced vector, as a share of ``reduced_base_chs``.
-        reduced_base_chs: what ``se_ratio`` refers to; 0 for the widest input.
+        reduced_base_chs: channels that ``se_ratio`` refers to; 0 for the widest input.
         divisor: the reduced channel number is a multiple of it.
         act_layer: activation of the reduced vector, a name.
         attn_act_fn: ``sigmoid``, ``hard_sigmoid`` or ``tanh`` (which rescales by 1 + tanh).
@@ -162,5 +162,6 @@ class SlimmableGate(nn.Module):
             assert isinstance(conv, SlimmableConv2d)
             return conv
         raise ModelError(
-            "this attention has no gate; expected channel_gate_num of at least 2. Ask the gated block."
+            "this attention has no gate; expected channel_gate_num of at least 2. Take the logits of the "
+            "gated block."
         )

@@ -4,10 +4,10 @@
 
 x, y: (B, C, H, W), or y (B, classes)   logits: (B, K)
 
-A configuration is a vector of channel numbers, one a slimmable layer: not one ratio for all. Each holds the
-one before it, so that every weight is a prefix. Deployed, a configuration is an ordinary network with the
-weights of its own width, the gate stays in float32, and the host picks by argmax: no noise, and no masks at
-full width as in the authors' evaluation.
+A configuration is a vector of channel numbers, one per slimmable layer: not one ratio for all. Each contains
+the one before it, so that every weight is a prefix. Deployed, a configuration is an ordinary network with the
+weights of its own width, the gate stays in float32, and the host picks by argmax: without noise, and without
+masks at full width as in the authors' evaluation.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Configurations = tuple[tuple[int, ...], ...]
 
 
 class SlimmableNetwork(Protocol):
-    """What a gate can pick from: K configurations of one network, from cheap to dear.
+    """A network of K configurations, from cheap to dear, of which a gate picks one.
 
-    ``configurations`` holds one vector of channel numbers each, ``forward(*features, choice)`` runs number
-    ``choice`` on what the gate passes on (the image, unless it says otherwise), and ``static(choice)`` is the
+    ``configurations`` holds the vector of channel numbers of each, ``forward(*features, choice)`` runs number
+    ``choice`` on the features that the gate returns (by default the image), and ``static(choice)`` is the
     ordinary network of that configuration, in evaluation mode, with weights of its own.
     """
 
@@ -46,17 +46,17 @@ class SlimmableNetwork(Protocol):
 def check_configurations(
     configurations: Sequence[Sequence[int]], layers: Sequence[str], owner: str
 ) -> Configurations:
-    """Return K configurations of a network, from cheap to dear.
+    """Check the K configurations of a network, from cheap to dear, and return them as tuples.
 
     Args:
-        configurations: one vector of channel numbers each, one number a slimmable layer; the last is the full
+        configurations: K vectors of channel numbers, one number per slimmable layer; the last is the full
             width.
         layers: names of the slimmable layers, in the order of a vector.
         owner: the network, for the message.
 
     Raises:
         ModelError: for fewer than 2, a vector of another length, a number below 1, or a configuration that
-            does not hold the one before it and more.
+            does not contain the one before it and more.
     """
     found = tuple(tuple(vector) for vector in configurations)
     if len(found) < 2:
@@ -89,7 +89,7 @@ class SlimmableUnit(nn.Module):
         out_widths: the output's channel number in every configuration.
         stride: distance of the outputs, pixels; 1 on a concatenation.
 
-    Each configuration has its own BatchNorm statistics, equal widths included: what reaches the layer
+    Each configuration has its own BatchNorm statistics, also where widths are equal: the layer's input
     depends on the layers before it.
     """
 
@@ -128,7 +128,7 @@ class ImageGate(nn.Module):
     """A gate on the image: two thin static convolutions at 1/2 and 1/4 of its size, mean, reduce, decide.
 
     Args:
-        outputs: logits K, one a configuration.
+        outputs: logits K, one per configuration.
         colors: image channels.
         features: channels of the second convolution.
     """
@@ -161,7 +161,7 @@ class GatedNetwork(nn.Module):
         network: a ``SlimmableNetwork`` of K configurations.
 
     Raises:
-        ModelError: when the gate has not one output a configuration.
+        ModelError: when the gate does not have one output per configuration.
     """
 
     def __init__(self, gate: nn.Module, network: SlimmableNetwork) -> None:
@@ -172,20 +172,20 @@ class GatedNetwork(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run each sample of x (B, ...) in the configuration with the largest logit."""
-        given = self.gate(x)
-        logits, *features = given if isinstance(given, tuple) else (given,)
+        outputs = self.gate(x)
+        logits, *features = outputs if isinstance(outputs, tuple) else (outputs,)
         return run_each(logits, features or [x], self.network)
 
     def every_path(self, x: Tensor) -> None:
-        """Run the gate and every configuration on x, as BatchNorm statistics need it."""
-        given = self.gate(x)
-        features = given[1:] if isinstance(given, tuple) else (x,)
+        """Run the gate and every configuration on x, so that every BatchNorm sees it."""
+        outputs = self.gate(x)
+        features = outputs[1:] if isinstance(outputs, tuple) else (x,)
         for choice in range(len(self.network.configurations)):
             self.network(*features, choice)
 
 
 def check_outputs(outputs: int, configurations: int, owner: str) -> None:
-    """Refuse a gate that has not one output a configuration.
+    """Refuse a gate that does not have one output per configuration.
 
     Raises:
         ModelError: with both numbers.
@@ -198,7 +198,7 @@ def check_outputs(outputs: int, configurations: int, owner: str) -> None:
 
 
 def run_each(logits: Tensor, features: Sequence[Tensor], run: Callable[..., Tensor]) -> Tensor:
-    """Call ``run(*features, choice)`` for each sample, choice being the place of its largest logit."""
+    """Call ``run(*features, choice)`` for each sample, choice being the index of its largest logit."""
     choices = logits.argmax(1).tolist()
     samples = zip(*(torch.split(feature, 1) for feature in features), strict=True)
     return torch.cat([run(*sample, choice) for sample, choice in zip(samples, choices, strict=True)])

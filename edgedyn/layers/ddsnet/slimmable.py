@@ -6,8 +6,8 @@
 
 x: (B, i, H, W), or (B, i) for linear   y: (B, o, H', W')
 
-No layer keeps a mode: its width follows from its input and an argument, so a call means the same whatever was
-called before. ``static`` gives the ordinary layer of one width, with copies of the weights. State_dict keys
+No layer has a mode: its width follows from its input and an argument, and not from earlier calls. ``static``
+returns the ordinary layer of one width, with copies of the weights. State_dict keys
 are those of the authors' DSConv2d, DSBatchNorm2d and DSLinear.
 """
 
@@ -24,7 +24,7 @@ from edgedyn.errors import ModelError
 
 
 def check_widths(widths: Sequence[int] | int, owner: str, *, repeats: bool = False) -> list[int]:
-    """Return a list of channel numbers, one a width, from narrow to wide.
+    """Check a list of widths, from narrow to wide, and return it.
 
     Args:
         widths: the list, or one number for a layer of one width.
@@ -48,17 +48,17 @@ def check_widths(widths: Sequence[int] | int, owner: str, *, repeats: bool = Fal
     return found
 
 
-def _check_known(width: int, known: Sequence[int], what: str) -> int:
+def _check_known(width: int, known: Sequence[int], owner: str) -> int:
     if width not in known:
         raise ModelError(
-            f"{what} got width {width}; expected one of {sorted(set(known))}. Feed it a feature map of a "
+            f"{owner} got width {width}; expected one of {sorted(set(known))}. Feed it a feature map of a "
             "width that it was built with."
         )
     return width
 
 
 def _fill(module: nn.Module, tensors: Mapping[str, Tensor | None], *, training: bool) -> None:
-    """Give a module on ``meta`` copies of tensors, their device and type included; None is left out."""
+    """Load copies of tensors into a module on ``meta``, with their device and type; skip None."""
     state = {name: tensor.detach().clone() for name, tensor in tensors.items() if tensor is not None}
     module.load_state_dict(state, assign=True)
     module.requires_grad_(True).train(training)
@@ -175,7 +175,7 @@ class SlimmableDepthwiseConv2d(SlimmableConv2d):
 
 
 class SlimmableJoin2d(SlimmableConv2d):
-    """A convolution on a concatenation of slimmable features: its columns are one prefix an input.
+    """A convolution on a concatenation of slimmable features: it uses one prefix of columns per input.
 
     Args:
         in_channels_lists: widths of each input.
@@ -203,7 +203,7 @@ class SlimmableJoin2d(SlimmableConv2d):
         return y
 
     def static(self, in_channels: Sequence[int], out_channels: int) -> nn.Conv2d:  # type: ignore[override]
-        """Return the ordinary convolution of the concatenation, of one width an input."""
+        """Return the ordinary convolution of the concatenation, for one width per input."""
         return self._plain(*self._prefixes(in_channels, out_channels))
 
     def _prefixes(self, in_channels: Sequence[int], out_channels: int) -> tuple[Tensor, Tensor | None]:
@@ -249,12 +249,12 @@ class SlimmableLinear(nn.Linear):
 class SlimmableBatchNorm2d(nn.Module):
     """BatchNorm with running statistics of its own for every width; DSBatchNorm2d.
 
-    The affine parameters, eps and momentum of all widths are those of the last entry of ``aux_bn``; of the
-    other entries only the statistics are used.
+    The affine parameters, eps and momentum of all widths are those of the last entry of ``aux_bn``; the
+    other entries hold statistics only.
 
     Args:
-        num_features_list: one width an entry, not decreasing. Where equal ones stand in it (rounded or
-            shared by configurations) each entry still has its own statistics.
+        num_features_list: one width per entry, not decreasing. Equal entries (rounded, or shared by
+            configurations) still have their own statistics.
         eps: added to the variance.
         momentum: weight of a new batch in the running statistics.
         affine: whether there are gamma and beta.
@@ -280,7 +280,7 @@ class SlimmableBatchNorm2d(nn.Module):
         return self.aux_bn[-1]  # type: ignore[return-value]
 
     def forward(self, x: Tensor, entry: int | None = None) -> Tensor:
-        """Normalize (B, i, H, W) by an entry's statistics; without one by the first of x's width."""
+        """Normalize (B, i, H, W) by the statistics of an entry, by default the first of x's width."""
         statistics = self._entry(x.shape[1], entry)
         weight, bias = self._affine(x.shape[1])
         momentum = self.last.momentum
@@ -304,7 +304,7 @@ class SlimmableBatchNorm2d(nn.Module):
         """Return the ordinary BatchNorm of one width, in evaluation mode.
 
         Raises:
-            ModelError: in training mode, where the statistics are still moving, or for an unknown width.
+            ModelError: in training mode, whose statistics still change, or for an unknown width.
         """
         if self.training:
             raise ModelError(

@@ -1,10 +1,10 @@
-"""DynConv (arXiv 1912.03203, CVPR 2020): residual blocks whose branch is evaluated at active positions only.
+"""DynConv (arXiv 1912.03203, CVPR 2020): residual blocks that evaluate their branch at active positions only.
 
     mask[p] = 1 where head(x)[p] >= 0, else 0
     y = ReLU(identity + mask * F(x))         BasicBlock, Bottleneck; the shortcut stays dense
     y = x + mask * F(x)                      InvertedResidual
 
-x: (B, C, H, W)   mask: (B, 1, h, w), one decision a position of the block's output
+x: (B, C, H, W)   mask: (B, 1, h, w), one decision per position of the block's output
 
 F reads neighbours, so its inner convolutions are needed where the mask, dilated by 3 x 3 (at stride s with
 s - 1 zeros between positions first), is set; elsewhere they change nothing. The reference modules follow the
@@ -39,7 +39,7 @@ from edgedyn.ops.masked_conv2d import masked_conv2d
 
 
 def _either_call(forward: Callable[[Any, Tensor], Tensor]) -> Callable[[Any, Any], Any]:
-    """Let a block's forward also take and give the authors' pair (x, meta), meta untouched."""
+    """Let a block's forward also take and return the authors' pair (x, meta), meta unchanged."""
 
     @functools.wraps(forward)
     def call(self: nn.Module, x: Any) -> Any:
@@ -84,7 +84,7 @@ class SparseInvertedResidual(InvertedResidual):
             raise ModelError(
                 f"a sparse InvertedResidual got {inp} channels in, {oup} out, stride={stride}, "
                 f"expand_ratio={expand_ratio}; expected stride 1, as many channels out as in and an "
-                "expansion other than 1: else nothing stands in for the positions left out. Make it dense."
+                "expansion other than 1: otherwise inactive positions have no value. Use the dense block."
             )
         super().__init__(inp, oup, expand_ratio=expand_ratio)
         self.masker = MaskUnit(PointMaskHead(inp))
@@ -175,12 +175,12 @@ class CanonicalInvertedResidual(nn.Module):
 
 
 def _is_sparse(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> bool:
-    """Whether a block's record or, where it says nothing, its weights have a mask head."""
+    """Tell whether a block has a mask head, from its arguments or else from its weights."""
     return bool(arguments.get("sparse", any(key.startswith("masker.") for key in state_dict)))
 
 
 def _block_options(arguments: Mapping[str, Any], refused: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
-    """Return a block's arguments under our names; refuse other values than the given ones."""
+    """Return a block's arguments under our names; ``refused`` holds the only value of an argument and why."""
     for name, (expected, reason) in refused.items():
         if arguments.get(name, expected) != expected:
             raise ModelError(
@@ -253,7 +253,7 @@ def _recognise_inverted_residual(foreign: Any) -> nn.Module | None:
     block = _recognise_block(foreign, _make_inverted_residual)
     for norm in block.modules() if block else ():
         if isinstance(norm, nn.BatchNorm2d):
-            norm.eps = 1e-5  # what the authors' sparse evaluation computes with, whatever the module says
+            norm.eps = 1e-5  # the constant of the authors' sparse evaluation, which ignores the module's
     return block
 
 

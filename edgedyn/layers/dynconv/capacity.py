@@ -1,13 +1,13 @@
-"""Static capacity: gated blocks that work at k positions at most, and count what does not fit.
+"""Static capacity: gated blocks that compute at most k positions, and count those that do not fit.
 
     rows       = the first k active positions, row by row                       (k,)
     y          = identity + scatter(F(gather(x, rows)))
     overflow   = sum over masks of max(active - k, 0)                           (B,), exact while it is 0
 
-Shapes are fixed, so a runtime without a sparse kernel can run it: active positions counted and scattered
-into a list of k, gathered patches, one matrix product a convolution, scattered rows. The inner convolutions
-of F have the capacity of the dilated mask. The host runs the dense network where overflow is above 0: a
-routed program of rule ``fallback``.
+Shapes are fixed, so that a runtime without a sparse kernel can run it: it counts the active positions and
+scatters them into a list of k, gathers patches, multiplies one matrix per convolution, and scatters the rows.
+The inner convolutions of F have a capacity of their own, for the dilated mask. The host runs the dense
+network where overflow is above 0: a routed program of rule ``fallback``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ DILATED = ".dilated"  # behind a block's path: the capacity of its inner convolu
 
 
 class Overflow:
-    """What the blocks of one call could not hold; shared by them, returned by their network."""
+    """Number of positions that did not fit in one call; shared by all blocks, returned by their network."""
 
     def __init__(self) -> None:
         self.counts: list[Tensor] = []
@@ -43,7 +43,7 @@ class Overflow:
     def add_to(self, network: nn.Module) -> nn.Module:
         """Let a network of such blocks return (y, overflow (1,)) in place of y.
 
-        Hooks do that, and no module around it: its layers keep the paths that recipes name.
+        By hooks, not by a module around it, so that its layers keep the paths that recipes name.
         """
         network.register_forward_pre_hook(self._begin)
         network.register_forward_hook(self._end)
@@ -59,12 +59,12 @@ class Overflow:
 
 
 class Grid(NamedTuple):
-    """What ``Selection`` found of a mask (1, 1, h, w).
+    """The positions that ``Selection`` selected from a mask (1, 1, h, w).
 
     Attributes:
         positions: int64 (k,) of ``i * w + j``, the active ones in order, then 0.
-        slots: int64 (1, 1, h, w), each position's place among ``positions``; k where it is inactive or did
-            not fit.
+        slots: int64 (1, 1, h, w), each position's index in ``positions``; k where it is inactive or did not
+            fit.
         overflow: scalar, how many did not fit.
     """
 
@@ -73,7 +73,7 @@ class Grid(NamedTuple):
     overflow: Tensor
 
     def patches(self, source_width: int, conv: GatheredConv2d) -> Tensor:
-        """Index (k * T,) into the rows of a source, padded as the convolution wants it."""
+        """Return indices (k * T,) into the rows of a source that has the convolution's padding."""
         width, padded_width = self.slots.shape[3], source_width + 2 * conv.padding
         row = torch.div(self.positions, width, rounding_mode="floor")
         column = self.positions - row * width
@@ -134,7 +134,7 @@ class CapacityBlock(nn.Module):
         block: the canonical block, whose weights are copied.
         capacity: positions of the mask that fit.
         inner_capacity: positions of the dilated mask that fit.
-        overflow: where the block reports what did not.
+        overflow: counts the positions that did not fit.
     """
 
     def __init__(self, block: nn.Module, capacity: int, inner_capacity: int, overflow: Overflow) -> None:
@@ -148,7 +148,7 @@ class CapacityBlock(nn.Module):
         self.is_inverted = isinstance(block, CanonicalInvertedResidual)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the block's output for x (1, C, H, W); report what did not fit.
+        """Return the block's output for x (1, C, H, W), and count the positions that did not fit.
 
         Raises:
             ModelError: for a batch: its samples have different positions.
@@ -158,21 +158,21 @@ class CapacityBlock(nn.Module):
                 f"a block of fixed capacity got x {tuple(x.shape)}; expected a batch of 1. Run the images "
                 "one by one, as edgedyn.RoutedModel does."
             )
-        bend = F.relu6 if self.is_inverted else F.relu
+        activate = F.relu6 if self.is_inverted else F.relu
         _, mask, dilated = self.masker(x)
         inner, outer = Grid(*self.inner(dilated)), Grid(*self.outer(mask))
         self.overflow.counts += [inner.overflow, outer.overflow]
         convs: list[Any] = [getattr(self, name) for name in self.convs]
-        y = bend(convs[0](_gather_map(x, inner, convs[0])))
+        y = activate(convs[0](_gather_patches(x, inner, convs[0])))
         y = convs[1](_gather_rows(y, inner, outer, convs[1]))
-        y = convs[2](bend(y)) if len(convs) == 3 else y
+        y = convs[2](activate(y)) if len(convs) == 3 else y
         identity = x if self.downsample is None else self.downsample(x)
         out = identity + outer.scatter(y)
         return out if self.is_inverted else F.relu(out)
 
 
-def _gather_map(x: Tensor, grid: Grid, conv: GatheredConv2d) -> Tensor:
-    """Gather the patches of a map (1, C, H, W) at a grid's positions: (k * T, C)."""
+def _gather_patches(x: Tensor, grid: Grid, conv: GatheredConv2d) -> Tensor:
+    """Gather the patches of a feature map (1, C, H, W) at a grid's positions: (k * T, C)."""
     padded = F.pad(x, (conv.padding,) * 4) if conv.padding else x
     return padded.permute(0, 2, 3, 1).flatten(0, 2).index_select(0, grid.patches(x.shape[3], conv))
 
@@ -185,15 +185,15 @@ def _gather_rows(rows: Tensor, source: Grid, grid: Grid, conv: GatheredConv2d) -
 
 
 def with_capacity(model: nn.Module, capacities: Mapping[str, int]) -> nn.Module:
-    """Return a network whose gated blocks work at k positions at most, and which returns (y, overflow).
+    """Return the capacity variant of a network: its gated blocks compute at most k positions.
 
-    x (1, ...) -> y as the network returns it, overflow (1,): y is exact while it is 0.
+    It maps x (1, ...) to y, as the network returns it, and overflow (1,). While overflow is 0, y is exact.
 
     Args:
         model: network of DynConv blocks, in evaluation mode; not changed.
         capacities: path of a block -> positions of its mask; path + ``.dilated`` -> positions of the dilated
-            mask, by default as many as k can need. ``capacities_of`` measures both. Blocks that are not named
-            stay as they are.
+            mask, by default the most that k can need. ``capacities_of`` measures both. Other blocks keep
+            their masks.
 
     Raises:
         ModelError: for a path that is no gated block, a capacity below 1, or no capacities.
@@ -219,11 +219,11 @@ def with_capacity(model: nn.Module, capacities: Mapping[str, int]) -> nn.Module:
 
 
 def capacities_of(model: nn.Module, inputs: Iterable[Tensor], quantile: float = 1.0) -> dict[str, int]:
-    """Measure the capacities that fit a share of the inputs, mask by mask.
+    """Measure the capacity of each mask that suffices for a share of the inputs.
 
     Args:
         model: network of DynConv blocks, reference or canonical, in evaluation mode.
-        inputs: batches as the network takes them.
+        inputs: batches for the network.
         quantile: share in (0, 1] of samples whose active positions fit each mask.
 
     Returns:
@@ -236,7 +236,7 @@ def capacities_of(model: nn.Module, inputs: Iterable[Tensor], quantile: float = 
     counts: dict[str, list[Tensor]] = {}
 
     def count(path: str) -> Any:
-        def hook(unit: nn.Module, given: Any, masks: Masks) -> None:
+        def hook(unit: nn.Module, inputs: Any, masks: Masks) -> None:
             for name, mask in ((path, masks.mask), (path + DILATED, masks.dilated)):
                 counts.setdefault(name, []).append(mask.detach().flatten(1).sum(1))
 

@@ -1,12 +1,12 @@
-"""Where a gated block is evaluated (DynConv, arXiv 1912.03203): logits, the decision, the dilated mask.
+"""The positions at which a gated block is evaluated (DynConv, arXiv 1912.03203): logits, mask, dilated mask.
 
     mask[p] = 1 where logits[p] >= 0, else 0
     mask[p] = 1 where logits[p] + g >= 0, else 0            in training, g ~ Logistic(0, 1)
     dilated[q] = max of mask[p] over |q - s p| <= reach       s: stride between the two resolutions
 
-logits, mask: (B, 1, h, w)   dilated: (B, 1, s h, s w), the positions that a convolution behind reads
+logits, mask: (B, 1, h, w)   dilated: (B, 1, s h, s w), the input positions of the convolution behind
 
-The heads stay float32 in every precision: a decision has no small errors.
+The heads stay float32 in every precision: a decision is right or wrong, never nearly right.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 
 class Masks(NamedTuple):
-    """What a block decides: logits and mask (B, 1, h, w), and the dilated mask of its inner convolutions."""
+    """Decision of a block: logits and mask (B, 1, h, w), and the dilated mask of its inner convolutions."""
 
     logits: Tensor
     mask: Tensor
@@ -49,11 +49,11 @@ class PointMaskHead(nn.Conv2d):
 
 
 class MaskUnit(nn.Module):
-    """Decide where a block is evaluated; the authors have two classes of this name, one a head.
+    """Decide where a block is evaluated; the authors have two classes of this name, one per head.
 
-    The gradient passes straight through the decision, as that of sigmoid(logits). In training mode the logits
-    are decided with noise on them, the difference of two Gumbel variables (the paper's section 3.1), while
-    ``noisy`` is set: only logits far from 0 then decide as they mean to.
+    The gradient passes straight through the decision, as that of sigmoid(logits). In training mode, while
+    ``noisy`` is set, the decision adds noise to the logits, the difference of two Gumbel variables (the
+    paper's section 3.1): only logits far from 0 then decide reliably.
 
     Args:
         head: x -> logits, ``PooledMaskHead`` or ``PointMaskHead``.
@@ -66,11 +66,11 @@ class MaskUnit(nn.Module):
         self.noisy = True
 
     def forward(self, x: Tensor) -> Masks:
-        """Return logits, mask and dilated mask; equality with 0 is active."""
+        """Return logits, mask and dilated mask; a logit of 0 is active."""
         logits = self.maskconv(x)
-        asked = logits + _logistic(logits) if self.training and self.noisy else logits
-        soft = asked.sigmoid()
-        mask = (asked >= 0).to(x.dtype) + (soft - soft.detach())
+        noisy = logits + _logistic(logits) if self.training and self.noisy else logits
+        soft = noisy.sigmoid()
+        mask = (noisy >= 0).to(x.dtype) + (soft - soft.detach())
         return Masks(logits, mask, dilate(mask.detach(), self.dilate_stride))
 
 
@@ -96,19 +96,19 @@ def decide(logits: Tensor, one: Tensor) -> Tensor:
 
     Args:
         logits: (B, 1, h, w).
-        one: 1 in (1, 1, 1, 1): a sum with a number would keep XNNPACK from one layout for all maps, without
-            which no layer behind can take its range from each image.
+        one: 1 in (1, 1, 1, 1). A sum with a Python number keeps XNNPACK from one memory layout for all
+            activations, without which no layer behind can have dynamic ranges.
     """
     return logits.clamp(-1, 0).floor() + one
 
 
 class CanonicalMaskUnit(nn.Module):
-    """MaskUnit for deployment; the dilated mask has the size of the convolution that it serves.
+    """MaskUnit for deployment; the dilated mask has the input size of the convolution behind.
 
     Args:
         unit: the reference.
         stride: stride between the dilated mask's resolution and the mask's.
-        reach: how far the convolution behind reads, in pixels of the dilated mask.
+        reach: dilation radius, the reach of the convolution behind, in pixels of the dilated mask.
     """
 
     def __init__(self, unit: MaskUnit, *, stride: int = 1, reach: int = 1) -> None:
@@ -127,7 +127,7 @@ class CanonicalMaskUnit(nn.Module):
         mask = decide(logits, self.one)
         if self.stride == 1:
             return Masks(logits, mask, F.max_pool2d(mask, 2 * self.reach + 1, stride=1, padding=self.reach))
-        # one transposed convolution puts the zeros in and counts the active neighbours
+        # one transposed convolution inserts the zeros and counts the active neighbours
         left = [
             size - 1 - (cells - 1) * self.stride
             for size, cells in zip(x.shape[2:], mask.shape[2:], strict=True)
@@ -139,17 +139,17 @@ class CanonicalMaskUnit(nn.Module):
 
 
 class AuthorsMask:
-    """What a block of the authors reads of a mask: ``hard`` (B, 1, h, w), and ``soft``, its logits."""
+    """A mask as the authors' blocks expect it: ``hard`` (B, 1, h, w), and ``soft``, its logits."""
 
     def __init__(self, hard: Tensor, soft: Tensor | None = None) -> None:
         self.hard, self.soft, self.flops_per_position = hard, soft, 0
 
 
 class AuthorsMaskUnit(nn.Module):
-    """A MaskUnit under the authors' call, for blocks of their users' own.
+    """A MaskUnit with the call of the authors' class, for users' blocks around it.
 
-    x, meta -> {"std": mask, "dilate": dilated}, and meta behind it where the head is a single convolution.
-    Nothing is stored in meta: a deployed program returns what it computes.
+    x, meta -> {"std": mask, "dilate": dilated}, followed by meta where the head is a single convolution. It
+    stores nothing in meta: a deployed program has no outputs besides its return value.
     """
 
     def __init__(self, unit: MaskUnit) -> None:
@@ -164,7 +164,7 @@ class AuthorsMaskUnit(nn.Module):
 
 
 class Selection(nn.Module):
-    """The active positions of a mask, at most k of them; see ``capacity.Grid``.
+    """Select the active positions of a mask, at most k of them; see ``capacity.Grid``.
 
     Stays float32 in every precision: it counts positions, and float16 has no 2049.
 
@@ -183,8 +183,8 @@ class Selection(nn.Module):
         k = min(self.capacity, count)
         place = flat * flat.cumsum(0) + (1 - flat) * (k + 1.0) - 1.0
         slots = place.clamp(max=k).long()
-        # not topk: TensorRT takes 3840 at most, and scatters into nothing shorter than the index; what shares
-        # slot k is cut off
+        # not topk: TensorRT takes 3840 at most, and scatters into nothing shorter than the index; positions
+        # that share slot k are cut off
         every = torch.arange(count, dtype=flat.dtype, device=flat.device)
         positions = flat.new_zeros(count + 1).scatter(0, slots, every)[:k].long()
         return positions, slots.view(mask.shape), (flat.sum() - float(k)).clamp(min=0)

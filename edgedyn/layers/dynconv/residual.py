@@ -1,9 +1,11 @@
-"""Static residual blocks of ResNet and MobileNetV2: what a gated block is when nothing is left out.
+"""Static residual blocks of ResNet and MobileNetV2: a gated block whose every position is active.
 
     y = ReLU(identity + F(x))      BasicBlock, Bottleneck (arXiv 1512.03385)
     y = x + F(x), or F(x)          InvertedResidual (arXiv 1801.04381)
 
-x: (B, C, H, W)   y: (B, O, h, w)   F convolves, normalises and bends; state_dict keys as in torchvision.
+x: (B, C, H, W)   y: (B, O, h, w)   F: convolutions, BatchNorm, activations
+
+State_dict keys are those of torchvision.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ def _shortcut(inplanes: int, outplanes: int, stride: int, *, downsample: bool) -
     if stride != 1 or inplanes != outplanes:
         raise ModelError(
             f"a residual block got {inplanes} channels in, {outplanes} out and stride {stride} without a "
-            "downsample branch; its sum would have unequal sizes. Pass downsample=True."
+            "downsample branch; the terms of its sum would differ in shape. Pass downsample=True."
         )
     return None
 
@@ -118,7 +120,7 @@ class InvertedResidual(nn.Module):
         inp: channels of x.
         oup: channels of y.
         stride: of the depthwise convolution, 1 or 2.
-        expand_ratio: hidden channels a channel of x; 1 leaves out the first convolution.
+        expand_ratio: hidden channels per channel of x; 1 leaves out the first convolution.
     """
 
     def __init__(self, inp: int, oup: int, stride: int = 1, *, expand_ratio: float = 6) -> None:

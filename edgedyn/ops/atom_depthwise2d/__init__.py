@@ -1,10 +1,10 @@
-"""Depthwise filtering with kernels that every pixel mixes anew from a few fixed bases.
+"""Depthwise filtering; the kernels of every pixel are mixtures of a few fixed bases.
 
     k[b, m, t, p]          = sum_k alpha[b, m * K + k, p] * bases[k, t]
     y[b, m * C + c, p]     = sum_t k[b, m, t, p] * x[b, c, p * stride + off(t)]
 
 x: (B, C, H, W)   alpha: (B, M * K, h, w)   bases: (K, T)   y: (B, M * C, h, w)
-M kernels a pixel, shared by all channels, T = R * R taps row-major, h = ceil(H / stride), w likewise
+M kernels per pixel, shared by all channels   T = R * R taps, row-major   h = ceil(H / stride), w likewise
 
 Zero padding R // 2, odd R. The output is kernel-major, index m * C + c, so that every form makes the C
 channels of a kernel at once and joins them with one concatenation.
@@ -26,7 +26,7 @@ _SCHEMA = "(Tensor x, Tensor alpha, Tensor bases, int kernel_size, int stride=1)
 
 
 def oracle(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
-    """Compute the op by its definition; slow, every kernel is materialised."""
+    """Compute the op by its definition; slow, it materialises every kernel."""
     _check(x, alpha, bases, kernel_size, stride)
     (b, c, height, width), (h, w) = x.shape, alpha.shape[2:]
     mix = alpha.reshape(b, alpha.shape[1] // len(bases), len(bases), h, w)
@@ -59,7 +59,7 @@ def _check(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: in
         )
     if bases.dim() != 2 or bases.shape[0] < 1 or bases.shape[1] != kernel_size**2:
         raise ModelError(
-            f"atom_depthwise2d got bases {tuple(bases.shape)}; expected (K, {kernel_size**2}): one row a "
+            f"atom_depthwise2d got bases {tuple(bases.shape)}; expected (K, {kernel_size**2}): one row per "
             f"basis, its {kernel_size} x {kernel_size} taps row-major. Flatten each basis."
         )
     if alpha.shape[1] < 1 or alpha.shape[1] % bases.shape[0]:
@@ -71,7 +71,7 @@ def _check(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: in
     if tuple(alpha.shape[2:]) != size:
         raise ModelError(
             f"atom_depthwise2d got alpha of {tuple(alpha.shape[2:])} pixels for x of {tuple(x.shape[2:])} "
-            f"and stride={stride}; expected {size}: one kernel an output pixel."
+            f"and stride={stride}; expected {size}: one kernel per output pixel."
         )
 
 
@@ -79,7 +79,7 @@ _OVERLOAD = register("atom_depthwise2d", _SCHEMA, oracle, _fake)
 
 
 def atom_depthwise2d(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
-    """Filter x with M kernels a pixel, mixed from fixed bases (arXiv 2108.07895, section 3); one graph node.
+    """Filter x with M kernels per pixel, mixed from fixed bases (arXiv 2108.07895, sec. 3); one graph node.
 
     Args:
         x: (B, C, H, W), zero-padded by R // 2.
@@ -116,7 +116,7 @@ def _examples() -> Iterator[tuple[Tensor, Tensor, Tensor, int, int]]:
 def _apply_macs(
     x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1, **options: object
 ) -> int:
-    """Count the cheaper order: bases first, C * K * T + C * M * K a pixel, or M * K * T + C * M * T."""
+    """Count the cheaper order per pixel: bases first, C * K * T + C * M * K, or M * K * T + C * M * T."""
     b, channels, (count, taps) = alpha.shape[0], x.shape[1], bases.shape
     kernels = alpha.shape[1] // count
     bases_first = channels * count * (taps + kernels)

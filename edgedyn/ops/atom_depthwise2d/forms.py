@@ -1,10 +1,10 @@
-"""Forms of ``atom_depthwise2d``: how a runtime computes it without, or with, a kernel of ours.
+"""Forms of ``atom_depthwise2d``, with a kernel of ours or of ordinary operators.
 
-All are decomposed after quantization, so that what they do with the fixed bases stays float: each of the K
-responses would cost one more 8-bit rounding. Expanded before, ``bases_first`` loses 0.4 dB of the predicted
-noise's SQNR (11.5 against 11.9 in ExecuTorch 1.5.1; in PyTorch 1.9 dB where the 1x1 convolutions behind it
-stay float, 17.4 against 19.3): ACDADnCNN(16, 5) after 700 steps at sigma 25, one seed, 10 calibration and 10
-validation crops of 128 x 128.
+All are decomposed after quantization, so that their arithmetic with the fixed bases stays float: in INT8 each
+of the K responses would be rounded to 8 bits once more. Decomposed before, ``bases_first`` loses 0.4 dB of
+the predicted noise's SQNR (11.5 against 11.9 in ExecuTorch 1.5.1; in PyTorch 1.9 dB where the 1x1
+convolutions behind it stay float, 17.4 against 19.3): ACDADnCNN(16, 5) after 700 steps at sigma 25, one seed,
+10 calibration and 10 validation crops of 128 x 128.
 """
 
 from __future__ import annotations
@@ -19,10 +19,10 @@ from edgedyn.ops import FUSED, Form
 
 
 def bases_first(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
-    """Filter x with every basis, a static depthwise convolution each, then mix the K responses at each pixel.
+    """Filter x with every basis, one static depthwise convolution each, then mix the K responses per pixel.
 
-    Exact: the finite sums over taps and over bases change places. C * K * T + C * M * K multiply-adds a
-    pixel; a stride is the convolution's own. Faster than ``atoms_first`` although that may multiply less,
+    Exact: the finite sums over taps and over bases change places. C * K * T + C * M * K multiply-adds
+    per pixel; a stride is the convolution's own. Faster than ``atoms_first`` although that may multiply less,
     because it passes M * K times over C channels and not M * T times: 24 against 32 ms (C = 32, M = K = 6,
     R = 3, 128 x 128), 10 against 17 ms (C = 16, M = 4, K = 8, R = 5, 160 x 96), 7 against 15 ms (the first at
     stride 2); between a 1x1 and two convolutions, ExecuTorch 1.5.1 with XNNPACK, 2 x86 threads, the best of
@@ -37,9 +37,9 @@ def bases_first(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, strid
 
 
 def atoms_first(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, stride: int = 1) -> Tensor:
-    """Make the M kernels of every pixel, a static 1x1 convolution each, then shift x, multiply and add.
+    """Make the M kernels of every pixel by static 1x1 convolutions, then shift x, multiply and add.
 
-    Exact: it is the definition. M * K * T + C * M * T multiply-adds a pixel. A stride becomes strided slices,
+    Exact: it is the definition. M * K * T + C * M * T multiply-adds per pixel. A stride gives strided slices,
     which XNNPACK leaves to the portable kernels.
     """
     (count, taps), (height, width) = bases.shape, x.shape[2:]
@@ -54,17 +54,17 @@ def atoms_first(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, strid
     return _mix(torch.cat(kernels, dim=1), shifted)
 
 
-def _mix(weights: Tensor, maps: Sequence[Tensor]) -> Tensor:
-    """Weigh n maps (B, C, h, w) with weights (B, M * n, h, w) and add: (B, M * C, h, w).
+def _mix(weights: Tensor, features: Sequence[Tensor]) -> Tensor:
+    """Weigh n feature maps (B, C, h, w) with weights (B, M * n, h, w) and add: (B, M * C, h, w).
 
     Pixels lie on one axis, (B, M, C, h * w), so that XNNPACK keeps planes: it holds images channels-last, and
-    would call its product once a pixel to spread a weight over the channels.
+    would call its multiplication once per pixel to broadcast a weight over the channels.
     """
-    b, channels, height, width = maps[0].shape
-    kernels = weights.shape[1] // len(maps)
-    weights = weights.reshape(b, kernels, len(maps), height * width)
+    b, channels, height, width = features[0].shape
+    kernels = weights.shape[1] // len(features)
+    weights = weights.reshape(b, kernels, len(features), height * width)
     y = None
-    for n, x in enumerate(maps):
+    for n, x in enumerate(features):
         term = weights[:, :, n : n + 1] * x.reshape(b, 1, channels, height * width)
         y = term if y is None else y + term
     assert y is not None  # the op refuses an empty set of bases

@@ -1,4 +1,4 @@
-"""Depthwise filtering whose kernel at (channel, pixel) combines a channel filter and a spatial filter.
+"""Depthwise filtering; the kernel at (channel, pixel) combines a channel filter and a spatial filter.
 
     y[b, c, p] = sum_t (channel_filter[b, t * C + c] o spatial_filter[b, t * G + c // share, p])
                        * x[b, c, p * stride + off(t)]                               o is * or +
@@ -38,7 +38,7 @@ def oracle(
     heads: int = 1,
     combine: str = "mul",
 ) -> Tensor:
-    """Compute the op by its definition; slow, every kernel is materialised."""
+    """Compute the op by its definition; slow, it materialises every kernel."""
     _check(x, channel_filter, spatial_filter, kernel_size, stride, dilation, heads, combine)
     channels, (h, w) = x.shape[1], spatial_filter.shape[2:]
     padded = F.pad(x, (dilation * (kernel_size // 2),) * 4)
@@ -138,7 +138,7 @@ def decoupled_depthwise2d(
         stride: distance between output pixels, pixels of x.
         dilation: distance between taps, pixels of x.
         heads: number G of spatial filters.
-        combine: ``mul`` or ``add``, how the two filters make a kernel.
+        combine: ``mul`` or ``add``, how the two filters combine to a kernel.
 
     Returns:
         (B, C, H // stride, W // stride), the dtype of x.
@@ -183,7 +183,7 @@ def _apply_macs(
     *rest: object,
     **options: object,
 ) -> int:
-    """Count combining, 1 a tap and element, and applying, 1 a tap and element."""
+    """Count 2 per tap and element: one combines the filters, one applies the kernel."""
     b, c = x.shape[:2]
     h, w = spatial_filter.shape[2:]
     return 2 * b * c * h * w * kernel_size**2

@@ -1,4 +1,4 @@
-"""Forms of ``decoupled_depthwise2d``: how a runtime computes it without, or with, a kernel of ours."""
+"""Forms of ``decoupled_depthwise2d``, with a kernel of ours or of ordinary operators."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def shift_mac(
 ) -> Tensor:
     """Shift x by one tap at a time, combine that tap of both filters, multiply and add.
 
-    Exact: the sum over taps is the definition, and one tap's kernels are held at a time. Only static pads,
+    Exact: the sum over taps is the definition; it holds the kernels of one tap at a time. Only static pads,
     slices, resizes, mul, add and concatenations, in 4 axes, which every runtime has. An added kernel could be
     split, ``(ch + sp) * x = ch * x + sp * x``, which is slower: 42 against 30 ms (the shortest of 25 runs,
     C=32, 256 x 256, R=3, ExecuTorch 1.5.1 with XNNPACK, 2 x86 threads, both timed in turns).
     """
     channels = x.shape[1]
-    runs = 1 if heads == channels else heads  # with a head a channel, taps combine element by element
+    runs = 1 if heads == channels else heads  # with one head per channel, taps combine element by element
     share, width = channels // runs, heads // runs
     parts = []
     for run in range(runs):
@@ -46,7 +46,7 @@ def shift_mac(
 
 
 def _shift(x: Tensor, spatial_filter: Tensor, kernel_size: int, stride: int, dilation: int) -> list[Tensor]:
-    """Return what each tap reads, (B, C, h, w): a window of the padded x, or of one of its phases.
+    """Return the input of each tap, (B, C, h, w): a window of the padded x, or of one of its phases.
 
     Phase (i, j) holds the rows i, i + stride, ... and the columns j, j + stride, ...; the taps of one phase
     share it, and a tap is a window of step 1. The taps of one kernel row share its rows of the phase.
@@ -93,10 +93,10 @@ def shift_sums(
     heads: int = 1,
     combine: str = "mul",
 ) -> Tensor:
-    """Multiply x where it stands by a row of taps and shift the sum, a run of channels after the other.
+    """Multiply x by a row of taps in place and shift the sum, one run of channels after the other.
 
-    Exact: only the order of sums differs from the definition. The spatial filter is moved in place of x: it
-    is small, and moved once for all. A strided op has no sums to share and is computed by ``shift_mac``.
+    Exact: only the order of sums differs from the definition. The spatial filter is shifted instead of x: it
+    is small, and shifted once for all channels. A strided op has no sums to share: ``shift_mac`` computes it.
     """
     if stride > 1:
         return shift_mac(x, channel_filter, spatial_filter, kernel_size, stride, dilation, heads, combine)

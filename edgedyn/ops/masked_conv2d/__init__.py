@@ -6,11 +6,11 @@
 x: (B, I, H, W)   weight: (O, I / groups, R, R)   bias: (O,) or None   mask: (B, 1, h, w)   y: (B, O, h, w)
 s stride, d dilation, g(o) the first channel of o's group, a activation, T = R * R taps
 
-The activation belongs to the op: a runtime computes it with the convolution, and 8 bits then need not hold
-what it cuts off.
+The activation belongs to the op: a runtime fuses it into the convolution, and the 8-bit range then need not
+cover the values that it clips.
 
-The mask stands at the output's resolution: one float of 0 or 1 a position, in the type of x, because every
-runtime multiplies floats and few of them booleans.
+The mask has the output's resolution: a float of 0 or 1 per position, in the type of x, because every runtime
+multiplies floats and few multiply booleans.
 """
 
 from __future__ import annotations
@@ -107,19 +107,19 @@ def _check(
     if x.shape[1] != weight.shape[1] * groups or weight.shape[0] % groups:
         raise ModelError(
             f"masked_conv2d got x of {x.shape[1]} channels, weight {tuple(weight.shape)} groups={groups}; "
-            "expected I / groups channels a kernel, and groups to divide O. Fix groups or the weight."
+            "expected I / groups channels per kernel, and groups to divide O. Fix groups or the weight."
         )
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ModelError(
-            f"masked_conv2d got bias {tuple(bias.shape)}; expected {(weight.shape[0],)}: one value an output "
-            "channel."
+            f"masked_conv2d got bias {tuple(bias.shape)}; expected {(weight.shape[0],)}: one value per "
+            "output channel."
         )
     reach = dilation * (weight.shape[2] - 1) + 1
     height, width = ((extent + 2 * padding - reach) // stride + 1 for extent in x.shape[2:])
     if min(height, width) < 1 or tuple(mask.shape) != (x.shape[0], 1, height, width):
         raise ModelError(
             f"masked_conv2d got mask {tuple(mask.shape)} for x {tuple(x.shape)}; expected "
-            f"{(x.shape[0], 1, height, width)}: one value a position of the output, at least one position. "
+            f"{(x.shape[0], 1, height, width)}: one value per position of the output, at least one position. "
             "Give the mask the resolution of the convolution's output."
         )
     if mask.dtype != x.dtype:
@@ -201,7 +201,7 @@ def _examples() -> Iterator[tuple[Tensor, Tensor, Tensor | None, Tensor, int, in
 def _apply_macs(
     x: Tensor, weight: Tensor, bias: Tensor | None, mask: Tensor, *rest: int, **options: object
 ) -> int:
-    """Count the convolution at every position: the most that a mask can ask for."""
+    """Count the convolution at every position, as for a full mask."""
     return mask.numel() * weight.numel()
 
 

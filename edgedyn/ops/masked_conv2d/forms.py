@@ -1,4 +1,4 @@
-"""Forms of ``masked_conv2d``: how a runtime computes it without, or with, a kernel of ours."""
+"""Forms of ``masked_conv2d``, with a kernel of ours or of ordinary operators."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def dense_times_mask(
     """Convolve everywhere, activate, and multiply by the mask.
 
     Exact: a position's result depends on no other position, and the mask is 0 or 1. Every runtime runs it at
-    the speed of a static convolution, and it saves nothing.
+    the speed of a static convolution: nothing is saved.
     """
     y = F.conv2d(x, weight, bias, stride, padding, dilation, groups)
     return ACTIVATIONS[activation](y) * mask

@@ -8,7 +8,7 @@ F filters, share = C // F, T = R * R taps
 
 Zero padding, stride 1, odd R. Centres are half-pixel and clamped at the border (``align_corners=False``) or
 corner to corner. Grids are tap-major, so that every form reads a tap with one channel slice: XNNPACK then
-takes the whole layer as 1 delegate, where channel-major leaves a select_copy a tap outside it.
+takes the whole layer as 1 delegate, where channel-major leaves one select_copy per tap outside it.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def oracle(
     dilation: int = 1,
     align_corners: bool = False,
 ) -> Tensor:
-    """Compute the op by its definition; slow, every kernel is materialised."""
+    """Compute the op by its definition; slow, it materialises every kernel."""
     _check(x, grid, offset, kernel_size, dilation)
     h, w = x.shape[2:]
     filters = grid.shape[1] // kernel_size**2
@@ -104,7 +104,7 @@ def _check(x: Tensor, grid: Tensor, offset: Tensor | None, kernel_size: int, dil
     if offset is not None and tuple(offset.shape) != (x.shape[0], filters, *grid.shape[2:]):
         raise ModelError(
             f"sliced_depthwise2d got offset {tuple(offset.shape)}; expected "
-            f"{(x.shape[0], filters, *grid.shape[2:])}: one offset a filter on the grid's own cells."
+            f"{(x.shape[0], filters, *grid.shape[2:])}: one offset per filter on the grid's own cells."
         )
 
 
@@ -158,7 +158,7 @@ def _examples() -> Iterator[tuple[Tensor, Tensor, Tensor | None, int, int, bool]
 def _apply_macs(
     x: Tensor, grid: Tensor, offset: Tensor | None, kernel_size: int, *rest: int, **options: object
 ) -> int:
-    """Count slicing, 4 a kernel or offset value and pixel, and applying, 1 a tap and element."""
+    """Count slicing, 4 per pixel and kernel or offset value, and applying, 1 per tap and element."""
     b, c, h, w = x.shape
     slices = grid.shape[1] + (0 if offset is None else offset.shape[1])
     return b * h * w * (4 * slices + kernel_size**2 * c)

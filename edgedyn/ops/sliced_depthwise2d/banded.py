@@ -1,9 +1,9 @@
-"""A form of ``sliced_depthwise2d`` that interpolates by small matrix products and keeps maps in the cache.
+"""A form of ``sliced_depthwise2d``: interpolation by small matrix products, activations kept in the cache.
 
     kernel[t] = rows . grid[t] . columns'        rows, columns: static, (pixels, cells), hats around the cells
 
 Interpolation is linear in the grid, so it is a product with a static matrix from either side. A band of rows
-lies between 2 or 3 rows of the grid and takes the product with these alone.
+lies between 2 or 3 rows of the grid and is multiplied with these alone.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def banded_shift_mac(
     dilation: int = 1,
     align_corners: bool = False,
 ) -> Tensor:
-    """Interpolate by small static products and add taps row by row, a run of channels after the other.
+    """Interpolate by small static matrix products and add taps row by row, one run of channels at a time.
 
     Exact: only the order of sums differs from the definition. Nothing changes the layout of a feature map, as
     XNNPACK does for a resize.
@@ -60,7 +60,7 @@ class _Bands:
         self.columns = _hats(self._locate(pixels, width, grid.shape[3]), 0, grid.shape[3]).t().to(x)
 
     def pick(self, cells: Tensor, shift: int) -> tuple[Tensor, Tensor]:
-        """Pick the few rows of the grid that each band reads, for maps whose row r is of pixel row r - shift.
+        """Pick the few rows of the grid that each band reads; row r of the result is for pixel row r - shift.
 
         Returns:
             The rows, (B, n, bands * few, gw), and the static weights of bands for them, (bands, rows, few).
@@ -76,15 +76,15 @@ class _Bands:
         return picked, _hats(position, first[:, :, None], few).to(cells)
 
     def interpolate(self, picked: Tensor, weights: Tensor, first: int, count: int) -> Tensor:
-        """Return the maps of some of the picked channels, (B, count, bands * rows, W)."""
+        """Return the kernels of some of the picked channels, (B, count, bands * rows, W)."""
         rows = _multiply(take(picked, 1, first, count), self.columns)
         b, width = rows.shape[0], rows.shape[3]
         few = weights.shape[2]
-        maps = torch.bmm(weights.repeat(b * count, 1, 1), rows.reshape(b * count * self.count, few, width))
-        return maps.reshape(b, count, self.count * self.rows, width)
+        kernels = torch.bmm(weights.repeat(b * count, 1, 1), rows.reshape(b * count * self.count, few, width))
+        return kernels.reshape(b, count, self.count * self.rows, width)
 
     def _locate(self, pixel: Tensor, size: int, cells: int) -> Tensor:
-        """Return where pixels lie among the cells, from the first to the last, in float64."""
+        """Return the positions of pixels among the cells, clamped to the first and last cell, in float64."""
         if self.align_corners:
             position = pixel.double() * ((cells - 1) / max(size - 1, 1))
         else:
@@ -93,7 +93,7 @@ class _Bands:
 
 
 def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply the last axis of (B, C, h, n) by (n, w); a linear layer would be quantized."""
+    """Multiply the last axis of (B, C, h, n) by (n, w); quantizers would take a linear layer."""
     return torch.mm(x.reshape(-1, x.shape[3]), matrix).reshape(*x.shape[:3], matrix.shape[1])
 
 

@@ -1,4 +1,4 @@
-"""Forms of ``sliced_depthwise2d``: how a runtime computes it without, or with, a kernel of ours."""
+"""Forms of ``sliced_depthwise2d``, with a kernel of ours or of ordinary operators."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def resize_shift_mac(
     """Resize the grid one tap at a time, shift x by that tap, multiply and add.
 
     Exact: the sum over taps is the definition, in another order of loops; a pixel's kernel is read once, so
-    nothing is lost by never holding all T upsampled taps. Only static resizes, pads, slices, mul and add,
+    no more than one upsampled tap is ever held. Only static resizes, pads, slices, mul and add,
     which every runtime has. One resize of all taps at once is slower: 142 against 104 ms (C=32, 512 x 512,
     R=3, grid 16 x 16, ExecuTorch 1.5.1 with XNNPACK, 2 x86 threads).
     """
@@ -40,7 +40,7 @@ def resize_shift_mac(
 
 
 def _upsample(cells: Tensor, x: Tensor, align_corners: bool) -> Tensor:
-    """Share each filter among its consecutive channels while the grid is still small, then resize to x."""
+    """Copy each filter to its consecutive channels while the grid is still small, then resize to x."""
     shared = share_filters(cells, x.shape[1] // cells.shape[1])
     return F.interpolate(shared, size=x.shape[2:], mode="bilinear", align_corners=align_corners)
 
