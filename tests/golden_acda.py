@@ -1,4 +1,4 @@
-"""How the files of ``golden/`` that hold ACDA are computed by our reference and its canonical twin."""
+"""How the files of ``golden/`` that hold ACDA are computed by our reference and its canonical counterpart."""
 
 from __future__ import annotations
 

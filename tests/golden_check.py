@@ -5,7 +5,7 @@ line a file: the output that is worst for its tolerance, of float64 and float32;
 is no file.
 
 Rules, one file ``golden_<paper>.py`` a paper: ``RULES`` {beginning of ``official``: function of a ``Golden``
-that gives the file's outputs by name}; a suffix ``@canonical`` marks the same output of the canonical twin.
+that gives the file's outputs by name}; a suffix ``@canonical`` marks the same output of the canonical module.
 ``BOUNDS``, where a file's own definition is approximate: {beginning of ``official``: function of a ``Golden``
 that gives the allowed absolute difference}.
 """

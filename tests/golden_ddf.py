@@ -77,9 +77,9 @@ RULES = {
 
 
 def own_rounding(golden: Golden) -> float:
-    """Allow what the authors' own rounding says about a file whose FilterNorm divides by small spreads.
+    """Bound the error of a file whose FilterNorm divides by small spreads, by the authors' own rounding.
 
-    Both precisions run the same operations, so float64 is off by 2^-29 of what float32 is, ten times that in
+    Both precisions run the same operations, so float64's error is 2^-29 of float32's, ten times that in
     another order (as the files' README has it for float32). Only above 5e-5 of the largest output does this
     exceed the usual tolerance; the largest of these files has 1.5e-5.
     """

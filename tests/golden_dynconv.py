@@ -43,13 +43,13 @@ def run(module: nn.Module, golden: Golden) -> dict[str, Tensor]:
 
 def network(golden: Golden) -> dict[str, Tensor]:
     reference = from_authors(golden.official, golden.constructor, golden.parameters)
-    # the tolerance of a file is that of its output: of what is on the way, the canonical twin shows its masks
-    twin = {
+    # the file's tolerance is that of its output; of the intermediate values the canonical module has masks
+    canonical = {
         f"{name}@canonical": y
         for name, y in run(canonicalize(reference), golden).items()
         if not (name.startswith("mid.") and y.is_floating_point())
     }
-    return twin | run(reference, golden)
+    return canonical | run(reference, golden)
 
 
 def mask_unit(golden: Golden) -> dict[str, Tensor]:

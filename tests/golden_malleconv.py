@@ -1,4 +1,4 @@
-"""How the authors call MalleConv's operators and layers, and what HDRNet's own approximation allows."""
+"""How the authors call MalleConv's operators and layers, and the tolerance for HDRNet's own approximation."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ RULES = {
 
 
 def smoothing(*, depth: int) -> float:
-    """Bound what HDRNet's sqrt(d^2 + 1e-8) for |d| does to a sliced value, relative to the largest cell.
+    """Bound the effect of HDRNet's sqrt(d^2 + 1e-8) for |d| on a sliced value, relative to the largest cell.
 
     The root exceeds |d| by at most 1e-4, at d = 0, and by 1e-8 / (2 |d|) farther away. A weight max(1 - root,
     0) thus falls by at most 1e-4, and a pixel reads at most two cells of the depth axis; when d = 0 at the

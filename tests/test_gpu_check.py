@@ -89,4 +89,4 @@ def test_workloads_fit_their_ops_and_are_larger_than_a_cache():
         op = gpu_check.OPS[load.op]
         args = load.make()
         y = op.overload(*(a.to("meta") if isinstance(a, torch.Tensor) else a for a in args))
-        assert load.images * (args[0].nbytes + y.nbytes) > 400e6, load.what  # an H200 has 50 MB
+        assert load.images * (args[0].nbytes + y.nbytes) > 400e6, load.name  # an H200 has 50 MB

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import subprocess
 import sys
 
@@ -88,6 +89,19 @@ def test_bench_ratios_are_against_eager_of_the_same_network():
     assert rows["a, INT8"]["ratio_to_eager"] == pytest.approx(25 / 110, abs=1e-3)
     assert rows["b, INT8"]["ratio_to_eager"] == 0.5
     assert (rows["b, INT8"]["p95_ms"], rows["b, INT8"]["median_ms"]) == (10.0, 5.0)
+
+
+TOOLS = [path for path in sorted((bench.ROOT / "tools").glob("*.py")) if "__main__" in path.read_text()]
+
+
+@pytest.mark.parametrize("path", TOOLS, ids=lambda path: path.stem)
+def test_tool_starts_and_says_what_it_does(path, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [str(path), "--help"])
+    monkeypatch.setattr(sys, "path", list(sys.path))  # a tool may add to it
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(path), run_name="__main__")
+    assert not leaving.value.code
+    assert "usage: " in capsys.readouterr().out.lower()
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")

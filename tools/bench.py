@@ -3,10 +3,10 @@
     python tools/bench.py [--sizes 320x480] [--networks mallenet-s,acda-dncnn] [--ffdnet ffdnet_color.pth]
                           [--out FILE.json]
 
-A network that cannot be exported as it is has no naive row; the record says why. Every variant runs in a
-process of its own, in turn, for several rounds; the figures are medians over all runs of all rounds, with the
-spread of the rounds' medians. Ratios are against PyTorch eager of the same network and size; FFDNet is the
-peer. Memory is the growth of the peak resident set from before loading to after running.
+A network that cannot be exported unchanged has no naive row; the record gives the reason. Every variant runs
+in a process of its own, in turn, for several rounds; the figures are medians over all runs of all rounds,
+with the spread of the rounds' medians. Ratios are against PyTorch eager of the same network and size; FFDNet
+is the peer. Memory is the growth of the peak resident set from before loading to after running.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def bench(
         Path | None, typer.Option(help="published ffdnet_color.pth; without it FFDNet is left out")
     ] = None,
     folder: Annotated[
-        Path | None, typer.Option(help="keep the lowered programs here, and take those that are there")
+        Path | None, typer.Option(help="keep the lowered programs here, and reuse them")
     ] = None,
     rounds: int = 3,
     runs: int = 10,
@@ -90,14 +90,14 @@ def bench(
 
 
 def prepare(folder: Path, name: str, shape: list[int]) -> tuple[dict[str, list[str]], str]:
-    """Lower every variant of a network; return the worker's arguments, and why there is no naive one."""
+    """Lower every variant of a network; return the workers' arguments, and why there is no naive export."""
     folder.mkdir(parents=True, exist_ok=True)
     size = ",".join(map(str, shape))
     jobs = {f"{name}, PyTorch eager": ["eager", name, size]}
     reason = ""
     try:
         jobs[f"{name}, naive export"] = ["naive", str(lower_naive(folder, name, shape)), size]
-    except Exception as error:  # whatever a user without edgedyn would meet
+    except Exception as error:  # any error that a user without edgedyn would get
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     for label, kind, overrides in (
         ("ExecuTorch float32", "phone.fp32", []),
@@ -109,22 +109,22 @@ def prepare(folder: Path, name: str, shape: list[int]) -> tuple[dict[str, list[s
 
 
 def prepare_ffdnet(folder: Path, weights: Path, shape: list[int]) -> dict[str, list[str]]:
-    """Lower the static peer."""
+    """Lower FFDNet, the static peer, in every precision; return the workers' arguments."""
     folder.mkdir(parents=True, exist_ok=True)
-    size, given = ",".join(map(str, shape)), f"model.weights={weights}"
+    size, override = ",".join(map(str, shape)), f"model.weights={weights}"
     jobs = {"ffdnet, PyTorch eager": ["eager", str(weights), size]}
     for precision, label, more in (
         ("fp32", "ExecuTorch float32", []),
         ("int8", "ExecuTorch INT8", [few_samples(folder)]),
     ):
-        overrides = [given, f"precision={precision}", f"input.shape={shape}", *more]
+        overrides = [override, f"precision={precision}", f"input.shape={shape}", *more]
         lower_ours(folder / precision, "ffdnet-color.phone.fp32", overrides)
         jobs[f"ffdnet, {label}"] = ["lowered", str(folder / precision), size]
     return jobs
 
 
 def few_samples(folder: Path, samples: int = 1) -> str:
-    """Write the calibration set with fewer samples: ranges do not change the time of a run."""
+    """Return an override for a calibration set of few samples: ranges do not change the time of a run."""
     manifest = yaml.safe_load((ROOT / "calib/skimage.yaml").read_text())
     path = folder / "calibration.yaml"
     path.write_text(yaml.safe_dump({**manifest, "samples": samples}))
@@ -132,7 +132,7 @@ def few_samples(folder: Path, samples: int = 1) -> str:
 
 
 def lower_ours(folder: Path, name: str, overrides: list[str]) -> None:
-    """Deploy a recipe by the straight line, without the bundle; nothing where that is done."""
+    """Lower a recipe into a folder, unless it is there already."""
     from lowering import INDEX, lower_recipe
 
     from edgedyn.recipe.recipe import load_recipe
@@ -150,7 +150,7 @@ def lower_naive(folder: Path, name: str, shape: list[int]) -> Path:
     path = folder / "naive.pte"
     if path.is_file():
         return path
-    with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph of what it cannot follow
+    with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it cannot follow
         program = torch.export.export(reference(name), (torch.rand(shape),))
     edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
     path.write_bytes(edge.to_executorch().buffer)
@@ -183,7 +183,7 @@ def spawn(job: list[str], runs: int) -> dict[str, Any]:
 
 
 @app.command(hidden=True)
-def worker(kind: str, what: str, size: str, runs: int) -> None:
+def worker(kind: str, source: str, size: str, runs: int) -> None:
     """Load one variant, run it, print times and memory."""
     import torch
 
@@ -194,7 +194,7 @@ def worker(kind: str, what: str, size: str, runs: int) -> None:
         _unsafe_reset_threadpool(THREADS)
     x = np.random.default_rng(0).random(tuple(map(int, size.split(","))), dtype=np.float32)
     before = status_bytes("VmRSS")
-    run = load(kind, what)
+    run = load(kind, source)
     times = []
     for index in range(2 + runs):
         start = time.perf_counter()
@@ -204,12 +204,12 @@ def worker(kind: str, what: str, size: str, runs: int) -> None:
     print(json.dumps({"times_ms": times, "memory_mb": (status_bytes("VmHWM") - before) / 2**20}))
 
 
-def load(kind: str, what: str) -> Callable[[np.ndarray], object]:
-    """Return a function that runs one variant."""
+def load(kind: str, source: str) -> Callable[[np.ndarray], object]:
+    """Return a function that runs one variant; ``source`` is a recipe, weights, a program or a folder."""
     import torch
 
     if kind == "eager":
-        model = reference(what)
+        model = reference(source)
 
         def eager(x: np.ndarray) -> object:
             with torch.no_grad():
@@ -219,14 +219,14 @@ def load(kind: str, what: str) -> Callable[[np.ndarray], object]:
     if kind == "naive":
         from edgedyn import targets
 
-        return targets.load("executorch").load(Path(what))
+        return targets.load("executorch").load(Path(source))
     from lowering import load_lowered
 
-    return load_lowered(Path(what))
+    return load_lowered(Path(source))
 
 
 def summarize(size: str, measured: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
-    """Return a row a variant."""
+    """Return one row per variant."""
     rows: list[dict[str, Any]] = []
     for name, results in measured.items():
         times = [t for result in results for t in result["times_ms"]]

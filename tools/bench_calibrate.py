@@ -1,9 +1,9 @@
-"""How long calibrating takes, and what memory: ``edgedyn calibrate`` in a process of its own, by rounding.
+"""Measure time and peak memory of ``edgedyn calibrate``, for each kind of rounding, in a process of its own.
 
     python tools/bench_calibrate.py recipes/mallenet-s.phone.int8.yaml --images PATH
                                     [--out docs/measurements/calibration-time.json]
 
-Whoever measures leaves the machine alone meanwhile.
+Run nothing else on the machine meanwhile.
 """
 
 from __future__ import annotations
@@ -27,23 +27,25 @@ def main(
     height: int = 320,
     width: int = 480,
     plain: Annotated[
-        bool, typer.Option("--plain", help="time the C library's own keeping of memory, too")
+        bool, typer.Option("--plain", help="also time with the C library's own handling of freed memory")
     ] = False,
     out: Path | None = None,
 ) -> None:
     settings = {"calibration": images, "input.shape": [1, 3, height, width], "quantize.samples": samples}
     runs = [("nearest", True), *([("nearest", False)] if plain else []), ("reconstruct", True)]
-    what = f"{recipe.stem}, {samples} images of {height} x {width}: seconds of the whole command, peak memory"
+    subject = (
+        f"{recipe.stem}, {samples} images of {height} x {width}: seconds of the whole command, peak memory"
+    )
     rows = []
     for rounding, keeps in runs:
         found = calibrate(recipe, settings | {"quantize.rounding": rounding}, keeps)
         rows.append({"rounding": rounding, "keeps_memory": keeps, **found})
         print(json.dumps(rows[-1]), flush=True)
-        measurement.write(out, {"what": what, "rows": rows})
+        measurement.write(out, {"what": subject, "rows": rows})
 
 
 def calibrate(recipe: Path, settings: dict[str, object], keeps: bool) -> dict[str, float]:
-    """Run the command and return its seconds, of the processor also, its peak in MiB, and its page faults."""
+    """Run the command and return its wall and processor seconds, peak memory in MiB and page faults."""
     program = ["from edgedyn.cli import app as cli", "cli.main()"]
     if not keeps:
         program.insert(1, "cli.keep_freed_memory = lambda: None")

@@ -1,13 +1,13 @@
-"""What a dynamic layer costs beside a static one: each kernel against its yardstick, side by side in one run.
+"""Compare the cost of dynamic and static layers: each kernel against its yardstick, side by side in one run.
 
     python tools/bench_ops.py [--json] [--rounds 5] [--runs 10] [--out FILE.json] [PATTERN ...]
 
-Both run through ExecuTorch with its own pool of two threads, in turn, for several rounds; the ratio is that
-of the medians over all rounds, its spread the largest less the smallest ratio of a round. Tensors are random:
-only shapes cost time, but for masks, which are blobs as masks of photos are.
+Both run in turn through ExecuTorch with its own pool of two threads, for several rounds. The ratio is that of
+the medians over all rounds, its spread the largest minus the smallest ratio of a round. Tensors are random,
+for only their shapes cost time; masks are blobs, like masks of photos.
 
-Where valgrind is, each is also counted: millions of instructions of one run on one thread, the figure that
-repeats on a busy machine. Valgrind knows no AVX-512: these are the AVX2 instructions of ours and of XNNPACK.
+Where valgrind is installed, it also counts the millions of instructions of one run on one thread, a figure
+that repeats on a busy machine. Valgrind knows no AVX-512: both our kernels and XNNPACK's then use AVX2.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from edgedyn.targets.quiet import quiet_libraries
 ROOT = Path(__file__).parents[1]
 THREADS = 2
 load_all()  # registers the ops
-Given = tuple[nn.Module, tuple[Tensor, ...]]
+NetworkAndInputs = tuple[nn.Module, tuple[Tensor, ...]]
 
 
 class Call(nn.Module):
@@ -55,7 +55,7 @@ class Call(nn.Module):
 
 
 class Lowered(NamedTuple):
-    """A program, its inputs, and what runs it on them."""
+    """A program, its inputs, and a function that runs it on them."""
 
     path: Path
     inputs: Sequence[Tensor]
@@ -63,20 +63,20 @@ class Lowered(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Two programs, what makes each, and the ratio that the first has to reach, if any."""
+    """Two functions that make a program, and the highest ratio of their times to pass, if any."""
 
-    what: str
+    name: str
     limit: float | None
     network: Callable[[Path], Lowered]
     yardstick: Callable[[Path], Lowered]
     is_counted: bool = True
 
 
-def on_runtime(given: Given, kernels: str = "fused", **forms: str) -> Callable[[Path], Lowered]:
-    """Return what lowers a network into a folder."""
+def on_runtime(network: NetworkAndInputs, kernels: str = "fused", **forms: str) -> Callable[[Path], Lowered]:
+    """Return a function that lowers a network into a folder."""
 
     def make(folder: Path) -> Lowered:
-        module, inputs = given
+        module, inputs = network
         target = targets.load("executorch", kernels)
         program = torch.export.export(module.eval(), inputs)
         chosen = choose_forms(program, target, forms)
@@ -96,26 +96,26 @@ def run_method(path: Path, inputs: Sequence[Tensor]) -> Callable[[], object]:
     return lambda: program.run_method("forward", inputs, clone_outputs=False)
 
 
-def sliced(channels: int = 32, size: int = 512, cells: int = 16) -> Given:
+def sliced(channels: int = 32, size: int = 512, cells: int = 16) -> NetworkAndInputs:
     inputs = torch.rand(1, channels, size, size), torch.randn(1, 9 * channels, cells, cells)
     return Call(lambda x, grid: torch.ops.edgedyn.sliced_depthwise2d(x, grid, None, 3)), inputs
 
 
-def sliced_int8(channels: int = 32, size: int = 512, cells: int = 16) -> Given:
+def sliced_int8(channels: int = 32, size: int = 512, cells: int = 16) -> NetworkAndInputs:
     x = torch.randint(-128, 128, (1, channels, size, size), dtype=torch.int8)
-    twin = torch.ops.edgedyn.sliced_depthwise2d_int8
-    call = Call(lambda x, grid: twin(x, 0.01, 3, grid, None, 3, 1, False, 0.02, -5))
+    op = torch.ops.edgedyn.sliced_depthwise2d_int8
+    call = Call(lambda x, grid: op(x, 0.01, 3, grid, None, 3, 1, False, 0.02, -5))
     return call, (x, torch.randn(1, 9 * channels, cells, cells))
 
 
-def static(channels: int = 32, size: int = 512) -> Given:
+def static(channels: int = 32, size: int = 512) -> NetworkAndInputs:
     return nn.Conv2d(channels, channels, 3, padding=1, groups=channels), (
         torch.rand(1, channels, size, size),
     )
 
 
 class StaticInt8(nn.Module):
-    """A static depthwise convolution between INT8 tensors, as PT2E writes it."""
+    """A static depthwise convolution between INT8 tensors, as PT2E expresses it."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -134,12 +134,12 @@ class StaticInt8(nn.Module):
         return pair.quantize_per_tensor(y, 0.02, -5, -128, 127, torch.int8)
 
 
-def static_int8(channels: int = 32, size: int = 512) -> Given:
+def static_int8(channels: int = 32, size: int = 512) -> NetworkAndInputs:
     x = torch.randint(-128, 128, (1, channels, size, size), dtype=torch.int8)
     return StaticInt8(channels), (x,)
 
 
-def decoupled(channels: int = 64, size: int = 256) -> Given:
+def decoupled(channels: int = 64, size: int = 256) -> NetworkAndInputs:
     inputs = (
         torch.rand(1, channels, size, size),
         torch.randn(1, 9 * channels, 1, 1),
@@ -148,7 +148,7 @@ def decoupled(channels: int = 64, size: int = 256) -> Given:
     return Call(lambda *tensors: torch.ops.edgedyn.decoupled_depthwise2d(*tensors, 3)), inputs
 
 
-def atoms(channels: int = 32, size: int = 256) -> Given:
+def atoms(channels: int = 32, size: int = 256) -> NetworkAndInputs:
     bases = torch.randn(6, 9)
     op = torch.ops.edgedyn.atom_depthwise2d
     inputs = torch.rand(1, channels, size, size), torch.randn(1, 36, size, size)
@@ -173,19 +173,19 @@ class Residual(nn.Module):
     def forward(self, x: Tensor, mask: Tensor, dilated: Tensor) -> Tensor:
         """Return x + mask * F(x)."""
         y = x
-        for conv, where, bend in zip(
+        for conv, where, activation in zip(
             self.convs, (dilated, mask, mask), ("relu6", "relu6", "none"), strict=True
         ):
             if self.is_sparse:
                 y = torch.ops.edgedyn.masked_conv2d(
-                    y, conv.weight, conv.bias, where, 1, conv.padding[0], 1, conv.groups, bend
+                    y, conv.weight, conv.bias, where, 1, conv.padding[0], 1, conv.groups, activation
                 )
             else:
-                y = F.relu6(conv(y)) if bend == "relu6" else conv(y)
+                y = F.relu6(conv(y)) if activation == "relu6" else conv(y)
         return x + y if self.is_sparse else x + y * mask
 
 
-def residual(*, is_sparse: bool, active: float, size: int = 64) -> Given:
+def residual(*, is_sparse: bool, active: float, size: int = 64) -> NetworkAndInputs:
     coarse = torch.randn(1, 1, size // 8, size // 8, generator=torch.Generator().manual_seed(5))
     field = F.interpolate(coarse, size=(size, size), mode="bicubic")
     mask = (field >= field.quantile(1 - active)).float()
@@ -194,7 +194,7 @@ def residual(*, is_sparse: bool, active: float, size: int = 64) -> Given:
 
 
 def mallenet(kernels: str, *forms: Form) -> Callable[[Path], Lowered]:
-    """Return what lowers mallenet-s for a whole photo of 1024 x 1024, its op in these forms if any."""
+    """Return a function that lowers mallenet-s for 1024 x 1024 pixels, with these forms of its op if any."""
 
     def make(folder: Path) -> Lowered:
         overrides = [f"kernels={kernels}", "input.shape=[1, 3, 1024, 1024]"]
@@ -208,7 +208,7 @@ def mallenet(kernels: str, *forms: Form) -> Callable[[Path], Lowered]:
 
 
 MALLENET = "mallenet-s at 1024 x 1024"
-# what a kernel that costs nothing would leave
+# the rest of the network, as with a kernel that costs nothing
 NO_OP = Form("no_op", lambda x, grid, offset, *options: x + 0 * offset.mean())
 ROWS = (
     Row("sliced_depthwise2d f32 : static", 0.7, on_runtime(sliced()), on_runtime(static())),
@@ -254,10 +254,10 @@ def main(
 
     _unsafe_reset_threadpool(THREADS)
     torch.set_num_threads(THREADS)
-    wanted = [row for row in ROWS if any(fnmatch.fnmatch(row.what, f"*{p}*") for p in patterns or ["*"])]
+    selected = [row for row in ROWS if any(fnmatch.fnmatch(row.name, f"*{p}*") for p in patterns or ["*"])]
     rows = []
     with quiet_libraries():
-        for row in track(wanted, "measure", disable=not sys.stderr.isatty()):
+        for row in track(selected, "measure", disable=not sys.stderr.isatty()):
             rows.append(measure(row, rounds, runs))
     samples = f"{rounds} rounds of {runs} runs after 2 warm-ups, in turn; {THREADS} threads"
     record = {"rows": rows, "samples": samples}
@@ -269,7 +269,7 @@ def main(
 
 
 def measure(row: Row, rounds: int, runs: int) -> dict[str, Any]:
-    """Run both programs in turn and compare."""
+    """Run both programs in turn and return their times and ratio."""
     with tempfile.TemporaryDirectory() as folder:
         programs = []
         for name, make in (("ours", row.network), ("yardstick", row.yardstick)):
@@ -283,7 +283,7 @@ def measure(row: Row, rounds: int, runs: int) -> dict[str, Any]:
     ours, yardstick = (float(np.median(results)) for results in times)
     ratios = [np.median(a) / np.median(b) for a, b in zip(*times, strict=True)]
     return {
-        "what": row.what,
+        "what": row.name,
         "ms": round(ours, 2),
         "yardstick_ms": round(yardstick, 2),
         "ratio": round(ours / yardstick, 3),

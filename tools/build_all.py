@@ -1,9 +1,9 @@
-"""Build every recipe and write down what came of it; resumable.
+"""Build every recipe and record the results; resumable.
 
     python tools/build_all.py [--workers 2] [--out docs/measurements/builds.json] [PATTERN ...]
 
-A result holds the verdict, the rows that failed, sizes, forms, and for INT8 the share of multiply-adds. A
-recipe that has a result of the same sources is passed over.
+A result holds the verdict, the failed rows, sizes, forms, and the INT8 share of multiply-adds. A recipe whose
+result has the same sources is skipped.
 """
 
 from __future__ import annotations
@@ -31,17 +31,19 @@ app = typer.Typer(add_completion=False)
 def main(
     patterns: Annotated[list[str] | None, typer.Argument(help="recipe names, * matches any part")] = None,
     out: Path = ROOT / "docs/measurements/builds.json",
-    workers: Annotated[int, typer.Option(help="builds side by side, one thread each if several")] = 1,
-    again: Annotated[bool, typer.Option(help="build also what has a result")] = False,
+    workers: Annotated[int, typer.Option(help="parallel builds, of one thread each if several")] = 1,
+    again: Annotated[bool, typer.Option(help="build recipes with an up-to-date result, too")] = False,
 ) -> None:
     results = json.loads(out.read_text())["builds"] if out.is_file() else {}
     names = sorted(path.name.removesuffix(".yaml") for path in (ROOT / "recipes").glob("*.yaml"))
-    wanted = [name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ["*"])]
-    wanted = [name for name in wanted if not needs_weights(name)]
-    if not wanted:
+    selected = [
+        name for name in names if any(fnmatch.fnmatch(name, pattern) for pattern in patterns or ["*"])
+    ]
+    selected = [name for name in selected if not needs_weights(name)]
+    if not selected:
         raise typer.BadParameter(f"no recipe matches {patterns}; there are {', '.join(names)}")
-    sources = {name: digest(name) for name in wanted}
-    due = [name for name in wanted if again or results.get(name, {}).get("sources") != sources[name]]
+    sources = {name: digest(name) for name in selected}
+    due = [name for name in selected if again or results.get(name, {}).get("sources") != sources[name]]
     with ThreadPoolExecutor(workers) as pool:
         builds = {pool.submit(build, name, threads=1 if workers > 1 else None): name for name in due}
         for done in as_completed(builds):
@@ -49,16 +51,16 @@ def main(
             results[name] = {**done.result(), "sources": sources[name]}
             measurement.write(out, {"builds": dict(sorted(results.items()))})
             print(f"{'ok    ' if results[name]['ok'] else 'FAILED'} {name}", flush=True)
-    raise typer.Exit(0 if all(results[name]["ok"] for name in wanted) else 1)
+    raise typer.Exit(0 if all(results[name]["ok"] for name in selected) else 1)
 
 
 def needs_weights(name: str) -> bool:
-    """Whether the recipe is of a published network, whose weights are not here."""
+    """Tell whether the recipe needs published weights, which this project does not include."""
     return name.startswith(("ffdnet", "dncnn-gray"))
 
 
 def digest(name: str) -> str:
-    """Return a short hash of all that a recipe's build is made from: package, recipe, sets, weights."""
+    """Return a short hash of everything that determines a build: package, recipe, image sets, weights."""
     files = [ROOT / f"recipes/{name}.yaml"]
     files += sorted(path for path in (ROOT / "edgedyn").rglob("*") if path.suffix in (".py", ".html"))
     files += sorted(
@@ -74,7 +76,7 @@ def digest(name: str) -> str:
 
 
 def build(name: str, threads: int | None = None) -> dict[str, Any]:
-    """Build one recipe in a process of its own, with so many threads or the machine's."""
+    """Build one recipe in a process of its own, by default with as many threads as the machine has."""
     start = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         command = [str(Path(sys.executable).with_name("edgedyn")), "build", f"recipes/{name}.yaml"]

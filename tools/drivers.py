@@ -1,4 +1,4 @@
-"""The programs in tools/driver: build them, give them calls of ops, read what they computed.
+"""The programs in tools/driver: build them, send them calls of ops, read their results.
 
 They call a kernel directly: a thousand calls take a second or two, and lowering one program a third of one.
 """
@@ -31,9 +31,9 @@ class Job(NamedTuple):
     """One call.
 
     Attributes:
-        name: of the kernel in ExecuTorch's registry, or of the op.
-        values: its arguments; the last one is the output and holds what stands there before.
-        shift: bytes that each tensor lies behind a 64-byte line.
+        name: name of the kernel in ExecuTorch's registry, or of the op.
+        values: its arguments; the last one is the output with its initial content.
+        shift: offset of each tensor from a 64-byte line, bytes.
     """
 
     name: str
@@ -42,14 +42,14 @@ class Job(NamedTuple):
 
 
 class Result(NamedTuple):
-    """What a call left: y, or why there is none; ``message`` is what the runtime logged."""
+    """Result of a call: y, or None after an error; ``message`` is the runtime's log."""
 
     y: np.ndarray | None
     message: str
 
 
 class DriverStoppedError(Exception):
-    """The program ended before its last job: a crash, or what a sanitizer found."""
+    """The program ended before its last job: by a crash, or by a sanitizer's finding."""
 
     def __init__(self, index: int, words: str) -> None:
         super().__init__(f"job {index} ended the process: {words}")
@@ -57,7 +57,7 @@ class DriverStoppedError(Exception):
 
 
 def build_kernel_driver(sanitize: str = "") -> Path:
-    """Return ``run_kernels``; with a sanitizer (``address,undefined`` or ``thread``) the kernels are in it.
+    """Return ``run_kernels``; with a sanitizer (``address,undefined`` or ``thread``) it contains the kernels.
 
     Raises:
         TargetMissingError: as for the kernels.
@@ -107,7 +107,7 @@ def _sources() -> tuple[Path, ...]:
 
 
 def instruction_sets(program: Path) -> list[str]:
-    """Return what ``run_kernels`` can choose here, best first."""
+    """Return the instruction sets that ``run_kernels`` can choose here, best first."""
     return subprocess.run([program], capture_output=True, text=True, check=True).stdout.split()
 
 
@@ -123,27 +123,27 @@ def run_jobs(program: Path, jobs: Sequence[Job], *words: object) -> list[Result]
         DriverStoppedError: with the job and the program's last words.
     """
     with tempfile.TemporaryDirectory() as folder:
-        given, found = Path(folder) / "jobs", Path(folder) / "results"
-        with given.open("wb") as file:
+        calls, outputs = Path(folder) / "jobs", Path(folder) / "results"
+        with calls.open("wb") as file:
             for job in jobs:
                 _write_job(file, job)
-        command = [program, given, found, *words]
-        # no leaks: nothing else may trace a process where one is traced already, as in many containers
+        command = [program, calls, outputs, *words]
+        # no leak check: it traces the process, which containers often forbid
         environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "TSAN_OPTIONS": "halt_on_error=1"}
         done = subprocess.run(
             [*map(str, command)], capture_output=True, text=True, check=False, env=environment
         )
-        results = _read_results(found, jobs) if found.exists() else []
+        results = _read_results(outputs, jobs) if outputs.exists() else []
     if done.returncode or len(results) != len(jobs):
         raise DriverStoppedError(len(results), f"exit {done.returncode}: {done.stderr[:4000]}")
     return results
 
 
 def count_instructions(path: Path, inputs: Sequence[Tensor]) -> int | None:
-    """Return how many instructions one run of a ``.pte`` takes on one thread, or None without valgrind.
+    """Return the number of instructions of one run of a ``.pte`` on one thread, or None without valgrind.
 
-    The second run is counted. Valgrind 3.19 knows no AVX-512: the instructions are those of AVX2, of our
-    kernels and of XNNPACK alike, which both choose by the processor that they find.
+    It counts the second run. Valgrind 3.19 knows no AVX-512: our kernels and XNNPACK's, which both choose by
+    the processor, use AVX2.
     """
     valgrind = shutil.which("valgrind")
     if valgrind is None:

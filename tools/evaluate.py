@@ -4,9 +4,9 @@
     python tools/evaluate.py recipes/ffdnet-color.phone.int8.yaml CBSD68 --trust --set model.weights=PATH \
         --level-key model.arguments.sigma
 
-Images are cut to multiples of 32 and turned to landscape, so that one program serves all of a size; noise is
-white, Gaussian, unclipped and seeded by the image's number. Everything runs through the target's own runtime,
-the programs in turns on each image, so that their times can be compared.
+Images are cropped to multiples of 32 and turned to landscape, so that one program serves all of a size. Noise
+is white, Gaussian, unclipped and seeded by the image's number. The programs run in turn on each image, in the
+target's own runtime, so that their times can be compared.
 """
 
 from __future__ import annotations
@@ -39,13 +39,11 @@ def main(
     images: Path,
     variants: Annotated[
         list[str] | None,
-        typer.Option(
-            "--variant", help="INT8 with these recipe values, 'a.b=c d=e'; give it again to compare"
-        ),
+        typer.Option("--variant", help="INT8 with these recipe values, 'a.b=c d=e'; repeat it to compare"),
     ] = None,
     sigmas: Annotated[str, typer.Option(help="comma-separated, 0..255 scale")] = "15,25,50",
     level_key: Annotated[
-        str, typer.Option(help="recipe value that is the noise level, of a network that is told it")
+        str, typer.Option(help="recipe key of the noise level, for a network that is conditioned on it")
     ] = "",
     overrides: Annotated[list[str] | None, typer.Option("--set", help="recipe values, a.b=c")] = None,
     limit: Annotated[int, typer.Option(help="first N images only; 0 is all")] = 0,
@@ -61,10 +59,10 @@ def main(
     results: dict[str, dict[str, Any]] = {name: {} for name in settings}
     programs: dict[str, Dispatcher] = {}
     for sigma in map(float, sigmas.split(",")):
-        told = [f"{level_key}={sigma}"] if level_key else []
+        level = [f"{level_key}={sigma}"] if level_key else []
         for name, values in settings.items():
-            if name not in programs or told:
-                programs[name], results[name]["int8_mac_share"] = deploy(recipe, [*values, *told], trust)
+            if name not in programs or level:
+                programs[name], results[name]["int8_mac_share"] = deploy(recipe, [*values, *level], trust)
         measured = compare(programs, truths, sigma)
         for name, values in measured.items():
             results[name] |= {f"{metric}[sigma={sigma:g}]": value for metric, value in values.items()}
@@ -84,7 +82,7 @@ def load(path: Path, colors: int = 3) -> np.ndarray:
 
 
 def deploy(recipe: Path, values: list[str], trust: bool) -> tuple[Dispatcher, float]:
-    """Bring a recipe to a running program; returns it with the INT8 share of multiply-adds."""
+    """Lower and load a recipe; return its program and the INT8 share of multiply-adds."""
     with tempfile.TemporaryDirectory(prefix="edgedyn-") as folder, quiet_libraries():
         share = lower_recipe(load_recipe(recipe, values), Path(folder), trust=trust)
         return load_lowered(Path(folder)), round(share, 4)
@@ -93,7 +91,7 @@ def deploy(recipe: Path, values: list[str], trust: bool) -> tuple[Dispatcher, fl
 def compare(
     programs: dict[str, Dispatcher], truths: list[np.ndarray], sigma: float
 ) -> dict[str, dict[str, float]]:
-    """Run the programs in turns on every image; return PSNR, drop from float and time over float's."""
+    """Run the programs in turn on every image; return PSNR, its drop against float, and the speed-up."""
     psnr: dict[str, list[float]] = {name: [] for name in programs}
     seconds: dict[str, list[float]] = {name: [] for name in programs}
     for index, truth in enumerate(track(truths, f"sigma {sigma:g}", disable=not sys.stderr.isatty())):

@@ -1,11 +1,11 @@
-"""Call every kernel at random shapes, options and values for as long as you like; compare with the oracles.
+"""Compare every kernel with its oracle at random shapes, options and values, for a chosen time.
 
     python tools/fuzz_ops.py [--seconds 300] [--seed 0] [--op NAME] [--out FILE.json]
-    python tools/fuzz_ops.py --op NAME --seed 0 --only 1234        one call again, each way
+    python tools/fuzz_ops.py --op NAME --seed 0 --only 1234        repeat one call, in each way
 
 A round draws 40 calls of each op, half of them INT8, and runs them on every instruction set that this
 machine has, in 1 and 3 threads, under the address and undefined-behaviour sanitizers, and every fourth round
-under the thread sanitizer. With an ``--out`` that stands already, counting goes on where it stopped.
+under the thread sanitizer. With an ``--out`` that exists, it continues the earlier count.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def main(
 
 
 def resume(out: Path | None, seed: int, names: list[str]) -> dict[str, Any]:
-    """Return what an earlier run wrote, or an empty record."""
+    """Return the record of an earlier run, or an empty one."""
     empty = {
         "seed": seed,
         "rounds": 0,
@@ -118,7 +118,7 @@ def failures(calls: Sequence[OpCall], run: Runner) -> list[tuple[int, str]]:
 
 
 def show(call: OpCall) -> int:
-    """Print one call and what each way of running it finds; return how many find a fault."""
+    """Print the finding of every way to run one call; return the number of faults."""
     print(describe(call), call.int8 or "")
     results = {way: failures([call], run) for way, run in runners(with_threads=True).items()}
     for way, found in results.items():

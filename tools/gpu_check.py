@@ -1,10 +1,11 @@
-"""Our CUDA kernels on the GPU at hand: are they right, how fast beside a copy, PyTorch and torch.compile.
+"""Check our CUDA kernels on this GPU, and measure them beside a copy, eager PyTorch and torch.compile.
 
     python tools/gpu_check.py [--out FILE.json] [--json] [--examples] [PATTERN ...]
 
-Needs this checkout, nvcc and a torch with CUDA, nothing else. Right: every example and random shapes against
-the op's definition in float64, within derived bounds. Fast: tensors far larger than the second-level cache,
-CUDA events, medians; a share of copy bandwidth is that of the fewest bytes that the op can move.
+Needs this checkout, nvcc and a torch with CUDA, nothing else. Correctness: every example and random shapes
+against the op's definition in float64, within derived bounds. Speed: tensors far larger than the second-level
+cache, CUDA events, medians; ``share_of_copy`` is the bandwidth for the fewest bytes that the op can move,
+divided by that of a copy.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ COPY_BYTES, RANDOM_CALLS, WARM_UPS = 2**30, 60, 3
 
 
 def find_gpu() -> str:
-    """Return the architecture of the GPU at hand.
+    """Return the architecture of this machine's GPU.
 
     Raises:
         TargetMissingError: without one.
@@ -62,7 +63,7 @@ def move(case: Case, device: torch.device) -> Case:
 
 
 def run_kernel(library: Path, op: ops.Op, case: Case, y: Tensor) -> None:
-    """Launch the kernel of a case on the current stream; y is where its tensors are."""
+    """Launch the kernel of a case on the current stream; y is on the device of the case's tensors."""
     cuda_kernels.call(
         library,
         op.name,
@@ -77,7 +78,7 @@ def run_kernel(library: Path, op: ops.Op, case: Case, y: Tensor) -> None:
 
 
 def worst_error(library: Path, op: ops.Op, case: Case, device: torch.device) -> float:
-    """Return the largest error beside what it may be; infinity for a value that is not a number."""
+    """Return the largest error divided by its limit; infinity for NaN."""
     case = move(case, device)
     y = torch.empty(case.exact.shape, dtype=getattr(torch, case.dtype), device=device)
     run_kernel(library, op, case, y)
@@ -110,9 +111,9 @@ def check_memory() -> dict[str, Any] | None:
 
 
 class Workload(NamedTuple):
-    """A call of a realistic size: the arguments of one image, and how many images in float32."""
+    """A call of a realistic size: the arguments of one image, and the number of images in float32."""
 
-    what: str
+    name: str
     op: str
     images: int
     make: Callable[[], tuple[Any, ...]]
@@ -123,16 +124,18 @@ def random(*shape: int) -> Tensor:
 
 
 def blobs(active: float, size: int) -> Tensor:
-    """Return a mask as masks of photos are: in patches."""
+    """Return a mask that is active in blobs, like masks of photos."""
     coarse = torch.randn(1, 1, size // 8, size // 8, generator=torch.Generator().manual_seed(5))
     field = F.interpolate(coarse, size=(size, size), mode="bicubic")
     return (field >= field.quantile(1 - active)).float()
 
 
-def masked(active: float, channels: int, outputs: int, side: int, groups: int, bend: str) -> tuple[Any, ...]:
+def masked(
+    active: float, channels: int, outputs: int, side: int, groups: int, activation: str
+) -> tuple[Any, ...]:
     weight = random(outputs, channels // groups, side, side)
     mask = blobs(active, 128)
-    return random(1, channels, 128, 128), weight, random(outputs), mask, 1, side // 2, 1, groups, bend
+    return random(1, channels, 128, 128), weight, random(outputs), mask, 1, side // 2, 1, groups, activation
 
 
 def workloads() -> Iterator[Workload]:
@@ -161,17 +164,17 @@ def workloads() -> Iterator[Workload]:
         lambda: (random(1, 64, 512, 512), random(1, 36, 512, 512), random(6, 9), 3),
     )
     for active in (0.15, 0.5, 1.0):
-        for name, given in (
+        for name, options in (
             ("expand 96 : 576", (96, 576, 1, 1, "relu6")),
             ("depthwise 576", (576, 576, 3, 576, "relu6")),
             ("project 576 : 96", (576, 96, 1, 1, "none")),
         ):
-            what = f"masked {name}, 128 x 128, {active:.0%} active"
-            yield Workload(what, "masked_conv2d", 16, lambda a=active, g=given: masked(a, *g))
+            title = f"masked {name}, 128 x 128, {active:.0%} active"
+            yield Workload(title, "masked_conv2d", 16, lambda a=active, o=options: masked(a, *o))
 
 
 def batch_up(op: ops.Op, case: Case, images: int) -> Case:
-    """Repeat what a call has for every image."""
+    """Repeat a call's tensors that every image has, along the batch."""
     names = [a.name for a in op.overload._schema.arguments]
     inputs = [
         t.repeat(images, *[1] * (t.dim() - 1)) if t is not None and name in ("x", *op.generated) else t
@@ -181,7 +184,7 @@ def batch_up(op: ops.Op, case: Case, images: int) -> Case:
 
 
 def minimal_bytes(op: ops.Op, case: Case, y: Tensor) -> int:
-    """Return what any kernel has to read and write; of x, under a mask, what active positions read."""
+    """Return the bytes that any kernel has to read and write; under a mask, only the active part of x."""
     x, *others = (t for t in case.inputs if t is not None)
     used = 1.0
     if op.name == "masked_conv2d":
@@ -191,7 +194,7 @@ def minimal_bytes(op: ops.Op, case: Case, y: Tensor) -> int:
 
 
 def stock(op: ops.Op, case: Case) -> Callable[[], Tensor]:
-    """Return the op as it is computed without kernels of ours, from INT8 to INT8 where the case is."""
+    """Return the op in a form without kernels of ours; of an INT8 case, from INT8 to INT8."""
     form = next(form.fn for form in op.forms if form.fn and not form.requires)
 
     def run(*inputs: Tensor | None) -> Tensor:
@@ -205,7 +208,7 @@ def stock(op: ops.Op, case: Case) -> Callable[[], Tensor]:
 
 
 def time_ms(run: Callable[[], object], seconds: float = 0.5) -> float:
-    """Return the median of as many runs as fit the time, at least 5, at most 100."""
+    """Return the median time of the runs that fit into ``seconds``, at least 5, at most 100."""
     for _ in range(WARM_UPS):
         run()
     times: list[float] = []
@@ -220,7 +223,7 @@ def time_ms(run: Callable[[], object], seconds: float = 0.5) -> float:
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Return bytes a millisecond, read and written, of torch's own copy."""
+    """Return bytes per millisecond, read and written, of torch's own copy."""
     a, b = (torch.zeros(COPY_BYTES // 4, device=device) for _ in range(2))
     return 2 * COPY_BYTES / time_ms(lambda: b.copy_(a), 1.0)
 
@@ -228,7 +231,7 @@ def copy_bandwidth(device: torch.device) -> float:
 def measure(
     library: Path, load: Workload, dtype: str, bandwidth: float, device: torch.device
 ) -> dict[str, Any]:
-    """Time a kernel beside the stock form, eager and compiled; its result is checked here, too."""
+    """Time a kernel beside the stock form, eager and compiled; check its result as well."""
     op = OPS[load.op]
     args = tuple(a.to(device) if isinstance(a, Tensor) else a for a in load.make())
     single = make_case(op, args, dtype)
@@ -244,13 +247,13 @@ def measure(
     try:
         times["times_compiled"] = time_ms(lambda: compiled(*case.inputs)) / ms
     except torch._dynamo.exc.TorchDynamoException as error:  # no C compiler, no Triton, or a bug of theirs
-        print(f"torch.compile cannot compile {load.what}, {dtype}: {error}", file=sys.stderr)
+        print(f"torch.compile cannot compile {load.name}, {dtype}: {error}", file=sys.stderr)
         times["times_compiled"] = None
-    return make_row(load.what, dtype, ms, minimal_bytes(op, case, y), bandwidth, times, is_right)
+    return make_row(load.name, dtype, ms, minimal_bytes(op, case, y), bandwidth, times, is_right)
 
 
 def make_row(
-    what: str,
+    name: str,
     dtype: str,
     ms: float,
     fewest: int,
@@ -261,19 +264,19 @@ def make_row(
     """Return one line of the result; passed where the result is right and every limit is met."""
     reached = {"share_of_copy": fewest / ms / bandwidth, **times}
     return {
-        "what": what,
+        "what": name,
         "dtype": dtype,
         "ms": round(ms, 4),
         "minimal_bytes": fewest,
-        **{name: value and round(value, 3) for name, value in reached.items()},
+        **{key: value and round(value, 3) for key, value in reached.items()},
         "limits": LIMITS,
         "is_right": is_right,
-        "passed": is_right and all((reached[name] or 0) >= limit for name, limit in LIMITS.items()),
+        "passed": is_right and all((reached[key] or 0) >= limit for key, limit in LIMITS.items()),
     }
 
 
 def provenance() -> dict[str, Any]:
-    """Return machine, versions and command; the driver's version only nvidia-smi tells."""
+    """Return machine, versions and command; nvidia-smi reports the driver's version."""
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(query, capture_output=True, text=True, check=False).stdout.split()
     found = measurement.provenance(("torch",))
@@ -295,19 +298,19 @@ def show(rows: list[dict[str, Any]]) -> None:
         print(f"{mark} {row['what']:50} {row['dtype']:8} {shown}", file=sys.stderr)
 
 
-def run_all(given: argparse.Namespace) -> dict[str, Any]:
+def run_all(options: argparse.Namespace) -> dict[str, Any]:
     library, device = cuda_kernels.build(find_gpu()), torch.device("cuda")
-    count = 0 if given.examples else RANDOM_CALLS
+    count = 0 if options.examples else RANDOM_CALLS
     checks = [check(library, op, dtype, count, device) for op in OPS.values() for dtype in TYPES]
-    if not given.examples and (memory := check_memory()):
+    if not options.examples and (memory := check_memory()):
         checks.append(memory)
     show(checks)
-    if given.examples:
+    if options.examples:
         return {"checks": checks, "rows": []}
     bandwidth = copy_bandwidth(device)
     rows = []
     for load in workloads():
-        if any(fnmatch.fnmatch(load.what, f"*{p}*") for p in given.patterns or ["*"]):
+        if any(fnmatch.fnmatch(load.name, f"*{p}*") for p in options.patterns or ["*"]):
             rows += [measure(library, load, dtype, bandwidth, device) for dtype in TYPES]
             show(rows[-len(TYPES) :])
             torch.cuda.empty_cache()
@@ -315,24 +318,24 @@ def run_all(given: argparse.Namespace) -> dict[str, Any]:
 
 
 def main() -> int:
-    """Return the exit code: 1 for a wrong result; a limit of speed that is not met is told, not failed."""
+    """Return the exit code: 1 for a wrong result; a missed speed limit is only reported."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("patterns", nargs="*", help="workloads, * matches any part")
     parser.add_argument("--out", type=Path, help="JSON file, for docs/measurements/")
     parser.add_argument("--json", action="store_true", help="print JSON on stdout")
-    parser.add_argument("--examples", action="store_true", help="only the ops' examples: no more, no times")
-    given = parser.parse_args()
+    parser.add_argument("--examples", action="store_true", help="run the ops' examples only, without timing")
+    options = parser.parse_args()
     try:
-        result = run_all(given)
+        result = run_all(options)
         text = json.dumps({**result, **provenance()}, indent=1) + "\n"
-        if given.out:
-            replace_file(given.out, text.encode())
+        if options.out:
+            replace_file(options.out, text.encode())
     except EdgedynError as error:
         print(error, file=sys.stderr)
         return error.exit_code
-    if given.json:
+    if options.json:
         sys.stdout.write(text)
     return (
         0

@@ -1,6 +1,6 @@
-"""How far a kernel may be from its op's definition, and calls that ask for it: for tests and the GPU check.
+"""Bounds for a kernel's error against its op's definition, and calls to check it; for tests and GPUs.
 
-The definition is the op's oracle in float64, of the very values that the kernel reads.
+The definition is the op's oracle in float64, on the same values that the kernel reads.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ def to_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def with_defaults(op: Op, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """Append the arguments that the schema has a value for."""
+    """Append the schema's default arguments."""
     return (*args, *(a.default_value for a in op.overload._schema.arguments[len(args) :]))
 
 
 def rounding(op: Op, args: tuple[Any, ...]) -> Tensor:
-    """Return the most by which float32 may miss the exact result, at every output.
+    """Return the largest error of float32 against the exact result, at every output.
 
-    A sum of n float32 terms, each a product of a few factors, is off by at most (n + roundings a term)
-    * 2^-24 * sum |terms|, in whatever order it is made (Higham, Accuracy and Stability, section 3.1).
+    A sum of n float32 terms, each a product of a few factors, is off by at most (n + roundings per term)
+    * 2^-24 * sum |terms|, in any order of summation (Higham, Accuracy and Stability, section 3.1).
     """
     # infinities and NaN add nothing to an output that is finite
     x, *rest = (a.double().nan_to_num(0, 0, 0).abs() if isinstance(a, Tensor) else a for a in args)
@@ -43,7 +43,7 @@ def rounding(op: Op, args: tuple[Any, ...]) -> Tensor:
 
 
 def _terms(name: str, args: tuple[Any, ...]) -> int:
-    """Return how many terms stand in one output's sum, sums within terms included."""
+    """Return the number of terms in the sum of one output, sums within terms included."""
     if name == "masked_conv2d":
         return args[1][0].numel() + 1
     taps = args[3] ** 2
@@ -53,40 +53,40 @@ def _terms(name: str, args: tuple[Any, ...]) -> int:
 def int8_call(
     op: Op, args: tuple[Any, ...], zero_points: tuple[int, int] = (11, -50)
 ) -> tuple[Any, tuple[Any, ...]]:
-    """Return the INT8 twin of an op and arguments for it: scales of these values, zero points off centre."""
+    """Return the INT8 variant of an op and its arguments: scales of these values, zero points off centre."""
     of_x, of_y = zero_points
     x, *rest = with_defaults(op, args)
-    # a tensor without a value, or of zeros, still has a scale
+    # an empty tensor, or one of zeros, still has a scale
     x_scale, y = float(x.abs().amax()) / 100 if x.numel() else 1.0, op.overload(*args)
     y_scale = float(y.abs().amax()) / 90 if y.numel() else 1.0  # some values saturate behind the zero point
     x_scale, y_scale = x_scale or 1.0, y_scale or 1.0
     stored = ((x / x_scale).round() + of_x).clamp(-128, 127).to(torch.int8)
-    twin = getattr(torch.ops.edgedyn, f"{op.name}_int8").default
-    return twin, (stored, x_scale, of_x, *rest, y_scale, of_y)
+    variant = getattr(torch.ops.edgedyn, f"{op.name}_int8").default
+    return variant, (stored, x_scale, of_x, *rest, y_scale, of_y)
 
 
-def exact_int8(op: Op, given: tuple[Any, ...]) -> Tensor:
-    """Return what an INT8 twin rounds: y in steps, saturated."""
-    *_, scale, zero_point = given
-    real = op.overload((given[0].double() - given[2]) * given[1], *to_double(given[3:-2]))
+def exact_int8(op: Op, args: tuple[Any, ...]) -> Tensor:
+    """Return y of the INT8 variant before it is rounded: in quantization steps, saturated."""
+    *_, scale, zero_point = args
+    real = op.overload((args[0].double() - args[2]) * args[1], *to_double(args[3:-2]))
     return (real / scale + zero_point).clamp(-128, 127)
 
 
-# a half is a tie; float32 moves values of up to 256 steps by some 1e-4 of one
+# 0.5 is a tie; float32 is off by some 1e-4 of a step in values of up to 256 steps
 INT8_LIMIT = 0.5 + 1e-3
 
 
 class Case(NamedTuple):
-    """A call of a CUDA kernel and what it has to give.
+    """A call of a CUDA kernel and its exact result.
 
     Attributes:
-        dtype: of x and y.
+        dtype: type of x and y.
         inputs: tensors as they are stored, None for an absent one.
         attributes: the other arguments.
-        of_x: scale and zero point.
-        of_y: scale and zero point.
-        exact: y in float64, in INT8 steps.
-        limit: how far y may be from it.
+        of_x: scale and zero point of x.
+        of_y: scale and zero point of y.
+        exact: y in float64; of INT8, in quantization steps.
+        limit: largest error of y.
     """
 
     dtype: str
@@ -103,22 +103,22 @@ def make_case(op: Op, args: tuple[Any, ...], dtype: str) -> Case:
     args = with_defaults(op, args)
     of_x = of_y = (1.0, 0)
     if dtype == "int8":
-        _, given = int8_call(op, args)
-        stored, of_x, of_y = (given[0], *given[3:-2]), given[1:3], given[-2:]
-        exact = exact_int8(op, given)
+        _, int8_args = int8_call(op, args)
+        stored, of_x, of_y = (int8_args[0], *int8_args[3:-2]), int8_args[1:3], int8_args[-2:]
+        exact = exact_int8(op, int8_args)
         limit = torch.full_like(exact, INT8_LIMIT)
     else:
         stored = tuple(a.to(getattr(torch, dtype)) if isinstance(a, Tensor) else a for a in args)
         exact = op.overload(*to_double(stored))
         limit = rounding(op, stored)
-        if dtype == "float16":  # the result's own rounding: half a step of 2^-10, or of the least, 2^-24
+        if dtype == "float16":  # the result's own rounding: half an ulp, relative 2^-10, or 2^-24 at least
             limit = limit + exact.abs() * 2**-11 + 2**-25
     tensors = sum("Tensor" in str(a.type) for a in op.overload._schema.arguments)
     return Case(dtype, stored[:tensors], stored[tensors:], of_x, of_y, exact, limit)
 
 
 def random_calls(op: Op, count: int, seed: int = 3) -> Iterator[tuple[Any, ...]]:
-    """Yield arguments of random shapes: sizes of 1, rows that 16-byte copies reach and that they do not."""
+    """Yield arguments of random shapes: sizes of 1, rows with and without a multiple of 16 bytes."""
     generator = torch.Generator().manual_seed(seed)
 
     def pick(*choices: Any) -> Any:

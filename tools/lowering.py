@@ -15,7 +15,7 @@ INDEX = "programs.json"
 
 
 def lower_recipe(recipe: Recipe, folder: Path, *, trust: bool = False) -> float:
-    """Lower a recipe into a folder; return the INT8 share of multiply-adds, the least of its variants."""
+    """Lower a recipe into a folder; return the smallest INT8 share of multiply-adds among its variants."""
     folder.mkdir(parents=True, exist_ok=True)
     target = load_target(recipe)
     calibration, samples = pipeline.load_sets(recipe)
@@ -29,7 +29,7 @@ def lower_recipe(recipe: Recipe, folder: Path, *, trust: bool = False) -> float:
 
 
 def load_lowered(folder: Path) -> Dispatcher:
-    """Load what ``lower_recipe`` wrote."""
+    """Load the programs that ``lower_recipe`` wrote."""
     index = json.loads((folder / INDEX).read_text())
     target = targets.load(index["target"])
     return load_programs(target.load, folder, index["programs"], Routing.from_json(index["routing"]))

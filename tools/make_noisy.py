@@ -14,7 +14,9 @@ import typer
 from PIL import Image
 
 
-def main(out: Path, sigma: Annotated[float, typer.Option(help="0..255 scale")] = 25.0, seed: int = 0) -> None:
+def main(
+    out: Path, sigma: Annotated[float, typer.Option(help="noise level, 0..255 scale")] = 25.0, seed: int = 0
+) -> None:
     noisy = add_noise(skimage.data.coffee().astype(np.float32) / 255, sigma, seed)
     Image.fromarray((noisy * 255).clip(0, 255).round().astype(np.uint8)).save(out)
 

@@ -1,10 +1,10 @@
-"""Measure what each switch of the INT8 method is worth: a recipe's drop, and that with one thing changed.
+"""Measure the effect of each switch of the INT8 method: a recipe's PSNR drop with one switch changed.
 
     python tools/measure_ablation.py recipes/mallenet-s.phone.int8.yaml --out docs/measurements/ablation.json
                                      [--trust --set model.weights=PATH]
 
-The recipe's rows take the place of its own in a file that is there already. What was measured is remembered:
-an interrupted run goes on.
+In an existing file it replaces the rows of this recipe only. Measurements are cached: an interrupted run
+continues.
 """
 
 from __future__ import annotations
@@ -30,32 +30,32 @@ def main(
     trust: bool = False,
     out: Annotated[Path | None, typer.Option(help="JSON file, for docs/measurements/")] = None,
 ) -> None:
-    asked = load_recipe(recipe, overrides or [])
+    parsed = load_recipe(recipe, overrides or [])
     with quiet_libraries(), tempfile.TemporaryDirectory() as folder, progress_bars() as advance:
         table = pipeline.calibrate(
-            asked,
+            parsed,
             Path(folder) / "table.json",
             trust=trust,
             ablation=True,
             progress=advance,
         )
     drops = name_drops(table.ablation)
-    row = {"drop_db": drops, "shape": list(asked.input.shape), "calibration": table.images["name"]}
-    add_row(out, asked.name, row | measurement.provenance())
+    row = {"drop_db": drops, "shape": list(parsed.input.shape), "calibration": table.images["name"]}
+    add_row(out, parsed.name, row | measurement.provenance())
     print(json.dumps(drops, indent=1))
 
 
 def name_drops(ablation: Mapping[str, Mapping[str, float]]) -> dict[str, float]:
-    """Return what was changed and its drop, dB, with the name of the program where there are several."""
+    """Return the drop of each changed switch, dB; its name includes the program where there are several."""
     return {
-        what if len(ablation) == 1 else f"{name}: {what}": round(drop, 4)
+        switch if len(ablation) == 1 else f"{name}: {switch}": round(drop, 4)
         for name, program in ablation.items()
-        for what, drop in program.items()
+        for switch, drop in program.items()
     }
 
 
 def add_row(path: Path | None, name: str, row: dict[str, Any]) -> None:
-    """Put a recipe's measurement into the file, beside those of others; nothing where no path is given."""
+    """Add a recipe's measurement to a file, beside those of other recipes; a path of None writes nothing."""
     if path is not None:
         rows = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         path.write_text(json.dumps({**rows, name: row}, indent=1) + "\n", encoding="utf-8")

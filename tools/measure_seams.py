@@ -1,4 +1,4 @@
-"""Measure what tiling costs, by overlap: kernels predicted from a tile differ from those of the whole image.
+"""Measure the cost of tiling, by overlap: kernels predicted from a tile differ from those of the whole image.
 
     python tools/measure_seams.py [--tile 256] [--out docs/measurements/seams.json]
 
@@ -82,7 +82,7 @@ def compare(
 
 
 def step_at_seam(difference: np.ndarray, tile: int, overlap: int) -> float:
-    """Return the mean column-to-column jump where tiles begin or end to count, divided by that elsewhere."""
+    """Return the mean jump between columns at borders of the tiles' kept parts, over that elsewhere."""
     jumps = np.abs(np.diff(difference, axis=1)).mean(axis=(0, 2))
     edges = set()
     for t in tiles(*difference.shape[:2], tile, tile, overlap):

@@ -1,4 +1,4 @@
-"""What every number in docs/measurements/ carries: machine, versions and command."""
+"""Provenance of the numbers in docs/measurements/: machine, versions and command."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _PACKAGES = ("torch", "executorch", "torchao", "nncf", "onnxruntime", "numpy")
 
 
 def provenance(packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
-    """Return machine, versions and command of this process; paths outside the project by their last part."""
+    """Return machine, versions and command of this process; paths outside the project lose their folders."""
     arguments = [_shorten(word) for word in sys.argv[1:]]
     return {
         "machine": f"{platform.machine()}, {_processor()}, {os.cpu_count()} CPUs",
@@ -29,20 +29,20 @@ def provenance(packages: Sequence[str] = _PACKAGES) -> dict[str, Any]:
 
 
 def _shorten(word: str) -> str:
-    """Return a word of the command, or KEY=PATH of it, without folders that are of this machine alone."""
+    """Drop the folders of a path, or of KEY=PATH, that exist on this machine only."""
     key, equals, value = word.rpartition("=")
     path = Path(value)
     return key + equals + path.name if path.is_absolute() or ".." in path.parts else word
 
 
 def write(path: Path | None, record: dict[str, Any]) -> None:
-    """Write a measurement with its provenance as JSON; nothing where no path is given."""
+    """Write a measurement with its provenance as JSON; a path of None writes nothing."""
     if path is not None:
         path.write_text(json.dumps({**record, **provenance()}, indent=1) + "\n", encoding="utf-8")
 
 
 def _processor() -> str:
-    """Return the processor's name where Linux tells it."""
+    """Return the processor's name, on Linux from /proc/cpuinfo."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]

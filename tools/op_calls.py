@@ -1,4 +1,4 @@
-"""A call of an op for the drivers, what it has to give, and what is wrong with what a driver gave."""
+"""Calls of ops for the drivers: arguments, exact results, and the errors of a driver's results."""
 
 from __future__ import annotations
 
@@ -52,16 +52,16 @@ class OpCall:
 
     @functools.cached_property
     def exact(self) -> np.ndarray:
-        """What the op's definition gives in float64."""
+        """The result of the op's definition in float64."""
         return self.op.overload(*self._real_args()).numpy()
 
     @functools.cached_property
     def rounding(self) -> np.ndarray:
-        """The most by which float32 may miss ``exact``, at every output."""
+        """The largest error of float32 against ``exact``, at every output."""
         return rounding(self.op, self._real_args()).numpy()
 
     def discrepancy(self, result: Result) -> str:
-        """Return what is wrong with a result, or nothing."""
+        """Describe the error of a result; the empty string for a right one."""
         if result.y is None:
             return result.message or "failed without a word"
         if result.y.shape != self.exact.shape:
@@ -86,7 +86,7 @@ class OpCall:
         return np.clip(self.exact / self.int8.y_scale + self.int8.y_zero_point, -128, 127)
 
     def _wrong_int8(self, y: np.ndarray) -> np.ndarray:
-        """Allow half a step, what moved the real value, and two roundings of a value of up to 256 steps."""
+        """Allow half a step, the real value's rounding, and two roundings of a value of up to 256 steps."""
         assert self.int8 is not None
         allowed = 0.5 + self.rounding / self.int8.y_scale + 4 * UNIT * 256
         # NaN has no INT8
@@ -100,7 +100,7 @@ class OpCall:
 
 
 def to_int8(call: OpCall, zero_points: tuple[int, int] = (11, -50), steps: float = 90) -> OpCall:
-    """Return the INT8 twin of a float call: the largest x takes 100 steps, the largest y ``steps``."""
+    """Return a float call as INT8; the largest x is 100 quantization steps, the largest y ``steps``."""
     x, *rest = call.args
     y = np.abs(call.exact[np.isfinite(call.exact)]).max(initial=0)
     x_scale = float(x.abs().max()) / 100 if x.numel() else 1.0

@@ -16,7 +16,7 @@ import torch
 from op_calls import OPS, OpCall, to_int8
 from torch import Tensor
 
-_MOST = 2_000_000  # multiply-adds of a call, for the oracle's sake
+_MOST = 2_000_000  # multiply-adds of a call: the oracle is slow
 
 
 class Draw:
@@ -87,8 +87,8 @@ def _masked(d: Draw) -> tuple[Any, ...]:
     mask = torch.from_numpy((d.generator.random((b, 1, *size)) < density).astype(np.float32))
     bias = d.tensor(outputs) if d.one_of(True, False) else None
     weight = d.tensor(outputs, depth, side, side)
-    x, bend = d.tensor(b, groups * depth, h, w), d.one_of("none", "relu", "relu6")
-    return x, weight, bias, mask, stride, padding, dilation, groups, bend
+    x, activation = d.tensor(b, groups * depth, h, w), d.one_of("none", "relu", "relu6")
+    return x, weight, bias, mask, stride, padding, dilation, groups, activation
 
 
 DRAWS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
@@ -110,8 +110,8 @@ def random_call(name: str, seed: int, index: int) -> OpCall:
     if index % 2 == 0:
         return call
     zero_points = draw.one_of((-128, 127), (127, -128), (0, 0), (11, -50), (-7, 3))
-    twin = to_int8(call, zero_points, draw.one_of(30, 90, 400))
-    return OpCall(op, twin.args, twin.int8, int(draw.one_of(0, 0, 1, 3, 5)) * 4)
+    quantized = to_int8(call, zero_points, draw.one_of(30, 90, 400))
+    return OpCall(op, quantized.args, quantized.int8, int(draw.one_of(0, 0, 1, 3, 5)) * 4)
 
 
 def _is_mask(name: str, tensor: Tensor, args: tuple[Any, ...]) -> bool:

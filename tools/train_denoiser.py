@@ -1,4 +1,4 @@
-"""Train a denoiser on a folder of images: safetensors and a training card out; resumes where it stopped.
+"""Train a denoiser on a folder of images; write safetensors and a training card. Resumable.
 
 python tools/train_denoiser.py IMAGES --validation IMAGES --out recipes/weights/mallenet-s.safetensors
     [--network dynconv_denoiser --budget 0.5]
@@ -32,24 +32,22 @@ SIGMAS = (15, 25, 50)
 def main(
     images: Annotated[Path, typer.Argument(help="folder of training images")],
     validation: Annotated[Path, typer.Option(help="folder of images to measure the PSNR on, disjoint")],
-    out: Annotated[Path, typer.Option(help="weights, .safetensors; the card is written beside")],
+    out: Annotated[Path, typer.Option(help="weights, .safetensors; the card lies beside them, .json")],
     network: Annotated[str, typer.Option(help="one of: edgedyn list networks")] = "mallenet",
-    arguments: Annotated[str, typer.Option(help="its arguments but colors, JSON")] = "{}",
+    arguments: Annotated[str, typer.Option(help="the network's arguments except colors, JSON")] = "{}",
     colors: Annotated[int, typer.Option(help="3 or 1")] = 3,
     steps: int = 10000,
     batch: int = 8,
     patch: int = 64,
     learning_rate: float = 1e-3,
     freeze_norms: int = 2000,
-    budget: Annotated[
-        float, typer.Option(help="share of positions that masks let through, of a network with masks")
-    ] = 0.0,
+    budget: Annotated[float, typer.Option(help="share of active positions, for a network with masks")] = 0.0,
     keep: Annotated[
-        float, typer.Option(help="with --budget: how tight each block is held to it at last")
+        float, typer.Option(help="with --budget: how close each block must stay to it at the end, 0 to 1")
     ] = 0.0,
     seed: int = 0,
     start_from: Annotated[
-        Path | None, typer.Option(help="safetensors to go on from; --freeze-norms is then 0")
+        Path | None, typer.Option(help="safetensors to start from; --freeze-norms is then 0")
     ] = None,
     fast: Annotated[bool, typer.Option(help="bfloat16 and torch.compile; needs a C++ compiler")] = True,
     checkpoint: Annotated[Path | None, typer.Option(help="default: beside --out, .resume.pt")] = None,
@@ -70,8 +68,8 @@ def main(
     held_out = load_images(validation, gray=colors == 1)
     started = json.loads(start_from.with_suffix(".json").read_text()) if start_from else None
     torch.manual_seed(seed)
-    given = {**json.loads(arguments), "colors": colors}
-    model = find_network(network)(**given)
+    options = {**json.loads(arguments), "colors": colors}
+    model = find_network(network)(**options)
     penalty = MaskBudget(model, budget, keep=keep) if budget else None
     if start_from:
         load_weights(model, start_from)
@@ -87,7 +85,7 @@ def main(
     save_file({name: tensor.contiguous() for name, tensor in model.state_dict().items()}, out)
     card = {
         "network": network,
-        "arguments": given,
+        "arguments": options,
         **({"budget": budget, "keep": keep} if budget else {}),
         "data": {"folder": images.name, "images": len(training)},
         "noise": "white Gaussian, unclipped, sigma uniform in plan.sigma (0..255 scale), blind",
@@ -119,7 +117,7 @@ def measure(model: nn.Module, images: list[Tensor], sigma: float) -> float:
 
 @contextmanager
 def _bar(steps: int) -> Iterator[Callable[[int, float, nn.Module], None]]:
-    """Show a bar on a terminal, and a line every 100 steps elsewhere."""
+    """Show a progress bar on a terminal, else print a line every 100 steps."""
     recent: list[float] = []
     bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     task = bar.add_task("train", total=steps)

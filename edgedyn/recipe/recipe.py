@@ -169,8 +169,8 @@ def find_network(name: str) -> Any:
         return models.load(name)
     except (ImportError, AttributeError) as error:
         raise RecipeError(
-            f"model.network {name!r} cannot be loaded ({error}); {nearest(name, models.names())}expected one of "
-            f"{', '.join(models.names())}, or package.module:function of an importable module."
+            f"model.network {name!r} cannot be loaded ({error}); {nearest(name, models.names())}expected one "
+            f"of {', '.join(models.names())}, or package.module:function of an importable module."
         ) from error
 
 

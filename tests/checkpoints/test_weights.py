@@ -1,4 +1,4 @@
-"""Weights files: what fits is loaded exactly, everything else is refused before it can do harm."""
+"""Weights files: a fitting one is loaded exactly, any other is refused before it can do harm."""
 
 from __future__ import annotations
 

@@ -68,8 +68,8 @@ def test_bases_of_a_state_dict_are_used():
     x = torch.randn(2, 4, 5, 7)
     with torch.no_grad():
         assert not torch.equal(loaded(x), layer(x))
-        twin = CanonicalACDAConv(loaded)
-        torch.testing.assert_close(twin(x), loaded(x), rtol=1e-5, atol=1e-5)
+        canonical = CanonicalACDAConv(loaded)
+        torch.testing.assert_close(canonical(x), loaded(x), rtol=1e-5, atol=1e-5)
 
 
 def test_coefficients_are_bounded_by_one():

@@ -104,7 +104,7 @@ def test_state_dict_of_other_widths_is_refused():
 
 
 class DSConv2d(nn.Conv2d):
-    """What an instance of the authors' shows: lists, and a choice that the program around it sets."""
+    """The attributes of an authors' instance: lists, and a choice that the program around it sets."""
 
     def __init__(self, in_channels_list, out_channels_list, kernel_size, **rest):
         super().__init__(in_channels_list[-1], out_channels_list[-1], kernel_size, **rest)

@@ -1,4 +1,4 @@
-"""DDF: what FilterNorm makes of noise, what is refused, and what is taken over from the authors' classes."""
+"""DDF: FilterNorm on noise, refusals, and references made from the authors' classes."""
 
 from __future__ import annotations
 
@@ -366,7 +366,7 @@ def test_dynamic_modules_of_another_structure_are_refused_with_the_reason(change
 
 
 class Backbone(nn.Module):
-    """Somebody's network around the authors' layers, three levels down; ``packs`` are what they stand for."""
+    """Somebody's network around the authors' layers, three levels down; ``packs`` are their references."""
 
     def __init__(self, pack: nn.Module, up: nn.Module) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""DynConv: decisions, dilated masks, what the authors' classes refuse, and foreign classes of their names."""
+"""DynConv: decisions, dilated masks, refusals of the authors' classes, and foreign classes of their names."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_gradient_of_the_decision_is_that_of_sigmoid():
 
 
 def test_training_decides_with_logistic_noise_and_not_once_it_is_switched_off():
-    """Of N equal logits z, sigmoid(z) N are let through: that is what the logistic distribution does."""
+    """Of N equal logits z, sigmoid(z) N are active: the logistic distribution."""
     torch.manual_seed(3)
     unit = fresh(MaskUnit(PointMaskHead(1))).train()
     unit.maskconv.weight.data.fill_(1)
@@ -164,7 +164,7 @@ def test_blocks_take_and_give_the_authors_pair():
         assert meta == {"masks": []}
 
 
-# What the authors' classes refuse or ignore
+# arguments that the authors' classes refuse or ignore
 
 
 def record(block: nn.Module) -> dict:
@@ -385,13 +385,13 @@ FOREIGN = {
 }
 
 
-@pytest.mark.parametrize(("name", "make", "twin"), FOREIGN.values(), ids=FOREIGN)
-def test_foreign_block_keeps_its_numbers_and_its_call(name, make, twin):
+@pytest.mark.parametrize(("name", "make", "canonical_class"), FOREIGN.values(), ids=FOREIGN)
+def test_foreign_block_keeps_its_numbers_and_its_call(name, make, canonical_class):
     foreign, x = fresh(make()), rand(2, 4, 11, 8)
     expected, _ = foreign((x, {"masks": []}))
     ours = recognise(name, foreign)
     canonical = canonicalize(nn.Sequential(ours).eval())
-    assert type(canonical[0]) is twin
+    assert type(canonical[0]) is canonical_class
     for module in (ours, canonical):
         meta = object()
         y, given = module((x, meta))

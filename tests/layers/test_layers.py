@@ -1,4 +1,4 @@
-"""Paper layers: the canonical twin equals the reference, and canonicalize changes nothing else."""
+"""Paper layers: the canonical counterpart equals the reference, and canonicalize changes nothing else."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_model_without_dynamic_layers_is_copied():
 
 
 def test_subclass_of_a_layer_is_refused():
-    """Its forward may differ from the paper's: only the exact class has a proved twin."""
+    """Its forward may differ from the paper's: only the exact class has a proved counterpart."""
 
     class Mine(MalleConv):
         def forward(self, x):

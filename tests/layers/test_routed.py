@@ -1,4 +1,4 @@
-"""Routed programs: each sample goes to its own variant, by argmax or by what did not fit."""
+"""Routed programs: each sample goes to its own variant, by argmax or by overflow."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from edgedyn.layers import RoutedModel
 
 
 class Scale(nn.Module):
-    """Multiply by a number that tells which variant ran, and note what it was called with."""
+    """Multiply by a number that identifies the variant, and record its inputs."""
 
     def __init__(self, factor: float):
         super().__init__()
@@ -43,7 +43,7 @@ class Trunk(nn.Module):
 
 
 class FirstRows(nn.Module):
-    """A quick variant that doubles the first two positive rows of an image; it has no room for more."""
+    """A capacity variant that doubles the first two positive rows of an image; it has no room for more."""
 
     capacity = 2
 

@@ -1,4 +1,4 @@
-"""Slimmable layers and blocks: every width is a prefix, and its static twin equals it."""
+"""Slimmable layers and blocks: every width is a prefix, and its static counterpart equals it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The DDF networks: sizes, shapes, the authors' checkpoints, exact rewriting, what the phone runs."""
+"""The DDF networks: sizes, shapes, the authors' checkpoints, exact rewriting, programs on the phone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The slimmable denoisers: their sizes, their variants, and what the phone's runtime makes of them."""
+"""The slimmable denoisers: their sizes, their variants, and their programs in the phone's runtime."""
 
 from __future__ import annotations
 

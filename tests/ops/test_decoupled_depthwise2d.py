@@ -124,5 +124,5 @@ def test_form_runs_in_the_runtime_as_one_delegate(name, settings, tmp_path):
     (y,) = target.load(tmp_path / artifact.programs["forward"], "forward")(*(x.numpy() for x in inputs))
     exact = OP.overload(*(x.double() for x in inputs), *settings).numpy()
     terms = OP.overload(*(x.abs().double() for x in inputs), *settings).numpy()
-    # two products or sums and one addition a tap, each rounded once, on what is at most the sum of the terms
+    # two products or sums and one addition per tap, each rounded once, of at most the sum of the terms
     assert (np.abs(y - exact) <= 3 * side**2 * 2.0**-24 * terms + 1e-30).all()

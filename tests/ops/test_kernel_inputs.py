@@ -1,4 +1,4 @@
-"""What the ExecuTorch kernels do not take is refused with the reason; what is small or empty is computed."""
+"""The ExecuTorch kernels refuse unsupported calls with the reason, and compute small and empty ones."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def good_call(name: str, *, is_int8: bool = False) -> OpCall:
 
 
 def changed_job(name: str, changes: dict[str, Any]) -> Job:
-    """Return a good call in which some arguments have other values; scales belong to the INT8 twin."""
+    """Return a good call in which some arguments have other values; scales are for the INT8 variant."""
     is_int8 = any("_scale" in change or "_zero_point" in change for change in changes)
     job = good_call(name, is_int8=is_int8).kernel_job()
     packet = getattr(torch.ops.edgedyn, f"{name}_int8" if is_int8 else name)

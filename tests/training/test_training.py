@@ -1,4 +1,4 @@
-"""The training loop: it learns, resumes bit by bit, freezes BatchNorm, and refuses what cannot be trained."""
+"""The training loop: it learns, resumes bit by bit, freezes BatchNorm, and refuses impossible plans."""
 
 from __future__ import annotations
 
