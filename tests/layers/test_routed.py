@@ -98,7 +98,7 @@ def test_route_gives_logits_and_the_image_where_nothing_is_carried():
 @pytest.mark.parametrize("outputs", [2, 4])
 def test_logits_of_another_number_than_variants_are_refused(outputs):
     model = RoutedModel(_Fixed(outputs), {"w0": Scale(1.0), "w1": Scale(2.0), "w2": Scale(3.0)})
-    message = rf"gives logits \(1, {outputs}\) for 3 variants \(w0, w1, w2\).*expected \(1, 3\).*one output a"
+    message = rf"returns logits \(1, {outputs}\) for 3 variants \(w0, w1, w2\).*expected \(1, 3\).*output per"
     with pytest.raises(ModelError, match=message):
         model(make_images(0.5, 1.5))
 

@@ -262,7 +262,10 @@ def test_unknown_form_lists_the_known_ones():
 
 def test_unknown_op_lists_the_known_ones():
     program, _ = capture(OP, next(iter(OP.examples())))
-    with pytest.raises(RecipeError, match=r"unknown op 'mixed_conv2d'; found ops: .*sliced_depthwise2d"):
+    with pytest.raises(
+        RecipeError,
+        match=r"unknown op 'mixed_conv2d'; did you mean 'masked_conv2d'\? found ops: .*sliced_depthwise2d",
+    ):
         ops.choose_forms(program, EXECUTORCH, {"mixed_conv2d": "x"})
 
 
