@@ -29,7 +29,6 @@ from edgedyn.quantize.plan import Int8Method
 from edgedyn.quantize.rescale.input_rescale import drop_input_rescales, insert_input_rescales
 from edgedyn.quantize.rescale.output_rescale import RESCALE, insert_output_rescales
 from edgedyn.quantize.rescale.shift import SHIFT, shift_zero_points
-from edgedyn.targets.executorch.readers import separate_readers
 
 
 @dataclass(frozen=True)
@@ -112,7 +111,6 @@ def apply(
         if method.shifts:
             shift_zero_points(converted)
     reasons |= {node.name: KEPT_SHIFT for node in converted.graph.nodes if SHIFT in node.meta}
-    separate_readers(converted)
     exported = torch.export.export(converted, inputs)
     dynamic = tuple(layer.name for layer in plan.layers if layer.node in plan.dynamic)
     return Quantized(exported, *int8_share(exported), account(converted, reasons), calibrated, dynamic)

@@ -155,13 +155,6 @@ def test_outputs_are_quantized_only_where_the_scheme_wants_it(layer, rounding, t
 
 
 @every_case
-def test_every_dequantize_has_one_reader(layer, rounding, target):
-    """XNNPACK gives the layout of one reader to all of them."""
-    for node in calls(quantized(layer, rounding, target).program, "dequantize_per_tensor"):
-        assert len(node.users) == 1
-
-
-@every_case
 def test_what_stays_float_is_counted_with_a_reason(layer, rounding, target):
     result = quantized(layer, rounding, target)
     rows = {row["node"]: row for row in result.float_nodes}
@@ -206,31 +199,6 @@ def test_layer_that_is_called_twice_is_quantized_twice_with_its_own_constants(ro
     assert result.int8_mac_share == 1
     assert first.args[2] is not second.args[2]
     assert first.args[1] is not second.args[1]
-
-
-class PadNet(nn.Module):
-    """A pad between a convolution and two readers: a convolution and a product."""
-
-    def __init__(self, value: float) -> None:
-        super().__init__()
-        self.value, self.first, self.second = value, nn.Conv2d(3, 3, 1), nn.Conv2d(3, 3, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        padded = nn.functional.pad(self.first(x), (1, 2, 1, 1), value=self.value)
-        return self.second(padded) * padded
-
-
-@pytest.mark.parametrize(("value", "pairs"), [(0.0, 5), (0.5, 4)])
-def test_zero_pad_of_dequantized_values_is_quantized_again_without_loss(value, pairs, monkeypatch):
-    """Four pairs by annotation; the fifth, behind a zero pad, has the scale of the pad's input."""
-    torch.manual_seed(16)
-    net, x = PadNet(value).eval(), make_samples()[0][0]
-    separated = to_int8(net, EXECUTORCH.int8)
-    monkeypatch.setattr("edgedyn.quantize.quantized.separate_readers", lambda module: None)
-    shared = to_int8(net, EXECUTORCH.int8)
-    assert len(qparams(separated.program)) == pairs
-    assert len(qparams(shared.program)) == 4
-    assert torch.equal(separated.program.module()(x), shared.program.module()(x))
 
 
 @pytest.mark.parametrize("rounding", ROUNDINGS)

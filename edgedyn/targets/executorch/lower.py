@@ -25,6 +25,7 @@ from edgedyn.errors import ModelError
 from edgedyn.targets import Artifact
 from edgedyn.targets.executorch import kernels
 from edgedyn.targets.executorch.operators import trace_operators
+from edgedyn.targets.executorch.passes import apply_passes
 from edgedyn.targets.executorch.run import quiet_runtime
 from edgedyn.targets.fuse import calls_kernels, fuse_int8
 
@@ -47,7 +48,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
     Raises:
         ModelError: for an operator that the stock runtime lacks, with its node and the fix.
     """
-    programs = _with_kernels(programs)
+    programs = _prepare(programs)
     edge = _to_edge(programs)
     counts = {name: _count(edge, name) for name in programs}
     operators = {name: trace_operators(edge.exported_program(name)) for name in programs}
@@ -71,7 +72,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
 
 def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
     """Lower float programs in memory and count their operators: in delegates, portable, not there at all."""
-    edge = _to_edge(_with_kernels(programs))
+    edge = _to_edge(_prepare(programs))
     delegated, portable = 0, Counter[str]()
     for name in programs:
         portable += _count(edge, name)[1]
@@ -91,8 +92,9 @@ def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
     }
 
 
-def _with_kernels(programs: Mapping[str, ExportedProgram]) -> Mapping[str, ExportedProgram]:
-    """Load our kernels where a program calls them, and let INT8 tensors meet their INT8 twins."""
+def _prepare(programs: Mapping[str, ExportedProgram]) -> Mapping[str, ExportedProgram]:
+    """Apply the passes for XNNPACK; where a program calls our kernels, load them and fuse INT8 calls."""
+    programs = {name: apply_passes(program) for name, program in programs.items()}
     if not any(calls_kernels(program) for program in programs.values()):
         return programs
     kernels.load()

@@ -1,0 +1,111 @@
+"""Fixes of Q/DQ programs for XNNPACK: exact graph rewrites, in the order of ``PASSES``.
+
+    conv -> Q -> DQ -> {conv, mul}                  conv -> Q -> {DQ -> conv, DQ -> mul}
+    conv -> Q -> DQ -> pad -> mul                   conv -> Q -> DQ -> pad -> Q -> DQ -> mul
+
+Each pass names the symptom that it prevents and the last version that shows it. It can go once the cases in
+``tests/targets/test_passes.py`` lower and run without it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+import torch.ao.quantization.fx._decomposed  # registers quantized_decomposed
+from torch import fx
+from torch.export import ExportedProgram
+
+from edgedyn.graph.nodes import is_int8, module_path
+
+_QUANTIZE = torch.ops.quantized_decomposed.quantize_per_tensor.default
+_QUANTIZE_BY_IMAGE = torch.ops.quantized_decomposed.quantize_per_tensor.tensor
+_DEQUANTIZE = torch.ops.quantized_decomposed.dequantize_per_tensor.default
+_PADS = {torch.ops.aten.pad.default, torch.ops.aten.constant_pad_nd.default}
+_CONVOLUTIONS = {torch.ops.aten.conv2d.default, torch.ops.aten.convolution.default}
+
+Pass = Callable[[fx.GraphModule], bool]
+
+
+def quantize_pads(module: fx.GraphModule) -> bool:
+    """Insert a Q/DQ pair between a zero pad of dequantized values and its float consumers.
+
+    Exact: zero and the padded values lie on the grid of the pad's input, whose quantization parameters the
+    pair takes. Without it XNNPACK quantizes the pad's input and not its output, and the program dies when it
+    is loaded: "Failed to create StaticConstantPad node" (executorch 1.5.1).
+
+    Returns:
+        Whether a pair was inserted.
+    """
+    pads = [node for node in module.graph.nodes if _is_zero_pad(node) and node.args[0].target is _DEQUANTIZE]
+    return any([_quantize_output(module, pad) for pad in pads])
+
+
+def duplicate_dequantize(module: fx.GraphModule) -> bool:
+    """Give every consumer of dequantized values a dequantize node of its own.
+
+    XNNPACK changes the layout of a dequantize node's output for one consumer and passes the result to all of
+    them; the program dies at its first run: "Propagating input shapes failed" (executorch 1.5.1). Consumers
+    that want the same values in the same layout keep one node: the quantize of a range per image with the
+    node that finds the range, and the float convolutions of one layer.
+
+    Returns:
+        Whether a node was added.
+    """
+    added = False
+    for node in [n for n in module.graph.nodes if n.target is _DEQUANTIZE]:
+        groups: dict[Hashable, list[fx.Node]] = {}
+        for consumer in node.users:
+            groups.setdefault(_sharing_key(consumer), []).append(consumer)
+        for consumers in list(groups.values())[1:]:
+            with module.graph.inserting_before(consumers[0]):
+                own = module.graph.node_copy(node)
+            for consumer in consumers:
+                consumer.replace_input_with(node, own)
+            added = True
+    return added
+
+
+PASSES: tuple[Pass, ...] = (quantize_pads, duplicate_dequantize)
+
+
+def apply_passes(program: ExportedProgram) -> ExportedProgram:
+    """Return the program after ``PASSES``; the same object where none of them changes it."""
+    module = program.module()
+    assert isinstance(module, fx.GraphModule)
+    if not any([change(module) for change in PASSES]):
+        return program
+    module.recompile()
+    assert program.example_inputs is not None  # torch.export keeps them
+    return torch.export.export(module, *program.example_inputs)
+
+
+def _sharing_key(consumer: fx.Node) -> Hashable:
+    """Return a key that consumers have in common which may share a dequantize node."""
+    if consumer.target is _QUANTIZE_BY_IMAGE:
+        return consumer.args[1].args[0]  # type: ignore[union-attr]
+    if consumer.target in _CONVOLUTIONS and not is_int8(consumer):
+        return module_path(consumer)  # a form of an op runs several
+    return consumer
+
+
+def _is_zero_pad(node: fx.Node) -> bool:
+    rest = [arg for arg in node.args[2:] if arg not in ("constant", None, 0)]
+    return node.target in _PADS and not rest
+
+
+def _quantize_output(module: fx.GraphModule, pad: fx.Node) -> bool:
+    """Insert the pair of one pad, unless all its consumers quantize; return whether it was inserted."""
+    consumers = [user for user in pad.users if user.target is not _QUANTIZE]
+    if not consumers:
+        return False
+    qparams = pad.args[0].args[1:]  # type: ignore[union-attr]
+    with module.graph.inserting_after(pad):
+        quantized = module.graph.call_function(_QUANTIZE, (pad, *qparams))
+    with module.graph.inserting_after(quantized):
+        dequantized = module.graph.call_function(_DEQUANTIZE, (quantized, *qparams))
+    for node in (quantized, dequantized):
+        node.meta = dict(pad.meta)
+    for consumer in consumers:
+        consumer.replace_input_with(pad, dequantized)
+    return True
