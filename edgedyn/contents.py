@@ -91,9 +91,7 @@ def describe(
         "outputs": [{**asdict(output), "shape": list(output.shape)}],
         "forms": {op.name: form.name for op, form in converted.forms.items()},
         "tile": {"overlap": recipe.tile.overlap},
-        "versions": {
-            name: version(name) for name in ("torch", "executorch", "torchao", "nncf", "onnx", "numpy")
-        },
+        "versions": {name: version(name) for name in _tools(recipe)},
         "digests": {
             "recipe": recipe.digest(),
             "weights": recipe.weights_digest(),
@@ -135,6 +133,12 @@ def _float_nodes(converted: Converted) -> list[dict[str, Any]]:
         for name, part in converted.parts.items()
         for row in part.quantized.float_nodes
     ]
+
+
+def _tools(recipe: Recipe) -> tuple[str, ...]:
+    """Return the packages that a program depends on; NNCF only where it corrects biases."""
+    always = ("torch", "executorch", "torchao", "onnx", "numpy")
+    return always if recipe.quantize.bias_correction == "none" else (*always, "nncf")
 
 
 def _describe_calibration(recipe: Recipe, calibration: CalibrationSet, mismatch: str) -> dict[str, Any]:

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from packaging.specifiers import SpecifierSet
+from packaging.version import InvalidVersion, Version
 from rich.table import Table
 
 from edgedyn import targets
@@ -61,7 +63,13 @@ PACKAGES = (
     Requirement("torch", ">=2.13,<2.14", "networks, export, calibration"),
     Requirement("executorch", "==1.5.*", "lowering to a phone, and running the result here"),
     Requirement("torchao", "==0.18.*", "INT8 quantization"),
-    Requirement("nncf", "==3.4.*", "INT8 quantization with bias correction"),
+    Requirement(
+        "nncf",
+        "==3.4.*",
+        "quantize.bias_correction in recipes",
+        fix='pip install "edgedyn[nncf]"',
+        optional=True,
+    ),
     Requirement("onnx", ">=1.20", "lowering to TensorRT and ONNX Runtime"),
     Requirement("onnxruntime", ">=1.23", "checking an ONNX program on this machine"),
     Requirement(
@@ -179,26 +187,11 @@ def _finding(wanted: Requirement, found: str | None) -> Finding:
 
 
 def _within(version: str, versions: str) -> bool:
-    """Return whether a version lies in a range of ``>=``, ``<``, ``==x.y.*``; ``+cpu``, ``rc1`` are cut."""
-    release = _release(version)
-    for part in filter(None, versions.split(",")):
-        sign = part.rstrip("0123456789.*")
-        bound = _release(part[len(sign) :])
-        if not _HOLDS[sign](release, bound):
-            return False
-    return True
-
-
-_HOLDS: dict[str, Callable[[tuple[int, ...], tuple[int, ...]], bool]] = {
-    ">=": lambda release, bound: release >= bound,
-    "<": lambda release, bound: release < bound,
-    "==": lambda release, bound: release[: len(bound)] == bound,
-}
-
-
-def _release(version: str) -> tuple[int, ...]:
-    leading = re.match(r"\d+(\.\d+)*", version)
-    return tuple(int(n) for n in leading[0].split(".")) if leading else ()
+    """Return whether a version lies in a range; its suffixes (``+cpu``, ``rc1``) do not count."""
+    try:
+        return SpecifierSet(versions).contains(Version(version).base_version)
+    except InvalidVersion:
+        return not versions
 
 
 def _headers(version: str | None) -> Finding:

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from edgedyn.images.image_set import CalibrationSet
     from edgedyn.ops import Form, Op
     from edgedyn.recipe.recipe import Recipe
-_TOOLS = ("edgedyn", "torch", "torchao", "nncf", "numpy")
+_TOOLS = ("edgedyn", "torch", "torchao", "numpy")
 
 
 def table_key(
@@ -72,8 +72,13 @@ def table_key(
             exclude={"table", "samples", "color_augmented", "finetune_images"}
         ),
         **more,
-        "versions": {name: version(name) for name in _TOOLS},
+        "versions": {name: version(name) for name in tools(recipe)},
     }
+
+
+def tools(recipe: Recipe) -> tuple[str, ...]:
+    """Return the packages whose versions decide a calibration; NNCF only where it corrects biases."""
+    return _TOOLS if recipe.quantize.bias_correction == "none" else (*_TOOLS, "nncf")
 
 
 def find_table(

@@ -18,7 +18,10 @@ from edgedyn import targets
 from edgedyn.cli import doctor
 
 PYPROJECT = (Path(__file__).parents[2] / "pyproject.toml").read_text(encoding="utf-8")
-OPTIONAL = {"tensorrt_rtx", "tensorrt", "pycuda", "g++", "cmake", "nvcc", "TensorRT headers", "CUDA device"}
+OPTIONAL = {"nncf", "tensorrt_rtx", "tensorrt", "pycuda", "g++", "cmake", "nvcc"} | {
+    "TensorRT headers",
+    "CUDA device",
+}
 
 
 def examine_with(versions, *, tools=None):
@@ -38,7 +41,7 @@ def test_everything_installed_here_is_found_with_its_version():
 def test_a_required_package_that_is_missing_is_not_ok_and_says_the_command():
     found = examine_with({"torch": "2.13.0"})
     assert found["torch"].ok
-    for name in ("executorch", "torchao", "nncf", "onnx", "onnxruntime"):
+    for name in ("executorch", "torchao", "onnx", "onnxruntime"):
         assert not found[name].ok
         assert found[name].found is None
         assert found[name].fix.startswith(f'pip install "{name}')
@@ -101,7 +104,7 @@ def test_ranges_are_those_of_the_project():
 
 def test_extras_named_by_a_mend_exist():
     extras = {e for wanted in doctor.PACKAGES for e in re.findall(r"edgedyn\[([\w-]+)\]", wanted.fix)}
-    assert extras == {"tensorrt-check", "jetson"}
+    assert extras == {"nncf", "tensorrt-check", "jetson"}
     for extra in extras:
         assert re.search(rf"^{extra} = \[", PYPROJECT, re.MULTILINE)
 

@@ -127,13 +127,19 @@ def test_graph_of_another_computation_is_another(one, other):
     assert digests[0] == digests[1] != digests[2]
 
 
-@pytest.mark.parametrize("tool", ["edgedyn", "torch", "torchao", "nncf", "numpy"])
+@pytest.mark.parametrize("tool", ["edgedyn", "torch", "torchao", "numpy"])
 def test_table_of_other_tools_is_refused(first, tool, monkeypatch):
     folder, _ = first
     versions = {name: version(name) for name in recipe_table._TOOLS} | {tool: "99.0"}
     monkeypatch.setattr(recipe_table, "version", versions.__getitem__)
     with pytest.raises(CalibrationError, match=f"of other versions: {tool} was .*, now '99.0'"):
         convert(recipe(folder))
+
+
+def test_nncf_counts_only_where_it_corrects_biases(tmp_path):
+    assert "nncf" not in recipe_table.tools(recipe(tmp_path))
+    corrected = recipe(tmp_path, "quantize.rounding=nearest", "quantize.bias_correction=fast")
+    assert recipe_table.tools(corrected)[-1] == "nncf"
 
 
 def test_forced_table_is_used_and_recorded(first, no_statistics):

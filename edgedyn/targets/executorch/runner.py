@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from packaging.version import Version
 
 from edgedyn.bundle.manifest import FORWARD
 from edgedyn.errors import BundleError, TargetMissingError
@@ -64,7 +65,7 @@ def arm64_package() -> Path:
     Raises:
         TargetMissingError: where pip cannot fetch it, with pip's words.
     """
-    release = version("executorch").split("+")[0]
+    release = Version(version("executorch")).public
     folder = cache() / f"executorch-{release}-aarch64"
     if folder.is_dir():
         return folder / "executorch"

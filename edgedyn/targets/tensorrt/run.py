@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from packaging.version import Version
 
 from edgedyn.bundle.manifest import FORWARD
 from edgedyn.errors import BundleError, TargetMissingError
@@ -23,7 +24,7 @@ from edgedyn.targets.onnxruntime import run as onnxruntime_run
 if TYPE_CHECKING:
     from edgedyn.targets import Run
 
-MINIMUM_VERSION = (10, 1)  # the first with ICudaEngine.device_memory_size_v2; JetPack 6.1 brings 10.3
+MINIMUM_VERSION = Version("10.1")  # the first with ICudaEngine.device_memory_size_v2; JetPack 6.1 brings 10.3
 _ENGINE_SUFFIX = ".engine"
 
 
@@ -168,9 +169,9 @@ def require_tensorrt() -> tuple[Any, Any]:
             f"an engine needs TensorRT and pycuda, found: {error}. On a Jetson install JetPack 6.1 or newer, "
             "which brings TensorRT, and: pip install pycuda; elsewhere: pip install 'edgedyn[jetson]'"
         ) from error
-    if parse_version(trt.__version__) < MINIMUM_VERSION:
+    if Version(trt.__version__) < MINIMUM_VERSION:
         raise TargetMissingError(
-            f"found TensorRT {trt.__version__}; expected {'.'.join(map(str, MINIMUM_VERSION))} or newer. "
+            f"found TensorRT {trt.__version__}; expected {MINIMUM_VERSION} or newer. "
             "On a Jetson install JetPack 6.1 or newer; elsewhere: pip install 'tensorrt>=10.1'"
         )
     try:
@@ -182,12 +183,6 @@ def require_tensorrt() -> tuple[Any, Any]:
             f"CUDA cannot start: {error}. An engine needs an NVIDIA GPU and its driver on this machine."
         ) from error
     return trt, cuda
-
-
-def parse_version(text: str) -> tuple[int, int]:
-    """Return (major, minor) of a TensorRT version, ``10.3.0.30``."""
-    major, minor = text.split(".")[:2]
-    return int(major), int(minor)
 
 
 @contextmanager
