@@ -56,10 +56,14 @@ def translate(
     program: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]
 ) -> onnx.ModelProto:
     """Return a program as a checked ONNX model; arguments and errors are those of ``export_onnx``."""
-    _require_packages()
-    import onnx
-    import onnx_ir
+    return to_checked_proto(translate_to_ir(program, input_names, output_names))
 
+
+def translate_to_ir(
+    program: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]
+) -> onnx_ir.Model:
+    """Return a program as an ONNX graph to be edited; arguments and errors are those of ``export_onnx``."""
+    _require_packages()
     _check_names("input", input_names, program.graph_signature.user_inputs)
     _check_names("output", output_names, program.graph_signature.user_outputs)
     graph = _translate(program, list(input_names), list(output_names))
@@ -72,14 +76,26 @@ def translate(
             f"the program has {stored} bytes of weights; one ONNX file holds at most {MAX_BYTES}. "
             "Use a smaller network."
         )
-    model: onnx.ModelProto = onnx_ir.to_proto(graph)
+    return graph
+
+
+def to_checked_proto(model: onnx_ir.Model) -> onnx.ModelProto:
+    """Serialize a model and let ONNX's own checker see it: onnx_ir has none.
+
+    Raises:
+        ModelError: where the checker or its shape inference refuses the model.
+    """
+    import onnx
+    import onnx_ir
+
+    proto: onnx.ModelProto = onnx_ir.to_proto(model)
     try:
-        onnx.checker.check_model(model, full_check=True)
+        onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ModelError(
             f"the exported ONNX is not valid: {error}. This is a defect of the exporter or of a form."
         ) from error
-    return model
+    return proto
 
 
 def write_onnx(model: onnx.ModelProto, path: Path) -> None:

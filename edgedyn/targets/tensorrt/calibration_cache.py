@@ -19,13 +19,16 @@ both its tensors a scale: name such layers to it (``trtexec --layerPrecisions``)
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edgedyn.targets.onnx_export import to_checked_proto
+
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir
 
 HEAD = "TRT-100300-EntropyCalibration2"  # TensorRT 10.3, of JetPack 6.1 and 6.2
 
@@ -41,60 +44,59 @@ def cache_text(scales: Mapping[str, float]) -> str:
 
 
 def split_pairs(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, float]]:
-    """Take a Q/DQ model apart into a float model and the scales of its values.
+    """Split a Q/DQ model into a float model and the scales of its values.
 
     Args:
         model: symmetric INT8 by pairs of QuantizeLinear and DequantizeLinear; left as it is.
 
     Returns:
         The same graph in float, its weights dequantized, and the scale of each value that was quantized.
+
+    Raises:
+        ModelError: where ONNX's checker refuses the float model.
     """
-    import onnx
-    from onnx.numpy_helper import from_array, to_array
+    import onnx_ir
 
-    arrays = {tensor.name: to_array(tensor) for tensor in model.graph.initializer}
+    made = onnx_ir.from_proto(model)
+    graph = made.graph
     scales: dict[str, float] = {}
-    same: dict[str, str] = {}  # a value of a pair -> the float value that it stands for
-    nodes, weights = [], []
-    for node in model.graph.node:
-        given = [same.get(name, name) for name in node.input]
+    for node in list(graph):
+        x = node.inputs[0] if node.inputs else None
         if node.op_type == "QuantizeLinear":
-            scales.setdefault(given[0], float(arrays[node.input[1]]))
-            same[node.output[0]] = given[0]
-        elif node.op_type == "DequantizeLinear" and node.input[0] in arrays:
-            weights.append(from_array(_dequantize(node, arrays), node.output[0]))
-        elif node.op_type == "DequantizeLinear":
-            same[node.output[0]] = given[0]
-        else:
-            kept = onnx.NodeProto()
-            kept.CopyFrom(node)
-            kept.input[:] = given
-            nodes.append(kept)
-    for name in (value.name for value in model.graph.output if value.name in same):
-        nodes.append(onnx.helper.make_node("Identity", [same[name]], [name]))
-    read = {name for node in nodes for name in node.input}
-    weights += [tensor for tensor in model.graph.initializer if tensor.name in read]
-    return _with_nodes(model, nodes, weights), scales
+            scales.setdefault(x.name, float(node.inputs[1].const_value.numpy()))
+        elif node.op_type == "DequantizeLinear" and x.is_initializer():
+            x = _store_dequantized(graph, node)
+        elif node.op_type != "DequantizeLinear":
+            continue
+        _bypass(graph, node, x)
+    for constant in list(graph.initializers.values()):
+        if not constant.uses():
+            graph.initializers.pop(constant.name)
+    return to_checked_proto(made), scales
 
 
-def _dequantize(node: onnx.NodeProto, arrays: Mapping[str, np.ndarray]) -> np.ndarray:
-    """Return the float32 values of a weight of int8 codes with a scale a channel."""
-    codes, scales = (arrays[name] for name in node.input[:2])
-    axis = next(attribute.i for attribute in node.attribute if attribute.name == "axis")
-    column = scales.reshape([-1 if k == axis else 1 for k in range(codes.ndim)])
-    return np.asarray(codes.astype(np.float32) * column)
+def _bypass(graph: onnx_ir.Graph, node: onnx_ir.Node, source: onnx_ir.Value) -> None:
+    """Remove a node; its consumers use ``source``, and an output of the graph keeps its name."""
+    import onnx_ir
+
+    (y,) = node.outputs
+    if y.is_graph_output():
+        kept = onnx_ir.Value(name=y.name, type=y.type, shape=y.shape)
+        graph.append(onnx_ir.node("Identity", [source], outputs=[kept]))
+        graph.outputs[graph.outputs.index(y)] = kept
+    y.replace_all_uses_with(source)
+    graph.remove(node, safe=True)
 
 
-def _with_nodes(
-    model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto], initializers: Sequence[onnx.TensorProto]
-) -> onnx.ModelProto:
-    """Return a checked model of the same inputs and outputs; types of values between are left out."""
-    import onnx
+def _store_dequantized(graph: onnx_ir.Graph, node: onnx_ir.Node) -> onnx_ir.Value:
+    """Store an int8 weight, one scale per channel, as float32 under the name of the node's output."""
+    import onnx_ir
 
-    made = onnx.ModelProto()
-    made.CopyFrom(model)
-    for field, values in (("node", nodes), ("initializer", initializers), ("value_info", ())):
-        made.graph.ClearField(field)
-        getattr(made.graph, field).extend(values)
-    onnx.checker.check_model(made, full_check=True)
-    return made
+    quantized, scales = (value.const_value.numpy() for value in node.inputs[:2])
+    axis = node.attributes["axis"].as_int()
+    column = scales.reshape([-1 if k == axis else 1 for k in range(quantized.ndim)])
+    name = node.outputs[0].name
+    tensor = onnx_ir.tensor(quantized.astype(np.float32) * column, name=name)
+    weight = onnx_ir.Value(name=name, type=node.outputs[0].type, shape=tensor.shape, const_value=tensor)
+    graph.register_initializer(weight)
+    return weight

@@ -23,11 +23,12 @@ from edgedyn import ops, targets
 from edgedyn.errors import ModelError
 from edgedyn.graph.constants import fold_constants
 from edgedyn.targets.fuse import calls_kernels, fuse_int8
-from edgedyn.targets.onnx_export import PLUGIN_DOMAIN, translate
+from edgedyn.targets.onnx_export import PLUGIN_DOMAIN, to_checked_proto, translate_to_ir
 from edgedyn.targets.tensorrt.signatures import NAMESPACE, SCALES, SIGNATURES, VERSION, Signature, node_type
 
 if TYPE_CHECKING:
     import onnx
+    import onnx_ir
 
 
 def with_nodes(program: ExportedProgram) -> ExportedProgram:
@@ -86,7 +87,7 @@ def has_nodes(model: onnx.ModelProto) -> bool:
     return any(_is_ours(node) for node in model.graph.node)
 
 
-def _is_ours(node: onnx.NodeProto) -> bool:
+def _is_ours(node: onnx.NodeProto | onnx_ir.Node) -> bool:
     """Whether a node is one of our ops; a network may bring a plugin of its own."""
     return node.domain == PLUGIN_DOMAIN and node.op_type in map(node_type, SIGNATURES)
 
@@ -94,73 +95,75 @@ def _is_ours(node: onnx.NodeProto) -> bool:
 def expand_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
     """Replace each node of ours by ordinary operators: those of the op's form for TensorRT without plugins.
 
-    They are made from what the model itself says of the node, its attributes, inputs and types; an INT8 node
-    becomes DequantizeLinear, these operators, QuantizeLinear. So what runs on the result tests the nodes.
+    They are made from attributes, inputs and types of the node itself; an INT8 node becomes DequantizeLinear,
+    these operators, QuantizeLinear. So a run of the result tests the nodes.
     """
-    import onnx
     import onnx_ir
 
-    calls = [node for node in model.graph.node if _is_ours(node)]
-    pieces = _translate_pieces(model, calls)
-    dynamic = [name for call in calls for name in _dynamic_inputs(model, call)]
-    renamed = dict(zip((value.name for value in pieces.input), dynamic, strict=True))
-    renamed |= dict(zip((v.name for v in pieces.output), (call.output[0] for call in calls), strict=True))
-    decomposed = onnx.ModelProto()
-    decomposed.CopyFrom(model)
-    kept = [node for node in decomposed.graph.node if not _is_ours(node)]
-    del decomposed.graph.node[:]
-    decomposed.graph.node.extend(kept)
-    for tensor in pieces.initializer:
-        decomposed.graph.initializer.add().CopyFrom(tensor)
-        decomposed.graph.initializer[-1].name = _inside(tensor.name, renamed)
-    for node in pieces.node:
-        added = decomposed.graph.node.add()
-        added.CopyFrom(node)
-        added.name = _inside(node.name, {})
-        added.input[:] = [_inside(name, renamed) for name in node.input]
-        added.output[:] = [_inside(name, renamed) for name in node.output]
-    in_order = onnx_ir.from_proto(decomposed)
-    if all(node.domain != PLUGIN_DOMAIN for node in kept):
-        in_order.graph.opset_imports.pop(PLUGIN_DOMAIN)
-    in_order.graph.sort()
-    result: onnx.ModelProto = onnx_ir.to_proto(in_order)
-    return result
+    decomposed = onnx_ir.from_proto(model)
+    graph = decomposed.graph
+    calls = [node for node in graph if _is_ours(node)]
+    _splice(graph, calls, _translate_calls(calls).graph)
+    if all(node.domain != PLUGIN_DOMAIN for node in graph):
+        graph.opset_imports.pop(PLUGIN_DOMAIN, None)
+    graph.sort()
+    return to_checked_proto(decomposed)
 
 
-def _inside(name: str, renamed: dict[str, str]) -> str:
-    """Return a name of the pieces inside the model; empty is an absent input."""
-    return renamed.get(name, f"decomposed/{name}" if name else "")
+def _splice(graph: onnx_ir.Graph, calls: Sequence[onnx_ir.Node], pieces: onnx_ir.Graph) -> None:
+    """Move ``pieces``, which compute the calls, into their graph in place of them.
+
+    Args:
+        graph: holds the calls; changed in place.
+        calls: nodes of one output each.
+        pieces: one input per dynamic input of a call, one output per call, in order; emptied.
+    """
+    inputs = [value for call in calls for value in _dynamic_inputs(call)]
+    for placeholder, value in zip(pieces.inputs, inputs, strict=True):
+        placeholder.replace_all_uses_with(value)
+    results = list(pieces.outputs)
+    pieces.outputs.clear()
+    for constant in list(pieces.initializers.values()):
+        pieces.initializers.pop(constant.name)
+        constant.name = f"decomposed/{constant.name}"
+        graph.register_initializer(constant)
+    nodes = list(pieces)
+    pieces.remove(nodes)
+    for node in nodes:
+        node.name = f"decomposed/{node.name}"
+        for value in node.outputs:
+            value.name = f"decomposed/{value.name}"
+    for call, result in zip(calls, results, strict=True):
+        result.name = call.outputs[0].name
+        call.outputs[0].replace_all_uses_with(result, replace_graph_outputs=True)
+    graph.remove(calls, safe=True)
+    graph.extend(nodes)
 
 
-def _dynamic_inputs(model: onnx.ModelProto, call: onnx.NodeProto) -> list[str]:
-    constants = {tensor.name for tensor in model.graph.initializer}
-    return [name for name in call.input if name not in constants]
+def _dynamic_inputs(call: onnx_ir.Node) -> list[onnx_ir.Value]:
+    return [value for value in call.inputs if value is not None and not value.is_initializer()]
 
 
-class _Pieces(nn.Module):
+class _Calls(nn.Module):
     """Every call of a model side by side; constants are its buffers, all else its inputs."""
 
-    def __init__(self, model: onnx.ModelProto, calls: Sequence[onnx.NodeProto]) -> None:
-        import onnx
-
+    def __init__(self, calls: Sequence[onnx_ir.Node]) -> None:
         super().__init__()
-        stored = {tensor.name: tensor for tensor in model.graph.initializer}
         self.calls = [_read_call(call) for call in calls]
-        self.dynamic = [[name not in stored for name in call.input] for call in calls]
+        self.dynamic = [[not value.is_initializer() for value in call.inputs] for call in calls]
         for k, call in enumerate(calls):
-            for i, name in enumerate(call.input):
-                if name in stored:
-                    value = torch.from_numpy(onnx.numpy_helper.to_array(stored[name]).copy())
-                    self.register_buffer(f"constant_{k}_{i}", value)
+            for i, value in enumerate(call.inputs):
+                if value.is_initializer():
+                    self.register_buffer(f"constant_{k}_{i}", torch.tensor(value.const_value.numpy()))
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         left, results = iter(tensors), []
         for k, (form, signature, attributes, scales) in enumerate(self.calls):
-            given = [
-                next(left) if is_input else getattr(self, f"constant_{k}_{i}")
-                for i, is_input in enumerate(self.dynamic[k])
+            inputs = [
+                next(left) if is_dynamic else getattr(self, f"constant_{k}_{i}")
+                for i, is_dynamic in enumerate(self.dynamic[k])
             ]
-            x, *others = signature.arrange(given)
+            x, *others = signature.arrange(inputs)
             results.append(_compute(form, x, [*others, *attributes], scales))
         return tuple(results)
 
@@ -175,37 +178,31 @@ def _compute(form: Any, x: Tensor, others: list[Any], scales: Sequence[float]) -
     return pair.quantize_per_tensor.default(y, scales[1], *limits)  # type: ignore[no-any-return]
 
 
-def _read_call(call: onnx.NodeProto) -> tuple[Any, Signature, list[Any], list[float]]:
+def _read_call(call: onnx_ir.Node) -> tuple[Any, Signature, list[Any], list[float]]:
     """Return form, signature, arguments behind the tensors, and scales of a node."""
-    import onnx
-
-    found = {a.name: onnx.helper.get_attribute_value(a) for a in call.attribute}
+    attributes = {name: attribute.value for name, attribute in call.attributes.items()}
     op = {node_type(name): op for name, op in ops.load_all().items()}[call.op_type]
     signature = SIGNATURES[op.name]
     flags = {argument.name for argument in op.overload._schema.arguments if str(argument.type) == "bool"}
-    values = [
-        choices[found[name]] if choices else bool(found[name]) if name in flags else found[name]
+    arguments = [
+        choices[attributes[name]]
+        if choices
+        else bool(attributes[name])
+        if name in flags
+        else attributes[name]
         for name, choices in signature.attributes.items()
     ]
     form = ops.choose_form(op, targets.load("tensorrt"))
-    return form.fn, signature, values, [found[name] for name in SCALES if name in found]
+    return form.fn, signature, arguments, [attributes[name] for name in SCALES if name in attributes]
 
 
-def _translate_pieces(model: onnx.ModelProto, calls: Sequence[onnx.NodeProto]) -> onnx.GraphProto:
-    """Export what the calls compute as one ONNX graph: an input a dynamic tensor, an output a call."""
-    import onnx
-
-    described = {
-        value.name: value.type.tensor_type for value in (*model.graph.input, *model.graph.value_info)
-    }
-    wanted = [described[name] for call in calls for name in _dynamic_inputs(model, call)]
+def _translate_calls(calls: Sequence[onnx_ir.Node]) -> onnx_ir.Model:
+    """Export the forms of all calls as one ONNX graph: one input per dynamic tensor, one output per call."""
     examples = tuple(
-        torch.zeros(
-            [dim.dim_value for dim in kind.shape.dim],
-            dtype=getattr(torch, onnx.helper.tensor_dtype_to_np_dtype(kind.elem_type).name),
-        )
-        for kind in wanted
+        torch.zeros(list(value.shape.numpy()), dtype=getattr(torch, value.dtype.numpy().name))
+        for call in calls
+        for value in _dynamic_inputs(call)
     )
-    program = fold_constants(torch.export.export(_Pieces(model, calls), examples))
+    program = fold_constants(torch.export.export(_Calls(calls), examples))
     names = [f"in_{k}" for k in range(len(examples))]
-    return translate(program, names, [f"out_{k}" for k in range(len(calls))]).graph
+    return translate_to_ir(program, names, [f"out_{k}" for k in range(len(calls))])
