@@ -122,6 +122,13 @@ const Generated<T>* GeneratedOf(const Call& call, int input) {
   return static_cast<const Generated<T>*>(call.inputs[input]);
 }
 
+// Returns launch(T()) for the type T of x and y, which IsTyped has checked.
+template <typename Function>
+cudaError_t ForType(const Call& call, const Function& launch) {
+  if (call.type == kFloat32) return launch(float());
+  return call.type == kFloat16 ? launch(__half()) : launch(int8_t());
+}
+
 // The kernels' arguments are one struct; a grid is at most 2^31 - 1 blocks.
 template <typename Arguments>
 cudaError_t Launch(void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared_bytes, const Call& call,

@@ -13,6 +13,25 @@
 #define EDGEDYN_CHECK(context, condition, out, ...) \
   ET_KERNEL_CHECK_MSG(context, condition, InvalidArgument, out, __VA_ARGS__)
 
+// Dispatch of a template Function<T>(const Arguments<T>&, const Plan&, const Place&) by the type of x and the instruction
+// set, in two halves: Highway exports plain functions only.
+//
+// The first half, inside HWY_NAMESPACE: one plain function per type.
+#define EDGEDYN_PER_TYPE(Function, Arguments, Plan, Place)                                                 \
+  void Function##Float(const Arguments<float>& a, const Plan& plan, const Place& at) { Function(a, plan, at); } \
+  void Function##Int8(const Arguments<int8_t>& a, const Plan& plan, const Place& at) { Function(a, plan, at); }
+
+// The second half, behind HWY_ONCE: overloads of Function that call the plain function of this machine.
+#define EDGEDYN_DISPATCH(Function, Arguments, Plan, Place)                              \
+  HWY_EXPORT(Function##Float);                                                          \
+  HWY_EXPORT(Function##Int8);                                                           \
+  void Function(const Arguments<float>& a, const Plan& plan, const Place& at) {         \
+    HWY_DYNAMIC_DISPATCH(Function##Float)(a, plan, at);                                 \
+  }                                                                                     \
+  void Function(const Arguments<int8_t>& a, const Plan& plan, const Place& at) {        \
+    HWY_DYNAMIC_DISPATCH(Function##Int8)(a, plan, at);                                  \
+  }
+
 namespace edgedyn {
 
 using ::executorch::aten::ArrayRef;

@@ -121,6 +121,5 @@ EDGEDYN_EXPORT int edgedyn_atom_depthwise2d(const edgedyn::Call* call) {
   const AtomDepthwise2d p{x[0], x[1], x[2], x[3], alpha[1] / bases, bases, side, stride};
   if (!HasShape(*call, 1, x[0], alpha[1], p.out_height(), p.out_width())) return cudaErrorInvalidValue;
   if (x[0] * x[1] * x[2] * x[3] == 0) return cudaSuccess;
-  if (call->type == kFloat32) return Filter<float>(*call, p);
-  return call->type == kFloat16 ? Filter<__half>(*call, p) : Filter<int8_t>(*call, p);
+  return ForType(*call, [&](auto type) { return Filter<decltype(type)>(*call, p); });
 }

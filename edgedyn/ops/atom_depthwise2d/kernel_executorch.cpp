@@ -62,6 +62,8 @@ struct AtomStrip {
   int64_t offsets[kFloats / kLanes];  // as many taps as can fit
 };
 
+using AtomPlace = int64_t[4];  // sample, output row, strip, block of kernels
+
 }  // namespace edgedyn
 #endif
 
@@ -90,7 +92,7 @@ void ReadStrided(const T* from, int64_t width, int64_t left, int64_t count, int6
 template <typename T>
 class AtomFilter {
  public:
-  AtomFilter(const AtomArguments<T>& a, const AtomStrip& strip, const int64_t (&at)[4], float* scratch)
+  AtomFilter(const AtomArguments<T>& a, const AtomStrip& strip, const AtomPlace& at, float* scratch)
       : a_(a), p_(a.p), strip_(strip), b_(at[0]), h_(at[1]), left_(at[2] * strip.columns),
         first_(at[3] * strip.kernels), kernels_(std::min(strip.kernels, a.p.kernels - first_)),
         count_(std::min(strip.columns, a.p.out_width() - left_)),
@@ -203,16 +205,11 @@ class AtomFilter {
 };
 
 template <typename T>
-void FilterAtoms(const AtomArguments<T>& a, const AtomStrip& strip, const int64_t (&at)[4]) {
+void FilterAtoms(const AtomArguments<T>& a, const AtomStrip& strip, const AtomPlace& at) {
   alignas(64) float scratch[AtomStrip::kFloats];
   AtomFilter<T>(a, strip, at, scratch).Filter();
 }
-void FilterAtomsFloat(const AtomArguments<float>& a, const AtomStrip& strip, const int64_t (&at)[4]) {
-  FilterAtoms(a, strip, at);
-}
-void FilterAtomsInt8(const AtomArguments<int8_t>& a, const AtomStrip& strip, const int64_t (&at)[4]) {
-  FilterAtoms(a, strip, at);
-}
+EDGEDYN_PER_TYPE(FilterAtoms, AtomArguments, AtomStrip, AtomPlace)
 
 }  // namespace HWY_NAMESPACE
 }  // namespace edgedyn
@@ -222,15 +219,7 @@ HWY_AFTER_NAMESPACE();
 namespace edgedyn {
 namespace {
 
-HWY_EXPORT(FilterAtomsFloat);
-HWY_EXPORT(FilterAtomsInt8);
-
-void FilterAtoms(const AtomArguments<float>& a, const AtomStrip& strip, const int64_t (&at)[4]) {
-  HWY_DYNAMIC_DISPATCH(FilterAtomsFloat)(a, strip, at);
-}
-void FilterAtoms(const AtomArguments<int8_t>& a, const AtomStrip& strip, const int64_t (&at)[4]) {
-  HWY_DYNAMIC_DISPATCH(FilterAtomsInt8)(a, strip, at);
-}
+EDGEDYN_DISPATCH(FilterAtoms, AtomArguments, AtomStrip, AtomPlace)
 
 template <typename T>
 void Filter(const AtomArguments<T>& a, const AtomStrip& strip) {

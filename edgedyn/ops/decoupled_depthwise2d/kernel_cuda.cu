@@ -123,6 +123,5 @@ EDGEDYN_EXPORT int edgedyn_decoupled_depthwise2d(const edgedyn::Call* call) {
   if (x[0] * x[1] * spatial[2] * spatial[3] == 0) return cudaSuccess;
   const DecoupledDepthwise2d p{x[0],       x[1], x[2],   x[3],     heads,       spatial[2],
                                spatial[3], side, stride, dilation, combine == 0};
-  if (call->type == kFloat32) return Filter<float>(*call, p);
-  return call->type == kFloat16 ? Filter<__half>(*call, p) : Filter<int8_t>(*call, p);
+  return ForType(*call, [&](auto type) { return Filter<decltype(type)>(*call, p); });
 }

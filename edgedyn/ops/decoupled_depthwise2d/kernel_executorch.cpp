@@ -182,12 +182,7 @@ void FilterTile(const DecoupledArguments<T>& a, const DecoupledTile& tile, const
   else
     DecoupledFilter<T, false>(a, tile, work, scratch).FilterChannels();
 }
-void FilterTileFloat(const DecoupledArguments<float>& a, const DecoupledTile& tile, const DecoupledWork& work) {
-  FilterTile(a, tile, work);
-}
-void FilterTileInt8(const DecoupledArguments<int8_t>& a, const DecoupledTile& tile, const DecoupledWork& work) {
-  FilterTile(a, tile, work);
-}
+EDGEDYN_PER_TYPE(FilterTile, DecoupledArguments, DecoupledTile, DecoupledWork)
 
 }  // namespace HWY_NAMESPACE
 }  // namespace edgedyn
@@ -197,15 +192,7 @@ HWY_AFTER_NAMESPACE();
 namespace edgedyn {
 namespace {
 
-HWY_EXPORT(FilterTileFloat);
-HWY_EXPORT(FilterTileInt8);
-
-void FilterTile(const DecoupledArguments<float>& a, const DecoupledTile& tile, const DecoupledWork& work) {
-  HWY_DYNAMIC_DISPATCH(FilterTileFloat)(a, tile, work);
-}
-void FilterTile(const DecoupledArguments<int8_t>& a, const DecoupledTile& tile, const DecoupledWork& work) {
-  HWY_DYNAMIC_DISPATCH(FilterTileInt8)(a, tile, work);
-}
+EDGEDYN_DISPATCH(FilterTile, DecoupledArguments, DecoupledTile, DecoupledWork)
 
 constexpr int64_t kRun = 32;  // channels of a work item: they share a copy of the spatial filter
 

@@ -284,6 +284,5 @@ EDGEDYN_EXPORT int edgedyn_masked_conv2d(const edgedyn::Call* call) {
                        stride, padding, dilation, groups, static_cast<Activation>(activation)};
   if (!HasShape(*call, 3, x[0], 1, p.out_height, p.out_width)) return cudaErrorInvalidValue;
   if (p.batch * p.outputs == 0) return cudaSuccess;
-  if (call->type == kFloat32) return Filter<float>(*call, p);
-  return call->type == kFloat16 ? Filter<__half>(*call, p) : Filter<int8_t>(*call, p);
+  return ForType(*call, [&](auto type) { return Filter<decltype(type)>(*call, p); });
 }

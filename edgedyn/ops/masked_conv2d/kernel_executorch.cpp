@@ -172,29 +172,17 @@ class TileConvolution {
 };
 
 template <typename T>
-void ConvolveTile(const MaskedArguments<T>& a, const ActiveList& list, int64_t tile, int64_t begin, int64_t end) {
-  TileConvolution<T>(a, list, list.tiles[tile]).ConvolveBlocks(begin, end);
+void ConvolveTile(const MaskedArguments<T>& a, const ActiveList& list, const TileWork& at) {
+  TileConvolution<T>(a, list, list.tiles[at.tile]).ConvolveBlocks(at.begin, at.end);
 }
-void ConvolveTileFloat(const MaskedArguments<float>& a, const ActiveList& list, int64_t tile, int64_t begin,
-                       int64_t end) {
-  ConvolveTile(a, list, tile, begin, end);
-}
-void ConvolveTileInt8(const MaskedArguments<int8_t>& a, const ActiveList& list, int64_t tile, int64_t begin,
-                      int64_t end) {
-  ConvolveTile(a, list, tile, begin, end);
-}
+EDGEDYN_PER_TYPE(ConvolveTile, MaskedArguments, ActiveList, TileWork)
 
 template <typename T>
-void FilterBand(const MaskedArguments<T>& a, const MaskedBand& band, const int64_t (&at)[5]) {
+void FilterBand(const MaskedArguments<T>& a, const MaskedBand& band, const BandPlace& at) {
   BandFilter<T> filter(a, band, at[0], at[1], at[2]);
   for (int64_t o = at[3]; o < at[4]; ++o) filter.FilterChannel(o);
 }
-void FilterBandFloat(const MaskedArguments<float>& a, const MaskedBand& band, const int64_t (&at)[5]) {
-  FilterBand(a, band, at);
-}
-void FilterBandInt8(const MaskedArguments<int8_t>& a, const MaskedBand& band, const int64_t (&at)[5]) {
-  FilterBand(a, band, at);
-}
+EDGEDYN_PER_TYPE(FilterBand, MaskedArguments, MaskedBand, BandPlace)
 
 }  // namespace HWY_NAMESPACE
 }  // namespace edgedyn
@@ -204,23 +192,8 @@ HWY_AFTER_NAMESPACE();
 namespace edgedyn {
 namespace {
 
-HWY_EXPORT(ConvolveTileFloat);
-HWY_EXPORT(ConvolveTileInt8);
-HWY_EXPORT(FilterBandFloat);
-HWY_EXPORT(FilterBandInt8);
-
-void ConvolveTile(const MaskedArguments<float>& a, const ActiveList& list, int64_t tile, int64_t begin, int64_t end) {
-  HWY_DYNAMIC_DISPATCH(ConvolveTileFloat)(a, list, tile, begin, end);
-}
-void ConvolveTile(const MaskedArguments<int8_t>& a, const ActiveList& list, int64_t tile, int64_t begin, int64_t end) {
-  HWY_DYNAMIC_DISPATCH(ConvolveTileInt8)(a, list, tile, begin, end);
-}
-void FilterBand(const MaskedArguments<float>& a, const MaskedBand& band, const int64_t (&at)[5]) {
-  HWY_DYNAMIC_DISPATCH(FilterBandFloat)(a, band, at);
-}
-void FilterBand(const MaskedArguments<int8_t>& a, const MaskedBand& band, const int64_t (&at)[5]) {
-  HWY_DYNAMIC_DISPATCH(FilterBandInt8)(a, band, at);
-}
+EDGEDYN_DISPATCH(ConvolveTile, MaskedArguments, ActiveList, TileWork)
+EDGEDYN_DISPATCH(FilterBand, MaskedArguments, MaskedBand, BandPlace)
 
 // Tiles hold equal numbers of active positions, so that threads get equal work wherever the mask is set.
 template <typename T>
@@ -234,7 +207,7 @@ void Convolve(const MaskedArguments<T>& a) {
     parallel_for(0, list.count * parts, 1, [&](int64_t first, int64_t last) {
       for (int64_t item = first; item < last; ++item) {
         const int64_t part = item % parts;
-        ConvolveTile(a, list, item / parts, part * blocks / parts, (part + 1) * blocks / parts);
+        ConvolveTile(a, list, {item / parts, part * blocks / parts, (part + 1) * blocks / parts});
       }
     });
   }

@@ -55,6 +55,11 @@ struct ActiveList {
   uint16_t positions[kPositions];  // less begin
 };
 
+// Blocks [begin, end) of output channels at one tile.
+struct TileWork {
+  int64_t tile, begin, end;
+};
+
 // The band of rows of a depthwise filter, and how many columns fit the scratch beside it.
 struct MaskedBand {
   static constexpr int64_t kFloats = 16384;  // 64 KiB a thread
@@ -76,5 +81,7 @@ struct MaskedBand {
   int64_t reach, tile_rows;
   int64_t columns = 0;  // 0: does not fit
 };
+
+using BandPlace = int64_t[5];  // sample, first row, first column, output channels [begin, end)
 
 }  // namespace edgedyn

@@ -200,6 +200,5 @@ EDGEDYN_EXPORT int edgedyn_sliced_depthwise2d(const edgedyn::Call* call) {
   if (grid[2] * grid[3] == 0) return cudaErrorInvalidValue;
   const SlicedDepthwise2d p{x[0],    x[1],    x[2], x[3],     filters,
                             grid[2], grid[3], side, dilation, call->attributes[2] != 0};
-  if (call->type == kFloat32) return Filter<float>(*call, p);
-  return call->type == kFloat16 ? Filter<__half>(*call, p) : Filter<int8_t>(*call, p);
+  return ForType(*call, [&](auto type) { return Filter<decltype(type)>(*call, p); });
 }

@@ -46,6 +46,8 @@ struct SlicedStrip {
   int64_t columns = 0;  // 0: does not fit
 };
 
+using SlicedPlace = int64_t[5];  // sample, filter, first column, rows [begin, end)
+
 }  // namespace edgedyn
 #endif
 
@@ -233,16 +235,11 @@ class SlicedFilter {
 };
 
 template <typename T>
-void FilterStrip(const SlicedArguments<T>& a, const SlicedStrip& strip, const int64_t (&at)[5]) {
+void FilterStrip(const SlicedArguments<T>& a, const SlicedStrip& strip, const SlicedPlace& at) {
   alignas(64) float scratch[SlicedStrip::kFloats];
   SlicedFilter<T>(a, strip, at[0], at[1], at[2], scratch).FilterRows(at[3], at[4]);
 }
-void FilterStripFloat(const SlicedArguments<float>& a, const SlicedStrip& strip, const int64_t (&at)[5]) {
-  FilterStrip(a, strip, at);
-}
-void FilterStripInt8(const SlicedArguments<int8_t>& a, const SlicedStrip& strip, const int64_t (&at)[5]) {
-  FilterStrip(a, strip, at);
-}
+EDGEDYN_PER_TYPE(FilterStrip, SlicedArguments, SlicedStrip, SlicedPlace)
 
 }  // namespace HWY_NAMESPACE
 }  // namespace edgedyn
@@ -252,15 +249,7 @@ HWY_AFTER_NAMESPACE();
 namespace edgedyn {
 namespace {
 
-HWY_EXPORT(FilterStripFloat);
-HWY_EXPORT(FilterStripInt8);
-
-void FilterStrip(const SlicedArguments<float>& a, const SlicedStrip& strip, const int64_t (&at)[5]) {
-  HWY_DYNAMIC_DISPATCH(FilterStripFloat)(a, strip, at);
-}
-void FilterStrip(const SlicedArguments<int8_t>& a, const SlicedStrip& strip, const int64_t (&at)[5]) {
-  HWY_DYNAMIC_DISPATCH(FilterStripInt8)(a, strip, at);
-}
+EDGEDYN_DISPATCH(FilterStrip, SlicedArguments, SlicedStrip, SlicedPlace)
 
 constexpr int64_t kBand = 128;  // rows of a work item
 
