@@ -1,8 +1,7 @@
-"""Targets, one folder each. A folder adds a target by a constant ``TARGET`` in its ``__init__.py``.
+"""Targets, one folder each; the constant ``TARGET`` in a folder's ``__init__.py`` adds it.
 
-``lower.py`` is the host side (torch, onnx). ``run.py`` is the device side (numpy and the runtime) and defines
-``load(path, program) -> run`` where ``run(*arrays)`` returns a list of arrays. Importing a target imports
-neither.
+``lower.py`` is the host side (torch, onnx). ``run.py`` is the device side (numpy and the runtime): its
+``load(path, program)`` returns ``run(*arrays) -> list of arrays``. Importing a target imports neither.
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ __path__ = extend_path(__path__, __name__)
 
 @dataclass(frozen=True)
 class Int8Scheme:
-    """How a target's runtime wants its INT8 operators annotated.
+    """Requirements of a target's runtime on INT8 operators.
 
     Attributes:
         symmetric: activations have zero point 0.
         outputs: convolutions also need a quantized output, and PReLU may follow in INT8.
-        dynamic: says of a convolution or linear layer whether it may take the range of what it reads from
-            each image; it writes float then.
+        dynamic: whether the input range of a convolution or linear layer may be computed from each image; the
+            layer's output is float then.
     """
 
     symmetric: bool
@@ -47,13 +46,13 @@ class Int8Scheme:
 
 @dataclass(frozen=True)
 class Artifact:
-    """What lowering leaves behind.
+    """The result of lowering.
 
     Attributes:
-        programs: program -> plain name of the file written into the output folder that ``load`` takes;
-            several programs may share a file.
-        facts: measured facts for the report and the manifest: delegated nodes, check-build memory, versions.
-        rows: what lowering itself measured with limits, for instance a check build.
+        programs: program -> plain name of its file in the output folder, for ``load``; several programs may
+            share a file.
+        facts: measurements for the report and the manifest: delegated nodes, check-build memory, versions.
+        rows: measurements with limits that lowering itself makes, for instance of a check build.
     """
 
     programs: dict[str, str]
@@ -63,12 +62,12 @@ class Artifact:
 
 @dataclass(frozen=True)
 class Events:
-    """What one run took, as the runtime itself tells it; milliseconds.
+    """Times of one run from the runtime's own profiler, in milliseconds.
 
     Attributes:
-        whole: the program.
-        operators: ("layer" or "conversion", time) of its convolutions and matrix products, and of what it
-            converts between float and INT8, in the order in which they ran.
+        whole: time of the whole program.
+        operators: ("layer" or "conversion", time) of every convolution and matrix product, and of every
+            conversion between float and INT8, in the order in which they ran.
     """
 
     whole: float
@@ -82,20 +81,21 @@ class Target:
     Attributes:
         name: the folder's name, and the recipe's ``target``.
         summary: one line for ``edgedyn list targets``.
-        capabilities: what forms may require of the stock runtime.
-        kernels: what forms may require besides where a recipe says ``kernels: fused``: our own kernels.
-        precisions: what the recipe may ask for, of ``fp32``, ``fp16``, ``int8``.
-        int8: how INT8 is annotated, or None where the target has none.
-        lower: ``lower(programs, out, precision) -> Artifact``; ``programs`` is name -> program, one called
-            ``forward`` or the parts of a routed one. Writes into the existing folder ``out``.
-        preview: ``preview(programs)``: what ``lower`` would make of float programs, nothing is written.
-            Returns ``delegated``, the share of operators that an accelerated backend takes, ``portable``
-            {operator: count} of the others, and ``unsupported`` {operator: count} that it has no way to run.
-        load: ``load(path, program) -> run``; the device side, keeps alive what the runtime needs.
-        profile: ``profile(path, program)`` loads a program that keeps count: ``run(*arrays)``, then
-            ``read()`` returns the ``Events`` of every run. None where the runtime does not tell what a layer
-            takes; else ``lower`` puts ``operators``, program -> what each event is of, into the facts.
-        missing: a sentence that says what is not installed and what to do, or None where the target can be
+        capabilities: capabilities of the stock runtime, which forms may require. (A form is one way to
+            compute an op of ours: a plain function of ordinary operators, or the op's own node.)
+        kernels: further capabilities under ``kernels: fused`` in a recipe, which our own kernels bring.
+        precisions: precisions that a recipe may name, of ``fp32``, ``fp16``, ``int8``.
+        int8: requirements on INT8 operators, or None where the target has no INT8.
+        lower: ``lower(programs, out, precision) -> Artifact``; ``programs`` is name -> program: one named
+            ``forward``, or the parts of a routed network. Writes into the existing folder ``out``.
+        preview: ``preview(programs)`` lowers float programs and writes nothing. Returns ``delegated``, the
+            share of operators that an accelerated backend takes; ``portable``, {operator: count} of the
+            others; ``unsupported``, {operator: count} of those that the runtime cannot run.
+        load: ``load(path, program) -> run``; the device side; ``run`` owns all objects of the runtime.
+        profile: ``profile(path, program)`` loads a program with its profiler on: ``run(*arrays)``, then
+            ``read()`` returns the ``Events`` of every run. ``lower`` then puts ``operators`` into the facts:
+            program -> the layer of each event. None where the runtime has no times per layer.
+        missing: returns a sentence that names a missing package and its fix, or None where the target can be
             lowered to and run here.
     """
 
@@ -113,7 +113,7 @@ class Target:
 
 
 def deferred(module: str, function: str) -> Callable[..., Any]:
-    """Return a function whose module is imported when it is called: a target's runtime may not be here."""
+    """Return a function that imports its module when called: a target's runtime may not be installed."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return getattr(importlib.import_module(module), function)(*args, **kwargs)
@@ -127,10 +127,10 @@ def names() -> list[str]:
 
 
 def load(name: str, kernels: str = "stock") -> Target:
-    """Return the target of that name, with what our own kernels can do where they are ``fused``.
+    """Return the target of a name; with ``fused`` kernels its capabilities include those of our own kernels.
 
     Raises:
-        RecipeError: for an unknown name, the known ones are listed; for a target without kernels of ours.
+        RecipeError: for an unknown name, with the known ones; for a target without kernels of ours.
     """
     if name not in names():
         raise RecipeError(

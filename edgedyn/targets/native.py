@@ -1,4 +1,4 @@
-"""Our C++ and CUDA, compiled where it runs: by CMake, once, into a cache named by its content."""
+"""Compile our C++ and CUDA on the machine that runs it: by CMake, once, into a cache keyed by content."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ SOURCES = Path(__file__).parents[1] / "ops"
 
 
 @dataclass(frozen=True)
-class Product:
-    """One file that CMake makes.
+class CompiledFile:
+    """One file that CMake builds.
 
     Attributes:
-        what: what it is, for the error of a build that fails.
-        project: the folder of its ``CMakeLists.txt``.
-        file: its plain name.
-        sources: the files that it is made of.
-        fix: what a machine needs to build it, for the error.
-        options: of CMake.
-        facts: what else decides what it is: versions, paths of packages.
-        target: of CMake, where not all is wanted.
+        title: name of the file for people, in the error of a failed build.
+        project: folder of its ``CMakeLists.txt``.
+        file: plain name.
+        sources: source files.
+        fix: sentence on the tools that a build needs, for the error.
+        options: options of CMake.
+        facts: further parts of the cache key: versions, paths of packages.
+        target: target of CMake.
     """
 
-    what: str
+    title: str
     project: Path
     file: str
     sources: tuple[Path, ...]
@@ -41,14 +41,14 @@ class Product:
     target: str = "all"
 
     def path(self) -> Path:
-        """Return where it stands or would stand."""
+        """Return its place in the cache, whether it is built or not."""
         return cached_path(self.file, self.sources, *self.options, *self.facts)
 
     def build(self) -> Path:
-        """Return it, compiled first where a source changed.
+        """Return its path; compile it first where a source changed.
 
         Raises:
-            TargetMissingError: without a compiler, CMake or what it looks for, with CMake's words.
+            TargetMissingError: without a compiler, CMake or a package that it needs, with CMake's message.
         """
         path = self.path()
         if path.is_file():
@@ -58,27 +58,27 @@ class Product:
             configure = ("-S", self.project, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", *self.options)
             compile_it = ("--build", folder, "--target", self.target, "--parallel", os.cpu_count() or 1)
             for command in (configure, compile_it):
-                if wrong := _cmake(*command):
-                    raise TargetMissingError(f"{self.what} cannot be built here: {wrong} {self.fix}")
-            (Path(folder) / self.file).replace(path)  # whole or not at all, whoever else builds
+                if message := _cmake(*command):
+                    raise TargetMissingError(f"{self.title} cannot be built here: {message} {self.fix}")
+            (Path(folder) / self.file).replace(path)  # atomic: another process may build the same file
         return path
 
 
 def find_sources(*patterns: str) -> tuple[Path, ...]:
-    """Return the files of the ops that have such names."""
+    """Return the files of the ops whose names match a pattern."""
     return tuple(sorted({path for pattern in patterns for path in SOURCES.rglob(pattern)}))
 
 
 def _cmake(*arguments: object) -> str | None:
-    """Run the CMake of this environment, or else the machine's; return what went wrong."""
+    """Run the CMake of this environment, or else the machine's; return its error message, None on success."""
     beside = Path(sys.executable).parent
-    found = shutil.which("cmake", path=f"{beside}{os.pathsep}{os.environ.get('PATH', '')}")
-    if found is None:
+    cmake = shutil.which("cmake", path=f"{beside}{os.pathsep}{os.environ.get('PATH', '')}")
+    if cmake is None:
         return "there is no cmake."
-    done = subprocess.run([found, *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = subprocess.run([cmake, *map(str, arguments)], capture_output=True, text=True, check=False)
     if not done.returncode:
         return None
     lines = (line.strip() for line in (done.stderr + done.stdout).splitlines())
-    words = [line for line in lines if line and not line.startswith("--")]  # what went well begins with --
-    wrong = next((k for k, line in enumerate(words) if "error" in line.lower()), 0)
-    return " ".join(words[wrong : wrong + 4])
+    messages = [line for line in lines if line and not line.startswith("--")]  # "--" marks success
+    first = next((k for k, line in enumerate(messages) if "error" in line.lower()), 0)
+    return " ".join(messages[first : first + 4])

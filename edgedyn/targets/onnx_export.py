@@ -1,9 +1,11 @@
-"""An exported program as one ONNX file that needs nothing beside it, and the rules that TensorRT sets for it.
+"""Export a program as one self-contained ONNX file, and check the rules of TensorRT for it.
 
     float32 or float16 program   the same types; BatchNorm folded into the convolutions
     PT2E-converted INT8 program  QuantizeLinear, DequantizeLinear around float operators, weights as int8
 
-Only the standard library at import. The one operator domain beside ONNX's own is ``edgedyn``: plugins.
+The module imports only the standard library. The one domain beside ONNX's own is ``edgedyn``: our plugins.
+Graphs are edited with onnx_ir; ``onnx.ModelProto`` is the finished model: onnx_ir has no checker, and no
+serialization to deterministic bytes.
 """
 
 from __future__ import annotations
@@ -32,16 +34,16 @@ PLUGIN_DOMAIN = "edgedyn"
 def export_onnx(
     program: ExportedProgram, path: Path, *, input_names: Sequence[str], output_names: Sequence[str]
 ) -> onnx.ModelProto:
-    """Write a program to ``path`` as ONNX and return what was written.
+    """Write a program to ``path`` as ONNX and return the model.
 
-    Names of Python files and line numbers, which the exporter attaches to every node, are left out. The same
-    program gives the same bytes.
+    The file has no names of Python files and no line numbers, which the exporter attaches to every node. The
+    same program gives the same bytes.
 
     Args:
         program: fixed shapes; float32, float16, or INT8 from ``convert_pt2e``.
         path: the file; an existing one is replaced.
-        input_names: one name for each input of the program.
-        output_names: one name for each output.
+        input_names: one name per input of the program.
+        output_names: one name per output.
 
     Raises:
         ModelError: for a wrong number of names, an operator that ONNX cannot express, or 2 GB of weights.
@@ -62,7 +64,7 @@ def translate(
 def translate_to_ir(
     program: ExportedProgram, input_names: Sequence[str], output_names: Sequence[str]
 ) -> onnx_ir.Model:
-    """Return a program as an ONNX graph to be edited; arguments and errors are those of ``export_onnx``."""
+    """Return a program as an editable ONNX graph; arguments and errors are those of ``export_onnx``."""
     _require_packages()
     _check_names("input", input_names, program.graph_signature.user_inputs)
     _check_names("output", output_names, program.graph_signature.user_outputs)
@@ -80,7 +82,7 @@ def translate_to_ir(
 
 
 def to_checked_proto(model: onnx_ir.Model) -> onnx.ModelProto:
-    """Serialize a model and let ONNX's own checker see it: onnx_ir has none.
+    """Serialize a model and run ONNX's own checker on it.
 
     Raises:
         ModelError: where the checker or its shape inference refuses the model.
@@ -104,28 +106,28 @@ def write_onnx(model: onnx.ModelProto, path: Path) -> None:
 
 
 def check_precision(models: Sequence[onnx.ModelProto], precision: str) -> None:
-    """Refuse models whose types are not the precision that was asked for.
+    """Refuse models of another precision.
 
     Raises:
-        ModelError: with what was found; ``int8`` needs at least one QuantizeLinear in one model, ``fp16``
-            half inputs of all.
+        ModelError: with both precisions; ``int8`` needs at least one QuantizeLinear in one model, ``fp16``
+            float16 inputs of all.
     """
     import onnx
 
     names = {onnx.TensorProto.FLOAT: "fp32", onnx.TensorProto.FLOAT16: "fp16"}
     inputs = {value.type.tensor_type.elem_type for model in models for value in model.graph.input}
-    found = ", ".join(sorted(names.get(kind, onnx.TensorProto.DataType.Name(kind)) for kind in inputs))
+    actual = ", ".join(sorted(names.get(kind, onnx.TensorProto.DataType.Name(kind)) for kind in inputs))
     if any(node.op_type == "QuantizeLinear" for model in models for node in model.graph.node):
-        found = "int8"
-    if found != precision:
+        actual = "int8"
+    if actual != precision:
         raise ModelError(
-            f"lowering was asked for {precision!r}, but the program is {found or 'without inputs'!r}. Pass a "
-            "program of that precision: .half() before export for fp16, convert_pt2e for int8."
+            f"the program is {actual or 'without inputs'!r}; expected {precision!r} as asked of "
+            "lowering. Pass one of that precision: .half() before export for fp16, convert_pt2e for int8."
         )
 
 
 def describe(model: onnx.ModelProto) -> dict[str, object]:
-    """Return the facts of an ONNX file: opset, names, bytes, and how often each operator occurs."""
+    """Return the facts of an ONNX file: opset, names of inputs and outputs, bytes, count per operator."""
     operators = Counter(node.op_type for node in model.graph.node)
     return {
         "opset": max(entry.version for entry in model.opset_import if entry.domain in _ONNX_DOMAINS),
@@ -137,10 +139,10 @@ def describe(model: onnx.ModelProto) -> dict[str, object]:
 
 
 def lint_for_tensorrt(model: onnx.ModelProto) -> list[str]:
-    """Return one sentence for each thing in the model that TensorRT refuses or computes differently.
+    """Return one sentence per part of the model that TensorRT refuses or computes differently.
 
     TensorRT takes explicit signed symmetric INT8 (zero point 0), no INT32 bias behind DequantizeLinear, and
-    operators of ONNX or of our plugins. Fixed shapes are our choice: engines need no profiles.
+    operators of ONNX or of our plugins. Fixed shapes are our choice: engines then need no profiles.
     """
     import onnx
 
@@ -166,7 +168,7 @@ _ONNX_DOMAINS = ("", "ai.onnx")
 
 
 def _lint_quantization(node: onnx.NodeProto, constants: dict[str, onnx.TensorProto]) -> Iterator[str]:
-    """Yield what TensorRT refuses about one QuantizeLinear or DequantizeLinear."""
+    """Yield the findings about one QuantizeLinear or DequantizeLinear."""
     import numpy as np
     import onnx
 
@@ -215,13 +217,13 @@ def _require_packages() -> None:
 def _check_names(kind: str, names: Sequence[str], expected: Sequence[str]) -> None:
     if len(names) != len(expected) or len(set(names)) != len(names):
         raise ModelError(
-            f"the program has {len(expected)} {kind}s ({', '.join(map(str, expected))}), but the names given "
-            f"are {list(names)}; expected one distinct name for each."
+            f"the {kind} names are {list(names)}; expected one distinct name for each of the program's "
+            f"{len(expected)} {kind}s ({', '.join(map(str, expected))}). Pass as many."
         )
 
 
 def _translate(program: ExportedProgram, input_names: list[str], output_names: list[str]) -> onnx_ir.Model:
-    """Translate a program to ONNX in memory, without the exporter's notes about Python files."""
+    """Translate a program to ONNX in memory and drop the exporter's notes about Python files."""
     import torch
     from onnx_ir.passes.common import ClearMetadataAndDocStringPass
 
@@ -247,7 +249,7 @@ def _translate(program: ExportedProgram, input_names: list[str], output_names: l
 
 @contextmanager
 def _quiet_exporter() -> Iterator[None]:
-    """Silence what torch 2.13 says about itself: torchvision is absent, its own LeafSpec is deprecated."""
+    """Silence two warnings of torch 2.13 about itself: no torchvision, its own LeafSpec is deprecated."""
     log = logging.getLogger("torch.onnx._internal.exporter._registration")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -263,8 +265,8 @@ def _quiet_exporter() -> Iterator[None]:
 def _store_weights_quantized(model: onnx_ir.Model) -> None:
     """Replace QuantizeLinear of a constant by its int8 result, in place.
 
-    ``convert_pt2e(fold_quantize=False)`` leaves float weights behind QuantizeLinear, and the optimizer keeps
-    every QuantizeLinear unless told otherwise: 621 KB become 157 KB on two convolutions with 128 channels.
+    ``convert_pt2e(fold_quantize=False)`` leaves float weights in front of QuantizeLinear, and onnxscript's
+    optimizer keeps every QuantizeLinear by default: 621 KB become 157 KB on two convolutions of 128 channels.
     """
     from onnxscript import optimizer
 

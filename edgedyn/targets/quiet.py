@@ -1,4 +1,4 @@
-"""Keep the chatter of the libraries below the targets off the terminal."""
+"""Silence the log messages and warnings of torch, torchao, NNCF and ExecuTorch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
-    """Keep the chatter of torch, torchao, NNCF and ExecuTorch off the terminal; errors still show."""
+    """Silence the libraries below the targets inside a ``with`` block; errors still show."""
     logging.basicConfig(level=logging.ERROR)
     for name in ("torchao", "nncf", "executorch", "torch", "torch.utils._pytree"):
         logging.getLogger(name).setLevel(logging.ERROR)

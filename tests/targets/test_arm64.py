@@ -149,6 +149,6 @@ def test_machine_without_an_emulator_is_told_what_to_install(monkeypatch):
 def test_package_that_cannot_be_fetched_is_said_in_the_words_of_pip(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setenv("PIP_NO_INDEX", "1")
-    with pytest.raises(TargetMissingError, match=r"ARM64 package .* cannot be fetched: .*No matching"):
+    with pytest.raises(TargetMissingError, match=r"ARM64 package .* cannot be downloaded: .*No matching"):
         runner.arm64_package()
     assert list(tmp_path.rglob("executorch*")) == []

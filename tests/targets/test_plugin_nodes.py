@@ -24,7 +24,7 @@ from edgedyn.recipe.keys import QuantizeSection
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.targets.onnx_export import lint_for_tensorrt, translate, write_onnx
 from edgedyn.targets.tensorrt import nodes, signatures
-from edgedyn.targets.tensorrt.run import expanded_path, host_path, load, runtime_name
+from edgedyn.targets.tensorrt.run import decomposed_path, host_path, load, runtime_name
 from edgedyn.targets.tensorrt.signatures import SIGNATURES, node_type
 
 CENTRED = (0, 0)  # the zero points that TensorRT takes
@@ -141,7 +141,7 @@ def run_expanded(model: onnx.ModelProto, args: tuple[Any, ...], folder: Path) ->
     """Run a model where there is no plugin, as a bundle does."""
     path = folder / "model.onnx"
     write_onnx(model, path)
-    write_onnx(nodes.expand_nodes(model), expanded_path(path))
+    write_onnx(nodes.decompose_nodes(model), decomposed_path(path))
     assert host_path(path) == folder / "model.decomposed.onnx"
     names = {value.name for value in model.graph.input}
     (y,) = load(path)(*(a.numpy() for k, a in enumerate(args) if f"in_{k}" in names))
@@ -153,7 +153,7 @@ def run_expanded(model: onnx.ModelProto, args: tuple[Any, ...], folder: Path) ->
 def test_expanded_node_computes_the_op(op, args, tmp_path):
     stored = (1,) if args[0].shape[1] % 2 else ()  # a constant of the network, or an input
     model = export_call(op.overload, args, stored)
-    decomposed = nodes.expand_nodes(model)
+    decomposed = nodes.decompose_nodes(model)
     onnx.checker.check_model(decomposed, full_check=True)
     assert not {node.domain for node in decomposed.graph.node} - {"", "ai.onnx"}
     y = run_expanded(model, args, tmp_path)
@@ -168,7 +168,7 @@ def test_expanded_node_computes_the_op(op, args, tmp_path):
 def test_expanded_int8_node_rounds_what_the_op_rounds(op, args, tmp_path):
     twin, given = int8_call(op, args, CENTRED)
     model = export_call(twin, given)
-    kinds = Counter(node.op_type for node in nodes.expand_nodes(model).graph.node)
+    kinds = Counter(node.op_type for node in nodes.decompose_nodes(model).graph.node)
     assert (kinds["DequantizeLinear"], kinds["QuantizeLinear"]) == (1, 1)
     y = run_expanded(model, given, tmp_path)
     assert y.dtype == np.int8

@@ -36,7 +36,7 @@ class Driver:
 
 def cached_library() -> Path:
     """Return where the plugin library of these sources would stand."""
-    return plugin_library.product().path()
+    return plugin_library.library().path()
 
 
 @pytest.mark.tensorrt_rtx

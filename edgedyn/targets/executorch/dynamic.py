@@ -1,10 +1,10 @@
-"""Which layers XNNPACK can run in INT8 with the range of each image: float in, float out.
+"""Layers that XNNPACK can run in INT8 with a range per image: float in, float out.
 
-It takes linear layers of rows, and dense convolutions (executorch 1.5.1). Where what a convolution reads is
-not channels-last yet, the delegate's layout pass changes the layout of everything back to the network's
-input instead, and the program dies at its first run ("Propagating input shapes failed"). So such a layer
-keeps its calibrated step. Each row of a linear layer has a range of its own in the runtime, where the
-program has one of all rows: the runtime is nearer to float.
+These are linear layers on 2-d inputs and dense convolutions (executorch 1.5.1). A convolution whose input is
+not channels-last yet is excluded and keeps its calibrated range: the delegate's layout pass would change the
+layout of everything back to the network's input, and the program would fail at its first run ("Propagating
+input shapes failed"). For a linear layer the runtime finds one range per row, the exported program one for
+all rows: the runtime is nearer to float.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _CHANNELS_LAST = {
     torch.ops.aten.prelu.default,
     torch.ops.aten.upsample_bilinear2d.vec,
 }
-# these keep the layout of what they read; a sum or product with a number does not
+# these keep the layout of their inputs; a sum or product with a number does not
 _KEEPS = {torch.ops.aten.cat.default, torch.ops.aten.constant_pad_nd.default}
 _TERMS = {
     torch.ops.aten.add.Tensor,
@@ -34,7 +34,7 @@ _TERMS = {
 
 
 def can_be_dynamic(node: fx.Node) -> bool:
-    """Whether a convolution or linear layer of a float program may take its range from each image."""
+    """Whether the input range of a convolution or linear layer of a float program may be found per image."""
     x = node.args[0]
     assert isinstance(x, fx.Node)
     if node.target is torch.ops.aten.linear.default:
@@ -43,7 +43,7 @@ def can_be_dynamic(node: fx.Node) -> bool:
 
 
 def _is_channels_last(node: fx.Node) -> bool:
-    """Whether the layout pass leaves a map channels-last: convolutions do, and what only joins their maps."""
+    """Whether the layout pass leaves an activation channels-last: a convolution's, or a join of such."""
     if node.op == "get_attr":
         return len(node.meta["val"].shape) == 4
     if node.target in _CHANNELS_LAST:

@@ -1,7 +1,7 @@
-"""Our own kernels for ExecuTorch: built from ``edgedyn/ops`` by CMake, cached by content, loaded once.
+"""Our own kernels for ExecuTorch: CMake builds them from ``edgedyn/ops`` into a cache keyed by content.
 
-The library registers ``edgedyn::<op>.out`` with the runtime when it is loaded. It links the runtime of the
-installed package, so it is built where it runs; a phone app builds the same folder with its own toolchain.
+On loading, the library registers ``edgedyn::<op>.out`` with the runtime. It links the installed package's
+runtime, so it is built where it runs; a phone app builds the same folder with its own toolchain.
 """
 
 from __future__ import annotations
@@ -14,47 +14,47 @@ from pathlib import Path
 
 from edgedyn.targets import native
 
-_MEND = (
+_FIX = (
     "They need a C++17 compiler, CMake 3.28 or newer and Highway: sudo apt-get install g++ libhwy-dev, "
     'pip install "edgedyn[kernels]". A recipe with kernels: stock needs none of them.'
 )
 
 
-def product() -> native.Product:
-    """Return what is built: the library, against the installed package."""
-    return native.Product(
-        what="the fused kernels",
+def library() -> native.CompiledFile:
+    """Return the description of the library, linked against the installed package."""
+    return native.CompiledFile(
+        title="the fused kernels",
         project=native.SOURCES,
         file="libedgedyn_ops_executorch.so",
         sources=sources(),
-        fix=_MEND,
+        fix=_FIX,
         options=linked(installed_package()),
         facts=(version("executorch"),),
     )
 
 
 def sources() -> tuple[Path, ...]:
-    """Return the files that the kernels are made of."""
+    """Return the source files of the kernels."""
     return native.find_sources("*.h", "kernel_executorch.cpp", "CMakeLists.txt")
 
 
 def linked(package: Path) -> tuple[str, ...]:
-    """Return what tells CMake where a package of ExecuTorch stands; what it builds finds it by that path."""
+    """Return CMake's option for the folder of a package of ExecuTorch; the library loads it from there."""
     return (f"-DCMAKE_PREFIX_PATH={package}",)
 
 
 def build() -> Path:
-    """Return the library, compiled first where its sources changed.
+    """Return the path of the library; compile it first where its sources changed.
 
     Raises:
-        TargetMissingError: without a C++ compiler, CMake or Highway, with CMake's words.
+        TargetMissingError: without a C++ compiler, CMake or Highway, with CMake's message.
     """
-    return product().build()
+    return library().build()
 
 
 @functools.cache
 def load() -> Path:
-    """Build where necessary, load the library into this process, return it."""
+    """Build the library where necessary, load it into this process once, and return its path."""
     path = build()
     ctypes.CDLL(str(path))
     return path

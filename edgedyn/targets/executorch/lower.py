@@ -33,17 +33,17 @@ MODEL_NAME = "model.pte"
 
 
 def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) -> Artifact:
-    """Write ``model.pte``, a method a program; what XNNPACK leaves to the portable kernels is in the facts.
+    """Write ``model.pte``, one method per program.
 
     Args:
         programs: by name; float32, or INT8 as Q/DQ pairs.
         out: existing folder.
-        precision: ``fp32`` or ``int8``; the programs already are of it.
+        precision: ``fp32`` or ``int8``, that of the programs.
 
     Returns:
-        The artifact; facts: ``delegates``, ``portable`` (op name -> count), ``executorch`` version,
-        ``operators`` (which layer each operator is of); of several programs also ``methods``, delegates and
-        portable of each, and ``shared_bytes``, saved by shared weights.
+        The artifact; facts: ``delegates``, their number; ``portable``, {operator: count} on the portable
+        kernels; ``executorch``, its version; ``operators``, the layer of each operator. Of several programs
+        also ``methods``, delegates and portable of each, and ``shared_bytes``, saved by shared weights.
 
     Raises:
         ModelError: for an operator that the stock runtime lacks, with its node and the fix.
@@ -71,7 +71,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
 
 
 def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
-    """Lower float programs in memory and count their operators: in delegates, portable, not there at all."""
+    """Lower float programs in memory and count their operators: delegated, portable, unsupported."""
     edge = _to_edge(_prepare(programs))
     delegated, portable = 0, Counter[str]()
     for name in programs:
@@ -105,7 +105,7 @@ def _to_edge(programs: Mapping[str, ExportedProgram]) -> EdgeProgramManager:
     return to_edge_transform_and_lower(
         {name: _with_own_constants(program) for name, program in programs.items()},
         partitioner=[_partitioner()],
-        # operators beyond its core set are held against the runtime's list instead: ``check_operators``
+        # ``check_operators`` compares operators beyond the core set with the runtime's list instead
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
 
@@ -113,8 +113,8 @@ def _to_edge(programs: Mapping[str, ExportedProgram]) -> EdgeProgramManager:
 def _with_own_constants(program: ExportedProgram) -> ExportedProgram:
     """Return the program with a table of constants of its own.
 
-    A delegate takes what it consumes out of that table, and the program, which shares it, would have buffers
-    without values (executorch 1.5.1).
+    A delegate removes the constants that it consumes from that table; the caller's program shares the table
+    and would keep buffers without values (executorch 1.5.1).
     """
     own = copy.copy(program)
     own._constants = dict(program.constants)
@@ -125,7 +125,7 @@ def _to_executorch(edge: EdgeProgramManager) -> Any:
     """Plan memory and choose kernels.
 
     Raises:
-        ModelError: for an operator that has no ``.out`` variant, which every kernel of the runtime is.
+        ModelError: for an operator without a ``.out`` variant: every kernel of the runtime is one.
     """
     try:
         return edge.to_executorch()
@@ -138,9 +138,9 @@ def _to_executorch(edge: EdgeProgramManager) -> Any:
 
 
 def check_operators(program: ExportedProgram, name: str) -> None:
-    """Refuse a lowered program that calls an operator which the stock runtime does not have.
+    """Refuse a lowered program with operators that the stock runtime does not have.
 
-    The runtime itself says ``Failed to load method, error: 0x14``, and the operator on standard error only.
+    The runtime's own error is ``Failed to load method, error: 0x14``, with the name on standard error only.
 
     Raises:
         ModelError: naming the operators, their nodes and the layers that these come from.
@@ -156,7 +156,7 @@ def check_operators(program: ExportedProgram, name: str) -> None:
 
 
 def missing_operators(program: ExportedProgram) -> dict[str, list[str]]:
-    """Return the operators that the stock runtime does not have, each with "node of layer" that calls it."""
+    """Return the operators that the stock runtime does not have: {operator: ["node of layer", ...]}."""
     with quiet_runtime():
         known = set(Runtime.get().operator_registry.operator_names)
     missing: dict[str, list[str]] = {}
@@ -168,7 +168,7 @@ def missing_operators(program: ExportedProgram) -> dict[str, list[str]]:
 
 
 def operator_name(target: object) -> str | None:
-    """Return ``aten::add.out`` of an operator as the runtime registers it; None for what is no operator."""
+    """Return the runtime's name of an operator, ``aten::add.out``; None where the target is no operator."""
     schema = getattr(target, "_schema", None)
     if schema is None or "call_delegate" in str(schema.name):
         return None
@@ -183,10 +183,10 @@ def _layer(node: Node) -> str:
 def _partitioner() -> XnnpackPartitioner:
     """Make a partitioner that takes Q/DQ pairs literally: only convolutions and linear layers are INT8.
 
-    The stock one also makes a quantized operator of any ``DQ -> op -> Q``. A max pool between convolutions
-    then dies when loaded, because its two scales differ; so does a product that shares the DQ with a global
-    average pool, because the pool's claim leaves it an int8 operand (executorch 1.5.1). ``quantize`` means
-    them as float.
+    The stock partitioner also turns any ``DQ -> op -> Q`` into a quantized operator. Programs then fail to
+    load: a max pool between convolutions, because its two scales differ; a product that shares the DQ with a
+    global average pool, because the pool's claim leaves it an int8 operand (executorch 1.5.1). ``quantize``
+    means these operators as float.
     """
     partitioner = XnnpackPartitioner()
     for config in partitioner.target_partitioner_configs.values():
@@ -197,7 +197,7 @@ def _partitioner() -> XnnpackPartitioner:
 
 
 def _count(edge: EdgeProgramManager, name: str) -> tuple[int, Counter[str]]:
-    """Count delegate calls, and the nodes left to portable kernels by op name."""
+    """Return the number of delegate calls, and {operator: count} of the nodes on portable kernels."""
     delegates, portable = 0, Counter[str]()
     for node in edge.exported_program(name).graph.nodes:
         if node.op != "call_function" or getattr(node.target, "__name__", "") == "getitem":

@@ -1,10 +1,10 @@
-"""Which layer each operator of a lowered program belongs to, in the order in which the runtime runs them.
+"""Attribute each operator of a lowered program to a layer, in the order in which the runtime runs them.
 
-    float map -> convert -> INT8 layer -> convert -> float reader
+    float activation -> convert -> INT8 layer -> convert -> float consumer
 
 XNNPACK runs a quantize or dequantize node as an operator of its own, unless it stands between two INT8
-operators: the partitioner tags those. A conversion is paid by the layers that it is made for: those that
-read what it quantizes, or the one that wrote what it dequantizes.
+operators: the partitioner tags those. The time of a conversion counts for the layers that need it: the INT8
+consumers of a quantize, the INT8 producer of a dequantize.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from executorch.backends.xnnpack.utils.quant_utils import (
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-# what XNNPACK and the portable kernels run as a convolution or a matrix product with static weights
+# XNNPACK and the portable kernels run these as a convolution or a matrix product with static weights
 _LAYERS = {
     "aten.convolution.default",
     "aten.linear.default",
@@ -36,11 +36,11 @@ _PADS = {"aten.constant_pad_nd.default", "aten.pad.default"}
 
 
 def trace_operators(program: ExportedProgram) -> list[dict[str, Any]]:
-    """List the convolutions, matrix products and INT8 conversions of an edge program, as they run.
+    """List the convolutions, matrix products and INT8 conversions of an edge program in running order.
 
     Returns:
-        Of a layer ``{"layer", "int8", "shape", "multiply_adds"}``, the shape of its output; one that is
-        called again is ``name#2``. Of a conversion ``{"conversion": the layers that it is made for}``.
+        Per layer ``{"layer", "int8", "shape", "multiply_adds"}`` with the shape of its output; a second call
+        is ``name#2``. Per conversion ``{"conversion": names of the layers that need it}``.
     """
     nodes = list(_nodes(program))
     names = _name_layers(nodes)
@@ -52,7 +52,7 @@ def trace_operators(program: ExportedProgram) -> list[dict[str, Any]]:
 
 
 def _nodes(program: ExportedProgram) -> Iterator[Node]:
-    """Yield the operators of a program, those of its delegates in their place."""
+    """Yield the operators of a program; those of a delegate in place of its call."""
     for node in program.graph.nodes:
         if "call_delegate" in _operator(node):
             lowered = getattr(program.graph_module, node.args[0].target)
@@ -78,7 +78,7 @@ def _operator(node: Node) -> str:
 
 
 def _is_conversion(node: Node) -> bool:
-    """Whether a node is run as an operator between float and INT8."""
+    """Whether the runtime runs a node as an operator of its own between float and INT8."""
     if is_quant(node) and is_dynamic_qdq(node):
         return True  # with the range of each image
     converts = is_quant(node) or (is_dequant(node) and not is_per_channel(node))
@@ -86,7 +86,7 @@ def _is_conversion(node: Node) -> bool:
 
 
 def _beneficiaries(node: Node, names: dict[Node, str]) -> list[str]:
-    """Name the INT8 layers that a conversion is made for."""
+    """Return the names of the INT8 layers that need a conversion."""
     if is_quant(node):
         found = _search(node, names, lambda n: list(n.users))
     else:
@@ -95,7 +95,7 @@ def _beneficiaries(node: Node, names: dict[Node, str]) -> list[str]:
 
 
 def _search(node: Node, names: dict[Node, str], follow: Callable[[Node], list[Node]]) -> Iterator[Node]:
-    """Yield the layers that are reached through other steps of INT8, pads and fused activations."""
+    """Yield the layers at the other end of fused conversions, pads and fused activations."""
     for other in follow(node):
         if other in names:
             yield other
@@ -112,7 +112,7 @@ def _describe(node: Node, name: str) -> dict[str, Any]:
 
 
 def _multiply_adds(node: Node) -> int:
-    """Count them from the shapes."""
+    """Count the multiply-adds of a node from its shapes."""
     size = math.prod(node.meta["val"].shape)
     x, weight = (argument.meta["val"] for argument in node.args[:2] if isinstance(argument, Node))
     if _operator(node) in ("aten.mm.default", "aten.addmm.default"):

@@ -1,7 +1,7 @@
-"""Run a ``.pte`` with the runtime's own profile: what each operator inside the delegates took.
+"""Run a ``.pte`` under the runtime's own profiler: the time of each operator inside the delegates.
 
-The package's runtime has ExecuTorch's event tracer and XNNPACK's counters built in (executorch 1.5.1); times
-of operators are whole microseconds.
+The package's runtime includes ExecuTorch's event tracer and XNNPACK's counters (executorch 1.5.1); times of
+operators are whole microseconds.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ _WHOLE = "Method::execute"
 
 
 class Profiled:
-    """A method of a ``.pte`` that keeps count of its runs."""
+    """A method of a ``.pte`` that records the events of its runs."""
 
     def __init__(self, path: Path, program: str = FORWARD) -> None:
-        """Load it.
+        """Load the method.
 
         Raises:
             BundleError: when the runtime refuses the program.
@@ -55,13 +55,13 @@ class Profiled:
         found = [_sort(run) for run in runs if any(name == _WHOLE for name, _ in run)]
         if not found:
             raise TargetMissingError(
-                "this ExecuTorch was built without its event tracer, which tells the time of each layer; "
+                "this ExecuTorch was built without its event tracer, which times each layer; "
                 "expected the package of the index: pip install 'executorch==1.5.*'"
             )
         return found
 
     def read_operators(self) -> list[list[tuple[str, float]]]:
-        """Return (name, milliseconds) of each operator as the runtime tells it, of every block of events."""
+        """Return (the runtime's name, milliseconds) of every operator, one list per block of events."""
         from executorch.devtools.etdump.serialize import deserialize_from_etdump_flatcc
 
         with tempfile.TemporaryDirectory() as folder:
@@ -74,7 +74,7 @@ class Profiled:
 
 
 def _times(events: object) -> Iterator[tuple[str, float]]:
-    """Yield (name, milliseconds) of the operators of one run, in order, and of the whole."""
+    """Yield (name, milliseconds) of the operators of one run in order, and of the whole run."""
     for event in events or ():  # type: ignore[attr-defined]
         profile = event.profile_event
         if profile is not None:

@@ -1,4 +1,4 @@
-"""Run a ``.pte`` in the real ExecuTorch runtime on this machine (its Python binding takes torch tensors)."""
+"""Run a ``.pte`` in the real ExecuTorch runtime on this machine. Its Python binding takes torch tensors."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def quiet_runtime() -> Iterator[None]:
-    """Keep to itself what the runtime tells standard error about the kind of CPU that it looks for."""
+    """Hide the runtime's messages on standard error about the CPU that it detects."""
     with contextlib.redirect_stderr(io.StringIO()):
         yield
 
@@ -30,11 +30,11 @@ def load(path: Path, program: str = FORWARD) -> Run:
     """Load the method of a ``.pte`` that has the program's name.
 
     Returns:
-        ``run(*arrays) -> [arrays]``. It holds the buffer, the program and the method: the runtime keeps none
-        of them alive, and the process dies without (executorch 1.5.1).
+        ``run(*arrays) -> [arrays]``, which owns the buffer, the program and the method: the runtime keeps
+        none of them alive, and the process dies without them (executorch 1.5.1).
 
     Raises:
-        BundleError: when the runtime refuses the program, with the runtime's words.
+        BundleError: when the runtime refuses the program, with the runtime's message.
     """
     kept = open_method(path, program)
 
@@ -44,8 +44,8 @@ def load(path: Path, program: str = FORWARD) -> Run:
         except RuntimeError as error:
             shapes = [array.shape for array in arrays]
             raise BundleError(
-                f"ExecuTorch cannot run {path.name} on inputs {shapes}: {error}. Expected the shapes that it "
-                "was built for; if these are, build it again with other layers in quantize.keep_float or "
+                f"ExecuTorch cannot run {path.name} on inputs {shapes}: {error}. Expected the shapes of its "
+                "build; if these are, build it again with other layers in quantize.keep_float or "
                 "quantize.dynamic."
             ) from error
 
@@ -53,15 +53,15 @@ def load(path: Path, program: str = FORWARD) -> Run:
 
 
 def open_method(path: Path, program: str, *, is_traced: bool = False) -> tuple[bytes, Any, Any]:
-    """Return the buffer, the program and the method, all of them to be held.
+    """Return the buffer, the program and the method; the caller must keep all three.
 
     Args:
         path: a ``.pte``.
         program: name of the method.
-        is_traced: let the runtime note what each operator takes.
+        is_traced: whether the runtime records the time of each operator.
 
     Raises:
-        BundleError: when the runtime refuses the program, with the runtime's words.
+        BundleError: when the runtime refuses the program, with the runtime's message.
     """
     from executorch.runtime import Runtime, Verification
 
@@ -82,15 +82,15 @@ def open_method(path: Path, program: str, *, is_traced: bool = False) -> tuple[b
 
 
 def to_tensors(arrays: Sequence[np.ndarray]) -> list[Any]:
-    """Return arrays as the runtime takes them."""
+    """Return arrays as contiguous torch tensors, the runtime's input type."""
     import torch
 
-    # in order: the runtime reads channels-last tensors as if they were not (executorch 1.5.1)
+    # contiguous: the runtime reads a channels-last tensor as if its axes were in order (executorch 1.5.1)
     tensors = [torch.from_numpy(np.ascontiguousarray(array)) for array in arrays]
-    # numpy gives an empty array strides of 0, at which the runtime ends the process (executorch 1.5.1)
+    # numpy gives an empty array strides of 0, and the runtime then ends the process (executorch 1.5.1)
     return [x if x.numel() else x.new_empty(x.shape) for x in tensors]
 
 
 def runtime_name(path: Path) -> str:
-    """Return what ``load(path)`` runs with, for people: ``ExecuTorch 1.5.1, stock runtime``."""
+    """Return the runtime of ``load(path)`` for people: ``ExecuTorch 1.5.1, stock runtime``."""
     return f"ExecuTorch {version('executorch')}, stock runtime"

@@ -1,6 +1,6 @@
-"""Run a ``.pte`` by the C++ runner, without Python's binding: here, or on an ARM64 machine emulated here.
+"""Run a ``.pte`` by the C++ runner, without Python's binding: on this machine, or on an emulated ARM64 one.
 
-The emulator translates ARM64 instructions: it shows what a phone computes, never how fast.
+The emulator translates ARM64 instructions: its results are a phone's, its times are not.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Machine:
-    """What the runner is built for, and how it is started.
+    """A machine that the runner is compiled for and started on.
 
     Attributes:
         name: for people.
-        package: returns the folder ``executorch`` of its package.
-        options: what CMake needs to know to compile for it.
-        start: the words before the runner's, of an emulator.
-        fix: what is to be installed to build and to start the runner.
+        package: returns the folder ``executorch`` of the machine's package.
+        options: options of CMake, to compile for the machine.
+        start: command of an emulator, in front of the runner's.
+        fix: sentence on the packages that building and starting the runner need.
     """
 
     name: str
@@ -60,29 +60,29 @@ class Machine:
 
 
 def arm64_package() -> Path:
-    """Return the folder ``executorch`` of the ARM64 package of the installed version, fetched once.
+    """Return the folder ``executorch`` of the ARM64 package of the installed version; download it once.
 
     Raises:
-        TargetMissingError: where pip cannot fetch it, with pip's words.
+        TargetMissingError: where pip cannot download it, with pip's message.
     """
     release = Version(version("executorch")).public
     folder = cache() / f"executorch-{release}-aarch64"
     if folder.is_dir():
         return folder / "executorch"
     cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache()) as fetched:
+    with tempfile.TemporaryDirectory(dir=cache()) as download:
         choice = ("--platform", "manylinux_2_28_aarch64", "--only-binary=:all:", "--no-deps")
-        pip = (sys.executable, "-m", "pip", "download", "--quiet", *choice, "--dest", fetched)
+        pip = (sys.executable, "-m", "pip", "download", "--quiet", *choice, "--dest", download)
         done = subprocess.run([*pip, f"executorch=={release}"], capture_output=True, text=True, check=False)
         if done.returncode:
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no word")
             raise TargetMissingError(
-                f"the ARM64 package of ExecuTorch {release} cannot be fetched: {last}. Expected a package "
+                f"the ARM64 package of ExecuTorch {release} cannot be downloaded: {last}. Expected a package "
                 "index that pip reaches; try again with one."
             )
-        with zipfile.ZipFile(next(Path(fetched).glob("*.whl"))) as wheel:
-            wheel.extractall(Path(fetched) / "unpacked")
-        (Path(fetched) / "unpacked").rename(folder)  # whole or not at all
+        with zipfile.ZipFile(next(Path(download).glob("*.whl"))) as wheel:
+            wheel.extractall(Path(download) / "unpacked")
+        (Path(download) / "unpacked").rename(folder)  # atomic
     return folder / "executorch"
 
 
@@ -103,15 +103,15 @@ ARM64 = Machine(
 
 
 def build(machine: Machine) -> Path:
-    """Return the runner for a machine, our kernels in it; compiled first where a source changed.
+    """Return the path of the runner for a machine, with our kernels; compile it first where a source changed.
 
     Raises:
-        TargetMissingError: without what building or starting it needs.
+        TargetMissingError: without a tool that building or starting the runner needs.
     """
     if machine.start and shutil.which(machine.start[0]) is None:
         raise TargetMissingError(f"nothing here runs {machine.name}: no {machine.start[0]}. {machine.fix}")
-    return native.Product(
-        what=f"the runner for {machine.name}",
+    return native.CompiledFile(
+        title=f"the runner for {machine.name}",
         project=SOURCES,
         file="edgedyn_runner",
         sources=(SOURCES / "runner.cpp", SOURCES / "CMakeLists.txt", *kernels.sources()),
@@ -122,27 +122,29 @@ def build(machine: Machine) -> Path:
 
 
 def run_all(jobs: Sequence[Job], machine: Machine = ARM64) -> list[list[np.ndarray]]:
-    """Run jobs one after the other in one process and return the outputs of each.
+    """Run jobs one after the other in one process and return the outputs per job.
 
     Raises:
         TargetMissingError: as ``build``.
-        BundleError: when a program cannot be loaded or run, with the runner's words.
+        BundleError: when a program cannot be loaded or run, with the runner's message.
     """
     runner = build(machine)
     with tempfile.TemporaryDirectory() as folder:
-        words: list[str] = []
+        arguments: list[str] = []
         for k, job in enumerate(jobs):
             place = Path(folder) / str(k)
             place.mkdir()
             for i, array in enumerate(job.inputs):
                 np.save(place / f"input_{i}.npy", np.ascontiguousarray(array))
-            words += [str(job.path), job.program, str(place)]
-        done = subprocess.run([*machine.start, runner, *words], capture_output=True, text=True, check=False)
+            arguments += [str(job.path), job.program, str(place)]
+        done = subprocess.run(
+            [*machine.start, runner, *arguments], capture_output=True, text=True, check=False
+        )
         if done.returncode:
-            said = " ".join(done.stderr.split("\n")[-4:]).strip() or f"exit status {done.returncode}"
+            message = " ".join(done.stderr.split("\n")[-4:]).strip() or f"exit status {done.returncode}"
             raise BundleError(
-                f"ExecuTorch on {machine.name} cannot run a program: {said}. Expected a program and inputs "
-                "that run on this machine; build the program again, `edgedyn doctor` prints the versions."
+                f"ExecuTorch on {machine.name} cannot run a program: {message}. Expected a program and "
+                "inputs for this machine; build the program again, `edgedyn doctor` prints the versions."
             )
         return [_outputs(Path(folder) / str(k)) for k in range(len(jobs))]
 
@@ -152,5 +154,5 @@ def _outputs(folder: Path) -> list[np.ndarray]:
 
 
 def load(path: Path, program: str = FORWARD, machine: Machine = ARM64) -> Run:
-    """Return ``run(*arrays) -> [arrays]`` of a method of a ``.pte``; every run is a process of its own."""
+    """Return ``run(*arrays) -> [arrays]`` of a method of a ``.pte``; every run starts a process."""
     return lambda *arrays: run_all([Job(path, program, arrays)], machine)[0]

@@ -24,7 +24,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
     """Write ``model.onnx``, or ``<program>.onnx`` for each of several, into the folder ``out``.
 
     Raises:
-        ModelError: for what ONNX cannot express, or a program that is not of the precision.
+        ModelError: for an operator that ONNX cannot express, or a program of another precision.
     """
     models = write_models(programs, out, precision)
     facts: dict[str, object] = {"onnx": describe_models(models), "versions": versions()}
@@ -32,7 +32,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
 
 
 def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
-    """Write float programs to a temporary folder and load them: ONNX Runtime says what it cannot run."""
+    """Write float programs to a temporary folder and load them; ``unsupported`` counts refusals."""
     with tempfile.TemporaryDirectory() as folder:
         models = write_models(programs, Path(folder), "fp32")
         unsupported = Counter[str]()
@@ -50,7 +50,7 @@ def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
 
 
 def describe_models(models: Mapping[str, onnx.ModelProto]) -> dict[str, Any]:
-    """Return the facts of the one file, or those of each of several by program."""
+    """Return the facts of the one file, or of several {program: facts}."""
     described = {name: describe(model) for name, model in models.items()}
     return described.get(FORWARD, described)
 
@@ -68,9 +68,9 @@ def file_name(program: str) -> str:
 def write_models(
     programs: Mapping[str, ExportedProgram], out: Path, precision: str
 ) -> dict[str, onnx.ModelProto]:
-    """Write a file a program, inputs named as in it, outputs ``output`` or ``output_i``; return the models.
+    """Write one file per program, with an output ``output``, or several ``output_i``; return the models.
 
-    A routed INT8 program may have parts that are float whole, for instance its gate.
+    A routed INT8 program may have parts that are float as a whole, for instance its gate.
     """
     models = {}
     for name, program in programs.items():

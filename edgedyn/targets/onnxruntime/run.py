@@ -1,7 +1,7 @@
-"""Run an ONNX file on the CPU exactly as it is written. Device side: numpy and ONNX Runtime only.
+"""Run an ONNX file on the CPU, unoptimized. Device side: numpy and ONNX Runtime only.
 
 Graph optimizations are off: on a quantized graph ONNX Runtime 1.31 was off by 3.97 with its EXTENDED level,
-by one quantization step with BASIC, by 0 with none. An oracle must not optimize.
+by one quantization step with BASIC, by 0 without. An oracle must not optimize.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ class Input:
 def load(path: Path, program: str = FORWARD) -> Run:
     """Return ``run(*arrays) -> [array, ...]`` for an ONNX file; arrays in its order, of its types and shapes.
 
-    ONNX Runtime computes float16 operators that have no kernel of their own in float32, between casts that it
-    inserts itself.
+    ONNX Runtime computes a float16 operator without a kernel of its own in float32, between casts that it
+    inserts.
 
     Raises:
         TargetMissingError: where ONNX Runtime is not installed.
         BundleError: where the file is missing or is not ONNX.
         ModelError: where ONNX Runtime has no kernel for an operator, for instance a TensorRT plugin.
-        UsageError: from ``run``, for arrays that are not what the program takes.
+        UsageError: from ``run``, for arrays of another number, type or shape than the program's inputs.
     """
     session = _open_session(path)
     inputs = [_read_input(value) for value in session.get_inputs()]
@@ -57,7 +57,7 @@ def load(path: Path, program: str = FORWARD) -> Run:
 
 
 def runtime_name(path: Path) -> str:
-    """Return what ``load(path)`` runs with, for people: ``ONNX Runtime 1.31.1, unoptimized``."""
+    """Return the runtime of ``load(path)`` for people: ``ONNX Runtime 1.31.1, unoptimized``."""
     return f"ONNX Runtime {_import_onnxruntime().__version__}, unoptimized"
 
 

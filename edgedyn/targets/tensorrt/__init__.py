@@ -1,4 +1,4 @@
-"""TensorRT on a Jetson: ONNX is written and checked on the host, the engine is built on the device."""
+"""TensorRT on a Jetson: the host writes and checks ONNX, the device builds the engine."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from edgedyn.targets import Int8Scheme, Target, deferred
 
 
 def _missing() -> str | None:
-    """Nothing is missing where either the engine or, as its oracle, the ONNX file can run."""
-    found = {
+    """Return None where the engine, or the ONNX file as its oracle, can run; else a sentence with the fix."""
+    installed = {
         name: importlib.util.find_spec(name) is not None for name in ("onnxruntime", "tensorrt", "pycuda")
     }
-    if found["onnxruntime"] or (found["tensorrt"] and found["pycuda"]):
+    if installed["onnxruntime"] or (installed["tensorrt"] and installed["pycuda"]):
         return None
     return (
         "neither ONNX Runtime (to run the ONNX on a host) nor TensorRT with pycuda (to run the engine) is "

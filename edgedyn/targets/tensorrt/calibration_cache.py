@@ -1,19 +1,20 @@
-"""INT8 of TensorRT up to 10 without Q/DQ nodes: a float ONNX and the calibration cache that goes with it.
+"""Implicit INT8 of TensorRT up to 10, without Q/DQ nodes: a float ONNX and its calibration cache.
 
-    QuantizeLinear -> DequantizeLinear of a value   gone; its scale is the value's line in the cache
-    DequantizeLinear of an int8 weight              a float initializer, scale x code
+    QuantizeLinear -> DequantizeLinear of a value   removed; its scale is the value's line in the cache
+    DequantizeLinear of an int8 weight              a float initializer, scale x quantized value
 
-    TRT-100300-EntropyCalibration2                  what a cache begins with: version and algorithm
-    image: 3c010a14                                 a value's name, its scale as big-endian float32 in hex
+    TRT-100300-EntropyCalibration2                  first line of a cache: version and algorithm
+    image: 3c010a14                                 name of a value, its scale as big-endian float32 in hex
 
-A line is what TensorRT calls a dynamic range over 127 (NVIDIA, sampleINT8). Both files are made of one Q/DQ
-model, so that every name in the cache is a value of the float ONNX, and its weights are those that the scales
-were observed with: equalized, and rounded by reconstruction.
+A scale is TensorRT's dynamic range over 127 (NVIDIA, sampleINT8). Both files come from one Q/DQ model: every
+name in the cache is a value of the float ONNX, whose weights are those of the calibration, equalized and
+rounded by reconstruction.
 
-TensorRT rounds weights again, by the largest of each channel over 127. Where that is code 127, as rounding to
-nearest makes it, it finds our codes; where reconstruction left less, its step is finer than ours and part of
-what reconstruction won is lost. It may also take a layer of ``keep_float`` to INT8 where its neighbours gave
-both its tensors a scale: name such layers to it (``trtexec --layerPrecisions``). Q/DQ has neither trouble.
+TensorRT rounds weights again, with a scale of the largest weight of each channel over 127. Where that weight
+is 127 quantized, as after rounding to nearest, TensorRT finds our quantized values; where reconstruction left
+a smaller one, its scale is finer than ours and undoes a part of reconstruction. TensorRT may also run a layer
+of ``keep_float`` in INT8 where neighbours gave both its tensors a scale: exclude such layers with ``trtexec
+--layerPrecisions``. Q/DQ nodes have neither problem.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def cache_text(scales: Mapping[str, float]) -> str:
     """Return a calibration cache.
 
     Args:
-        scales: symmetric int8 step of each value, by its name in the ONNX file.
+        scales: symmetric int8 scale of each value, by its name in the ONNX file.
     """
     lines = [f"{name}: {struct.pack('>f', scale).hex()}" for name, scale in scales.items()]
     return "\n".join([HEAD, *lines, ""])

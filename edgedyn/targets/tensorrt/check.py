@@ -1,8 +1,8 @@
-"""The check build: NVIDIA's ONNX parser and builder take the model on a host without a GPU.
+"""Check build: run NVIDIA's ONNX parser and builder on a model, on a host without a GPU.
 
-TensorRT-RTX shares both with TensorRT and builds for a named GPU generation. It knows no Orin (SM87); SM86 is
-the same generation, Ampere. So a pass says that every operator, type and shape is accepted, and how much
-memory the builder plans. It gives no engine for a Jetson, no times and no numbers.
+TensorRT-RTX shares both with TensorRT and builds for a named GPU generation. It does not support Orin (SM87);
+SM86 is the same generation, Ampere. A passed check means that TensorRT accepts every operator, type and
+shape, and gives the memory that the builder plans. It gives no engine for a Jetson, no times and no outputs.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ def check_build(onnx_path: Path) -> dict[str, object]:
         Where tensorrt_rtx is not installed, only ``missing``: a sentence. Otherwise ``passed``; ``version``
         of TensorRT-RTX; ``layers`` of the parsed network; ``engine_bytes``; ``scratch_bytes``, device memory
         for activations, beside weights, inputs and outputs; ``weights_bytes``, device memory for weights;
-        ``seconds``; ``messages``, what stopped the parser, node by node, or the builder's warnings. What the
-        builder did not come to is None.
+        ``seconds``; ``messages``: the parser's errors, node by node, or the builder's warnings. Values that
+        the builder did not reach are None.
     """
     try:
         import tensorrt_rtx as trt
@@ -54,20 +54,20 @@ def check_build(onnx_path: Path) -> dict[str, object]:
 
 
 def _build(trt: Any, log: Any, onnx_path: Path) -> tuple[int, int]:
-    """Return the layers of the network and the bytes of the engine, which is thrown away."""
+    """Return the number of layers of the network and the bytes of the engine, which is discarded."""
     builder = trt.Builder(log)
     network = parse_network(trt, builder, log, onnx_path)
     config = create_config(trt, builder)
     config.num_compute_capabilities = 1
-    # the default, CURRENT, asks the driver, and fails where there is none
+    # the default, CURRENT, asks the driver and fails without one
     config.set_compute_capability(trt.ComputeCapability.SM86, 0)
     return network.num_layers, build_plan(builder, network, config, log).nbytes
 
 
 def _find_bytes(lines: Iterable[tuple[str, str]], label: str) -> int | None:
-    """Return the number in ``<label>: <number> bytes``, the builder's own account.
+    """Return the number in ``<label>: <number> bytes`` of the builder's log.
 
-    An engine can be asked for it (``device_memory_size_v2``), but is only deserialized on a GPU.
+    An engine has it, too (``device_memory_size_v2``), but can only be deserialized on a GPU.
     """
-    found = [re.fullmatch(rf"{label}: (\d+) bytes", text) for _, text in lines]
-    return next((int(match[1]) for match in found if match), None)
+    matches = [re.fullmatch(rf"{label}: (\d+) bytes", text) for _, text in lines]
+    return next((int(match[1]) for match in matches if match), None)

@@ -3,7 +3,8 @@
     model.onnx --NVIDIA's parser--> strongly typed network --builder, timing kernels on this GPU--> engine
 
 An engine fits one TensorRT version and one GPU model, so it is built where it runs. Device side: TensorRT and
-pycuda only. ``tensorrt`` is passed along as ``trt``: the check build passes TensorRT-RTX, of the same shape.
+pycuda only. The module ``tensorrt`` is the argument ``trt``: the check build passes TensorRT-RTX, which has
+the same interface.
 """
 
 from __future__ import annotations
@@ -36,23 +37,22 @@ def compile_engine(
     """Build ``engine_path`` from ``onnx_path`` for the GPU of this machine; takes minutes on a Jetson.
 
     Args:
-        onnx_path: written by the ``tensorrt`` target; its types decide the precision.
+        onnx_path: file of the ``tensorrt`` target; its types decide the precision.
         engine_path: replaced only by a whole engine.
-        workspace_bytes: most scratch memory that a layer may take; None: TensorRT's default, all there is.
-        timing_cache: file with kernel timings of earlier builds, read if it exists, and written.
-        progress: called with a phase of the build, steps done, steps of that phase; from TensorRT's threads.
+        workspace_bytes: limit on the scratch memory of a layer; None: TensorRT's default, all memory.
+        timing_cache: file with kernel timings of earlier builds; read if it exists, then replaced.
+        progress: called with (phase, steps done, steps of the phase), from TensorRT's threads.
 
     Returns:
         ``tensorrt`` (its version), ``device``, ``compute_capability``, ``layers``, ``engine_bytes``,
-        ``scratch_bytes``, ``seconds``; then ``latency_ms`` and ``device_memory_bytes`` of the engine at work,
-        as ``measure_engine`` gives them.
+        ``scratch_bytes``, ``seconds``; ``latency_ms`` and ``device_memory_bytes`` of ``measure_engine``.
 
     Raises:
         TargetMissingError: where TensorRT 10.1 or newer, pycuda, or a GPU is missing; where the model needs
             our plugins and they cannot be built here.
         BundleError: where the ONNX file is missing.
         UsageError: for a timing cache of another GPU or version.
-        ModelError: with the parser's errors by node, or the builder's.
+        ModelError: with the parser's errors per node, or the builder's.
     """
     trt, cuda = require_tensorrt()
     with current_device(cuda) as device:
@@ -83,12 +83,12 @@ def compile_engine(
             "scratch_bytes": engine.device_memory_size_v2,
             "seconds": round(time.perf_counter() - start, 1),
         }
-        del engine  # its memory is not the measured one's
+        del engine  # its memory must not count in the measurement
         return {**facts, **measure_engine(engine_path)}
 
 
 def create_logger(trt: Any) -> Any:
-    """Return a TensorRT logger that keeps all but VERBOSE in ``lines``: (severity name, text)."""
+    """Return a TensorRT logger that keeps its lines but VERBOSE ones: ``lines``, (severity name, text)."""
 
     class RecordingLogger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -124,9 +124,9 @@ def create_monitor(trt: Any, progress: Progress) -> Any:
 
 
 def create_config(trt: Any, builder: Any) -> Any:
-    """Return a builder configuration in which float32 means float32.
+    """Return a builder configuration without TF32.
 
-    By default TensorRT may round the factors of float32 products to 10 bits (TF32).
+    By default TensorRT may round the factors of float32 multiplications to 10 bits of mantissa (TF32).
     """
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
@@ -138,7 +138,7 @@ def parse_network(trt: Any, builder: Any, log: Any, onnx_path: Path) -> Any:
 
     Raises:
         BundleError: where there is no such file.
-        ModelError: one line for each of the parser's errors, with operator and node.
+        ModelError: one line per error of the parser, with operator and node.
     """
     if not onnx_path.is_file():
         raise BundleError(f"there is no ONNX file {onnx_path}; expected one to build an engine from.")
@@ -177,14 +177,14 @@ def attach_timings(config: Any, path: Path) -> Any:
     cache = config.create_timing_cache(path.read_bytes() if path.exists() else b"")
     if cache is None or not config.set_timing_cache(cache, False):
         raise UsageError(
-            f"timing cache {path} is refused by TensorRT; expected one of this GPU and this version. "
+            f"TensorRT refuses the timing cache {path}; expected one of this GPU and this version. "
             "Delete the file."
         )
     return cache
 
 
 def _errors(log: Any) -> str:
-    """Return the logged errors, one a line."""
+    """Return the logged errors, one per line."""
     return (
         "\n".join(text for severity, text in log.lines if severity.endswith("ERROR")) or "it gave no reason"
     )

@@ -1,6 +1,6 @@
-"""Our CUDA kernels: compiled from ``edgedyn/ops`` by nvcc, cached by content, called by ``ctypes``.
+"""Our CUDA kernels: nvcc compiles ``edgedyn/ops`` into a cache keyed by content; ``ctypes`` calls them.
 
-The library has one C function an op, ``edgedyn_<op>(const Call*)``; ``ops/cuda.h`` says what it takes.
+The library has one C function per op, ``edgedyn_<op>(const Call*)``; ``ops/cuda.h`` defines ``Call``.
 Device side: the standard library and nvcc only.
 """
 
@@ -25,14 +25,14 @@ LIBRARY = "libedgedyn_ops_cuda.so"
 TYPES = ("float32", "float16", "int8")
 COMPILE = ("-std=c++17", "-O3", "-Werror=all-warnings", "-Xcompiler=-fPIC", f"-I{native.SOURCES}")
 _INVALID_VALUE = 1
-_MEND = (
+_FIX = (
     "They need nvcc 12 or newer and a C++17 compiler: JetPack has both; elsewhere install the CUDA toolkit "
     "(https://developer.nvidia.com/cuda-downloads) and put its bin folder on PATH."
 )
 
 
 class Affine(NamedTuple):
-    """INT8 of a tensor, real = (stored - zero_point) * scale."""
+    """Quantization parameters of an INT8 tensor, real = (stored - zero_point) * scale."""
 
     scale: float = 1.0
     zero_point: int = 0
@@ -68,39 +68,39 @@ class _Call(ctypes.Structure):
 
 
 def sources() -> list[Path]:
-    """Return the kernels, one file an op."""
+    """Return the kernels, one file per op."""
     return list(native.find_sources("kernel_cuda.cu"))
 
 
 def find_nvcc() -> str:
-    """Return the compiler on PATH, or where toolkits put it.
+    """Return nvcc on PATH, or in the usual folders of the toolkit.
 
     Raises:
-        TargetMissingError: when there is none.
+        TargetMissingError: where there is none.
     """
     folders = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     path = os.pathsep.join([os.environ.get("PATH", ""), *folders, "/usr/local/cuda/bin"])
     found = shutil.which("nvcc", path=path)
     if found is None:
-        raise TargetMissingError(f"the CUDA kernels cannot be built here: there is no nvcc. {_MEND}")
+        raise TargetMissingError(f"the CUDA kernels cannot be built here: there is no nvcc. {_FIX}")
     return found
 
 
 def library_path(architecture: str) -> Path:
-    """Return where the library of these sources stands or would stand: a folder named by their content."""
+    """Return the library's place in the cache: a folder named by the content of its sources."""
     words = subprocess.run([find_nvcc(), "--version"], capture_output=True, check=False).stdout
     files = native.find_sources("*.h", "*.cuh", "kernel_cuda.cu")
     return cached_path(LIBRARY, files, words.decode(), architecture)
 
 
 def build(architecture: str) -> Path:
-    """Return the library for one GPU generation, compiled first where its sources changed.
+    """Return the library for one GPU generation; compile it first where its sources changed.
 
     Args:
-        architecture: as nvcc names it: ``sm_87`` (Orin), ``sm_110`` (Thor), ``sm_90`` (H200), ...
+        architecture: nvcc's name: ``sm_87`` (Orin), ``sm_110`` (Thor), ``sm_90`` (H200), ...
 
     Raises:
-        TargetMissingError: without nvcc, or with its words where it fails.
+        TargetMissingError: without nvcc, or with its message where it fails.
     """
     path = library_path(architecture)
     if path.is_file():
@@ -113,8 +113,8 @@ def build(architecture: str) -> Path:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             words = " ".join((done.stderr + done.stdout).split())[:600]
-            raise TargetMissingError(f"the CUDA kernels cannot be built here: {words} {_MEND}")
-        made.replace(path)  # whole or not at all, whoever else builds
+            raise TargetMissingError(f"the CUDA kernels cannot be built here: {words} {_FIX}")
+        made.replace(path)  # atomic: another process may build the same file
     return path
 
 
@@ -136,40 +136,40 @@ def call(
     of_y: Affine = _PLAIN,
     stream: int = 0,
 ) -> None:
-    """Launch the kernel of an op on the current device; it runs when its stream comes to it.
+    """Launch the kernel of an op on the current device, asynchronously on a stream.
 
     Args:
         library: from ``build``.
         op: name of the op.
         dtype: of x and y, one of ``TYPES``.
-        inputs: the tensors of the op's schema in order, None for an optional one that is absent. All are of
-            the dtype, but beside INT8 float32.
+        inputs: tensors of the op's schema in order, None for an absent optional one. All have the dtype, but
+            with an INT8 x the others are float32.
         attributes: the other arguments of the schema in order.
-        output: pointer to y, of the shape that the op gives.
-        of_x: INT8 of x.
-        of_y: INT8 of y.
+        output: pointer to y, a dense tensor of the op's output shape.
+        of_x: quantization parameters of an INT8 x.
+        of_y: quantization parameters of an INT8 y.
         stream: handle of a CUDA stream; 0 is the default one.
 
     Raises:
-        ModelError: for arguments that the kernel does not take.
-        TargetMissingError: when CUDA cannot launch it here.
+        ModelError: for arguments that the kernel does not support.
+        TargetMissingError: where CUDA cannot launch the kernel.
     """
-    given = _Call(type=TYPES.index(dtype), output=output, stream=stream)
+    arguments = _Call(type=TYPES.index(dtype), output=output, stream=stream)
     for k, array in enumerate(inputs):
         if array is not None:
-            given.inputs[k] = array.pointer
-            given.shapes[k][: len(array.shape)] = list(array.shape)
+            arguments.inputs[k] = array.pointer
+            arguments.shapes[k][: len(array.shape)] = list(array.shape)
     choices = SIGNATURES[op].attributes.values()
     named = zip(attributes, choices, strict=True)
     values = [known.index(value) if isinstance(value, str) else int(value) for value, known in named]
-    given.attributes[: len(values)] = values
-    given.of_x, given.of_y = (_Quantization(*q, 1 / q.scale if q.scale else 0) for q in (of_x, of_y))
-    error = getattr(load(library), f"edgedyn_{op}")(ctypes.byref(given))
+    arguments.attributes[: len(values)] = values
+    arguments.of_x, arguments.of_y = (_Quantization(*q, 1 / q.scale if q.scale else 0) for q in (of_x, of_y))
+    error = getattr(load(library), f"edgedyn_{op}")(ctypes.byref(arguments))
     if error == _INVALID_VALUE:
         shapes = [None if array is None else tuple(array.shape) for array in inputs]
         raise ModelError(
             f"the CUDA kernel of {op} does not take shapes {shapes} with {list(attributes)} as {dtype}; "
-            "expected what the op's own check takes. Check the arguments against the op."
+            "expected arguments that pass the op's own check. Compare them with the op's schema."
         )
     if error:
         raise TargetMissingError(

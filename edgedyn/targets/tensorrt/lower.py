@@ -1,7 +1,7 @@
-"""Lower programs to ONNX for TensorRT: write, lint, let NVIDIA's own parser and builder try it.
+"""Lower programs to ONNX for TensorRT: write, lint, check with NVIDIA's own parser and builder.
 
-A model that needs our plugins gets a twin in ordinary operators, ``model.decomposed.onnx``: ONNX Runtime and
-TensorRT-RTX take no plugins, so hosts run and check that one.
+A model that needs our plugins gets a decomposed counterpart in ordinary operators, ``model.decomposed.onnx``:
+ONNX Runtime and TensorRT-RTX have no plugins, so hosts run and check that one.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ from edgedyn.targets.onnxruntime.lower import (
     write_models,
 )
 from edgedyn.targets.tensorrt.check import check_build
-from edgedyn.targets.tensorrt.nodes import expand_nodes, has_nodes, with_nodes
-from edgedyn.targets.tensorrt.run import expanded_path, host_path
+from edgedyn.targets.tensorrt.nodes import decompose_nodes, has_nodes, with_nodes
+from edgedyn.targets.tensorrt.run import decomposed_path, host_path
 
 if TYPE_CHECKING:
     from torch.export import ExportedProgram
 
 
 def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) -> Artifact:
-    """Write ``model.onnx``, or ``<program>.onnx`` for each of several, and decomposed twins into ``out``.
+    """Write ``model.onnx``, or one ``<program>.onnx`` each, and decomposed counterparts into ``out``.
 
-    A failed check build does not raise: ``facts["check_build"]`` says it, and the report fails by its row.
+    A failed check build does not raise: it is in ``facts["check_build"]``, and its row fails the report.
 
     Raises:
-        ModelError: for what ONNX cannot express, a program that is not of the precision, or lint findings.
+        ModelError: for an operator that ONNX lacks, a program of another precision, or lint findings.
     """
     programs = {name: with_nodes(program) for name, program in programs.items()}
     models = write_models(programs, out, precision)
     for name, model in models.items():
         if has_nodes(model):
-            write_onnx(expand_nodes(model), expanded_path(out / file_name(name)))
+            write_onnx(decompose_nodes(model), decomposed_path(out / file_name(name)))
         if findings := lint_for_tensorrt(model):
             shown = "\n  ".join(findings[:10])
             raise ModelError(
@@ -70,7 +70,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
 
 
 def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
-    """Write float programs to a temporary folder and lint them; an engine takes a program whole or not."""
+    """Write float programs to a temporary folder and lint them; a finding refuses the whole program."""
     with tempfile.TemporaryDirectory() as folder:
         nodes = {name: with_nodes(program) for name, program in programs.items()}
         models = write_models(nodes, Path(folder), "fp32")
@@ -84,7 +84,7 @@ def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
 
 
 def check_rows(checked: dict[str, object], condition: str = "") -> tuple[Row, ...]:
-    """Turn the facts of a check build into rows; where TensorRT-RTX is not installed, one that fails."""
+    """Return the rows of a check build; without TensorRT-RTX, one row that fails."""
     failures = f"check_build_failures{condition}"
     if "passed" not in checked:
         return (Row("tensorrt-rtx:onnx", failures, math.nan, {"at_most": 0}, 0),)

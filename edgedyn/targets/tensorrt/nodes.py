@@ -1,12 +1,12 @@
-"""Our ops as ONNX nodes that TensorRT computes with our plugins, and back to ordinary operators elsewhere.
+"""Our ops as ONNX nodes for our TensorRT plugins, and their decomposition where there is no plugin.
 
     edgedyn.sliced_depthwise2d(x, grid, None, 3)  ->  edgedyn::SlicedDepthwise2d(x, grid; kernel_size=3, ...)
     quantize(op(dequantize(q), ...))              ->  the same node on INT8, between Q and DQ
 
 TensorRT refuses Q -> DQ -> plugin -> Q -> DQ (NVIDIA/TensorRT#3055), so an op between INT8 tensors must be
-one INT8 node. The ordinary operators stand in a file of their own beside the model: a local function of the
-node's name inside it would be taken in place of the plugin, because TensorRT's parser looks there first
-(``ModelImporter.cpp`` of onnx-tensorrt 10.1).
+one INT8 node. The decomposed model is a file of its own: TensorRT's parser would take a local function of the
+node's name inside the model in place of the plugin, because it looks there first (``ModelImporter.cpp`` of
+onnx-tensorrt 10.1).
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ if TYPE_CHECKING:
 
 
 def with_nodes(program: ExportedProgram) -> ExportedProgram:
-    """Return a program whose ops of ours are ONNX nodes, in INT8 where they stand between INT8 tensors.
+    """Return a program with our ops as ONNX nodes, in INT8 between INT8 tensors.
 
-    The result is only to be exported: in PyTorch a node gives zeros.
+    The result can only be exported: in PyTorch a node gives zeros.
 
     Raises:
-        ModelError: for an op that has no row in ``SIGNATURES``.
+        ModelError: for an op without a row in ``SIGNATURES``.
     """
     if not calls_kernels(program):
         return program
@@ -48,7 +48,7 @@ def with_nodes(program: ExportedProgram) -> ExportedProgram:
 
 
 def _node(overload: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Tensor:
-    """Emit the node of one call."""
+    """Emit the ONNX node of one call."""
     values: dict[str, Any] = {
         a.name: a.default_value for a in overload._schema.arguments if a.has_default_value()
     }
@@ -92,11 +92,11 @@ def _is_ours(node: onnx.NodeProto | onnx_ir.Node) -> bool:
     return node.domain == PLUGIN_DOMAIN and node.op_type in map(node_type, SIGNATURES)
 
 
-def expand_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
-    """Replace each node of ours by ordinary operators: those of the op's form for TensorRT without plugins.
+def decompose_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Replace each node of ours by ordinary operators: the op's form for TensorRT without plugins.
 
-    They are made from attributes, inputs and types of the node itself; an INT8 node becomes DequantizeLinear,
-    these operators, QuantizeLinear. So a run of the result tests the nodes.
+    The operators come from attributes, inputs and types of the node itself, so a run of the result tests the
+    nodes. An INT8 node becomes DequantizeLinear, the operators, QuantizeLinear.
     """
     import onnx_ir
 
@@ -111,12 +111,12 @@ def expand_nodes(model: onnx.ModelProto) -> onnx.ModelProto:
 
 
 def _splice(graph: onnx_ir.Graph, calls: Sequence[onnx_ir.Node], pieces: onnx_ir.Graph) -> None:
-    """Move ``pieces``, which compute the calls, into their graph in place of them.
+    """Replace calls in their graph by the nodes of ``pieces``, which compute them.
 
     Args:
         graph: holds the calls; changed in place.
         calls: nodes of one output each.
-        pieces: one input per dynamic input of a call, one output per call, in order; emptied.
+        pieces: one input per dynamic input of a call, one output per call, in order; left empty.
     """
     inputs = [value for call in calls for value in _dynamic_inputs(call)]
     for placeholder, value in zip(pieces.inputs, inputs, strict=True):
@@ -145,7 +145,7 @@ def _dynamic_inputs(call: onnx_ir.Node) -> list[onnx_ir.Value]:
 
 
 class _Calls(nn.Module):
-    """Every call of a model side by side; constants are its buffers, all else its inputs."""
+    """All calls of a model side by side; constants are buffers, other tensors are inputs."""
 
     def __init__(self, calls: Sequence[onnx_ir.Node]) -> None:
         super().__init__()
@@ -179,7 +179,7 @@ def _compute(form: Any, x: Tensor, others: list[Any], scales: Sequence[float]) -
 
 
 def _read_call(call: onnx_ir.Node) -> tuple[Any, Signature, list[Any], list[float]]:
-    """Return form, signature, arguments behind the tensors, and scales of a node."""
+    """Return form, signature, arguments after the tensors, and scales of a node."""
     attributes = {name: attribute.value for name, attribute in call.attributes.items()}
     op = {node_type(name): op for name, op in ops.load_all().items()}[call.op_type]
     signature = SIGNATURES[op.name]

@@ -1,8 +1,8 @@
-"""Our TensorRT plugins where an engine is built or run: the library in C++, or else the classes in Python.
+"""Build and register our TensorRT plugins: the library in C++, or else the classes in Python.
 
     edgedyn plugin build; trtexec --onnx=model.onnx --stronglyTyped --dynamicPlugins=libedgedyn_plugins.so
 
-The library holds the CUDA kernels and needs TensorRT's headers once, to be compiled; it links none of its
+The library includes the CUDA kernels. Compiling it needs TensorRT's headers; it links none of TensorRT's
 libraries. Device side: the standard library, nvcc, CMake.
 """
 
@@ -19,37 +19,37 @@ from edgedyn.targets.tensorrt import cuda_kernels
 from edgedyn.targets.tensorrt.plugins import make_creators
 
 _SOURCES = ("*.h", "*.cuh", "kernel_cuda.cu", "plugin_tensorrt.cpp", "plugin.cpp", "CMakeLists.txt")
-_MEND = (
+_FIX = (
     "They need nvcc, a C++17 compiler, CMake 3.24 or newer and TensorRT's headers: on a Jetson sudo apt-get "
     "install libnvinfer-dev g++ and pip install cmake; elsewhere the CUDA toolkit, and TENSORRT_ROOT set to "
     "the folder that has include/NvInfer.h. A recipe with kernels: stock needs none of them."
 )
 
 
-def product() -> native.Product:
-    """Return what is built: the library, against the headers that are found."""
-    return native.Product(
-        what="the TensorRT plugins",
+def library() -> native.CompiledFile:
+    """Return the description of the library, compiled against the headers that CMake finds."""
+    return native.CompiledFile(
+        title="the TensorRT plugins",
         project=native.SOURCES / "tensorrt",
         file="libedgedyn_plugins.so",
         sources=native.find_sources(*_SOURCES),
-        fix=_MEND,
+        fix=_FIX,
         facts=(os.environ.get("TENSORRT_ROOT", ""),),
     )
 
 
 def build() -> Path:
-    """Return the plugin library, compiled for the GPU of this machine first where its sources changed.
+    """Return the path of the plugin library; compile it for this GPU first where its sources changed.
 
     Raises:
-        TargetMissingError: without nvcc, TensorRT's headers, CMake or a compiler, with CMake's words.
+        TargetMissingError: without nvcc, TensorRT's headers, CMake or a compiler, with CMake's message.
     """
-    return product().build()
+    return library().build()
 
 
 @functools.cache
 def register(trt: Any, cuda: Any) -> tuple[Any, ...]:
-    """Register the plugins with TensorRT, once a process, and return what must live as long.
+    """Register the plugins with TensorRT, once per process; return the objects that must stay alive.
 
     Args:
         trt: the module ``tensorrt``.
@@ -60,7 +60,7 @@ def register(trt: Any, cuda: Any) -> tuple[Any, ...]:
     """
     registry = trt.get_plugin_registry()
     try:
-        library = build()
+        path = build()
     except TargetMissingError:
         kernels = cuda_kernels.build("sm_{}{}".format(*cuda.Device(0).compute_capability()))
         creators = make_creators(trt, functools.partial(cuda_kernels.call, kernels))
@@ -71,10 +71,10 @@ def register(trt: Any, cuda: Any) -> tuple[Any, ...]:
                 "name in the namespace edgedyn. Load no other plugin library of ours."
             ) from None
         return tuple(creators)
-    handle = registry.load_library(str(library))
+    handle = registry.load_library(str(path))
     if handle is None:
         raise TargetMissingError(
-            f"TensorRT {trt.__version__} refuses the plugin library {library}; expected one compiled against "
+            f"TensorRT {trt.__version__} refuses the plugin library {path}; expected one compiled against "
             "its own headers. Delete the file and run: edgedyn plugin build"
         )
     return (handle,)

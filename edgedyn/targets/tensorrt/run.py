@@ -4,7 +4,7 @@
     otherwise                                                 -> the ONNX, unoptimized, on the CPU;
                                                                  with plugin nodes: model.decomposed.onnx
 
-``runtime_name`` says which, so that a check on a host is never taken for one on a Jetson.
+``runtime_name`` names the runtime, so that nobody takes a check on a host for one on a Jetson.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ def load(path: Path, program: str = FORWARD) -> Run:
     """Return ``run(*arrays) -> [array, ...]`` for ``model.onnx`` or ``model.engine``.
 
     Raises:
-        TargetMissingError: where TensorRT or a GPU is missing for a ``.engine``, or it was built with
-            others; where ONNX Runtime is missing for an ONNX file.
+        TargetMissingError: where TensorRT or a GPU is missing for a ``.engine``, or differs from its
+            build's; where ONNX Runtime is missing for an ONNX file.
         BundleError: where the file is missing or damaged.
-        UsageError: from ``run``, for arrays that are not what the program takes.
+        UsageError: from ``run``, for arrays of another number, type or shape than the program's inputs.
     """
     engine_path = path.with_suffix(_ENGINE_SUFFIX)
     if path.suffix == _ENGINE_SUFFIX or (engine_path.is_file() and _why_no_engine() is None):
@@ -43,32 +43,32 @@ def load(path: Path, program: str = FORWARD) -> Run:
     return onnxruntime_run.load(host_path(path))
 
 
-def expanded_path(path: Path) -> Path:
-    """Return where the twin of a model with plugin nodes stands: ``model.decomposed.onnx``."""
+def decomposed_path(path: Path) -> Path:
+    """Return the path of the decomposed counterpart of a model: ``model.decomposed.onnx``."""
     return path.with_suffix(".decomposed.onnx")
 
 
 def host_path(path: Path) -> Path:
-    """Return the model that runs where there are no plugins: the decomposed twin, where there is one."""
-    decomposed = expanded_path(path)
+    """Return the model that runs without plugins: the decomposed counterpart where there is one."""
+    decomposed = decomposed_path(path)
     return decomposed if decomposed.is_file() else path
 
 
 def register_plugins(trt: Any, cuda: Any, path: Path) -> None:
-    """Register our plugins where a model or its engine needs them: an decomposed twin stands beside it."""
-    if expanded_path(path).is_file():
+    """Register our plugins where a model or its engine needs them: it has a decomposed counterpart."""
+    if decomposed_path(path).is_file():
         from edgedyn.targets.tensorrt import plugin_library
 
         plugin_library.register(trt, cuda)
 
 
 def runtime_name(path: Path) -> str:
-    """Return what ``load(path)`` runs with: ``TensorRT 10.3.0 engine``, or ONNX Runtime and why no engine."""
+    """Return the runtime of ``load(path)``: ``TensorRT 10.3.0 engine``, or ONNX Runtime and why no engine."""
     engine_path = path.with_suffix(_ENGINE_SUFFIX)
     reason = _why_no_engine() if engine_path.is_file() else "no TensorRT engine here"
     if reason is None or path.suffix == _ENGINE_SUFFIX:
         return f"TensorRT {require_tensorrt()[0].__version__} engine"
-    decomposed = "plugin nodes decomposed, " if expanded_path(path).is_file() else ""
+    decomposed = "plugin nodes decomposed, " if decomposed_path(path).is_file() else ""
     return f"{onnxruntime_run.runtime_name(path)} ({decomposed}{reason})"
 
 
@@ -92,10 +92,10 @@ class EngineRun:
         self._outputs = [spec for spec in specs if modes[spec.name] == self._trt.TensorIOMode.OUTPUT]
 
     def __call__(self, *arrays: np.ndarray) -> list[np.ndarray]:
-        """Copy the arrays in, run, and return the outputs, once the device is done.
+        """Copy the arrays to the device, run, wait, and return the outputs.
 
         Raises:
-            UsageError: for arrays that are not what the engine takes.
+            UsageError: for arrays of another number, type or shape than the engine's inputs.
             TargetMissingError: where the device could not run the engine.
         """
         onnxruntime_run.check_arrays(arrays, self._inputs)
@@ -112,7 +112,7 @@ class EngineRun:
         return outputs
 
     def time(self, *, runs: int = 50, warm_up: int = 10) -> dict[str, float]:
-        """Time the engine alone by CUDA events, on what its buffers hold: no copies; milliseconds."""
+        """Time the engine alone by CUDA events, without copies, on its buffers as they are; milliseconds."""
         times = []
         with current_device(self._cuda):
             begin, end = self._cuda.Event(), self._cuda.Event()
@@ -143,23 +143,23 @@ def measure_engine(path: Path) -> dict[str, object]:
     """Load an engine and measure it on this GPU, alone.
 
     Returns:
-        ``latency_ms``: median, p95 and runs; ``device_memory_bytes``: what weights, scratch memory, inputs
-        and outputs took of the GPU's free memory.
+        ``latency_ms``: median, p95 and runs; ``device_memory_bytes``: the GPU memory of weights, scratch
+        memory, inputs and outputs.
     """
     cuda = require_tensorrt()[1]
     with current_device(cuda):
         free = cuda.mem_get_info()[0]
         engine = EngineRun(path)
         latency = engine.time()
-        taken = free - cuda.mem_get_info()[0]
-    return {"latency_ms": latency, "device_memory_bytes": taken}
+        used = free - cuda.mem_get_info()[0]
+    return {"latency_ms": latency, "device_memory_bytes": used}
 
 
 def require_tensorrt() -> tuple[Any, Any]:
-    """Return the modules ``tensorrt`` and ``pycuda.driver``, with a GPU found.
+    """Return the modules ``tensorrt`` and ``pycuda.driver``, on a machine with a GPU.
 
     Raises:
-        TargetMissingError: with what is missing and what to install.
+        TargetMissingError: where one of them, its version or a GPU is missing, with the fix.
     """
     try:
         import pycuda.driver as cuda
@@ -187,7 +187,7 @@ def require_tensorrt() -> tuple[Any, Any]:
 
 @contextmanager
 def current_device(cuda: Any) -> Iterator[Any]:
-    """Make the first GPU current, in its primary context: the one that TensorRT itself uses."""
+    """Make the first GPU current, in its primary context, which TensorRT itself uses."""
     device = cuda.Device(0)
     context = device.retain_primary_context()
     context.push()
@@ -213,7 +213,7 @@ def load_engine(trt: Any, path: Path) -> Any:
 
 
 def _why_no_engine() -> str | None:
-    """Say why an engine cannot run here, or None where it can."""
+    """Return why an engine cannot run here, or None where it can."""
     try:
         require_tensorrt()
     except TargetMissingError as error:

@@ -1,13 +1,13 @@
-"""What TensorRT must know of our ops: inputs, attributes and output shape. No torch and no TensorRT.
+"""Signatures of our ops for TensorRT: inputs, attributes and output shape. No torch and no TensorRT.
 
-An op's ONNX node and its plugin in Python are made from its row here; its plugin in C++ says the same in
+An op's ONNX node and its Python plugin come from its row here; its C++ plugin repeats the row in
 ``edgedyn/ops/<op>/plugin_tensorrt.cpp``. The node of ``masked_conv2d``:
 
     edgedyn::MaskedConv2d(x, weight, mask[, bias]; stride=1, ..., activation=2)
     the same with x_scale and y_scale where x and y are INT8
 
-Tensors stand in the schema's order, but for the optional one: it stands last, and is left out where it is
-absent, because not every version of TensorRT's parser takes an empty input.
+Tensors are in the schema's order, but the optional one is last. An absent one is left out, because not every
+version of TensorRT's parser takes an empty input.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ SCALES = ("x_scale", "y_scale")  # of an INT8 node; zero points are 0 on TensorR
 
 @dataclass(frozen=True)
 class Signature:
-    """An op as TensorRT sees it.
+    """Inputs, attributes and output shape of an op's node.
 
     Attributes:
         inputs: names of the tensors in the schema's order; one may end in ``?``, it is optional.
-        attributes: names of the other arguments in the schema's order, with the choices of a str, of which a
-            node holds the index.
-        output: the dimensions of y from those of the inputs, in the schema's order; on integers, and on
-            whatever else has ``*`` and ``//``.
+        attributes: names of the other arguments in the schema's order, with the choices of a str: a node
+            holds the index of the choice.
+        output: computes the dimensions of y from those of the inputs, in the schema's order; for integers
+            and any type with ``*`` and ``//``.
     """
 
     inputs: tuple[str, ...]
@@ -38,12 +38,12 @@ class Signature:
     output: Callable[..., tuple[Any, ...]]
 
     def node_order(self) -> list[int]:
-        """Return which of the schema's tensors a node's inputs are, the optional one last."""
+        """Return the index in the schema of each of a node's inputs, the optional one last."""
         return sorted(range(len(self.inputs)), key=lambda k: self.inputs[k].endswith("?"))
 
-    def arrange(self, given: list[Any]) -> list[Any]:
+    def arrange(self, inputs: list[Any]) -> list[Any]:
         """Return a node's inputs in the schema's order, None where the optional one is absent."""
-        values = dict(zip(self.node_order(), given, strict=False))
+        values = dict(zip(self.node_order(), inputs, strict=False))
         return [values.get(k) for k in range(len(self.inputs))]
 
 
