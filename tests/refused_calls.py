@@ -65,7 +65,7 @@ SLICED = {
         grid=[empty(1, 18, 3, 5), empty(2, 8, 3, 5), empty(2, 19, 3, 5), empty(2, 27, 3, 5)], kernel_size=[5]
     ),
     "expected a grid of at least one cell": each(grid=[empty(2, 18, 0, 5), empty(2, 18, 3, 0)]),
-    "expected an offset of one channel a filter on the grid's cells": each(
+    "expected an offset of one channel per filter on the grid's cells": each(
         offset=[
             empty(1, 2, 3, 5),
             empty(2, 3, 3, 5),
@@ -129,7 +129,7 @@ ATOMS = {
     "expected an alpha of M * K channels, and the batch of x": each(
         alpha=[empty(1, 6, 6, 8), empty(2, 5, 6, 8), empty(2, 0, 6, 8)]
     ),
-    "alpha has %ld x %ld pixels; expected one kernel an output pixel, %ld x %ld": each(
+    "alpha has %ld x %ld pixels; expected one kernel per output pixel, %ld x %ld": each(
         alpha=[empty(2, 6, 5, 8), empty(2, 6, 6, 7)], stride=[2]
     ),
     "out cannot hold y, expected (B, M * C, h, w) of the type of x": each(
@@ -153,12 +153,12 @@ MASKED = {
     "expected weight as a contiguous (O, I / groups, R, R) of float": each(
         weight=[empty(6, 2, 3, 1), empty(6, 2, 0, 0), *not_dense(6, 2, 3, 3)]
     ),
-    "expected I / groups channels a kernel, and groups to divide O": each(
+    "expected I / groups channels per kernel, and groups to divide O": each(
         weight=[empty(5, 2, 3, 3), empty(6, 3, 3, 3)], groups=[1]
     ),
-    "expected bias as one float an output channel": each(bias=[empty(5), empty(6, 1), *ill_typed(6)]),
+    "expected bias as one float per output channel": each(bias=[empty(5), empty(6, 1), *ill_typed(6)]),
     "expected a kernel that fits the padded x": [{"dilation": 4}, {"padding": 0, "x": empty(2, 4, 2, 8)}],
-    "expected mask as a contiguous (B, 1, h, w) of float, one value a position of the output": each(
+    "expected mask as a contiguous (B, 1, h, w) of float, one value per position of the output": each(
         mask=[
             *(empty(1, 1, 6, 8), empty(2, 2, 6, 8), empty(2, 1, 5, 8), empty(2, 1, 6, 7), empty(2, 1, 48)),
             *ill_typed(2, 1, 6, 8),

@@ -1,7 +1,7 @@
-// What the CUDA kernels share: pixels between memory (float, half or INT8) and registers, the checks, the launch.
+// Shared by the CUDA kernels: pixels between memory (float, half or INT8) and registers, checks, launch.
 //
-// Only nvcc includes this file. Of CUDA it takes little, so that the kernels also run on the host, where tests/
-// emulates that little: no warp intrinsics, one-dimensional blocks and grids.
+// Only nvcc includes this file. It uses little of CUDA (no warp intrinsics, one-dimensional blocks and
+// grids), so that tests/ can emulate that part and run the kernels on the host.
 #pragma once
 
 #include <cuda_fp16.h>
@@ -19,15 +19,16 @@
 
 namespace edgedyn {
 
-// Shared memory: all that a block gets without asking, and what of it is not static.
+// Shared memory of a block: the limit without an opt-in, and the dynamic part of it.
 constexpr int64_t kMostSharedBytes = 48 * 1024, kSharedBytes = 40 * 1024;
 extern __shared__ __align__(16) unsigned char shared_memory[];
 
-// The type of what is generated for pixels of type T.
+// The type of generated tensors for pixels of type T.
 template <typename T>
 using Generated = std::conditional_t<std::is_same_v<T, int8_t>, float, T>;
 
-// A pixel as a float: the real value, of INT8 still without the scale, which the caller multiplies once a sum.
+// A pixel as a float: the real value, for INT8 still without the scale, which the caller multiplies once per
+// sum.
 EDGEDYN_DEVICE float Load(float stored, float) { return stored; }
 EDGEDYN_DEVICE float Load(__half stored, float) { return __half2float(stored); }
 EDGEDYN_DEVICE float Load(int8_t stored, float zero_point) { return static_cast<float>(stored) - zero_point; }
@@ -35,14 +36,15 @@ EDGEDYN_DEVICE float Load(int8_t stored, float zero_point) { return static_cast<
 EDGEDYN_DEVICE void Store(float y, const Quantization&, float* to) { *to = y; }
 EDGEDYN_DEVICE void Store(float y, const Quantization&, __half* to) { *to = __float2half_rn(y); }
 
-// Rounds ties to even and saturates, as torch's quantize_per_tensor does; bounded first, by integers: far outside of
-// int32 the conversion is undefined.
+// Rounds ties to even and saturates, as torch's quantize_per_tensor does. Clamps first, to integers: far
+// outside of int32 the conversion is undefined.
 EDGEDYN_DEVICE void Store(float y, const Quantization& q, int8_t* to) {
-  const float lowest = static_cast<float>(-128 - q.zero_point), highest = static_cast<float>(127 - q.zero_point);
+  const float lowest = static_cast<float>(-128 - q.zero_point),
+              highest = static_cast<float>(127 - q.zero_point);
   *to = static_cast<int8_t>(__float2int_rn(fminf(fmaxf(y * q.inverse, lowest), highest)) + q.zero_point);
 }
 
-// Stored pixels as real ones: what the formulas take as x.
+// Stored pixels, read as real ones: the x of the formulas.
 template <typename T>
 struct Pixels {
   const T* data;
@@ -52,17 +54,17 @@ struct Pixels {
     return Load(data[i], static_cast<float>(of.zero_point)) * of.scale;
   }
   EDGEDYN_DEVICE Pixels operator+(int64_t i) const { return {data + i, of}; }
-  // What is stored for a zero.
+  // The stored value of a real zero.
   EDGEDYN_DEVICE T Zero() const { return static_cast<T>(static_cast<float>(of.zero_point)); }
 };
 
-// Values beside each other, moved by one instruction.
+// Adjacent values, moved by one instruction.
 template <typename T, int kCount>
 struct alignas(sizeof(T) * kCount) Wide {
   T at[kCount];
 };
 
-// Reads up to kWide values beside each other, 0 where there is none.
+// Reads up to kWide adjacent values; 0 where there is none.
 template <int kWide, typename T>
 EDGEDYN_DEVICE void ReadWide(const T* from, int64_t count, bool is_aligned, float (&values)[kWide]) {
   if (is_aligned && count >= kWide) {
@@ -76,7 +78,8 @@ EDGEDYN_DEVICE void ReadWide(const T* from, int64_t count, bool is_aligned, floa
 }
 
 template <int kWide, typename T>
-EDGEDYN_DEVICE void WriteWide(const float (&y)[kWide], int64_t count, bool is_aligned, const Quantization& q, T* to) {
+EDGEDYN_DEVICE void WriteWide(const float (&y)[kWide], int64_t count, bool is_aligned, const Quantization& q,
+                              T* to) {
   Wide<T, kWide> wide;
 #pragma unroll
   for (int j = 0; j < kWide; ++j) Store(y[j], q, &wide.at[j]);
@@ -99,7 +102,9 @@ EDGEDYN_HD Value CeilDiv(Value a, Value b) {
   return (a + b - 1) / b;
 }
 
-inline bool IsInt8(const Quantization& q) { return q.scale > 0 && q.zero_point >= -128 && q.zero_point <= 127; }
+inline bool IsInt8(const Quantization& q) {
+  return q.scale > 0 && q.zero_point >= -128 && q.zero_point <= 127;
+}
 
 // Whether a call has a known type and, for INT8, scales and zero points.
 inline bool IsTyped(const Call& call) {
@@ -131,8 +136,8 @@ cudaError_t ForType(const Call& call, const Function& launch) {
 
 // The kernels' arguments are one struct; a grid is at most 2^31 - 1 blocks.
 template <typename Arguments>
-cudaError_t Launch(void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared_bytes, const Call& call,
-                   const Arguments& arguments) {
+cudaError_t Launch(void (*kernel)(Arguments), int64_t blocks, int threads, int64_t shared_bytes,
+                   const Call& call, const Arguments& arguments) {
   if (blocks > INT32_MAX) return cudaErrorInvalidValue;
   cudaLaunchConfig_t config{};
   config.gridDim = dim3(static_cast<unsigned>(blocks));

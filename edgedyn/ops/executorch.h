@@ -1,4 +1,4 @@
-// What every ExecuTorch kernel needs: its types, its checks, its thread pool.
+// Types, checks, dispatch and thread pool of all ExecuTorch kernels.
 #pragma once
 
 #include <executorch/extension/kernel_util/make_boxed_from_unboxed_functor.h>
@@ -13,23 +13,27 @@
 #define EDGEDYN_CHECK(context, condition, out, ...) \
   ET_KERNEL_CHECK_MSG(context, condition, InvalidArgument, out, __VA_ARGS__)
 
-// Dispatch of a template Function<T>(const Arguments<T>&, const Plan&, const Place&) by the type of x and the instruction
-// set, in two halves: Highway exports plain functions only.
+// Dispatch of a template Function<T>(const Arguments<T>&, const Plan&, const Place&) by the type of x and by
+// the instruction set. It takes two macros, because Highway exports only plain functions.
 //
-// The first half, inside HWY_NAMESPACE: one plain function per type.
-#define EDGEDYN_PER_TYPE(Function, Arguments, Plan, Place)                                                 \
-  void Function##Float(const Arguments<float>& a, const Plan& plan, const Place& at) { Function(a, plan, at); } \
-  void Function##Int8(const Arguments<int8_t>& a, const Plan& plan, const Place& at) { Function(a, plan, at); }
+// Inside HWY_NAMESPACE: one plain function per type.
+#define EDGEDYN_PER_TYPE(Function, Arguments, Plan, Place)                             \
+  void Function##Float(const Arguments<float>& a, const Plan& plan, const Place& at) { \
+    Function(a, plan, at);                                                             \
+  }                                                                                    \
+  void Function##Int8(const Arguments<int8_t>& a, const Plan& plan, const Place& at) { \
+    Function(a, plan, at);                                                             \
+  }
 
-// The second half, behind HWY_ONCE: overloads of Function that call the plain function of this machine.
-#define EDGEDYN_DISPATCH(Function, Arguments, Plan, Place)                              \
-  HWY_EXPORT(Function##Float);                                                          \
-  HWY_EXPORT(Function##Int8);                                                           \
-  void Function(const Arguments<float>& a, const Plan& plan, const Place& at) {         \
-    HWY_DYNAMIC_DISPATCH(Function##Float)(a, plan, at);                                 \
-  }                                                                                     \
-  void Function(const Arguments<int8_t>& a, const Plan& plan, const Place& at) {        \
-    HWY_DYNAMIC_DISPATCH(Function##Int8)(a, plan, at);                                  \
+// Behind HWY_ONCE: one overload per type, which calls the plain function for this machine's instruction set.
+#define EDGEDYN_DISPATCH(Function, Arguments, Plan, Place)                       \
+  HWY_EXPORT(Function##Float);                                                   \
+  HWY_EXPORT(Function##Int8);                                                    \
+  void Function(const Arguments<float>& a, const Plan& plan, const Place& at) {  \
+    HWY_DYNAMIC_DISPATCH(Function##Float)(a, plan, at);                          \
+  }                                                                              \
+  void Function(const Arguments<int8_t>& a, const Plan& plan, const Place& at) { \
+    HWY_DYNAMIC_DISPATCH(Function##Int8)(a, plan, at);                           \
   }
 
 namespace edgedyn {
@@ -46,7 +50,7 @@ constexpr ScalarType kScalarType = ScalarType::Float;
 template <>
 inline constexpr ScalarType kScalarType<int8_t> = ScalarType::Char;
 
-// Whether a tensor is dense and in order; the runtime calls no empty tensor contiguous.
+// Whether a tensor is dense and in order; to the runtime no empty tensor is contiguous.
 inline bool IsDense(const Tensor& t, int64_t dims, ScalarType type) {
   return t.dim() == dims && t.scalar_type() == type &&
          (t.numel() == 0 || ::executorch::runtime::tensor_is_contiguous(t));
@@ -62,6 +66,8 @@ inline Quantization Affine(double scale, int64_t zero_point) {
   return {static_cast<float>(scale), static_cast<int32_t>(zero_point), static_cast<float>(1 / scale)};
 }
 
-inline bool IsInt8(const Quantization& q) { return q.scale > 0 && q.zero_point >= -128 && q.zero_point <= 127; }
+inline bool IsInt8(const Quantization& q) {
+  return q.scale > 0 && q.zero_point >= -128 && q.zero_point <= 127;
+}
 
 }  // namespace edgedyn

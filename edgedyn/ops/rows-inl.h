@@ -1,6 +1,7 @@
-// Rows of pixels between memory (float or INT8) and float scratch, for every instruction set that Highway compiles.
+// Rows of pixels between memory (float or INT8) and float scratch, for every instruction set that Highway
+// compiles.
 //
-// No include guard of the usual kind: foreach_target.h includes a kernel once for each instruction set.
+// The include guard is unusual because foreach_target.h includes a kernel once per instruction set.
 #include "hwy/highway.h"
 #include "shared.h"
 
@@ -22,11 +23,13 @@ namespace hn = hwy::HWY_NAMESPACE;
 using Floats = hn::ScalableTag<float>;
 using Vector = hn::Vec<Floats>;
 
-inline void ReadRow(const float* HWY_RESTRICT from, int64_t count, const Quantization&, float* HWY_RESTRICT to) {
+inline void ReadRow(const float* HWY_RESTRICT from, int64_t count, const Quantization&,
+                    float* HWY_RESTRICT to) {
   std::memcpy(to, from, count * sizeof(float));
 }
 
-inline void ReadRow(const int8_t* HWY_RESTRICT from, int64_t count, const Quantization& q, float* HWY_RESTRICT to) {
+inline void ReadRow(const int8_t* HWY_RESTRICT from, int64_t count, const Quantization& q,
+                    float* HWY_RESTRICT to) {
   const Floats d;
   const hn::RebindToSigned<Floats> d32;
   const hn::Rebind<int8_t, Floats> d8;
@@ -58,7 +61,7 @@ inline void WriteLanes(Vector v, int64_t count, const Quantization& q, int8_t* t
   const Floats d;
   const hn::RebindToSigned<Floats> d32;
   const hn::Rebind<int8_t, Floats> d8;
-  // bounded first, by integers: far outside of int32 the conversion is undefined
+  // clamp first, to integers: far outside of int32 the conversion is undefined
   const auto lowest = hn::Set(d, static_cast<float>(-128 - q.zero_point));
   const auto highest = hn::Set(d, static_cast<float>(127 - q.zero_point));
   const auto bounded = hn::Min(hn::Max(hn::Mul(v, hn::Set(d, q.inverse)), lowest), highest);
@@ -72,9 +75,11 @@ inline void WriteLanes(Vector v, int64_t count, const Quantization& q, int8_t* t
   std::memcpy(to, lanes, count);
 }
 
-// Copies the columns [left, left + count) of a row of `width` pixels; 0 outside, and everywhere where from is null.
+// Copies the columns [left, left + count) of a row of `width` pixels; 0 outside, and everywhere where from is
+// null.
 template <typename T>
-inline void ReadPadded(const T* from, int64_t width, int64_t left, int64_t count, const Quantization& q, float* to) {
+inline void ReadPadded(const T* from, int64_t width, int64_t left, int64_t count, const Quantization& q,
+                       float* to) {
   const int64_t begin = from ? std::clamp<int64_t>(-left, 0, count) : count;
   const int64_t end = from ? std::clamp<int64_t>(width - left, begin, count) : count;
   std::fill(to, to + begin, 0.0f);

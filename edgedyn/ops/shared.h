@@ -1,4 +1,5 @@
-// What all formulas share: host and device, and the affine INT8 of a tensor, real = (stored - zero_point) * scale.
+// Shared by all formulas, on host and device: the affine INT8 of a tensor, real = (stored - zero_point) *
+// scale.
 #pragma once
 
 #include <cstdint>
@@ -14,7 +15,7 @@ namespace edgedyn {
 struct Quantization {
   float scale = 1;
   int32_t zero_point = 0;
-  float inverse = 1;  // of scale: a kernel does not divide
+  float inverse = 1;  // 1 / scale, because kernels do not divide
 };
 
 }  // namespace edgedyn

@@ -1,11 +1,11 @@
-// What every TensorRT plugin shares: IPluginV3 around one C function of cuda.h (TensorRT 10.3 and newer).
+// Shared by all TensorRT plugins: IPluginV3 around one C function of cuda.h (TensorRT 10.3 and newer).
 //
-//   inputs      the tensors of the op's schema in order, the optional one last: left out where it is absent
+//   inputs      the tensors of the op's schema in order, the optional one last, left out where absent
 //   types       x and y float32 or float16, all else the same; or x and y INT8, all else float32. Dense NCHW.
 //   fields      the op's other arguments as int32; x_scale and y_scale as float32, which make the plugin INT8
 //
-// An op adds a file plugin_tensorrt.cpp with one Creator. The library exports getCreators and setLoggerFinder,
-// which trtexec --dynamicPlugins and IPluginRegistry::loadLibrary call.
+// An op adds a file plugin_tensorrt.cpp with one Creator. The library exports getCreators and
+// setLoggerFinder, which trtexec --dynamicPlugins and IPluginRegistry::loadLibrary call.
 #pragma once
 
 #include <NvInferRuntime.h>
@@ -20,13 +20,15 @@ namespace edgedyn::plugins {
 // Writes an error into TensorRT's log.
 void report(const std::string& text);
 
-// Makes dimensions out of dimensions; expressions, because TensorRT may ask before it knows the sizes.
+// Computes dimensions from dimensions, as expressions: TensorRT may ask before it knows the sizes.
 class Dimensions {
  public:
   explicit Dimensions(nvinfer1::IExprBuilder& builder) : builder_(builder) {}
   using Expression = const nvinfer1::IDimensionExpr*;
   Expression product(Expression a, Expression b) { return make(nvinfer1::DimensionOperation::kPROD, a, b); }
-  Expression quotient(Expression a, Expression b) { return make(nvinfer1::DimensionOperation::kFLOOR_DIV, a, b); }
+  Expression quotient(Expression a, Expression b) {
+    return make(nvinfer1::DimensionOperation::kFLOOR_DIV, a, b);
+  }
 
  private:
   Expression make(nvinfer1::DimensionOperation what, Expression a, Expression b) {

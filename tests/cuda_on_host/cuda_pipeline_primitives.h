@@ -1,5 +1,6 @@
-// Asynchronous copies that arrive as late as they may: when a thread waits for them. Until then the destination holds
-// NaN, so that reading too early, or writing what others still read, is seen.
+// Asynchronous copies that arrive as late as they may: when a thread waits for them. Until then the
+// destination holds NaN, so that tests see a read that is too early, or a write over values that others still
+// read.
 #pragma once
 
 #include <cstddef>

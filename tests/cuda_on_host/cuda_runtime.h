@@ -1,6 +1,7 @@
 // A stand-in for CUDA's header, so that g++ compiles the kernels as they are and they run on the host.
 //
-// It has what edgedyn/ops needs of CUDA and no more; run.cpp is the machine: a block at a time, its threads as fibers.
+// It has the part of CUDA that edgedyn/ops uses; run.cpp is the machine: one block at a time, its threads as
+// fibers.
 #pragma once
 
 #include <cmath>
@@ -19,7 +20,8 @@
 #define __align__(bytes) __attribute__((aligned(bytes)))
 
 using cudaError_t = int;
-constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorIllegalAddress = 700, cudaErrorLaunchFailure = 719;
+constexpr int cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorIllegalAddress = 700,
+              cudaErrorLaunchFailure = 719;
 using cudaStream_t = struct Stream*;
 
 struct dim3 {
@@ -49,11 +51,13 @@ using std::fmin;
 void __syncthreads();
 int __syncthreads_or(int predicate);
 
-// Runs a kernel: returns cudaErrorIllegalAddress for an access outside of what is mapped, cudaErrorLaunchFailure for
-// threads that do not meet at a barrier or writes behind the shared memory that was asked for.
+// Runs a kernel: returns cudaErrorIllegalAddress for an access outside of mapped memory,
+// cudaErrorLaunchFailure for threads that do not meet at a barrier or writes behind the shared memory that
+// was asked for.
 cudaError_t RunOnHost(const cudaLaunchConfig_t& config, const std::function<void()>& thread);
 
 template <typename Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Arguments), const Arguments& a) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Arguments),
+                               const Arguments& a) {
   return RunOnHost(*config, [=] { kernel(a); });
 }

@@ -1,17 +1,17 @@
 // The machine behind cuda_runtime.h: every thread of a block is a fiber, which runs from barrier to barrier.
 //
-// Threads run in order up to a barrier, then in reverse order up to the next: what works in both does not depend on
-// order. Shared memory begins every block as NaN (as INT8: -1), and so does what a copy has not brought yet.
-#include "cuda_runtime.h"
+// Threads run in order up to a barrier, then in reverse order up to the next: a kernel that works in both
+// does not depend on order. Every block starts with shared memory of NaN (as INT8: -1); so are bytes before
+// their copy arrives.
+#include <ucontext.h>
 
 #include <csetjmp>
 #include <csignal>
 #include <deque>
 #include <vector>
 
-#include <ucontext.h>
-
 #include "cuda_pipeline_primitives.h"
+#include "cuda_runtime.h"
 
 namespace edgedyn {
 constexpr size_t kShared = 64 * 1024;

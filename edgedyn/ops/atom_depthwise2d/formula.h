@@ -3,13 +3,14 @@
 //   k[b, m, t, p]      = sum_k alpha[b, m * K + k, p] * bases[k, t]
 //   y[b, m * C + c, p] = sum_t k[b, m, t, p] * x[b, c, p * stride + off(t)]
 //
-// x: (B, C, H, W)   alpha: (B, M * K, h, w)   bases: (K, T)   y: (B, M * C, h, w)   h = ceil(H / stride), w likewise
+// x: (B, C, H, W)   alpha: (B, M * K, h, w)   bases: (K, T)   y: (B, M * C, h, w)   h = ceil(H / stride), w
+// likewise
 //
-// Zero padding R / 2, odd R, T = R * R taps row-major. In this order a pixel costs M * K * T + C * M * T multiply-adds,
-// the first term shared by all channels; with the bases first it costs C * K * T + C * M * K, which is less only where
-// C is small or K is far below M (ACDA has K = M * (R / 2)). Both terms are small matrix products at every pixel: a
-// kernel that keeps the M * T mixed taps of a strip of pixels in scratch uses a loaded tap for several channels, and a
-// loaded pixel of x for several kernels.
+// Zero padding R / 2, odd R, T = R * R taps row-major. In this order a pixel costs M * K * T + C * M * T
+// multiply-adds, the first term shared by all channels; with the bases first it costs C * K * T + C * M * K,
+// which is less only where C is small or K is far below M (ACDA has K = M * (R / 2)). Both terms are small
+// matrix products at every pixel: a kernel that keeps the M * T mixed taps of a strip of pixels in scratch
+// uses a loaded tap for several channels, and a loaded pixel of x for several kernels.
 #pragma once
 
 #include <cstdint>
@@ -29,7 +30,8 @@ struct AtomDepthwise2d {
 
 // One tap of the kernel of one pixel: alpha points at its first coefficient, `pixels` apart from the next.
 template <typename T>
-EDGEDYN_HD float mix_tap(const AtomDepthwise2d& p, const T* alpha, const T* bases, int64_t pixels, int64_t t) {
+EDGEDYN_HD float mix_tap(const AtomDepthwise2d& p, const T* alpha, const T* bases, int64_t pixels,
+                         int64_t t) {
   float sum = 0;
   for (int64_t k = 0; k < p.bases; ++k) {
     sum += static_cast<float>(alpha[k * pixels]) * static_cast<float>(bases[k * p.side * p.side + t]);
@@ -37,8 +39,8 @@ EDGEDYN_HD float mix_tap(const AtomDepthwise2d& p, const T* alpha, const T* base
   return sum;
 }
 
-// One output pixel by the definition; a pixel outside of x is 0, and its tap is still multiplied: 0 * inf is NaN.
-// x is a pointer, or what reads stored pixels as real ones.
+// One output pixel by the definition; a pixel outside of x is 0, and its tap is still multiplied: 0 * inf is
+// NaN. x is a pointer, or Pixels, which converts stored pixels to real ones.
 template <typename X, typename T>
 EDGEDYN_HD float filter_pixel(const AtomDepthwise2d& p, const X& x, const T* alpha, const T* bases, int64_t b,
                               int64_t m, int64_t c, int64_t h, int64_t w) {

@@ -1,21 +1,24 @@
-// atom_depthwise2d on CUDA: a block filters the same pixels of many channels with up to kKernels kernels a pixel.
+// atom_depthwise2d on CUDA: a block filters the same pixels of many channels with up to kKernels kernels per
+// pixel.
 //
-// A thread holds one mixed kernel of four pixels in registers while the channels pass by; the threads of the other
-// kernels read the same tile of x. So coefficients are mixed once for up to kChannels channels, and x is read once for
-// all kernels. Sides other than 3 are computed by the definition.
+// A thread holds one mixed kernel of four pixels in registers while the channels pass by; the threads of the
+// other kernels read the same tile of x. So coefficients are mixed once for up to kChannels channels, and x
+// is read once for all kernels. Sides other than 3 are computed by the definition.
 #include "atom_depthwise2d/formula.h"
 #include "tiles-inl.cuh"
 
 namespace edgedyn {
 namespace {
 
-constexpr int kThreads = 384, kWide = 4, kStages = 4, kKernels = 8, kChannels = 64, kSide = 3, kTaps = kSide * kSide;
+constexpr int kThreads = 384, kWide = 4, kStages = 4, kKernels = 8, kChannels = 64, kSide = 3,
+              kTaps = kSide * kSide;
 
 template <typename T>
 struct Arguments {
   AtomDepthwise2d p;
   Tiling tiling;
-  unsigned kernels, kernel_parts, channel_parts;  // of a block, and how often all kernels and channels need one
+  unsigned kernels, kernel_parts,
+      channel_parts;  // kernels of a block; blocks for all kernels and for all channels
   Pixels<T> x;
   const Generated<T>* alpha;
   const Generated<T>* bases;
@@ -25,8 +28,8 @@ struct Arguments {
 
 // mix_tap for all taps of the pixels of a thread, coefficient by coefficient: each is read once.
 template <typename G>
-EDGEDYN_DEVICE void MixTaps(const AtomDepthwise2d& p, const G* alpha, const G* bases, int count, bool is_aligned,
-                            float (&taps)[kTaps][kWide]) {
+EDGEDYN_DEVICE void MixTaps(const AtomDepthwise2d& p, const G* alpha, const G* bases, int count,
+                            bool is_aligned, float (&taps)[kTaps][kWide]) {
   const int64_t pixels = p.out_height() * p.out_width();
   for (int64_t k = 0; k < p.bases; ++k) {
     float share[kWide];
@@ -78,10 +81,11 @@ template <typename T>
 __global__ void __launch_bounds__(kThreads) FilterByDefinition(const __grid_constant__ Arguments<T> a) {
   const int64_t index = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   const int64_t width = a.p.out_width(), pixels = a.p.out_height() * width;
-  const int64_t pixel = index % pixels, c = index / pixels % a.p.channels, image = index / pixels / a.p.channels;
+  const int64_t pixel = index % pixels, c = index / pixels % a.p.channels,
+                image = index / pixels / a.p.channels;
   if (image >= a.p.batch * a.p.kernels) return;
-  const float y = filter_pixel(a.p, a.x, a.alpha, a.bases, image / a.p.kernels, image % a.p.kernels, c, pixel / width,
-                               pixel % width);
+  const float y = filter_pixel(a.p, a.x, a.alpha, a.bases, image / a.p.kernels, image % a.p.kernels, c,
+                               pixel / width, pixel % width);
   Store(y, a.of_y, a.y + index);
 }
 
@@ -96,8 +100,16 @@ cudaError_t Filter(const Call& call, const AtomDepthwise2d& p) {
   const Tiling tiling = MakeTiling(plane, {slots, kWide, 1, kStages}, x.data, y, alpha);
   const auto kernel_parts = static_cast<unsigned>(CeilDiv<int64_t>(p.kernels, kernels));
   const auto channel_parts = static_cast<unsigned>(CeilDiv<int64_t>(p.channels, kChannels));
-  const Arguments<T> a{p, tiling, static_cast<unsigned>(kernels), kernel_parts, channel_parts, x, alpha,
-                       GeneratedOf<T>(call, 2), y, call.of_y};
+  const Arguments<T> a{p,
+                       tiling,
+                       static_cast<unsigned>(kernels),
+                       kernel_parts,
+                       channel_parts,
+                       x,
+                       alpha,
+                       GeneratedOf<T>(call, 2),
+                       y,
+                       call.of_y};
   if (p.side != kSide || tiling.rows == 0) {
     const int64_t outputs = p.batch * p.kernels * p.channels * plane.out_height * plane.out_width;
     return Launch(FilterByDefinition<T>, CeilDiv<int64_t>(outputs, kThreads), kThreads, 0, call, a);

@@ -1,8 +1,8 @@
 // atom_depthwise2d for ExecuTorch: a strip of one output row at a time, all channels.
 //
-// The taps of a strip's kernels are mixed once into a table of float scratch, which all channels then read. Four
-// channels at a time are read into a padded tile, so that no tap asks where the border is; in registers, four channels
-// and three kernels share each load of a tap and of a pixel: 7 loads for 12 multiply-adds.
+// The taps of a strip's kernels are mixed once into a table of float scratch, which all channels then read.
+// Four channels at a time are read into a padded tile, so that no tap asks where the border is; in registers,
+// four channels and three kernels share each load of a tap and of a pixel: 7 loads for 12 multiply-adds.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "atom_depthwise2d/kernel_executorch.cpp"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
@@ -28,10 +28,10 @@ struct AtomArguments {
 
 // The scratch of one strip: how many kernels and columns it may have to fit.
 //
-// A row of the tile holds its columns by their remainder modulo the stride (a phase): the pixels that a tap reads for
-// neighbouring outputs then lie side by side, from offsets[t] on.
+// A row of the tile holds its columns by their remainder modulo the stride (a phase): the pixels that a tap
+// reads for neighbouring outputs then lie side by side, from offsets[t] on.
 struct AtomStrip {
-  static constexpr int64_t kFloats = 16384;  // 64 KiB a thread
+  static constexpr int64_t kFloats = 16384;  // 64 KiB per thread
   static constexpr int64_t kChannels = 4;    // of a tile
   static constexpr int64_t kKernels = 6;     // of a table
   static constexpr int64_t kColumns = 128;   // more only moves the table out of the first-level cache
@@ -76,13 +76,15 @@ inline float ToFloat(int8_t stored, const Quantization& q) {
   return static_cast<float>(stored - q.zero_point) * q.scale;
 }
 
-// As ReadPadded, every stride-th column from `left` on. kStride is the stride, or 0 where only the argument knows it.
+// As ReadPadded, every stride-th column from `left` on. kStride is the stride, or 0 where only the argument
+// knows it.
 template <int kStride, typename T>
-void ReadStrided(const T* from, int64_t width, int64_t left, int64_t count, int64_t stride, const Quantization& q,
-                 float* HWY_RESTRICT to) {
+void ReadStrided(const T* from, int64_t width, int64_t left, int64_t count, int64_t stride,
+                 const Quantization& q, float* HWY_RESTRICT to) {
   if (kStride > 0) stride = kStride;
   const int64_t begin = from && left < 0 ? std::min((stride - 1 - left) / stride, count) : 0;
-  const int64_t end = from && left < width ? std::clamp((width - left + stride - 1) / stride, begin, count) : begin;
+  const int64_t end =
+      from && left < width ? std::clamp((width - left + stride - 1) / stride, begin, count) : begin;
   std::fill(to, to + begin, 0.0f);
   for (int64_t j = begin; j < end; ++j) to[j] = ToFloat(from[left + j * stride], q);
   std::fill(to + end, to + count, 0.0f);
@@ -105,7 +107,8 @@ class AtomFilter {
   void Filter() const {
     for (int64_t m = 0; m < kernels_; ++m) MixKernel(m);
     int64_t c = 0;
-    for (; c + AtomStrip::kChannels <= p_.channels; c += AtomStrip::kChannels) FilterChannels<AtomStrip::kChannels>(c);
+    for (; c + AtomStrip::kChannels <= p_.channels; c += AtomStrip::kChannels)
+      FilterChannels<AtomStrip::kChannels>(c);
     for (; c < p_.channels; ++c) FilterChannels<1>(c);
   }
 
@@ -192,7 +195,8 @@ class AtomFilter {
         }
       }
       for (int i = 0; i < kKernels; ++i) {
-        for (int n = 0; n < kChannels; ++n) WriteLanes(y[i][n], count - j, of_y, to + i * map_size + n * pixels + j);
+        for (int n = 0; n < kChannels; ++n)
+          WriteLanes(y[i][n], count - j, of_y, to + i * map_size + n * pixels + j);
       }
     }
   }
@@ -233,12 +237,14 @@ void Filter(const AtomArguments<T>& a, const AtomStrip& strip) {
   });
 }
 
-// Returns what is wrong with the arguments, or null.
-const char* Check(const Tensor& x, ScalarType type, const Tensor& alpha, const Tensor& bases, int64_t kernel_size,
-                  int64_t stride) {
+// Returns the error in the arguments, or null.
+const char* Check(const Tensor& x, ScalarType type, const Tensor& alpha, const Tensor& bases,
+                  int64_t kernel_size, int64_t stride) {
   if (!IsDense(x, 4, type)) return "expected x as a contiguous (B, C, H, W) of the op's type";
-  if (!IsDense(alpha, 4, ScalarType::Float)) return "expected alpha as a contiguous (B, M * K, h, w) of float";
-  if (kernel_size < 1 || kernel_size % 2 == 0 || stride < 1) return "expected an odd kernel_size and stride >= 1";
+  if (!IsDense(alpha, 4, ScalarType::Float))
+    return "expected alpha as a contiguous (B, M * K, h, w) of float";
+  if (kernel_size < 1 || kernel_size % 2 == 0 || stride < 1)
+    return "expected an odd kernel_size and stride >= 1";
   if (!IsDense(bases, 2, ScalarType::Float) || bases.size(0) < 1 || bases.size(1) % kernel_size ||
       bases.size(1) / kernel_size != kernel_size)
     return "expected bases as a contiguous (K, kernel_size ** 2) of float, K >= 1";
@@ -254,22 +260,25 @@ Tensor& Run(KernelRuntimeContext& context, const Tensor& x, const Tensor& alpha,
   EDGEDYN_CHECK(context, !wrong, out, "atom_depthwise2d: %s", wrong);
   EDGEDYN_CHECK(context, IsInt8(of_x) && IsInt8(of_y), out,
                 "atom_depthwise2d: expected scales > 0 and zero points in [-128, 127]");
-  const AtomDepthwise2d p{x.size(0), x.size(1), x.size(2), x.size(3), alpha.size(1) / bases.size(0), bases.size(0),
-                          kernel_size, stride};
-  EDGEDYN_CHECK(context, alpha.size(2) == p.out_height() && alpha.size(3) == p.out_width(), out,
-                "atom_depthwise2d: alpha has %ld x %ld pixels; expected one kernel an output pixel, %ld x %ld",
-                static_cast<long>(alpha.size(2)), static_cast<long>(alpha.size(3)),
-                static_cast<long>(p.out_height()), static_cast<long>(p.out_width()));
-  EDGEDYN_CHECK(context,
-                ResizeTo(out, kScalarType<T>, {p.batch, p.kernels * p.channels, p.out_height(), p.out_width()}), out,
-                "atom_depthwise2d: out cannot hold y, expected (B, M * C, h, w) of the type of x");
+  const AtomDepthwise2d p{x.size(0),     x.size(1),   x.size(2), x.size(3), alpha.size(1) / bases.size(0),
+                          bases.size(0), kernel_size, stride};
+  EDGEDYN_CHECK(
+      context, alpha.size(2) == p.out_height() && alpha.size(3) == p.out_width(), out,
+      "atom_depthwise2d: alpha has %ld x %ld pixels; expected one kernel per output pixel, %ld x %ld",
+      static_cast<long>(alpha.size(2)), static_cast<long>(alpha.size(3)), static_cast<long>(p.out_height()),
+      static_cast<long>(p.out_width()));
+  EDGEDYN_CHECK(
+      context,
+      ResizeTo(out, kScalarType<T>, {p.batch, p.kernels * p.channels, p.out_height(), p.out_width()}), out,
+      "atom_depthwise2d: out cannot hold y, expected (B, M * C, h, w) of the type of x");
   if (out.numel() == 0) return out;
   const AtomStrip strip(p);
-  EDGEDYN_CHECK(context, strip.columns > 0, out,
-                "atom_depthwise2d: %ld bases of kernel_size %ld at stride %ld need more than 64 KiB of scratch",
-                static_cast<long>(p.bases), static_cast<long>(kernel_size), static_cast<long>(stride));
-  Filter(AtomArguments<T>{p, x.const_data_ptr<T>(), alpha.const_data_ptr<float>(), bases.const_data_ptr<float>(),
-                          out.mutable_data_ptr<T>(), of_x, of_y},
+  EDGEDYN_CHECK(
+      context, strip.columns > 0, out,
+      "atom_depthwise2d: %ld bases of kernel_size %ld at stride %ld need more than 64 KiB of scratch",
+      static_cast<long>(p.bases), static_cast<long>(kernel_size), static_cast<long>(stride));
+  Filter(AtomArguments<T>{p, x.const_data_ptr<T>(), alpha.const_data_ptr<float>(),
+                          bases.const_data_ptr<float>(), out.mutable_data_ptr<T>(), of_x, of_y},
          strip);
   return out;
 }

@@ -6,9 +6,9 @@
 // x: (B, C, H, W)   channel_filter: (B, T * C, 1, 1)   spatial_filter: (B, T * G, h, w)   y: (B, C, h, w)
 // G heads, share = C / G, T = R * R taps, h = H / stride, w = W / stride, both rounded down
 //
-// A kernel differs at every channel and pixel, so a tap costs two operations, combining and applying, and nothing
-// factors out of the sum. What can be shared is reading: the spatial filter of some pixels serves all channels of its
-// head from the first-level cache, and no combined kernel is ever in memory.
+// A kernel differs at every channel and pixel, so a tap costs two operations, combining and applying, and
+// nothing factors out of the sum. Only reads can be shared: the spatial filter of some pixels serves all
+// channels of its head from the first-level cache, and no combined kernel is ever in memory.
 #pragma once
 
 #include <cstdint>
@@ -24,8 +24,8 @@ struct DecoupledDepthwise2d {
   bool is_product;  // of the filters; else their sum
 };
 
-// One output pixel by the definition; a pixel outside of x is 0, and its tap is still multiplied: 0 * inf is NaN.
-// x is a pointer, or what reads stored pixels as real ones.
+// One output pixel by the definition; a pixel outside of x is 0, and its tap is still multiplied: 0 * inf is
+// NaN. x is a pointer, or Pixels, which converts stored pixels to real ones.
 template <typename X, typename T>
 EDGEDYN_HD float filter_pixel(const DecoupledDepthwise2d& p, const X& x, const T* channel_filter,
                               const T* spatial_filter, int64_t b, int64_t c, int64_t h, int64_t w) {

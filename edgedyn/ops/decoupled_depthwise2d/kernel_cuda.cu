@@ -1,9 +1,10 @@
-// decoupled_depthwise2d on CUDA: a block filters the same pixels of many channels, one channel after the other.
+// decoupled_depthwise2d on CUDA: a block filters the same pixels of many channels, one channel after the
+// other.
 //
-// A thread holds the spatial filter of four pixels in registers while the channels of its head pass by: it is read once
-// for up to kChannels channels. Both combinations are one fused multiply-add, k = spatial * multiplier + addend with
-// (channel, -0) for the product and (1, channel) for the sum; both round as the definition does. Sides other than 3 are
-// computed by the definition.
+// A thread holds the spatial filter of four pixels in registers while the channels of its head pass by: it is
+// read once for up to kChannels channels. Both combinations are one fused multiply-add, k = spatial *
+// multiplier + addend with (channel, -0) for the product and (1, channel) for the sum; both round as the
+// definition does. Sides other than 3 are computed by the definition.
 #include "decoupled_depthwise2d/formula.h"
 #include "tiles-inl.cuh"
 
@@ -30,7 +31,8 @@ struct Combination {
 
 // The channel filters of a block.
 template <typename T>
-EDGEDYN_DEVICE void Combine(const Arguments<T>& a, int64_t b, int64_t first, int count, Combination* filters) {
+EDGEDYN_DEVICE void Combine(const Arguments<T>& a, int64_t b, int64_t first, int count,
+                            Combination* filters) {
   for (int i = static_cast<int>(threadIdx.x); i < count * kTaps; i += kThreads) {
     const int64_t at = (b * kTaps + i % kTaps) * a.p.channels + first + i / kTaps;
     const float channel = static_cast<float>(a.channel_filter[at]);
@@ -44,7 +46,8 @@ __global__ void __launch_bounds__(kThreads, 2) FilterTile(const __grid_constant_
   static_assert(sizeof(filters) + kSharedBytes <= kMostSharedBytes, "shared memory");
   const Tiling& t = a.tiling;
   const Place place = FindPlace(t, a.parts);
-  const unsigned heads = static_cast<unsigned>(a.p.heads), share = static_cast<unsigned>(a.p.channels) / heads;
+  const unsigned heads = static_cast<unsigned>(a.p.heads),
+                 share = static_cast<unsigned>(a.p.channels) / heads;
   const unsigned b = place.plane / heads, head = place.plane % heads;
   const unsigned first = head * share + place.part * kChannels, left = share - place.part * kChannels;
   const int count = left < kChannels ? static_cast<int>(left) : kChannels;
@@ -116,7 +119,8 @@ EDGEDYN_EXPORT int edgedyn_decoupled_depthwise2d(const edgedyn::Call* call) {
   const int64_t* spatial = call->shapes[2];
   const int64_t side = call->attributes[0], stride = call->attributes[1], dilation = call->attributes[2];
   const int64_t heads = call->attributes[3], combine = call->attributes[4], taps = side * side;
-  if (!IsTyped(*call) || side < 1 || side % 2 == 0 || stride < 1 || dilation < 1) return cudaErrorInvalidValue;
+  if (!IsTyped(*call) || side < 1 || side % 2 == 0 || stride < 1 || dilation < 1)
+    return cudaErrorInvalidValue;
   if (heads < 1 || x[1] % heads || combine < 0 || combine > 1) return cudaErrorInvalidValue;
   if (!HasShape(*call, 1, x[0], taps * x[1], 1, 1)) return cudaErrorInvalidValue;
   if (!HasShape(*call, 2, x[0], taps * heads, x[2] / stride, x[3] / stride)) return cudaErrorInvalidValue;

@@ -1,9 +1,9 @@
 // decoupled_depthwise2d for ExecuTorch: a tile of output pixels at a time, through the channels of a head.
 //
-// The spatial filter of a tile is copied to scratch once, all taps beside each other, and serves up to 32 channels
-// from cache. A channel's pixels are then read into a padded tile of float, split by column phase where the stride is
-// above 1, so that a tap neither asks where the border is nor gathers: it is one offset into the tile. Four rows share
-// each channel tap.
+// The spatial filter of a tile is copied to scratch once, all taps beside each other, and serves up to 32
+// channels from cache. A channel's pixels are then read into a padded tile of float, split by column phase
+// where the stride is above 1, so that a tap neither asks where the border is nor gathers: it is one offset
+// into the tile. Four rows share each channel tap.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "decoupled_depthwise2d/kernel_executorch.cpp"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
@@ -37,10 +37,10 @@ struct DecoupledArguments {
 // (step = dilation), and only the rows that the taps span at a dilation above the tile's height.
 // A row is `stride` phases of `phase` pixels: its column j is pixel j / stride of phase j % stride.
 struct DecoupledTile {
-  static constexpr int64_t kFloats = 16384;  // 64 KiB a thread
+  static constexpr int64_t kFloats = 16384;  // 64 KiB per thread
   static constexpr int64_t kRows = 4;        // more rows would read shorter pieces of a row
   static constexpr int64_t kMaxSide = 27;    // a larger kernel does not fit
-  static constexpr int64_t kLanes = 16;       // of the widest instruction set
+  static constexpr int64_t kLanes = 16;      // of the widest instruction set
 
   explicit DecoupledTile(const DecoupledDepthwise2d& p) {
     if (p.side > kMaxSide || p.stride > kFloats || (p.side > 1 && p.dilation > kFloats)) return;
@@ -65,7 +65,7 @@ struct DecoupledTile {
 
   int64_t rows = 0, columns = 0;  // 0: does not fit
   int64_t step = 0, x_rows = 0, phase = 0;
-  int64_t offsets[kMaxSide * kMaxSide];  // in the tile of x, of what a tap reads for its first pixel
+  int64_t offsets[kMaxSide * kMaxSide];  // in the tile of x: the input of a tap for its first pixel
 };
 
 // One tile of some channels of one head.
@@ -83,7 +83,8 @@ namespace HWY_NAMESPACE {
 template <typename T, bool kIsProduct>
 class DecoupledFilter {
  public:
-  DecoupledFilter(const DecoupledArguments<T>& a, const DecoupledTile& tile, const DecoupledWork& work, float* scratch)
+  DecoupledFilter(const DecoupledArguments<T>& a, const DecoupledTile& tile, const DecoupledWork& work,
+                  float* scratch)
       : a_(a), p_(a.p), tile_(tile), work_(work), taps_(a.p.side * a.p.side),
         rows_(std::min(tile.rows, a.p.out_height - work.top)),
         count_(std::min(tile.columns, a.p.out_width - work.left)), x_width_(a.p.stride * tile.phase) {
@@ -140,7 +141,8 @@ class DecoupledFilter {
       hn::StoreU(odd, d, to + tile_.phase + j);
     }
     for (; j < tile_.phase; ++j)
-      for (int64_t phase = 0; phase < stride; ++phase) to[phase * tile_.phase + j] = line_[j * stride + phase];
+      for (int64_t phase = 0; phase < stride; ++phase)
+        to[phase * tile_.phase + j] = line_[j * stride + phase];
   }
 
   template <int kRows>
@@ -218,19 +220,21 @@ struct Options {
   string_view combine;
 };
 
-// Returns what is wrong with the arguments, or null.
-const char* Check(const Tensor& x, ScalarType type, const Tensor& channel_filter, const Tensor& spatial_filter,
-                  const Options& o) {
+// Returns the error in the arguments, or null.
+const char* Check(const Tensor& x, ScalarType type, const Tensor& channel_filter,
+                  const Tensor& spatial_filter, const Options& o) {
   if (o.side < 1 || o.side % 2 == 0 || o.stride < 1 || o.dilation < 1)
     return "expected an odd kernel_size, stride >= 1 and dilation >= 1";
   if (o.combine != "mul" && o.combine != "add") return "expected combine as 'mul' or 'add'";
   if (!IsDense(x, 4, type)) return "expected x as a contiguous (B, C, H, W) of the op's type";
   if (o.heads < 1 || x.size(1) % o.heads) return "expected heads to divide the channels of x";
-  if (!IsDense(spatial_filter, 4, ScalarType::Float)) return "expected spatial_filter as contiguous, 4 axes of float";
+  if (!IsDense(spatial_filter, 4, ScalarType::Float))
+    return "expected spatial_filter as contiguous, 4 axes of float";
   const int64_t maps = spatial_filter.size(1), h = spatial_filter.size(2), w = spatial_filter.size(3);
   // side <= maps: its square does not overflow
-  if (spatial_filter.size(0) != x.size(0) || o.side > maps || maps % o.heads || maps / o.heads != o.side * o.side ||
-      h != x.size(2) / o.stride || w != x.size(3) / o.stride || h == 0 || w == 0)
+  if (spatial_filter.size(0) != x.size(0) || o.side > maps || maps % o.heads ||
+      maps / o.heads != o.side * o.side || h != x.size(2) / o.stride || w != x.size(3) / o.stride || h == 0 ||
+      w == 0)
     return "expected spatial_filter as (B, T * G, H // stride, W // stride), not empty";
   if (!IsDense(channel_filter, 4, ScalarType::Float) || channel_filter.size(0) != x.size(0) ||
       channel_filter.size(1) != o.side * o.side * x.size(1) || channel_filter.size(2) != 1 ||
@@ -241,7 +245,8 @@ const char* Check(const Tensor& x, ScalarType type, const Tensor& channel_filter
 
 template <typename T>
 Tensor& Run(KernelRuntimeContext& context, const Tensor& x, const Tensor& channel_filter,
-            const Tensor& spatial_filter, const Options& o, Quantization of_x, Quantization of_y, Tensor& out) {
+            const Tensor& spatial_filter, const Options& o, Quantization of_x, Quantization of_y,
+            Tensor& out) {
   const char* wrong = Check(x, kScalarType<T>, channel_filter, spatial_filter, o);
   EDGEDYN_CHECK(context, !wrong, out, "decoupled_depthwise2d: %s", wrong);
   EDGEDYN_CHECK(context, IsInt8(of_x) && IsInt8(of_y), out,
@@ -258,18 +263,20 @@ Tensor& Run(KernelRuntimeContext& context, const Tensor& x, const Tensor& channe
                                 of_x,
                                 of_y};
   const DecoupledTile tile(a.p);
-  EDGEDYN_CHECK(context, tile.columns > 0, out,
-                "decoupled_depthwise2d: kernel_size %ld, stride %ld and dilation %ld need more than 64 KiB of scratch",
-                static_cast<long>(o.side), static_cast<long>(o.stride), static_cast<long>(o.dilation));
+  EDGEDYN_CHECK(
+      context, tile.columns > 0, out,
+      "decoupled_depthwise2d: kernel_size %ld, stride %ld and dilation %ld need more than 64 KiB of scratch",
+      static_cast<long>(o.side), static_cast<long>(o.stride), static_cast<long>(o.dilation));
   if (out.numel() > 0) Filter(a, tile);
   return out;
 }
 
-Tensor& decoupled_depthwise2d_out(KernelRuntimeContext& context, const Tensor& x, const Tensor& channel_filter,
-                                  const Tensor& spatial_filter, int64_t kernel_size, int64_t stride, int64_t dilation,
-                                  int64_t heads, string_view combine, Tensor& out) {
-  return Run<float>(context, x, channel_filter, spatial_filter, {kernel_size, stride, dilation, heads, combine}, {},
-                    {}, out);
+Tensor& decoupled_depthwise2d_out(KernelRuntimeContext& context, const Tensor& x,
+                                  const Tensor& channel_filter, const Tensor& spatial_filter,
+                                  int64_t kernel_size, int64_t stride, int64_t dilation, int64_t heads,
+                                  string_view combine, Tensor& out) {
+  return Run<float>(context, x, channel_filter, spatial_filter,
+                    {kernel_size, stride, dilation, heads, combine}, {}, {}, out);
 }
 
 Tensor& decoupled_depthwise2d_int8_out(KernelRuntimeContext& context, const Tensor& x, double x_scale,
@@ -277,8 +284,9 @@ Tensor& decoupled_depthwise2d_int8_out(KernelRuntimeContext& context, const Tens
                                        const Tensor& spatial_filter, int64_t kernel_size, int64_t stride,
                                        int64_t dilation, int64_t heads, string_view combine, double y_scale,
                                        int64_t y_zero_point, Tensor& out) {
-  return Run<int8_t>(context, x, channel_filter, spatial_filter, {kernel_size, stride, dilation, heads, combine},
-                     Affine(x_scale, x_zero_point), Affine(y_scale, y_zero_point), out);
+  return Run<int8_t>(context, x, channel_filter, spatial_filter,
+                     {kernel_size, stride, dilation, heads, combine}, Affine(x_scale, x_zero_point),
+                     Affine(y_scale, y_zero_point), out);
 }
 
 EXECUTORCH_LIBRARY(edgedyn, "decoupled_depthwise2d.out", decoupled_depthwise2d_out);

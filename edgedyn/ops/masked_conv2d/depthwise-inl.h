@@ -1,7 +1,8 @@
-// The depthwise path of masked_conv2d: one strip of a band of rows, for every instruction set that Highway compiles.
+// The depthwise path of masked_conv2d: one strip of a band of rows, for every instruction set that Highway
+// compiles.
 //
-// A band is read once into padded float scratch, so that no tap asks where the border is; four rows share each load
-// of a weight, and vectors of columns without an active position in the four rows are skipped.
+// A band is read once into padded float scratch, so that no tap asks where the border is; four rows share
+// each load of a weight, and vectors of columns without an active position in the four rows are skipped.
 #include "hwy/highway.h"
 #include "masked_conv2d/work.h"
 #include "rows-inl.h"
@@ -28,7 +29,7 @@ inline Vector Activate(Activation activation, Vector y) {
   return activation == Activation::kRelu6 ? hn::IfThenElse(hn::Gt(y, six), six, y) : y;
 }
 
-// What a depthwise kernel's loops know when they are compiled.
+// Compile-time parameters of a depthwise kernel's loops.
 enum class Taps { kDense3x3, kUnitStride, kAny };
 
 // One strip of a band of rows, for some output channels of a depthwise convolution.
@@ -37,7 +38,8 @@ class BandFilter {
  public:
   BandFilter(const MaskedArguments<T>& a, const MaskedBand& band, int64_t b, int64_t top, int64_t left)
       : a_(a), p_(a.p), band_(band), b_(b), top_(top), left_(left),
-        rows_(std::min(MaskedBand::kRows, a.p.out_height - top)), count_(std::min(band.columns, a.p.out_width - left)),
+        rows_(std::min(MaskedBand::kRows, a.p.out_height - top)),
+        count_(std::min(band.columns, a.p.out_width - left)),
         tile_width_((band.columns - 1) * a.p.stride + band.reach), tile_(scratch_),
         mask_(scratch_ + band.tile_rows * tile_width_), row_(top * a.p.stride - a.p.padding),
         column_(left * a.p.stride - a.p.padding), begin_(std::clamp<int64_t>(-column_, 0, tile_width_)),
@@ -47,7 +49,7 @@ class BandFilter {
       ReadPadded(mask + i * p_.out_width, p_.out_width, left, band.columns, {}, mask_ + i * band.columns);
     }
     is_active_ = std::any_of(mask_, mask_ + rows_ * band.columns, [](float m) { return m != 0; });
-    std::fill(tile_, mask_, 0.0f);  // what lies outside of x stays so, for every channel
+    std::fill(tile_, mask_, 0.0f);  // outside of x the tile stays 0 for every channel
   }
 
   void FilterChannel(int64_t o) {
@@ -59,7 +61,8 @@ class BandFilter {
     const int64_t channel = o / (p_.outputs / p_.channels);
     const T* plane = a_.x + (b_ * p_.channels + channel) * p_.height * p_.width;
     const int64_t rows = (rows_ - 1) * p_.stride + band_.reach;
-    for (int64_t i = std::max<int64_t>(0, -row_); i < std::min(rows, p_.height - row_) && begin_ < end_; ++i) {
+    for (int64_t i = std::max<int64_t>(0, -row_); i < std::min(rows, p_.height - row_) && begin_ < end_;
+         ++i) {
       const T* from = plane + (row_ + i) * p_.width + column_ + begin_;
       ReadRow(from, end_ - begin_, a_.of_x, tile_ + i * tile_width_ + begin_);
     }
@@ -115,7 +118,8 @@ class BandFilter {
         const Vector w = hn::Set(d, weight[dy * side + dx]);
         for (int r = 0; r < kRows; ++r) {
           const float* from = x + (r * stride + dy * dilation) * tile_width_ + dx * dilation;
-          y[r] = hn::MulAdd(w, kTaps == Taps::kAny ? hn::GatherIndex(d, from, lanes) : hn::LoadU(d, from), y[r]);
+          y[r] =
+              hn::MulAdd(w, kTaps == Taps::kAny ? hn::GatherIndex(d, from, lanes) : hn::LoadU(d, from), y[r]);
         }
       }
     }

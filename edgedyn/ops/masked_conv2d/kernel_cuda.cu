@@ -1,11 +1,12 @@
 // masked_conv2d on CUDA: depthwise by tiles, everything else as a product of gathered columns.
 //
-// Depthwise: a block filters the same pixels of many channels, one channel after the other; a thread reads the mask of
-// its four pixels once. A tile without an active position reads no x and only writes zeros.
+// Depthwise: a block filters the same pixels of many channels, one channel after the other; a thread reads
+// the mask of its four pixels once. A tile without an active position reads no x and only writes zeros.
 //
-// Else: a block takes kRun output positions and kOutputs channels of one group. It lists the active positions, gathers
-// kPositions of them at a time, one tap and kDepth channels after the other, and multiplies: a thread has 8 channels of
-// 4 positions in registers. What a mask saves is whole columns of the product, which stays dense.
+// Else: a block takes kRun output positions and kOutputs channels of one group. It lists the active
+// positions, gathers kPositions of them at a time, one tap and kDepth channels after the other, and
+// multiplies: a thread has 8 channels of 4 positions in registers. A mask removes whole columns of the
+// product, which stays dense.
 #include "masked_conv2d/formula.h"
 #include "tiles-inl.cuh"
 
@@ -177,8 +178,9 @@ EDGEDYN_DEVICE void Multiply(const Step& step, int output, int position,
 
 // The sums of kOutputs channels from `first` at the positions listed[0], ..., of which `count` exist.
 template <typename T>
-EDGEDYN_DEVICE void Convolve(const Arguments<T>& a, int64_t first, int outputs, int64_t run, const int16_t* listed,
-                             int count, Step& step, float (&sum)[kOutputsEach][kPositionsEach]) {
+EDGEDYN_DEVICE void Convolve(const Arguments<T>& a, int64_t first, int outputs, int64_t run,
+                             const int16_t* listed, int count, Step& step,
+                             float (&sum)[kOutputsEach][kPositionsEach]) {
   const int thread = static_cast<int>(threadIdx.x), own = thread % kPositions;
   const int64_t depth = a.p.channels / a.p.groups, group = first / (a.p.outputs / a.p.groups);
   const Position at = PositionAt(a.p, run + listed[own < count ? own : 0]);
@@ -207,7 +209,8 @@ __global__ void __launch_bounds__(kThreads) ConvolveActive(const __grid_constant
   static __shared__ Step step;
   const int64_t a_group = a.p.outputs / a.p.groups, parts = CeilDiv<int64_t>(a_group, kOutputs);
   const int64_t part = blockIdx.x % (parts * a.p.groups), run = blockIdx.x / (parts * a.p.groups) * kRun;
-  const int64_t first = part / parts * a_group + part % parts * kOutputs, left = a_group - part % parts * kOutputs;
+  const int64_t first = part / parts * a_group + part % parts * kOutputs,
+                left = a_group - part % parts * kOutputs;
   const int outputs = left < kOutputs ? static_cast<int>(left) : kOutputs;
   const int64_t pixels = a.p.out_height * a.p.out_width, all = a.p.batch * pixels;
   const int thread = static_cast<int>(threadIdx.x), active = list.Find(a.mask, run, all);
@@ -272,7 +275,8 @@ EDGEDYN_EXPORT int edgedyn_masked_conv2d(const edgedyn::Call* call) {
   const int64_t* weight = call->shapes[1];
   const int64_t stride = call->attributes[0], padding = call->attributes[1], dilation = call->attributes[2];
   const int64_t groups = call->attributes[3], activation = call->attributes[4], side = weight[2];
-  if (!IsTyped(*call) || stride < 1 || padding < 0 || dilation < 1 || groups < 1) return cudaErrorInvalidValue;
+  if (!IsTyped(*call) || stride < 1 || padding < 0 || dilation < 1 || groups < 1)
+    return cudaErrorInvalidValue;
   if (activation < 0 || activation > 2 || side < 1 || weight[3] != side) return cudaErrorInvalidValue;
   if (x[1] != weight[1] * groups || weight[0] % groups) return cudaErrorInvalidValue;
   if (call->inputs[2] && call->shapes[2][0] != weight[0]) return cudaErrorInvalidValue;
@@ -280,8 +284,19 @@ EDGEDYN_EXPORT int edgedyn_masked_conv2d(const edgedyn::Call* call) {
   const int64_t height = x[2] + 2 * padding - reach, width = x[3] + 2 * padding - reach;
   if (height < 0 || width < 0) return cudaErrorInvalidValue;
   const int64_t out_height = height / stride + 1, out_width = width / stride + 1;
-  const MaskedConv2d p{x[0],   x[1],    x[2],     x[3],   weight[0], out_height, out_width, side,
-                       stride, padding, dilation, groups, static_cast<Activation>(activation)};
+  const MaskedConv2d p{x[0],
+                       x[1],
+                       x[2],
+                       x[3],
+                       weight[0],
+                       out_height,
+                       out_width,
+                       side,
+                       stride,
+                       padding,
+                       dilation,
+                       groups,
+                       static_cast<Activation>(activation)};
   if (!HasShape(*call, 3, x[0], 1, p.out_height, p.out_width)) return cudaErrorInvalidValue;
   if (p.batch * p.outputs == 0) return cudaSuccess;
   return ForType(*call, [&](auto type) { return Filter<decltype(type)>(*call, p); });

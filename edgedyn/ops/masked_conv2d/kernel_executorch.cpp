@@ -1,11 +1,13 @@
-// masked_conv2d for ExecuTorch: a matrix product over gathered active positions, or a depthwise filter that skips.
+// masked_conv2d for ExecuTorch: a matrix product over gathered active positions, or a depthwise filter that
+// skips.
 //
-// Matrix: the active positions are listed in tiles of 32. A tile gathers its pixels, entry by entry of the kernel,
-// into float scratch and multiplies them by four output channels at a time, weights by broadcast; then each output
-// channel writes the zeros of the tile's stretch of the plane and its 32 values over them, while both are in cache.
+// Matrix: the active positions are listed in tiles of 32. A tile gathers its pixels, entry by entry of the
+// kernel, into float scratch and multiplies them by four output channels at a time, weights by broadcast;
+// then each output channel writes the zeros of the tile's stretch of the plane and its 32 values over them,
+// while both are in cache.
 //
-// Depthwise (depthwise-inl.h): an entry is used once, and gathering it costs more than filtering a whole vector of
-// columns. So vectors are filtered, and only those without an active position are skipped.
+// Depthwise (depthwise-inl.h): an entry is used once, and gathering it costs more than filtering a whole
+// vector of columns. So vectors are filtered, and only those without an active position are skipped.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "masked_conv2d/kernel_executorch.cpp"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
@@ -143,7 +145,8 @@ class TileConvolution {
     }
   }
 
-  // Zeros along the tile's stretch of one output channel, in each sample that it touches, and the active values.
+  // Zeros along the tile's stretch of one output channel, in each sample that it touches, and the active
+  // values.
   void Write(int64_t o, const float* sums) const {
     T* plane = a_.y + o * plane_;
     for (int64_t begin = tile_.begin; begin < tile_.end;) {
@@ -222,13 +225,14 @@ void Filter(const MaskedArguments<T>& a, const MaskedBand& band) {
   parallel_for(0, p.batch * blocks * bands * strips, 1, [&](int64_t begin, int64_t end) {
     for (int64_t item = begin; item < end; ++item) {
       const int64_t left = item % strips * band.columns, top = item / strips % bands * MaskedBand::kRows;
-      const int64_t b = item / strips / bands / blocks, first = item / strips / bands % blocks * MaskedBand::kChannels;
+      const int64_t b = item / strips / bands / blocks,
+                    first = item / strips / bands % blocks * MaskedBand::kChannels;
       FilterBand(a, band, {b, top, left, first, std::min(first + MaskedBand::kChannels, p.outputs)});
     }
   });
 }
 
-// Of the output along one axis; 0 where the kernel does not fit.
+// Size of the output along one axis; 0 where the kernel does not fit.
 int64_t Extent(int64_t extent, const MaskedConv2d& p) {
   const int64_t room = extent + 2 * p.padding - p.dilation * (p.side - 1) - 1;
   return room < 0 ? 0 : room / p.stride + 1;
@@ -241,7 +245,7 @@ bool ReadActivation(std::string_view name, Activation& activation) {
   return false;
 }
 
-// Returns what is wrong with the tensors, or null; fills the sizes of p, whose other arguments are set.
+// Returns the error in the tensors, or null; fills the sizes of p, whose other arguments are set.
 const char* Check(const Tensor& x, ScalarType type, const Tensor& weight, const optional<Tensor>& bias,
                   const Tensor& mask, MaskedConv2d& p) {
   if (p.stride < 1 || p.padding < 0 || p.dilation < 1 || p.groups < 1)
@@ -251,26 +255,26 @@ const char* Check(const Tensor& x, ScalarType type, const Tensor& weight, const 
   if (!IsDense(weight, 4, ScalarType::Float) || weight.size(2) != weight.size(3) || weight.size(2) < 1)
     return "expected weight as a contiguous (O, I / groups, R, R) of float";
   if (x.size(1) != weight.size(1) * p.groups || weight.size(0) % p.groups)
-    return "expected I / groups channels a kernel, and groups to divide O";
-  if (bias.has_value() && (bias->dim() != 1 || bias->size(0) != weight.size(0) ||
-                           bias->scalar_type() != ScalarType::Float))
-    return "expected bias as one float an output channel";
+    return "expected I / groups channels per kernel, and groups to divide O";
+  if (bias.has_value() &&
+      (bias->dim() != 1 || bias->size(0) != weight.size(0) || bias->scalar_type() != ScalarType::Float))
+    return "expected bias as one float per output channel";
   p.batch = x.size(0), p.channels = x.size(1), p.height = x.size(2), p.width = x.size(3);
   p.outputs = weight.size(0), p.side = weight.size(2);
   p.out_height = Extent(p.height, p), p.out_width = Extent(p.width, p);
   if (p.out_height < 1 || p.out_width < 1) return "expected a kernel that fits the padded x";
   if (!IsDense(mask, 4, ScalarType::Float) || mask.size(0) != p.batch || mask.size(1) != 1 ||
       mask.size(2) != p.out_height || mask.size(3) != p.out_width)
-    return "expected mask as a contiguous (B, 1, h, w) of float, one value a position of the output";
+    return "expected mask as a contiguous (B, 1, h, w) of float, one value per position of the output";
   const float* begin = mask.const_data_ptr<float>();
   const bool is_binary = std::all_of(begin, begin + mask.numel(), [](float m) { return m == 0 || m == 1; });
   return is_binary ? nullptr : "expected a mask of 0 and 1 only";
 }
 
 template <typename T>
-Tensor& Run(KernelRuntimeContext& context, const Tensor& x, const Tensor& weight, const optional<Tensor>& bias,
-            const Tensor& mask, MaskedConv2d p, std::string_view activation, Quantization of_x, Quantization of_y,
-            Tensor& out) {
+Tensor& Run(KernelRuntimeContext& context, const Tensor& x, const Tensor& weight,
+            const optional<Tensor>& bias, const Tensor& mask, MaskedConv2d p, std::string_view activation,
+            Quantization of_x, Quantization of_y, Tensor& out) {
   EDGEDYN_CHECK(context, ReadActivation(activation, p.activation), out,
                 "masked_conv2d: expected the activation none, relu or relu6");
   const char* wrong = Check(x, kScalarType<T>, weight, bias, mask, p);
@@ -305,10 +309,11 @@ Tensor& masked_conv2d_out(KernelRuntimeContext& context, const Tensor& x, const 
   return Run<float>(context, x, weight, bias, mask, p, activation, {}, {}, out);
 }
 
-Tensor& masked_conv2d_int8_out(KernelRuntimeContext& context, const Tensor& x, double x_scale, int64_t x_zero_point,
-                               const Tensor& weight, const optional<Tensor>& bias, const Tensor& mask, int64_t stride,
-                               int64_t padding, int64_t dilation, int64_t groups, std::string_view activation,
-                               double y_scale, int64_t y_zero_point, Tensor& out) {
+Tensor& masked_conv2d_int8_out(KernelRuntimeContext& context, const Tensor& x, double x_scale,
+                               int64_t x_zero_point, const Tensor& weight, const optional<Tensor>& bias,
+                               const Tensor& mask, int64_t stride, int64_t padding, int64_t dilation,
+                               int64_t groups, std::string_view activation, double y_scale,
+                               int64_t y_zero_point, Tensor& out) {
   MaskedConv2d p{};
   p.stride = stride, p.padding = padding, p.dilation = dilation, p.groups = groups;
   return Run<int8_t>(context, x, weight, bias, mask, p, activation, Affine(x_scale, x_zero_point),

@@ -22,8 +22,8 @@ inline float Inactive(const float*, const Quantization&) { return 0; }
 inline int8_t Inactive(const int8_t*, const Quantization& q) { return static_cast<int8_t>(q.zero_point); }
 
 // The sizes of the matrix product.
-constexpr int64_t kPixels = 32;    // of a tile: two vectors of the widest instruction set
-constexpr int64_t kDepth = 192;    // entries of a kernel at a time: 24 KiB of pixels, in the first-level cache
+constexpr int64_t kPixels = 32;  // of a tile: two vectors of the widest instruction set
+constexpr int64_t kDepth = 192;  // entries of a kernel at a time: 24 KiB of pixels, in the first-level cache
 constexpr int64_t kOutputs = 128;  // output channels that share gathered pixels: 16 KiB of sums
 
 // A stretch of output positions, [begin, end), and the part of the list that holds its active ones.
@@ -62,7 +62,7 @@ struct TileWork {
 
 // The band of rows of a depthwise filter, and how many columns fit the scratch beside it.
 struct MaskedBand {
-  static constexpr int64_t kFloats = 16384;  // 64 KiB a thread
+  static constexpr int64_t kFloats = 16384;  // 64 KiB per thread
   static constexpr int64_t kRows = 16;
   static constexpr int64_t kColumns = 128;  // more would leave the first-level cache
   static constexpr int64_t kLanes = 16;     // of the widest instruction set

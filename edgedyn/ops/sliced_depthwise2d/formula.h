@@ -5,8 +5,8 @@
 //
 // x, y: (B, C, H, W)   grid: (B, T * F, gh, gw), tap-major   offset: (B, F, gh, gw) or null   share = C / F
 //
-// Between two grid rows a pixel row's kernels are (1 - v) * upper + v * lower, where upper and lower are these grid
-// rows interpolated along the columns: small tables that hold for every pixel row in between.
+// Between two grid rows a pixel row's kernels are (1 - v) * upper + v * lower, where upper and lower are
+// these grid rows interpolated along the columns: small tables that hold for every pixel row in between.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +28,8 @@ struct Cell {
   float weight;  // of high
 };
 
-// Exact integers up to the one division that makes the weight: a float position would be off by cells * 2^-24.
+// Exact integers up to the one division that makes the weight: a float position would be off by cells *
+// 2^-24.
 EDGEDYN_HD Cell locate(int64_t pixel, int64_t size, int64_t cells, bool align_corners) {
   int64_t position = align_corners ? pixel * (cells - 1) : (2 * pixel + 1) * cells - size;
   const int64_t unit = align_corners ? (size > 1 ? size - 1 : 1) : 2 * size;
@@ -44,16 +45,17 @@ template <typename T>
 EDGEDYN_HD float slice(const T* plane, int64_t grid_width, const Cell& row, const Cell& column) {
   const T* upper = plane + row.low * grid_width;
   const T* lower = plane + row.high * grid_width;
-  return lerp(lerp(static_cast<float>(upper[column.low]), static_cast<float>(lower[column.low]), row.weight),
-              lerp(static_cast<float>(upper[column.high]), static_cast<float>(lower[column.high]), row.weight),
-              column.weight);
+  return lerp(
+      lerp(static_cast<float>(upper[column.low]), static_cast<float>(lower[column.low]), row.weight),
+      lerp(static_cast<float>(upper[column.high]), static_cast<float>(lower[column.high]), row.weight),
+      column.weight);
 }
 
-// One output pixel by the definition; a pixel outside of x is 0, and its tap is still multiplied: 0 * inf is NaN.
-// x is a pointer, or what reads stored pixels as real ones.
+// One output pixel by the definition; a pixel outside of x is 0, and its tap is still multiplied: 0 * inf is
+// NaN. x is a pointer, or Pixels, which converts stored pixels to real ones.
 template <typename X, typename T>
-EDGEDYN_HD float filter_pixel(const SlicedDepthwise2d& p, const X& x, const T* grid, const T* offset, int64_t b,
-                              int64_t c, int64_t h, int64_t w) {
+EDGEDYN_HD float filter_pixel(const SlicedDepthwise2d& p, const X& x, const T* grid, const T* offset,
+                              int64_t b, int64_t c, int64_t h, int64_t w) {
   const Cell row = locate(h, p.height, p.grid_height, p.align_corners);
   const Cell column = locate(w, p.width, p.grid_width, p.align_corners);
   const int64_t cells = p.grid_height * p.grid_width;

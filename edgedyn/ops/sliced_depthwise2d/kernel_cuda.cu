@@ -1,9 +1,10 @@
 // sliced_depthwise2d on CUDA: a block filters a tile of one plane, a thread two columns of it, down the rows.
 //
-// A thread interpolates the two grid rows around a pixel row along its columns ("upper" and "lower"); they hold in
-// registers for all rows between two grid centres, where y = (1 - v) * sum upper x + v * sum lower x. Of x it keeps the
-// last R rows, so that a pixel is read once. This order of the sum is not the definition's where a value is infinite:
-// such an output, and a filter of another side or dilated, is computed by the definition.
+// A thread interpolates the two grid rows around a pixel row along its columns ("upper" and "lower"); they
+// hold in registers for all rows between two grid centres, where y = (1 - v) * sum upper x + v * sum lower x.
+// Of x it keeps the last R rows, so that a pixel is read once. This order of the sum is not the definition's
+// where a value is infinite: such an output, and a filter of another side or dilated, is computed by the
+// definition.
 #include "sliced_depthwise2d/formula.h"
 #include "tiles-inl.cuh"
 
@@ -23,7 +24,7 @@ struct Arguments {
   Quantization of_y;
 };
 
-// A Cell of which only a block's part is kept, in shared memory.
+// The part of a Cell that a block keeps in shared memory.
 struct GridCell {
   int low, high;
   float weight;
@@ -47,7 +48,7 @@ EDGEDYN_DEVICE void InterpolateRow(const G* row, const GridCell* columns, float 
   }
 }
 
-// What holds between two grid rows, for the columns of a thread.
+// The interpolated kernels of two grid rows, for the columns of a thread.
 template <int kSide>
 struct Tables {
   float upper[kSide * kSide][kWide], lower[kSide * kSide][kWide];
@@ -73,8 +74,8 @@ EDGEDYN_DEVICE void Interpolate(const Arguments<T>& a, int64_t b, int64_t filter
 
 // kWide outputs from the rows of pixels that their taps read, of which the first is window[first].
 template <int kSide>
-EDGEDYN_DEVICE void FilterRow(const float (&window)[kSide][kWide + kSide - 1], int first, const Tables<kSide>& tables,
-                              float scale, float weight, float (&y)[kWide]) {
+EDGEDYN_DEVICE void FilterRow(const float (&window)[kSide][kWide + kSide - 1], int first,
+                              const Tables<kSide>& tables, float scale, float weight, float (&y)[kWide]) {
 #pragma unroll
   for (int j = 0; j < kWide; ++j) {
     float upper = 0, lower = 0;
@@ -89,7 +90,7 @@ EDGEDYN_DEVICE void FilterRow(const float (&window)[kSide][kWide + kSide - 1], i
 
 EDGEDYN_DEVICE bool IsFinite(float value) { return fabsf(value) <= 3.4028235e38f; }
 
-// All outputs of a thread by the definition. Not inlined: what it needs would take registers from the usual way.
+// All outputs of a thread by the definition. Not inlined: its registers would be missing on the usual path.
 template <typename T>
 __device__ __noinline__ void FilterAgain(const Arguments<T>& a) {
   const Place place = FindPlace(a.tiling, 1);
@@ -110,7 +111,8 @@ __global__ void __launch_bounds__(kThreads, 4) FilterTile(const __grid_constant_
   static_assert(sizeof(rows) + sizeof(columns) + kSharedBytes <= kMostSharedBytes, "shared memory");
   const Tiling& t = a.tiling;
   const Place place = FindPlace(t, 1);
-  const unsigned channels = static_cast<unsigned>(a.p.channels), share = channels / static_cast<unsigned>(a.p.filters);
+  const unsigned channels = static_cast<unsigned>(a.p.channels),
+                 share = channels / static_cast<unsigned>(a.p.filters);
   const unsigned b = place.plane / channels, filter = place.plane % channels / share;
   const int64_t plane = a.p.height * a.p.width;
   T* tile = reinterpret_cast<T*>(shared_memory);
@@ -174,12 +176,19 @@ cudaError_t Filter(const Call& call, const SlicedDepthwise2d& p) {
   const Pixels<T> x = PixelsOf<T>(call);
   T* y = static_cast<T*>(call.output);
   const Plane plane{p.height, p.width, p.height, p.width, p.side, 1, p.dilation, p.side / 2 * p.dilation};
-  Arguments<T> a{p, MakeTiling(plane, {kThreads, kWide, kRowsEach, 1}, x.data, y, nullptr), x, GeneratedOf<T>(call, 1),
-                 GeneratedOf<T>(call, 2), y, call.of_y};
+  Arguments<T> a{p,
+                 MakeTiling(plane, {kThreads, kWide, kRowsEach, 1}, x.data, y, nullptr),
+                 x,
+                 GeneratedOf<T>(call, 1),
+                 GeneratedOf<T>(call, 2),
+                 y,
+                 call.of_y};
   const int64_t blocks = Blocks(a.tiling, p.batch * p.channels);
   const bool is_tiled = p.dilation == 1 && a.tiling.rows > 0 && a.tiling.rows <= kMostRows;
-  if (is_tiled && p.side == 1) return Launch(FilterTile<1, T>, blocks, kThreads, TileBytes<T>(a.tiling), call, a);
-  if (is_tiled && p.side == 3) return Launch(FilterTile<3, T>, blocks, kThreads, TileBytes<T>(a.tiling), call, a);
+  if (is_tiled && p.side == 1)
+    return Launch(FilterTile<1, T>, blocks, kThreads, TileBytes<T>(a.tiling), call, a);
+  if (is_tiled && p.side == 3)
+    return Launch(FilterTile<3, T>, blocks, kThreads, TileBytes<T>(a.tiling), call, a);
   const int64_t pixels = p.batch * p.channels * p.height * p.width;
   return Launch(FilterByDefinition<T>, CeilDiv<int64_t>(pixels, kThreads), kThreads, 0, call, a);
 }

@@ -1,8 +1,8 @@
 // sliced_depthwise2d for ExecuTorch: a strip of columns at a time, down the rows.
 //
-// For a strip, the two grid rows around the pixel row are interpolated along the columns once ("upper" and "lower");
-// they hold for all rows between two grid centres. Rows are then read once into a padded tile of float scratch, so
-// that no tap asks where the border is, and four rows share each load of a kernel.
+// For a strip, the two grid rows around the pixel row are interpolated along the columns once ("upper" and
+// "lower"); they hold for all rows between two grid centres. Rows are then read once into a padded tile of
+// float scratch, so that no tap asks where the border is, and four rows share each load of a kernel.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "sliced_depthwise2d/kernel_executorch.cpp"
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
@@ -28,7 +28,7 @@ struct SlicedArguments {
 
 // The scratch of one strip, and how wide the strip may be for it to fit.
 struct SlicedStrip {
-  static constexpr int64_t kFloats = 16384;  // 64 KiB a thread
+  static constexpr int64_t kFloats = 16384;  // 64 KiB per thread
   static constexpr int64_t kRows = 8;        // of a tile; more would leave the first-level cache
   static constexpr int64_t kLanes = 16;      // of the widest instruction set
 
@@ -59,10 +59,12 @@ namespace HWY_NAMESPACE {
 template <typename T>
 constexpr int kSums = 1;
 template <>
-constexpr int kSums<int8_t> = 2;  // INT8 pixels are finite: a sum for each grid row is 2 operations a tap, not 3
+constexpr int kSums<int8_t> =
+    2;  // INT8 pixels are finite: one sum per grid row is 2 operations per tap, not 3
 
 // The kernel first: an infinite pixel then meets one kernel, not two of two signs.
-HWY_INLINE void AddTap(Vector upper, Vector lower, Vector pixels, Vector above, Vector below, Vector (&sums)[1]) {
+HWY_INLINE void AddTap(Vector upper, Vector lower, Vector pixels, Vector above, Vector below,
+                       Vector (&sums)[1]) {
   sums[0] = hn::MulAdd(hn::MulAdd(lower, below, hn::Mul(upper, above)), pixels, sums[0]);
 }
 HWY_INLINE void AddTap(Vector upper, Vector lower, Vector pixels, Vector, Vector, Vector (&sums)[2]) {
@@ -88,7 +90,8 @@ class SlicedFilter {
     weight_ = reinterpret_cast<float*>(high_ + s), tile_ = weight_ + s;
     for (int64_t j = 0; j < s; ++j) {
       const Cell cell = locate(std::min(left + j, p_.width - 1), p_.width, p_.grid_width, p_.align_corners);
-      low_[j] = static_cast<int32_t>(cell.low), high_[j] = static_cast<int32_t>(cell.high), weight_[j] = cell.weight;
+      low_[j] = static_cast<int32_t>(cell.low), high_[j] = static_cast<int32_t>(cell.high),
+      weight_[j] = cell.weight;
     }
   }
 
@@ -129,7 +132,8 @@ class SlicedFilter {
   Vector Cells(const float* from, const int32_t* index) const {
     const Floats d;
     const hn::RebindToSigned<Floats> d32;
-    const int64_t lanes = hn::Lanes(d), first = std::min<int64_t>(index[0], std::max(p_.grid_width - lanes, int64_t{0}));
+    const int64_t lanes = hn::Lanes(d),
+                  first = std::min<int64_t>(index[0], std::max(p_.grid_width - lanes, int64_t{0}));
     const auto indices = hn::LoadU(d32, index);
     if (index[lanes - 1] - first >= lanes) return hn::GatherIndex(d, from, indices);
     const auto places = hn::IndicesFromVec(d, hn::Sub(indices, hn::Set(d32, static_cast<int32_t>(first))));
@@ -203,7 +207,8 @@ class SlicedFilter {
         const Vector pixels = hn::LoadU(d, block.tile + i * block.tile_width + j + dx);
         for (int dy = 0; dy < 3; ++dy) {
           const int r = i - dy;
-          if (r >= 0 && r < kRows) AddTap(upper[dy], lower[dy], pixels, block.above[r], block.below[r], sums[r]);
+          if (r >= 0 && r < kRows)
+            AddTap(upper[dy], lower[dy], pixels, block.above[r], block.below[r], sums[r]);
         }
       }
     }
@@ -216,7 +221,8 @@ class SlicedFilter {
     const float* lower = lower_ + j;
     for (int64_t dy = 0; dy < p_.side; ++dy) {
       const float* x = block.tile + dy * p_.dilation * block.tile_width + j;
-      for (int64_t dx = 0; dx < p_.side; ++dx, x += p_.dilation, upper += block.columns, lower += block.columns) {
+      for (int64_t dx = 0; dx < p_.side;
+           ++dx, x += p_.dilation, upper += block.columns, lower += block.columns) {
         const Vector of_upper = hn::LoadU(d, upper), of_lower = hn::LoadU(d, lower);
         for (int r = 0; r < kRows; ++r) {
           const Vector pixels = hn::LoadU(d, x + r * block.tile_width);
@@ -268,12 +274,14 @@ void Filter(const SlicedArguments<T>& a) {
   });
 }
 
-// Returns what is wrong with the arguments, or null.
+// Returns the error in the arguments, or null.
 const char* Check(const Tensor& x, ScalarType type, const Tensor& grid, const optional<Tensor>& offset,
                   int64_t kernel_size, int64_t dilation) {
   if (!IsDense(x, 4, type)) return "expected x as a contiguous (B, C, H, W) of the op's type";
-  if (!IsDense(grid, 4, ScalarType::Float)) return "expected grid as a contiguous (B, T * F, gh, gw) of float";
-  if (kernel_size < 1 || kernel_size % 2 == 0 || dilation < 1) return "expected an odd kernel_size and dilation >= 1";
+  if (!IsDense(grid, 4, ScalarType::Float))
+    return "expected grid as a contiguous (B, T * F, gh, gw) of float";
+  if (kernel_size < 1 || kernel_size % 2 == 0 || dilation < 1)
+    return "expected an odd kernel_size and dilation >= 1";
   const int64_t taps = kernel_size * kernel_size, filters = grid.size(1) / taps;
   if (grid.size(0) != x.size(0) || filters == 0 || grid.size(1) % taps || x.size(1) % filters)
     return "expected a grid of T * F channels where F divides the channels of x, and the batch of x";
@@ -281,14 +289,14 @@ const char* Check(const Tensor& x, ScalarType type, const Tensor& grid, const op
   if (!offset.has_value()) return nullptr;
   if (!IsDense(*offset, 4, ScalarType::Float) || offset->size(0) != x.size(0) || offset->size(1) != filters ||
       offset->size(2) != grid.size(2) || offset->size(3) != grid.size(3))
-    return "expected an offset of one channel a filter on the grid's cells";
+    return "expected an offset of one channel per filter on the grid's cells";
   return nullptr;
 }
 
 template <typename T>
-Tensor& Run(KernelRuntimeContext& context, const Tensor& x, const Tensor& grid, const optional<Tensor>& offset,
-            int64_t kernel_size, int64_t dilation, bool align_corners, Quantization of_x, Quantization of_y,
-            Tensor& out) {
+Tensor& Run(KernelRuntimeContext& context, const Tensor& x, const Tensor& grid,
+            const optional<Tensor>& offset, int64_t kernel_size, int64_t dilation, bool align_corners,
+            Quantization of_x, Quantization of_y, Tensor& out) {
   const char* wrong = Check(x, kScalarType<T>, grid, offset, kernel_size, dilation);
   EDGEDYN_CHECK(context, !wrong, out, "sliced_depthwise2d: %s", wrong);
   EDGEDYN_CHECK(context, IsInt8(of_x) && IsInt8(of_y), out,
@@ -296,15 +304,14 @@ Tensor& Run(KernelRuntimeContext& context, const Tensor& x, const Tensor& grid, 
   EDGEDYN_CHECK(context, ResizeTo(out, kScalarType<T>, {x.size(0), x.size(1), x.size(2), x.size(3)}), out,
                 "sliced_depthwise2d: out cannot hold y of the shape of x");
   const int64_t filters = grid.size(1) / (kernel_size * kernel_size);
-  const SlicedArguments<T> a{
-      {x.size(0), x.size(1), x.size(2), x.size(3), filters, grid.size(2), grid.size(3), kernel_size, dilation,
-       align_corners},
-      x.const_data_ptr<T>(),
-      grid.const_data_ptr<float>(),
-      offset.has_value() ? offset->const_data_ptr<float>() : nullptr,
-      out.mutable_data_ptr<T>(),
-      of_x,
-      of_y};
+  const SlicedArguments<T> a{{x.size(0), x.size(1), x.size(2), x.size(3), filters, grid.size(2), grid.size(3),
+                              kernel_size, dilation, align_corners},
+                             x.const_data_ptr<T>(),
+                             grid.const_data_ptr<float>(),
+                             offset.has_value() ? offset->const_data_ptr<float>() : nullptr,
+                             out.mutable_data_ptr<T>(),
+                             of_x,
+                             of_y};
   EDGEDYN_CHECK(context, SlicedStrip(a.p).columns > 0, out,
                 "sliced_depthwise2d: kernel_size %ld at dilation %ld needs more than 64 KiB of scratch",
                 static_cast<long>(kernel_size), static_cast<long>(dilation));
@@ -322,8 +329,8 @@ Tensor& sliced_depthwise2d_int8_out(KernelRuntimeContext& context, const Tensor&
                                     int64_t x_zero_point, const Tensor& grid, const optional<Tensor>& offset,
                                     int64_t kernel_size, int64_t dilation, bool align_corners, double y_scale,
                                     int64_t y_zero_point, Tensor& out) {
-  return Run<int8_t>(context, x, grid, offset, kernel_size, dilation, align_corners, Affine(x_scale, x_zero_point),
-                     Affine(y_scale, y_zero_point), out);
+  return Run<int8_t>(context, x, grid, offset, kernel_size, dilation, align_corners,
+                     Affine(x_scale, x_zero_point), Affine(y_scale, y_zero_point), out);
 }
 
 EXECUTORCH_LIBRARY(edgedyn, "sliced_depthwise2d.out", sliced_depthwise2d_out);

@@ -1,4 +1,4 @@
-// The one plugin class, told apart by its Signature, and what the library exports.
+// The one plugin class, parameterized by a Signature, and the functions that the library exports.
 #include <algorithm>
 #include <array>
 #include <cstring>
@@ -26,7 +26,7 @@ std::vector<nvinfer1::IPluginCreatorInterface*>& creators() {
 
 bool is_optional(const char* input) { return input[std::strlen(input) - 1] == '?'; }
 
-// Which of the schema's tensors the inputs of a node are: the optional one stands last.
+// Index in the schema of each of a node's inputs; the optional one is last.
 std::vector<int32_t> node_order(const Signature& op) {
   std::vector<int32_t> order(op.inputs.size());
   for (size_t k = 0; k < order.size(); ++k) order[k] = static_cast<int32_t>(k);
@@ -44,7 +44,8 @@ class Plugin : public nvinfer1::IPluginV3,
                public nvinfer1::IPluginV3OneBuild,
                public nvinfer1::IPluginV3OneRuntime {
  public:
-  Plugin(const Signature& op, const Arguments& arguments) : op_(op), arguments_(arguments), order_(node_order(op)) {}
+  Plugin(const Signature& op, const Arguments& arguments)
+      : op_(op), arguments_(arguments), order_(node_order(op)) {}
 
   nvinfer1::IPluginCapability* getCapabilityInterface(nvinfer1::PluginCapabilityType type) noexcept override {
     switch (type) {
@@ -58,7 +59,9 @@ class Plugin : public nvinfer1::IPluginV3,
     return nullptr;
   }
   nvinfer1::IPluginV3* clone() noexcept override { return new Plugin(op_, arguments_, inputs_); }
-  nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override { return clone(); }
+  nvinfer1::IPluginV3* attachToContext(nvinfer1::IPluginResourceContext*) noexcept override {
+    return clone();
+  }
 
   const char* getPluginName() const noexcept override { return op_.type; }
   const char* getPluginVersion() const noexcept override { return "1"; }
@@ -70,8 +73,9 @@ class Plugin : public nvinfer1::IPluginV3,
     return 0;
   }
 
-  int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t count, const nvinfer1::DimsExprs*, int32_t,
-                          nvinfer1::DimsExprs* y, int32_t, nvinfer1::IExprBuilder& builder) noexcept override {
+  int32_t getOutputShapes(const nvinfer1::DimsExprs* inputs, int32_t count, const nvinfer1::DimsExprs*,
+                          int32_t, nvinfer1::DimsExprs* y, int32_t,
+                          nvinfer1::IExprBuilder& builder) noexcept override {
     if (!takes(count)) return kFailed;
     Dimensions dimensions(builder);
     *y = op_.output(inputs, dimensions);
@@ -84,7 +88,8 @@ class Plugin : public nvinfer1::IPluginV3,
     const DataType x = tensors[0].desc.type;
     const bool stores_int8 = arguments_.x_scale != 0;
     if (format != nvinfer1::TensorFormat::kLINEAR) return false;
-    if (position == 0) return stores_int8 ? x == DataType::kINT8 : x == DataType::kFLOAT || x == DataType::kHALF;
+    if (position == 0)
+      return stores_int8 ? x == DataType::kINT8 : x == DataType::kFLOAT || x == DataType::kHALF;
     return type == (stores_int8 && position < inputs ? DataType::kFLOAT : x);
   }
 
@@ -94,7 +99,8 @@ class Plugin : public nvinfer1::IPluginV3,
     return takes(inputs) ? 0 : kFailed;
   }
 
-  int32_t onShapeChange(const PluginTensorDesc*, int32_t inputs, const PluginTensorDesc*, int32_t) noexcept override {
+  int32_t onShapeChange(const PluginTensorDesc*, int32_t inputs, const PluginTensorDesc*,
+                        int32_t) noexcept override {
     inputs_ = inputs;
     return takes(inputs) ? 0 : kFailed;
   }
@@ -116,7 +122,8 @@ class Plugin : public nvinfer1::IPluginV3,
     }
     call.stream = stream;
     const int error = op_.compute(&call);
-    if (error) report(std::string(op_.type) + ": the kernel was not launched, CUDA error " + std::to_string(error));
+    if (error)
+      report(std::string(op_.type) + ": the kernel was not launched, CUDA error " + std::to_string(error));
     return error;
   }
 
@@ -133,14 +140,17 @@ class Plugin : public nvinfer1::IPluginV3,
   }
 
  private:
-  Plugin(const Signature& op, const Arguments& arguments, int32_t inputs) : Plugin(op, arguments) { inputs_ = inputs; }
+  Plugin(const Signature& op, const Arguments& arguments, int32_t inputs) : Plugin(op, arguments) {
+    inputs_ = inputs;
+  }
 
   bool takes(int32_t inputs) const {
     const auto most = static_cast<int32_t>(order_.size());
     const int32_t least = most - static_cast<int32_t>(is_optional(op_.inputs[order_.back()]));
     if (inputs >= least && inputs <= most) return true;
-    report(std::string(op_.type) + " got " + std::to_string(inputs) + " inputs; expected " + std::to_string(least) +
-           (least < most ? " or " + std::to_string(most) : "") + ". Export the ONNX with edgedyn build.");
+    report(std::string(op_.type) + " got " + std::to_string(inputs) + " inputs; expected " +
+           std::to_string(least) + (least < most ? " or " + std::to_string(most) : "") +
+           ". Export the ONNX with edgedyn build.");
     return false;
   }
 
@@ -152,7 +162,7 @@ class Plugin : public nvinfer1::IPluginV3,
   nvinfer1::PluginFieldCollection serialized_{};
 };
 
-// Reads a field into its place, or says why not.
+// Reads a field into its place, or logs why not.
 bool read(const Signature& op, const PluginField& field, Arguments* arguments) {
   const std::string name = field.name;
   const bool is_scale = name == "x_scale" || name == "y_scale";
@@ -186,8 +196,10 @@ void report(const std::string& text) {
 }
 
 Creator::Creator(const Signature& signature) : signature_(signature) {
-  for (const char* name : signature_.attributes) fields_.emplace_back(name, nullptr, PluginFieldType::kINT32, 1);
-  for (const char* name : {"x_scale", "y_scale"}) fields_.emplace_back(name, nullptr, PluginFieldType::kFLOAT32, 1);
+  for (const char* name : signature_.attributes)
+    fields_.emplace_back(name, nullptr, PluginFieldType::kINT32, 1);
+  for (const char* name : {"x_scale", "y_scale"})
+    fields_.emplace_back(name, nullptr, PluginFieldType::kFLOAT32, 1);
   names_ = {static_cast<int32_t>(fields_.size()), fields_.data()};
   creators().push_back(this);
 }
@@ -208,8 +220,9 @@ nvinfer1::IPluginV3* Creator::createPlugin(const char*, const nvinfer1::PluginFi
   }
   const bool has_scales = arguments.x_scale > 0 && arguments.y_scale > 0;
   if (!has_scales && (arguments.x_scale != 0 || arguments.y_scale != 0)) {
-    report(std::string(signature_.type) + " got x_scale " + std::to_string(arguments.x_scale) + " and y_scale " +
-           std::to_string(arguments.y_scale) + "; expected both above 0 for INT8, or neither.");
+    report(std::string(signature_.type) + " got x_scale " + std::to_string(arguments.x_scale) +
+           " and y_scale " + std::to_string(arguments.y_scale) +
+           "; expected both above 0 for INT8, or neither.");
     return nullptr;
   }
   return new Plugin(signature_, arguments);
@@ -225,4 +238,6 @@ EDGEDYN_EXPORT nvinfer1::IPluginCreatorInterface* const* getCreators(int32_t& co
   return all.data();
 }
 
-EDGEDYN_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) { edgedyn::plugins::logger_finder = finder; }
+EDGEDYN_EXPORT void setLoggerFinder(nvinfer1::ILoggerFinder* finder) {
+  edgedyn::plugins::logger_finder = finder;
+}

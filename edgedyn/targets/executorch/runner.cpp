@@ -2,8 +2,9 @@
 //
 //   edgedyn_runner PROGRAM.pte METHOD FOLDER [PROGRAM.pte METHOD FOLDER]...
 //
-// Reads FOLDER/input_0.npy, input_1.npy, ... and writes FOLDER/output_0.npy, ... A program fixes types and shapes, so
-// a file is read by comparing: its header must be the one that NumPy writes for the tensor that the program takes.
+// Reads FOLDER/input_0.npy, input_1.npy, ... and writes FOLDER/output_0.npy, ... A program fixes types and
+// shapes, so a file is read by comparing: its header must be the one that NumPy writes for the tensor that
+// the program takes.
 #include <executorch/extension/module/module.h>
 #include <executorch/extension/tensor/tensor_ptr.h>
 
@@ -33,21 +34,32 @@ using Sizes = std::vector<::executorch::aten::SizesType>;
 
 void Demand(Error error, const std::string& what) {
   if (error == Error::Ok) return;
-  Refuse(what + ": the runtime says " + ::executorch::runtime::to_string(error) + ", and why in the lines above");
+  Refuse(what + ": the runtime says " + ::executorch::runtime::to_string(error) +
+         ", and why in the lines above");
 }
 
-// ---------------------------------------------------------------------------------------------------- NumPy's files
+// ----------------------------------------------------------------------------------------------------
+// NumPy's files
 
 const char* TypeName(ScalarType type) {
   switch (type) {
-    case ScalarType::Float: return "<f4";
-    case ScalarType::Double: return "<f8";
-    case ScalarType::Char: return "|i1";
-    case ScalarType::Byte: return "|u1";
-    case ScalarType::Int: return "<i4";
-    case ScalarType::Long: return "<i8";
-    case ScalarType::Bool: return "|b1";
-    default: Refuse("a tensor of type " + std::to_string(static_cast<int>(type)) + " has no place in a .npy file here");
+    case ScalarType::Float:
+      return "<f4";
+    case ScalarType::Double:
+      return "<f8";
+    case ScalarType::Char:
+      return "|i1";
+    case ScalarType::Byte:
+      return "|u1";
+    case ScalarType::Int:
+      return "<i4";
+    case ScalarType::Long:
+      return "<i8";
+    case ScalarType::Bool:
+      return "|b1";
+    default:
+      Refuse("a tensor of type " + std::to_string(static_cast<int>(type)) +
+             " has no place in a .npy file here");
   }
 }
 
@@ -56,10 +68,12 @@ std::string Header(ScalarType type, const Sizes& sizes) {
   std::string shape;
   for (size_t k = 0; k < sizes.size(); ++k) shape += (k ? ", " : "") + std::to_string(sizes[k]);
   if (sizes.size() == 1) shape += ",";
-  return std::string("{'descr': '") + TypeName(type) + "', 'fortran_order': False, 'shape': (" + shape + "), }";
+  return std::string("{'descr': '") + TypeName(type) + "', 'fortran_order': False, 'shape': (" + shape +
+         "), }";
 }
 
-constexpr char kMagic[] = "\x93NUMPY\x01";  // and a 0, of version 1.0; the length of the header follows in two bytes
+constexpr char kMagic[] =
+    "\x93NUMPY\x01";  // and a 0, of version 1.0; the length of the header follows in two bytes
 constexpr size_t kPrefix = 10;
 
 std::vector<uint8_t> ReadNpy(const std::string& path, ScalarType type, const Sizes& sizes, size_t bytes) {
@@ -68,7 +82,8 @@ std::vector<uint8_t> ReadNpy(const std::string& path, ScalarType type, const Siz
   const std::string all{std::istreambuf_iterator<char>(file), {}};
   if (all.size() < kPrefix || all.compare(0, 8, std::string(kMagic, 8)) != 0)
     Refuse(path + " is no .npy file of version 1.0");
-  const size_t length = static_cast<uint8_t>(all[8]) + 256 * static_cast<size_t>(static_cast<uint8_t>(all[9]));
+  const size_t length =
+      static_cast<uint8_t>(all[8]) + 256 * static_cast<size_t>(static_cast<uint8_t>(all[9]));
   const std::string header = all.substr(kPrefix, length), expected = Header(type, sizes);
   if (header.compare(0, expected.size(), expected) != 0)
     Refuse(path + " holds " + header.substr(0, header.find('}') + 1) + "; expected " + expected);
@@ -85,11 +100,13 @@ void WriteNpy(const std::string& path, const Tensor& tensor) {
   file.write(kMagic, 8);
   file.put(static_cast<char>(header.size() % 256)).put(static_cast<char>(header.size() / 256));
   file << header;
-  file.write(static_cast<const char*>(tensor.const_data_ptr()), static_cast<std::streamsize>(tensor.nbytes()));
+  file.write(static_cast<const char*>(tensor.const_data_ptr()),
+             static_cast<std::streamsize>(tensor.nbytes()));
   if (!file.flush()) Refuse(path + " cannot be written");
 }
 
-// ------------------------------------------------------------------------------------------------------- a program
+// ------------------------------------------------------------------------------------------------------- a
+// program
 
 std::string PathOf(const std::string& folder, const char* which, size_t k) {
   return folder + "/" + which + "_" + std::to_string(k) + ".npy";
@@ -103,11 +120,13 @@ std::vector<TensorPtr> ReadInputs(Module& module, const std::string& method, con
     const auto input = meta->input_tensor_meta(k);
     Demand(input.error(), "input " + std::to_string(k) + " is no tensor");
     const Sizes sizes(input->sizes().begin(), input->sizes().end());
-    std::vector<uint8_t> bytes = ReadNpy(PathOf(folder, "input", k), input->scalar_type(), sizes, input->nbytes());
+    std::vector<uint8_t> bytes =
+        ReadNpy(PathOf(folder, "input", k), input->scalar_type(), sizes, input->nbytes());
     inputs.push_back(make_tensor_ptr(sizes, std::move(bytes), {}, {}, input->scalar_type()));
   }
   if (std::ifstream(PathOf(folder, "input", inputs.size())))
-    Refuse(folder + " holds more inputs than the " + std::to_string(inputs.size()) + " that " + method + " takes");
+    Refuse(folder + " holds more inputs than the " + std::to_string(inputs.size()) + " that " + method +
+           " takes");
   return inputs;
 }
 
@@ -140,7 +159,8 @@ void RunJob(const std::string& path, const std::string& method, const std::strin
 
 int main(int count, char** arguments) {
   if (count < 4 || count % 3 != 1) {
-    std::fprintf(stderr, "usage: %s PROGRAM.pte METHOD FOLDER [PROGRAM.pte METHOD FOLDER]...\n", arguments[0]);
+    std::fprintf(stderr, "usage: %s PROGRAM.pte METHOD FOLDER [PROGRAM.pte METHOD FOLDER]...\n",
+                 arguments[0]);
     return 2;
   }
   for (int k = 1; k < count; k += 3) {
