@@ -1,4 +1,4 @@
-"""ARM64, emulated: our kernels compute with NEON what they compute on x86, by the runner without Python.
+"""ARM64, emulated: our kernels give the same results with NEON as on x86, in the runner without Python.
 
 Both run the same ``.pte`` on the same inputs. The emulator is 20 to 40 times slower, so one process runs all
 calls of our ops.
@@ -140,7 +140,7 @@ def test_runner_refuses_a_file_that_is_no_program(tmp_path):
         runner.load(tmp_path / "model.pte")()
 
 
-def test_machine_without_an_emulator_is_told_what_to_install(monkeypatch):
+def test_without_an_emulator_the_error_names_the_packages(monkeypatch):
     monkeypatch.setattr("shutil.which", lambda *a, **k: None)
     with pytest.raises(TargetMissingError, match=r"no qemu-aarch64-static\. .*apt-get install"):
         runner.build(runner.ARM64)

@@ -1,4 +1,4 @@
-"""Every phone recipe on ARM64, emulated: its programs compute there what they compute on x86.
+"""Every phone recipe on ARM64, emulated: its programs give the same results there as on x86.
 
 Small images, because the emulator is slow, at float arithmetic above all. One small network of every system
 is quick, and runs with every change; the networks as they are, with both kinds of kernels, are slow.
@@ -31,7 +31,7 @@ WITHOUT_OPS = ("slimmable-dncnn", "slimmable-unet", "ffdnet-color", "dncnn-gray"
 _MALLENET = ("network=small_networks:small_mallenet", "weights=null", "arguments={}")
 _DYNCONV = ("arguments={colors: 3, blocks: 2}", "weights=null")
 _ACDA = ("arguments={colors: 3, depth: 4}",)
-# recipe, kernels -> what of its model makes it quick: one small network of every system
+# recipe, kernels -> changes that make its model small: one small network of every system
 QUICK = {
     ("mallenet-s.phone.int8", "fused"): _MALLENET,
     ("acda-dncnn.phone.int8", "stock"): _ACDA,
@@ -81,7 +81,7 @@ def overrides(name: str, kernels: str, smaller: tuple[str, ...]) -> list[str]:
         found.append("guide.shape=[1, 3, 64, 64]")
     if "ffdnet" in name or "dncnn-gray" in name:
         found.append("model.weights=null")  # the authors' weights are not here
-    if "weights=null" in smaller:  # what the recipe says of single layers is of the trained network
+    if "weights=null" in smaller:  # its keys for single layers are of the trained network
         found += ["quantize.keep_float=[]", "quantize.dynamic=[]", "quantize.coverage.unused=[]"]
     return found
 
@@ -122,7 +122,7 @@ def assert_same_float(y: Outputs) -> None:
 def assert_same_int8(y: Outputs) -> None:
     """Ties between INT8 steps tip where a float operator before them rounds otherwise.
 
-    Independent roundings of the same network differ by sqrt(2) of what INT8 costs it; most stay the same.
+    Independent roundings of the same network differ by sqrt(2) of the error of INT8; most stay the same.
     """
     assert rms(y.arm64 - y.x86) <= math.sqrt(2) * rms(y.quantized - y.decomposed)
 

@@ -130,7 +130,7 @@ def test_check_on_a_gpu_tells_right_results_from_wrong_ones(library):
 
 
 def spoil(case: Case, place: int, value: float) -> Case:
-    """Put one value into an input; what comes out is only compared in class."""
+    """Put one value into an input; outputs are only compared in class."""
     inputs = [None if t is None else t.clone() for t in case.inputs]
     inputs[place].flatten()[inputs[place].numel() // 3] = value
     return case._replace(inputs=tuple(inputs))
@@ -229,7 +229,7 @@ def test_nvcc_compiles_the_kernel_without_warning_or_spill(op, nvcc, tmp_path):
     assert max(int(n) for n in [*re.findall(r"(\d+) bytes smem", words), 0]) <= 48 * 1024
 
 
-def test_machine_without_nvcc_is_told_what_to_install(monkeypatch):
+def test_without_nvcc_the_error_names_it(monkeypatch):
     monkeypatch.setattr(cuda_kernels.shutil, "which", lambda *a, **k: None)
     with pytest.raises(TargetMissingError, match=r"there is no nvcc.*CUDA toolkit .* on PATH"):
         cuda_kernels.build("sm_90")

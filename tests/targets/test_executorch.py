@@ -1,4 +1,4 @@
-"""ExecuTorch in its real runtime: what lowers has to load, run, and compute what the program says."""
+"""ExecuTorch in its real runtime: a lowered program loads, runs, and computes the exported program."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_dynamic_layer_in_float32(tmp_path, layer):
     delegates, portable, y, _ = lower_and_run(program, tmp_path, "fp32", x)
     with torch.no_grad():
         expected, in_torch = net(x).numpy(), copy.deepcopy(net).double()(x.double()).numpy()
-    # another order of summation: ten times what PyTorch's float32 is off, at least 1e-6 of the largest output
+    # another order of summation: ten times the error of PyTorch in float32, at least 1e-6 of the maximum
     bound = max(10 * np.abs(expected - in_torch).max(), 1e-6 * np.abs(in_torch).max())
     assert np.abs(y - in_torch).max() <= bound
     assert set(portable) == PORTABLE[layer]
@@ -177,7 +177,7 @@ class Between(nn.Module):
 
 
 # name -> pattern, channels that it leaves; several died when loaded or run, or were silently wrong
-# (executorch 1.5.1), before the quantizer and the partitioner were told
+# (executorch 1.5.1), before quantizer, partitioner and passes avoided them
 PATTERNS = {
     "max_pool": (lambda net, y: F.max_pool2d(y, 2), 4),
     "global_average_pool": (lambda net, y: F.adaptive_avg_pool2d(y, 1), 4),
@@ -224,7 +224,7 @@ def test_int8_pattern_runs_and_computes_what_the_program_says(tmp_path, name):
 
 @pytest.mark.parametrize("name", PATTERNS)
 def test_pattern_with_ranges_of_each_image_runs_and_computes_what_the_program_says(tmp_path, name):
-    net, x = make_net(Between, *PATTERNS[name]), 3 * make_input()  # beyond what was calibrated on
+    net, x = make_net(Between, *PATTERNS[name]), 3 * make_input()  # beyond the calibrated range
     result = to_int8(net, x, dynamic=["*"])
     delegates, portable, y, expected = lower_and_run(result.program, tmp_path, "int8", x)
     assert result.int8_mac_share == 1
@@ -301,7 +301,7 @@ def test_loading_and_running_print_nothing(tmp_path):
     assert "cpuinfo" not in done.stderr + done.stdout
 
 
-def test_run_that_fails_is_told_with_the_runtimes_words(tmp_path):
+def test_failed_run_raises_with_the_runtimes_message(tmp_path):
     net, x = make_net(PlainNet), make_input()
     lower(quantize.to_float(capture(net, x), (x,), "fp32").program, tmp_path, "fp32")
     with pytest.raises(

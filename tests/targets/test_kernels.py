@@ -57,15 +57,15 @@ def test_kernel_equals_the_oracle_up_to_rounding(op, args, tmp_path):
 
 @every_case
 def test_int8_kernel_rounds_what_the_oracle_rounds(op, args, tmp_path):
-    twin, given = int8_call(op, args)
-    y = run_kernel(twin, given, tmp_path)
+    variant, given = int8_call(op, args)
+    y = run_kernel(variant, given, tmp_path)
     assert y.dtype == np.int8
     assert np.abs(y - exact_int8(op, given).numpy()).max() <= INT8_LIMIT
     assert len(np.unique(y)) > min(10, y.size // 2)
 
 
 @pytest.mark.parametrize("is_read_twice", [False, True])
-def test_op_between_int8_tensors_becomes_its_int8_twin(is_read_twice, tmp_path):
+def test_op_between_int8_tensors_becomes_its_int8_variant(is_read_twice, tmp_path):
     torch.manual_seed(4)
     network = FilterBetween(is_read_twice=is_read_twice).eval()
     inputs = torch.rand(1, 3, 12, 14), torch.randn(1, 36, 3, 4)
@@ -100,7 +100,7 @@ def test_command_says_where_the_library_is(library, capsys, monkeypatch):
     assert json.loads(capsys.readouterr().out) == {"ok": True, "library": str(library)}
 
 
-def test_machine_without_cmake_is_told_what_to_install(monkeypatch, tmp_path):
+def test_without_cmake_the_error_names_it(monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr("shutil.which", lambda *a, **k: None)
     with pytest.raises(TargetMissingError, match=r"there is no cmake.*libhwy-dev.*kernels: stock needs none"):
@@ -177,7 +177,7 @@ def test_result_does_not_depend_on_the_number_of_threads(op, tmp_path):
 
 @every_op
 def test_special_values_arrive_where_the_oracle_has_them(op, tmp_path):
-    """One NaN in x and one infinity in what is generated: finite elsewhere, and the same class everywhere."""
+    """One NaN in x and one infinity in the generated tensors: elsewhere finite, of the same class."""
     args = list(next(iter(op.examples())))
     names = [a.name for a in op.overload._schema.arguments]
     generated = names.index(op.generated[0])

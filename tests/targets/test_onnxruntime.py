@@ -34,7 +34,7 @@ FLOAT32_UNIT = 2.0**-24
 @pytest.mark.parametrize(
     ("precision", "unit", "roundings"),
     # float32: each of the 3*9 + 8*9 + 8 products of a pixel, their sums, and 6 elementwise steps round once
-    # float16: ONNX Runtime computes in float32 and rounds what the 6 operators return
+    # float16: ONNX Runtime computes in float32 and rounds the outputs of the 6 operators
     [("fp32", FLOAT32_UNIT, 2 * (27 + 72 + 8) + 6), ("fp16", FLOAT16_UNIT, 6)],
 )
 def test_onnx_equals_the_network_in_float64(tmp_path, precision, unit, roundings):

@@ -1,4 +1,4 @@
-"""Which layer each operator of a lowered program is of: by what the real runtime says that it ran."""
+"""The layer of each operator of a lowered program, compared with the profile of the real runtime."""
 
 from __future__ import annotations
 
@@ -91,10 +91,10 @@ def test_every_call_of_a_layer_is_named_once_in_the_order_of_the_runtime(lowered
     names = [row["layer"] for row in layers(trace)]
     assert sorted(names) == sorted(CALLS)
     (operators,) = [block for block in run(path).read_operators() if len(block) > 2]
-    told = [name for name, _ in operators if name.startswith(("Convolution", "Fully Connected"))]
+    actual = [name for name, _ in operators if name.startswith(("Convolution", "Fully Connected"))]
     expected = [OPERATORS.get(name, "Fully Connected") for name in names]
-    assert len(told) == len(expected)
-    for name, kind, said in zip(names, expected, told, strict=True):
+    assert len(actual) == len(expected)
+    for name, kind, said in zip(names, expected, actual, strict=True):
         assert kind in said, f"{name}: {said}"
 
 
@@ -117,12 +117,12 @@ def test_shapes_and_multiply_adds_are_those_of_the_layers(lowered):
 
 def test_conversions_belong_to_the_layers_that_they_are_made_for(lowered):
     # full takes its input from float and hands INT8 to depthwise, which hands it to point; left and also
-    # read one INT8 map; right reads in float what left writes
+    # read one INT8 activation; right reads the output of left in float
     found = conversions(lowered["int8"][0])
     assert found[:4] == [["full"], ["point"], ["point#2"], ["point#2"]]
     assert sorted(found[4:]) == [["also"], ["also", "left"], ["left"]]
     assert conversions(lowered["fp32"][0]) == []
-    # each dense layer takes the range of what it reads; depthwise, which cannot, is on either side in float
+    # each dense layer finds its input range per image; depthwise, which cannot, is float on both sides
     found = conversions(lowered["dynamic"][0])
     assert found == [["full"], ["depthwise"], ["depthwise"], ["point"], ["point#2"], ["also", "left"]]
 
@@ -135,7 +135,7 @@ def test_runtime_tells_as_many_operators_as_the_trace_names(lowered, precision):
     found = attribute(events, trace)
     assert set(found.layers) == set(CALLS)
     assert (found.whole > 0).all()
-    # what is inside takes no longer than the whole; operators are told in whole microseconds
+    # parts take no longer than the whole; times of operators are whole microseconds
     parts = sum(found.layers.values()) + sum(found.conversions.values(), np.zeros(3))
     assert (parts <= found.whole + 1e-3 * len(trace)).all()
 

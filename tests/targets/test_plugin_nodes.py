@@ -1,4 +1,4 @@
-"""Our ops as ONNX nodes of TensorRT plugins: what a node says, and what runs where there is no plugin."""
+"""Our ops as ONNX nodes of TensorRT plugins: attributes, and decomposition where there is no plugin."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_signature_says_what_the_schema_says(op):
         choices = signature.attributes[argument.name]
         assert bool(choices) == (str(argument.type) == "str")
         assert not choices or argument.default_value == choices[0]
-    assert len(tensors) <= 4  # what a Call of cuda.h holds
+    assert len(tensors) <= 4  # the places of a Call in cuda.h
     assert len(signature.attributes) <= 8
 
 
@@ -137,7 +137,7 @@ def test_node_carries_inputs_attributes_and_types(op, args, kind):
     assert onnx.helper.tensor_dtype_to_np_dtype(y.type.tensor_type.elem_type).name == kind
 
 
-def run_expanded(model: onnx.ModelProto, args: tuple[Any, ...], folder: Path) -> np.ndarray:
+def run_decomposed(model: onnx.ModelProto, args: tuple[Any, ...], folder: Path) -> np.ndarray:
     """Run a model where there is no plugin, as a bundle does."""
     path = folder / "model.onnx"
     write_onnx(model, path)
@@ -150,13 +150,13 @@ def run_expanded(model: onnx.ModelProto, args: tuple[Any, ...], folder: Path) ->
 
 
 @pytest.mark.parametrize(("op", "args"), LIGHT)
-def test_expanded_node_computes_the_op(op, args, tmp_path):
+def test_decomposed_node_computes_the_op(op, args, tmp_path):
     stored = (1,) if args[0].shape[1] % 2 else ()  # a constant of the network, or an input
     model = export_call(op.overload, args, stored)
     decomposed = nodes.decompose_nodes(model)
     onnx.checker.check_model(decomposed, full_check=True)
     assert not {node.domain for node in decomposed.graph.node} - {"", "ai.onnx"}
-    y = run_expanded(model, args, tmp_path)
+    y = run_decomposed(model, args, tmp_path)
     double = tuple(a.double() if isinstance(a, Tensor) else a for a in args)
     exact = op.overload(*double).numpy()
     sizes = (a.abs() if isinstance(a, Tensor) else "none" if a in ("relu", "relu6") else a for a in double)
@@ -165,12 +165,12 @@ def test_expanded_node_computes_the_op(op, args, tmp_path):
 
 
 @first_case
-def test_expanded_int8_node_rounds_what_the_op_rounds(op, args, tmp_path):
-    twin, given = int8_call(op, args, CENTRED)
-    model = export_call(twin, given)
+def test_decomposed_int8_node_rounds_what_the_op_rounds(op, args, tmp_path):
+    variant, given = int8_call(op, args, CENTRED)
+    model = export_call(variant, given)
     kinds = Counter(node.op_type for node in nodes.decompose_nodes(model).graph.node)
     assert (kinds["DequantizeLinear"], kinds["QuantizeLinear"]) == (1, 1)
-    y = run_expanded(model, given, tmp_path)
+    y = run_decomposed(model, given, tmp_path)
     assert y.dtype == np.int8
     assert np.abs(y - exact_int8(op, given).numpy()).max() <= INT8_LIMIT
     assert len(np.unique(y)) > min(10, y.size // 2)
@@ -201,13 +201,13 @@ def test_filter_is_int8_where_all_that_reads_it_is(is_read_twice, tmp_path):
         assert (makers[node.input[0]], readers) == ("QuantizeLinear", {"DequantizeLinear"})
     expected = program.module()(*inputs).detach().numpy()
     y = load(tmp_path / "model.onnx")(*(x.numpy() for x in inputs))[0]
-    # a rounding of float32 may tip a tie: one step of what the second convolution reads, and its weights
+    # a rounding of float32 may tip a tie: one scale of the second convolution's input, times its weights
     step = max(n.args[1] for n in program.graph.nodes if "quantize_per_tensor" in str(n.target))
     allowed = step * network.second.weight.abs().sum((1, 2, 3)).max().item()
     assert np.abs(y - expected).max() <= allowed
 
 
-def test_program_without_ops_of_ours_has_no_twin(tmp_path):
+def test_program_without_ops_of_ours_has_no_counterpart(tmp_path):
     program = torch.export.export(nn.Conv2d(3, 3, 1), (torch.rand(1, 3, 4, 6),))
     EQUIPPED.lower({"forward": program}, tmp_path, "fp32")
     assert [path.name for path in tmp_path.iterdir()] == ["model.onnx"]

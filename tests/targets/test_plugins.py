@@ -1,4 +1,4 @@
-"""TensorRT plugins where an engine is built or run: what is built, loaded and registered, and said."""
+"""TensorRT plugins where an engine is built or run: built, loaded, registered, with errors that help."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_plugins_in_python_serve_where_the_library_cannot_be_built(tmp_path, trt
 
 
 @pytest.mark.parametrize("file", ["model.onnx", "model.engine"])
-def test_plugins_are_registered_where_a_model_has_a_twin_without_them(file, tmp_path, monkeypatch):
+def test_plugins_are_registered_where_a_model_has_a_counterpart_without_them(file, tmp_path, monkeypatch):
     asked = []
     monkeypatch.setattr(plugin_library, "register", lambda *modules: asked.append(modules))
     run.register_plugins("trt", "cuda", tmp_path / file)
@@ -115,7 +115,7 @@ def test_plugins_that_cannot_be_built_say_what_to_install(tmp_path, capsys, monk
     assert not list(tmp_path.rglob("*.so"))
 
 
-def test_machine_without_tensorrt_s_headers_is_told_so(tmp_path, monkeypatch):
+def test_without_tensorrt_s_headers_the_error_says_so(tmp_path, monkeypatch):
     if find_headers():
         pytest.skip("TensorRT's headers are here")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -1,7 +1,7 @@
 """The TensorRT plugins in C++ up to the edge of a GPU: their interfaces, walked through by a host program.
 
 They are compiled where TensorRT's headers are (TENSORRT_ROOT, or a Jetson's own), with stand-ins for the
-kernels that print what they are called with.
+kernels that print their arguments.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def node_text(op: ops.Op, args: tuple[Any, ...], kind: str) -> str:
 
 
 def call_text(op: ops.Op, args: tuple[Any, ...], kind: str) -> str:
-    """Return what a stand-in prints of the ``Call`` that cuda.h describes."""
+    """Return the output of a stand-in for a ``Call`` of cuda.h."""
     shapes = tensors_of(op, args) + [None] * 4
     order = SIGNATURES[op.name].node_order()
     inputs = [0] * 4

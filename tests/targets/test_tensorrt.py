@@ -1,4 +1,4 @@
-"""The tensorrt target: lint, check build, the host oracle, and what needs a GPU up to that edge."""
+"""The tensorrt target: lint, check build, host oracle, and the device side up to the need of a GPU."""
 
 from __future__ import annotations
 
@@ -277,7 +277,7 @@ def refuse_to_start() -> None:
     ],
 )
 def test_device_that_cannot_run_engines_is_refused(monkeypatch, version, start, count, message):
-    """Stand-ins for modules that this machine cannot have: only what they answer about themselves."""
+    """Stand-ins for modules that this machine cannot have: only their versions and devices."""
     driver = types.SimpleNamespace(
         init=start, Error=CudaError, Device=types.SimpleNamespace(count=lambda: count)
     )
