@@ -83,7 +83,9 @@ def apply_passes(program: ExportedProgram) -> ExportedProgram:
 def _sharing_key(consumer: fx.Node) -> Hashable:
     """Return a key that consumers have in common which may share a dequantize node."""
     if consumer.target is _QUANTIZE_BY_IMAGE:
-        return consumer.args[1].args[0]  # type: ignore[union-attr]
+        scale = consumer.args[1]
+        assert isinstance(scale, fx.Node)
+        return scale.args[0]  # type: ignore[return-value]
     if consumer.target in _CONVOLUTIONS and not is_int8(consumer):
         return module_path(consumer)  # a form of an op runs several
     return consumer

@@ -62,13 +62,13 @@ def split_pairs(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, floa
     graph = made.graph
     scales: dict[str, float] = {}
     for node in list(graph):
-        x = node.inputs[0] if node.inputs else None
+        if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
+            continue
+        x = node.inputs[0]
         if node.op_type == "QuantizeLinear":
             scales.setdefault(x.name, float(node.inputs[1].const_value.numpy()))
-        elif node.op_type == "DequantizeLinear" and x.is_initializer():
+        elif x.is_initializer():
             x = _store_dequantized(graph, node)
-        elif node.op_type != "DequantizeLinear":
-            continue
         _bypass(graph, node, x)
     for constant in list(graph.initializers.values()):
         if not constant.uses():
