@@ -208,7 +208,7 @@ def test_refused_timing_cache_is_an_error(tmp_path, returned):
         create_timing_cache=lambda content: returned[0],
         set_timing_cache=lambda cache, ignore: returned[1],
     )
-    with pytest.raises(UsageError, match=r"timings is refused by TensorRT.* Delete the file\."):
+    with pytest.raises(UsageError, match=r"TensorRT refuses the timing cache .*timings;.* Delete the file\."):
         compile.attach_timings(config, tmp_path / "timings")
 
 
