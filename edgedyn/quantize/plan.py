@@ -78,7 +78,7 @@ def find_quantizable_layers(module: fx.GraphModule) -> list[QuantizableLayer]:
     """Return every convolution and linear layer of a folded program, in the order of the graph.
 
     An activation is named after the layer that computes it, else after the first layer that reads it. These
-    names do not depend on the forms of our ops.
+    names do not depend on the forms of our ops, which are their alternative implementations.
     """
     calls: Counter[str] = Counter()
     names: dict[fx.Node, str] = {}

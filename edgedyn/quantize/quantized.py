@@ -1,13 +1,13 @@
-"""From a decomposed float program to the program that a target lowers: INT8, half or float.
+"""From a decomposed float program to the program that a target lowers: INT8, float16 or float32.
 
-fold -> restore calibrated weights -> rescale Muls -> Q/DQ pairs -> shifted zero points
+fold -> rescale Muls -> calibrated weights -> Q/DQ pairs -> shifted zero points
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -48,7 +48,7 @@ class Quantized:
     int8_mac_share: float = 0.0
     multiply_add_nodes: int = 0
     float_nodes: tuple[dict[str, object], ...] = ()
-    calibrated: Calibrated | None = field(default=None, repr=False)
+    calibrated: Calibrated | None = None
     dynamic: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
@@ -101,9 +101,8 @@ def apply(
     insert_output_rescales(module, factors)
     insert_input_rescales(module, factors)
     restore(module, final)
-    plan = method.plan(
-        module, kept=final.kept, generated=generated
-    )  # a Mul in front of a layer renames its input
+    # again: a Mul in front of a layer renames its input
+    plan = method.plan(module, kept=final.kept, generated=generated)
     drop_input_rescales(module, {layer.node for layer in plan.layers})
     reasons = {**plan.reasons, **{n.name: n.meta[RESCALE] for n in module.graph.nodes if RESCALE in n.meta}}
     with torch.no_grad():

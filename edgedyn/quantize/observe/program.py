@@ -30,9 +30,7 @@ if TYPE_CHECKING:
     from edgedyn.recipe.keys import QuantizeSection
 
 
-_WEAKEST = (
-    2.0**-12
-)  # smallest range of a weight's channel, as a share of the largest: one of zeros gets a scale
+_WEAKEST = 2.0**-12  # smallest range of a weight's channel, as a share of the largest: zeros get a scale too
 _WIDTHS = np.linspace(1, 0.6, 41)  # shares of a channel's largest weight that ``mse`` tries as its range
 
 

@@ -25,8 +25,8 @@ PASSES: tuple[RescalePass, ...] = (EQUALIZE, EQUALIZE_TAPS, RESCALE_OUTPUTS, RES
 4. ``rescale_inputs``: a Mul in front of the layers. It weighs channels by the weights that meet them, and
    these are final only after the passes above.
 
-All places are found, and all channel maxima measured, before the first rewrite: a place never overlaps
-another, and every rewrite is exact, so that none changes the maxima of the next.
+All places are found, and all channel maxima measured, before the first rewrite: no two places share an
+activation, and every rewrite is exact, so that none changes the maxima of the next.
 
 ``shift`` is no pass of this list: it moves zero points, which exist only in the program with Q/DQ pairs.
 """
