@@ -121,8 +121,8 @@ def check_precision(models: Sequence[onnx.ModelProto], precision: str) -> None:
         actual = "int8"
     if actual != precision:
         raise ModelError(
-            f"the program is {actual or 'without inputs'!r}; expected {precision!r} as asked of "
-            "lowering. Pass one of that precision: .half() before export for fp16, convert_pt2e for int8."
+            f"the program is {actual or 'without inputs'!r}; expected the "
+            f"precision {precision!r}. Pass such a program: .half() before export for fp16, convert_pt2e for int8."
         )
 
 

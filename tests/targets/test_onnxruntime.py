@@ -136,7 +136,7 @@ def test_plugin_node_of_a_form_passes_the_export(tmp_path):
 @pytest.mark.parametrize(
     ("made", "asked", "message"),
     [
-        ("fp32", "fp16", "the program is 'fp32'; expected 'fp16'"),
+        ("fp32", "fp16", "the program is 'fp32'; expected the precision 'fp16'"),
         ("fp32", "int8", "is 'fp32'"),
         ("fp16", "fp32", "is 'fp16'"),
         ("int8", "fp32", "is 'int8'"),
