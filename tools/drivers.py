@@ -75,11 +75,11 @@ def build_program_runner() -> Path:
 
 
 def _build(name: str, sanitize: str) -> Path:
-    library = kernels.product()
+    library = kernels.library()
     made_of = (*_sources(), *(library.sources if sanitize else ()))
     options = (*library.options, f"-DSANITIZE={sanitize}")
     return replace(
-        library, what=name, project=SOURCES, file=name, target=name, sources=made_of, options=options
+        library, title=name, project=SOURCES, file=name, target=name, sources=made_of, options=options
     ).build()
 
 

@@ -122,7 +122,7 @@ def check_precision(models: Sequence[onnx.ModelProto], precision: str) -> None:
     if actual != precision:
         raise ModelError(
             f"the program is {actual or 'without inputs'!r}; expected the "
-            f"precision {precision!r}. Pass such a program: .half() before export for fp16, convert_pt2e for int8."
+            f"precision {precision!r}. Pass one: .half() before export for fp16, convert_pt2e for int8."
         )
 
 
