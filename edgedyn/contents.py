@@ -19,21 +19,54 @@ import numpy as np
 from edgedyn.bundle.manifest import FORMAT, FORWARD, ROUTER
 from edgedyn.files import to_json
 from edgedyn.images.tasks import TASKS
-from edgedyn.report import Picture
+from edgedyn.report import Picture, write_report
 from edgedyn.report.rows import ValidationReport
-from edgedyn.validation.stages import Outputs, enlarge, to_hwc
+from edgedyn.validation.runs import Outputs, enlarge, to_hwc
 
 if TYPE_CHECKING:
     from edgedyn.conversion.convert import Converted, Part
     from edgedyn.images.image_set import CalibrationSet
+    from edgedyn.quantize.table.table import CalibrationTable
+    from edgedyn.recipe.keys import QuantizeSection
     from edgedyn.recipe.recipe import Recipe
     from edgedyn.targets import Artifact
 
 
-def write_vectors(staging: Path, outputs: Outputs, recipe: Recipe) -> None:
-    """Write the first and the noisiest sample, with what the quantized program makes of them."""
+def write_contents(
+    staging: Path,
+    recipe: Recipe,
+    converted: Converted,
+    outputs: Outputs,
+    report: ValidationReport,
+    manifest: dict[str, Any],
+) -> None:
+    """Write every file beside the program: vectors, recipe, rows, calibration table, page.
+
+    Args:
+        staging: the bundle's folder, with its programs.
+        recipe: that was built.
+        converted: has the calibration table.
+        outputs: of every program.
+        report: rows and verdict.
+        manifest: from ``describe``, with every fact.
+    """
+    write_vectors(staging, outputs, recipe.input_specs()[0].dtype)
+    write_texts(staging, recipe, report, converted.table, manifest["facts"]["latency_ms"])
+    files = sorted(set(manifest["programs"].values()))
+    write_report(
+        staging,
+        title=recipe.name,
+        ok=report.ok,
+        rows=[row.to_json() for row in report.rows],
+        manifest=manifest,
+        pictures=choose_pictures(outputs) if TASKS[recipe.task].has_truth else [],
+        facts={**manifest["facts"], "programs": {n: (staging / n).stat().st_size for n in files}},
+    )
+
+
+def write_vectors(staging: Path, outputs: Outputs, dtype: str) -> None:
+    """Write the first and the noisiest sample, with the outputs of the quantized program for them."""
     (staging / "vectors").mkdir()
-    dtype = recipe.input_specs()[0].dtype
     for name, index in _vector_indices(outputs).items():
         for file, x in zip(_input_names(name, outputs), outputs.samples[index].inputs, strict=True):
             np.save(staging / file, x.astype(dtype))
@@ -72,7 +105,7 @@ def describe(
             table = converted.table
             facts["precision"] = {name: found.to_json() for name, found in table.precision.items()}
             facts["ablation"] = {name: dict(found) for name, found in table.ablation.items()}
-        facts["calibration"] = _describe_calibration(recipe, calibration, converted.mismatch)
+        facts["calibration"] = _describe_calibration(recipe.quantize, calibration, converted.mismatch)
         facts["generated_kernels"] = _generated_kernels(converted)
     if converted.capacities is not None:
         facts["capacities"] = converted.capacities
@@ -141,8 +174,9 @@ def _tools(recipe: Recipe) -> tuple[str, ...]:
     return always if recipe.quantize.bias_correction == "none" else (*always, "nncf")
 
 
-def _describe_calibration(recipe: Recipe, calibration: CalibrationSet, mismatch: str) -> dict[str, Any]:
-    method = recipe.quantize
+def _describe_calibration(
+    method: QuantizeSection, calibration: CalibrationSet, mismatch: str
+) -> dict[str, Any]:
     return {
         "set": calibration.name,
         "licence": calibration.licence,
@@ -181,28 +215,23 @@ def write_texts(
     staging: Path,
     recipe: Recipe,
     report: ValidationReport,
-    converted: Converted,
+    table: CalibrationTable | None,
     latency_ms: dict[str, float],
 ) -> None:
     """Write the recipe, the rows and, of INT8, the calibration table, for people and programs."""
     (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     rows = {"ok": report.ok, "rows": [row.to_json() for row in report.rows], "latency_ms": latency_ms}
     _write_json(staging / "report.json", rows)
-    if converted.table is not None:
-        converted.table.write(staging / "calibration.json")
+    if table is not None:
+        table.write(staging / "calibration.json")
 
 
 def _write_json(path: Path, values: object) -> None:
     path.write_text(to_json(values), encoding="utf-8")
 
 
-def choose_pictures(outputs: Outputs, recipe: Recipe, most: int = 3) -> list[Picture]:
-    """Choose a sample of each noise level, from different images where the set has them.
-
-    A task whose output is no picture has none.
-    """
-    if not TASKS[recipe.task].has_truth:
-        return []
+def choose_pictures(outputs: Outputs, most: int = 3) -> list[Picture]:
+    """Choose a sample of each noise level, from different images where the set has them."""
     chosen: dict[float, int] = {}
     sources: set[str] = set()
     for index, sample in enumerate(outputs.samples):

@@ -15,27 +15,31 @@ from typing import TYPE_CHECKING, Any
 from edgedyn.bench.speed import time_runs
 from edgedyn.bundle.bundle import Bundle, refuse_existing, staging_folder, write_bundle
 from edgedyn.bundle.dispatch import load_programs
-from edgedyn.contents import choose_pictures, describe, write_texts, write_vectors
+from edgedyn.contents import describe, write_contents
 from edgedyn.conversion import coverage, implicit
+from edgedyn.conversion.calibration import Measurements
 from edgedyn.conversion.capture import capture
-from edgedyn.conversion.convert import Measurements, convert, load_target
+from edgedyn.conversion.convert import convert, load_target
 from edgedyn.conversion.image_sets import load_sets
 from edgedyn.errors import RecipeError, UsageError
 from edgedyn.graph.provenance import shared_provenance
+from edgedyn.images.tasks import TASKS
 from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.table.table import refuse_place
-from edgedyn.report import write_report
 from edgedyn.report.rows import ValidationReport
-from edgedyn.validation import decisions
-from edgedyn.validation import stages as validate
-from edgedyn.validation.runs import exactness_rows, run_samples
+from edgedyn.validation import checks, decisions
+from edgedyn.validation.exactness import exactness_rows
+from edgedyn.validation.measurements import Case
+from edgedyn.validation.runs import Outputs, run_samples
 
 if TYPE_CHECKING:
+    from edgedyn.conversion.convert import Converted
     from edgedyn.images.image_set import CalibrationSet
     from edgedyn.quantize.table.table import CalibrationTable
     from edgedyn.recipe.recipe import Recipe
+    from edgedyn.targets import Artifact, Target
 
-__all__ = ["Build", "build", "calibrate", "capture", "convert", "load_sets", "load_target"]
+__all__ = ["Build", "build", "calibrate", "capture", "convert", "load_sets", "load_target", "validate"]
 
 
 @dataclass(frozen=True)
@@ -97,32 +101,40 @@ def build(
         artifact = target.lower(converted.programs, staging, recipe.precision)
         device = load_programs(target.load, staging, artifact.programs, converted.routing)
         progress("lower", 1, 1)
-        outputs = run_samples(converted, device, samples, recipe, progress)
-        decided = decisions.measure(converted, target, outputs, recipe)
-        rows = exactness_rows(converted, outputs, recipe)
-        quantized = {name: part.quantized for name, part in converted.parts.items()}
-        rows += validate.rows(outputs, recipe, quantized, rounding=rows[0].value)
-        rows += coverage.rows(converted.table.coverage) if converted.table else []
-        rows += [*decided.rows, *artifact.rows]
-        rows = rows if recipe.is_trained else validate.report_only(rows)
-        report = ValidationReport(tuple(rows))
-        latency_ms = time_runs(device, [x.astype(recipe.input_specs()[0].dtype) for x in samples[0].inputs])
-        write_vectors(staging, outputs, recipe)
+        outputs = run_samples(converted, device, samples, recipe.precision, progress)
+        report, margins = validate(recipe, target, converted, artifact, outputs)
+        inputs = [x.astype(recipe.input_specs()[0].dtype) for x in samples[0].inputs]
+        latency_ms = time_runs(device, inputs)
         manifest = describe(recipe, artifact, converted, calibration, outputs, latency_ms, report.ok)
-        manifest["facts"] |= decided.facts
-        write_texts(staging, recipe, report, converted, latency_ms)
-        files = sorted(set(artifact.programs.values()))
-        write_report(
-            staging,
-            title=recipe.name,
-            ok=report.ok,
-            rows=[row.to_json() for row in rows],
-            manifest=manifest,
-            pictures=choose_pictures(outputs, recipe),
-            facts={**manifest["facts"], "programs": {n: (staging / n).stat().st_size for n in files}},
-        )
+        manifest["facts"] |= margins
+        write_contents(staging, recipe, converted, outputs, report, manifest)
         bundle = write_bundle(out, staging, manifest, force=force)
     return Build(bundle, report, latency_ms)
+
+
+def validate(
+    recipe: Recipe, target: Target, converted: Converted, artifact: Artifact, outputs: Outputs
+) -> tuple[ValidationReport, dict[str, Any]]:
+    """Compare every program with the one before it, and with the truth.
+
+    Returns:
+        The report, and the margins of decisions for the manifest's facts.
+    """
+    rounding, rows = exactness_rows(converted, outputs, precision=recipe.precision, limit=recipe.limits.exact)
+    case = Case(
+        outputs,
+        converted.int8_shares,
+        recipe.precision,
+        TASKS[recipe.task],
+        checks.tighten_drop(recipe.limits, recipe.quantize.max_drop_db),
+        rounding,
+    )
+    decided = decisions.measure(converted, target, case)
+    rows += checks.rows(case)
+    rows += coverage.rows(converted.table.coverage) if converted.table else []
+    rows += [*decided.rows, *artifact.rows]
+    rows = rows if recipe.is_trained else checks.report_only(rows)
+    return ValidationReport(tuple(rows)), decided.facts
 
 
 def calibrate(

@@ -20,7 +20,7 @@ from edgedyn.quantize.table.table import CalibrationTable
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.report.rows import Row, ValidationReport
 from edgedyn.targets import Artifact
-from edgedyn.validation.stages import Outputs
+from edgedyn.validation.runs import Outputs
 
 RECIPE = Path(__file__).parents[1] / "recipes/mallenet-s.phone.int8.yaml"
 
@@ -70,20 +70,18 @@ def test_spread_of_generated_kernels_is_named_by_program():
 
 def test_pictures_show_each_noise_level_and_different_images():
     outputs = make_outputs((50, "a"), (15, "a"), (15, "b"), (25, "b"), (25, "c"))
-    shown = [
-        (picture.sigma, picture.caption) for picture in contents.choose_pictures(outputs, load_recipe(RECIPE))
-    ]
+    shown = [(picture.sigma, picture.caption) for picture in contents.choose_pictures(outputs)]
     assert shown == [(15, "b"), (25, "c"), (50, "a")]
 
 
 def test_first_image_of_a_noise_level_is_shown():
     outputs = make_outputs((15, "a"), (15, "b"))
-    assert [picture.caption for picture in contents.choose_pictures(outputs, load_recipe(RECIPE))] == ["a"]
+    assert [picture.caption for picture in contents.choose_pictures(outputs)] == ["a"]
 
 
 def test_noise_level_of_an_image_that_is_shown_already_is_shown_too():
     outputs = make_outputs((50, "a"), (15, "a"))
-    assert [picture.sigma for picture in contents.choose_pictures(outputs, load_recipe(RECIPE))] == [15, 50]
+    assert [picture.sigma for picture in contents.choose_pictures(outputs)] == [15, 50]
 
 
 @pytest.mark.parametrize(("device_error", "levels"), [(0.0, 0.25), (1 / 255, 2.0)])
@@ -128,7 +126,7 @@ def test_method_of_calibration_is_named_and_what_was_forced(mismatch, forced):
 
 def test_numbers_that_json_lacks_are_written_as_text(tmp_path):
     report = ValidationReport((Row("decomposed:canonical", "sqnr_db", math.inf, {"at_least": 200.0}, 2),))
-    contents.write_texts(tmp_path, load_recipe(RECIPE), report, CONVERTED, {"median": 1.5})
+    contents.write_texts(tmp_path, load_recipe(RECIPE), report, None, {"median": 1.5})
     text = (tmp_path / "report.json").read_text()
     written = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert written["rows"][0]["value"] == "inf"
@@ -138,7 +136,7 @@ def test_numbers_that_json_lacks_are_written_as_text(tmp_path):
 
 def test_vectors_are_written_in_the_program_s_layout(tmp_path):
     outputs = make_outputs((15, "a"), (50, "b"), device_error=0.01)  # the device's output is not expected
-    contents.write_vectors(tmp_path, outputs, load_recipe(RECIPE))
+    contents.write_vectors(tmp_path, outputs, "float32")
     for name, value in (("first", 0.0), ("noisiest", 1 / 8)):
         for kind in ("input", "output"):
             array = np.load(tmp_path / f"vectors/{name}.{kind}.npy")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from small_builds import NEEDS_RTX, STAGES
 
-from edgedyn import pipeline
+from edgedyn import contents, pipeline
 from edgedyn.bundle.bundle import open_bundle
 from edgedyn.device import session
 from edgedyn.errors import (
@@ -180,7 +180,7 @@ def test_failure_half_way_leaves_no_bundle(tmp_path, monkeypatch):
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(pipeline, "write_report", fail)
+    monkeypatch.setattr(contents, "write_report", fail)
     recipe = load_recipe(
         RECIPES / "mallenet-s.phone.fp32.yaml", ["input.shape=[1, 3, 32, 32]", "tile.overlap=16"]
     )

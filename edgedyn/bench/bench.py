@@ -121,8 +121,8 @@ def lower_in_float(
 ) -> tuple[dict[str, list[np.ndarray]], targets.Artifact]:
     """Lower the float32 counterpart of an INT8 bundle; return the inputs of each program and the artifact."""
     from edgedyn import ops, quantize
-    from edgedyn.conversion import convert as conversion
     from edgedyn.conversion.capture import capture
+    from edgedyn.conversion.network import decompose_part
     from edgedyn.conversion.reference import load_reference, rewrite
     from edgedyn.graph.provenance import shared_provenance
     from edgedyn.layers import float32_classes, part_inputs, parts
@@ -137,7 +137,7 @@ def lower_in_float(
         programs = {}
         for name, module in parts(canonical).items():
             captured = capture(module, inputs[name])
-            forms, decomposed = conversion.decompose_part(captured, target, recipe)
+            forms, decomposed = decompose_part(captured, target, recipe)
             folded = quantize.to_float(decomposed, inputs[name], "fp32", float32_classes())
             programs[name] = ops.decompose(folded.program, forms, "after_quantize")
         artifact = target.lower(programs, folder, "fp32")

@@ -38,7 +38,6 @@ from edgedyn.report.rows import Row
 if TYPE_CHECKING:
     from edgedyn.images.image_set import Sample
     from edgedyn.recipe.keys import CoverageSection
-    from edgedyn.recipe.recipe import Recipe
 
 _NAMED = 3  # outcomes, and samples nearest to each, that a refusal names
 
@@ -75,7 +74,8 @@ def cover(
     observed: Sequence[Mapping[str, tuple[Tensor, ...]]],
     *,
     drawn: Sequence[Sample],
-    recipe: Recipe,
+    section: CoverageSection,
+    is_trained: bool,
 ) -> Coverage:
     """Measure what a float network decides on the calibration samples.
 
@@ -90,8 +90,7 @@ def cover(
         CalibrationError: when fewer samples than demanded meet an outcome, for trained weights; for a sample
             whose logits are NaN or infinite.
     """
-    section = recipe.quantize.coverage
-    needed = section.samples if recipe.is_trained else 0
+    needed = section.samples if is_trained else 0
     sources = [f"{s.source} at sigma {s.sigma:g}" if s.sigma else s.source for s in drawn]
     chosen = dict.fromkeys(programs, tuple(range(len(observed))))
     met: list[_Met] = []

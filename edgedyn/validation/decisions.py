@@ -24,16 +24,15 @@ from torch.export import ExportedProgram
 
 from edgedyn.bundle.manifest import FORWARD
 from edgedyn.images import metrics
-from edgedyn.images.tasks import TASKS
 from edgedyn.quantize.deciding import Mask, find_decisions
 from edgedyn.report.rows import Row
-from edgedyn.validation.stages import Outputs, psnr_of
+from edgedyn.validation.measurements import Case
+from edgedyn.validation.runs import psnr_db
 
 if TYPE_CHECKING:
     from edgedyn.bundle.manifest import Routing
     from edgedyn.conversion.convert import Converted, Part
     from edgedyn.images.image_set import Sample
-    from edgedyn.recipe.recipe import Recipe
     from edgedyn.targets import Target
 
 _BINS = 20  # of the margin histograms, up to 2 rms of the logits
@@ -47,7 +46,7 @@ class Measured:
     facts: dict[str, Any] = field(default_factory=dict)
 
 
-def measure(converted: Converted, target: Target, outputs: Outputs, recipe: Recipe) -> Measured:
+def measure(converted: Converted, target: Target, case: Case) -> Measured:
     """Compare the decisions of the quantized and the lowered programs with those of the float ones.
 
     Masks inside a lowered program are not seen from outside: it is lowered once more, into a temporary
@@ -66,10 +65,10 @@ def measure(converted: Converted, target: Target, outputs: Outputs, recipe: Reci
     rows = [Row("decisions", "unmeasured_decisions", unknown, {"at_most": 0}, nodes)]
     facts: dict[str, Any] = {}
     if masked:
-        found = measure_masks(converted.parts[whole], target, outputs, recipe)
+        found = measure_masks(converted.parts[whole], target, case)
         rows, facts = rows + found.rows, found.facts
     if routing is not None:
-        found = measure_routes(routing, outputs, recipe)
+        found = measure_routes(routing, case)
         rows, facts = rows + found.rows, facts | found.facts
     return Measured(rows, facts)
 
@@ -135,15 +134,15 @@ def expose(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> ExportedProg
     return torch.export.export(module, inputs)
 
 
-def measure_masks(part: Part, target: Target, outputs: Outputs, recipe: Recipe) -> Measured:
+def measure_masks(part: Part, target: Target, case: Case) -> Measured:
     """Measure how many mask positions change, and what that costs."""
-    samples, half = outputs.samples, recipe.precision == "fp16"
+    samples, half = case.outputs.samples, case.precision == "fp16"
     masks, _ = find_decisions(part.decomposed)
     dtype = torch.float16 if half else torch.float32
     float_ = run_noting(part.decomposed, samples, torch.float32)
     quantized = run_noting(part.program, samples, dtype)
     inputs = tuple(x.half() for x in part.inputs) if half else part.inputs
-    device = _run_exposed(expose(part.program, inputs), target, samples, recipe)
+    device = _run_exposed(expose(part.program, inputs), target, samples, case.precision)
     wanted = [[m.decide(x) for m, x in zip(masks, logits, strict=True)] for _, logits in float_]
     rows: list[Row] = []
     facts: dict[str, Any] = {"masks": [mask.path for mask in masks]}
@@ -151,26 +150,26 @@ def measure_masks(part: Part, target: Target, outputs: Outputs, recipe: Recipe) 
         flips, margins = _flips(masks, [x for _, x in float_], logits_of, wanted)
         rate = float(flips.mean()) if flips.size else math.nan
         largest = float(margins[flips].max(initial=0))
-        limit = {"at_most": recipe.limits.mask_flips}
+        limit = {"at_most": case.limits.mask_flips}
         rows.append(Row("decisions", f"mask_flip_rate[{where}]", rate, limit, flips.size))
-        crossed = {"at_most": recipe.limits.flipped_margin}
+        crossed = {"at_most": case.limits.flipped_margin}
         rows.append(Row("decisions", f"largest_flipped_margin[{where}]", largest, crossed, flips.size))
         facts[f"margins_{where}"] = _histogram(margins, flips)
     active = np.concatenate([m.ravel() for per_sample in wanted for m in per_sample])
     rows.append(Row("decisions", "active_fraction", float(active.mean()), {}, active.size))
     forced = run_noting(part.program, samples, dtype, wanted)
     before, after, kept = ([y for y, _ in results] for results in (float_, quantized, forced))
-    rows += _cost_rows(before, after, kept, samples, recipe)
+    rows += _cost_rows(before, after, kept, case)
     return Measured(rows, {"decisions": facts})
 
 
 def _run_exposed(
-    program: ExportedProgram, target: Target, samples: Sequence[Sample], recipe: Recipe
+    program: ExportedProgram, target: Target, samples: Sequence[Sample], precision: str
 ) -> list[list[np.ndarray]]:
     """Lower a program with exposed logits into a temporary folder; return what its runtime gives for them."""
-    dtype = recipe.input_specs()[0].dtype
+    dtype = np.float16 if precision == "fp16" else np.float32
     with tempfile.TemporaryDirectory() as folder:
-        artifact = target.lower({FORWARD: program}, Path(folder), recipe.precision)
+        artifact = target.lower({FORWARD: program}, Path(folder), precision)
         run = target.load(Path(folder) / artifact.programs[FORWARD], FORWARD)
         outputs = [run(*(x.astype(dtype) for x in sample.inputs)) for sample in samples]
     return [[np.asarray(x, np.float32) for x in logits] for _, *logits in outputs]
@@ -203,9 +202,9 @@ def _histogram(margins: np.ndarray, changed: np.ndarray) -> dict[str, list[float
     }
 
 
-def measure_routes(routing: Routing, outputs: Outputs, recipe: Recipe) -> Measured:
+def measure_routes(routing: Routing, case: Case) -> Measured:
     """Measure how many images keep their variant, and what it costs where they do not."""
-    samples = outputs.samples
+    outputs, samples = case.outputs, case.outputs.samples
     float_ = [d for d in outputs.decided["decomposed"] if d is not None]
     picked = np.array([d.index for d in float_])
     rows, facts = [], {"variants": list(routing.variants), "picked": np.bincount(picked).tolist()}
@@ -216,11 +215,11 @@ def measure_routes(routing: Routing, outputs: Outputs, recipe: Recipe) -> Measur
     for where in ("quantized", "device"):
         found = [d for d in outputs.decided[where] if d is not None]
         same = np.array([d.index for d in found]) == picked
-        limit = {"at_least": recipe.limits.gate} if is_gate else {}
+        limit = {"at_least": case.limits.gate} if is_gate else {}
         rows.append(Row("decisions", f"gate_agreement[{where}]", float(same.mean()), limit, len(same)))
         if is_gate:
             largest = float((margins / scale)[~same].max(initial=0))
-            crossed = {"at_most": recipe.limits.flipped_margin}
+            crossed = {"at_most": case.limits.flipped_margin}
             rows.append(
                 Row("decisions", f"largest_flipped_gate_margin[{where}]", largest, crossed, len(same))
             )
@@ -234,7 +233,7 @@ def measure_routes(routing: Routing, outputs: Outputs, recipe: Recipe) -> Measur
         np.asarray(run(*s.inputs, forced=int(k))[0][0], np.float32)
         for s, k in zip(samples, picked, strict=True)
     ]
-    rows += _cost_rows(outputs.decomposed, outputs.quantized, forced, samples, recipe, "[gate]")
+    rows += _cost_rows(outputs.decomposed, outputs.quantized, forced, case, "[gate]")
     return Measured(rows, {"routes": facts})
 
 
@@ -242,15 +241,14 @@ def _cost_rows(
     float_: Sequence[np.ndarray],
     quantized: Sequence[np.ndarray],
     forced: Sequence[np.ndarray],
-    samples: Sequence[Sample],
-    recipe: Recipe,
+    case: Case,
     condition: str = "",
 ) -> list[Row]:
     """Split what a precision costs: arithmetic, with the float decisions forced, and changed decisions."""
-    count = len(samples)
-    if TASKS[recipe.task].has_truth:
+    samples, count = case.outputs.samples, len(case.outputs.samples)
+    if case.task.has_truth:
         before, after, kept = (
-            np.mean([psnr_of(y, s) for y, s in zip(ys, samples, strict=True)])
+            np.mean([psnr_db(y, s) for y, s in zip(ys, samples, strict=True)])
             for ys in (float_, quantized, forced)
         )
         return [

@@ -1,60 +1,107 @@
-"""Runs of every program of a build on the validation samples."""
+"""Outputs of every program of a build on the validation samples."""
 
 from __future__ import annotations
 
-import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import nn
 
-from edgedyn import ops
 from edgedyn.bundle.dispatch import Decision, Dispatcher
-from edgedyn.conversion.convert import Converted
-from edgedyn.conversion.reference import rewrite
-from edgedyn.graph.rewrites import to_float64_like
-from edgedyn.layers import parts
-from edgedyn.quantize.progress import Progress
-from edgedyn.report.rows import Row
-from edgedyn.validation import stages as validate
-from edgedyn.validation.stages import Outputs
+from edgedyn.errors import CheckFailedError
+from edgedyn.images import metrics
 
 if TYPE_CHECKING:
+    from edgedyn.conversion.convert import Converted
     from edgedyn.images.image_set import Sample
-    from edgedyn.recipe.recipe import Recipe
+    from edgedyn.quantize.progress import Progress
     from edgedyn.targets import Run
 
 
-_EXACT_SAMPLES = 1  # float64 comparison of whole networks; the rewrite does not depend on the image
+@dataclass(frozen=True)
+class Outputs:
+    """Outputs of each program on the same samples.
 
-
-def exactness_rows(converted: Converted, outputs: Outputs, recipe: Recipe) -> list[Row]:
-    """Prove the rewrite in float64: reference, canonical and decomposed network on real images.
-
-    The first row says what float32 costs this network: it bounds what comparing programs can show.
+    Attributes:
+        samples: the validation samples.
+        decomposed: outputs (1, ...) float32 of the exact rewrite, in PyTorch.
+        quantized: of the program at the recipe's precision, in PyTorch.
+        device: of the lowered program, in its runtime.
+        decided: program (decomposed, quantized, device) -> its decision on each sample; None without routing.
+        dispatchers: the three programs themselves.
     """
-    wide = copy.deepcopy(converted.reference).double()
-    canonical = rewrite(wide, converted.capacities)
-    decomposed = {}
-    for name, module in parts(canonical).items():
-        made = converted.parts[name]
-        program = ops.decompose(made.decomposed, made.forms, "after_quantize")
-        decomposed[name] = in_torch(to_float64_like(program, module), torch.float64)
-    # every float32 row is judged by it; other precisions cost far more than it
-    judged = outputs.samples if recipe.precision == "fp32" else outputs.samples[:_EXACT_SAMPLES]
-    exact = validate.run_wide(in_torch(wide, torch.float64), judged)
-    rounding = validate.rounding_row(exact, outputs.decomposed[: len(exact)])
-    return [
-        rounding,
-        *validate.rewrite_rows(
-            exact[:_EXACT_SAMPLES],
-            in_torch(canonical, torch.float64),
-            Dispatcher(decomposed, converted.routing),
-            outputs.samples[:_EXACT_SAMPLES],
-            validate.at_least_rounding(recipe.limits.exact, rounding.value, np.float64),
-        ),
-    ]
+
+    samples: Sequence[Sample]
+    decomposed: Sequence[np.ndarray]
+    quantized: Sequence[np.ndarray]
+    device: Sequence[np.ndarray]
+    decided: Mapping[str, list[Decision | None]] = field(default_factory=dict)
+    dispatchers: Mapping[str, Dispatcher] = field(default_factory=dict)
+
+    def take(self, indices: Sequence[int]) -> Outputs:
+        """Return the outputs on some of the samples."""
+        return replace(
+            self,
+            samples=[self.samples[i] for i in indices],
+            decomposed=[self.decomposed[i] for i in indices],
+            quantized=[self.quantized[i] for i in indices],
+            device=[self.device[i] for i in indices],
+            decided={name: [decided[i] for i in indices] for name, decided in self.decided.items()},
+        )
+
+
+def run_samples(
+    converted: Converted, device: Dispatcher, samples: list[Sample], precision: str, progress: Progress
+) -> Outputs:
+    """Run decomposed, quantized and lowered programs on every validation sample.
+
+    Raises:
+        CheckFailedError: as ``run_all``.
+    """
+    half = precision == "fp16"
+    decomposed = {
+        name: in_torch(part.decomposed.module(), torch.float32) for name, part in converted.parts.items()
+    }
+    dtype = torch.float16 if half else torch.float32
+    quantized = {name: in_torch(part.program.module(), dtype) for name, part in converted.parts.items()}
+    dispatchers = {
+        "decomposed": Dispatcher(decomposed, converted.routing),
+        "quantized": Dispatcher(quantized, converted.routing),
+        "device": device,
+    }
+    outputs: dict[str, list[np.ndarray]] = {}
+    decided: dict[str, list[Decision | None]] = {}
+    for done, (name, dispatcher) in enumerate(dispatchers.items(), 1):
+        kind = np.float16 if half and name == "device" else np.float32
+        results = run_all(dispatcher, samples, name, kind)
+        outputs[name], decided[name] = [y for y, _ in results], [d for _, d in results]
+        progress("validate", done, len(dispatchers))
+    return Outputs(samples, **outputs, decided=decided, dispatchers=dispatchers)
+
+
+def run_all(
+    run: Dispatcher, samples: Sequence[Sample], program: str, dtype: type = np.float32
+) -> list[tuple[np.ndarray, Decision | None]]:
+    """Run a program on every sample; return its first output (1, ...) in float32, and its decision.
+
+    Raises:
+        CheckFailedError: for an output that is not finite, with program, image and noise level.
+    """
+    results = []
+    for sample in samples:
+        outputs, decision = run.run(*(x.astype(dtype) for x in sample.inputs))
+        y = np.asarray(outputs[0], dtype=np.float32)
+        if broken := int((~np.isfinite(y)).sum()):
+            raise CheckFailedError(
+                f"the {program} program: found {broken} of {y.size} values that are NaN or infinite for "
+                f"{sample.source} with noise of sigma {sample.sigma:g}; expected finite ones. A float16 "
+                "overflow? Try precision fp32."
+            )
+        results.append((y, decision))
+    return results
 
 
 def in_torch(module: nn.Module, dtype: torch.dtype) -> Run:
@@ -69,25 +116,25 @@ def in_torch(module: nn.Module, dtype: torch.dtype) -> Run:
     return run
 
 
-def run_samples(
-    converted: Converted, device: Dispatcher, samples: list[Sample], recipe: Recipe, progress: Progress
-) -> Outputs:
-    """Run decomposed, quantized and lowered programs on every validation sample."""
-    half = recipe.precision == "fp16"
-    parts_of = converted.parts.items()
-    decomposed = {name: in_torch(p.decomposed.module(), torch.float32) for name, p in parts_of}
-    dtype = torch.float16 if half else torch.float32
-    quantized = {name: in_torch(p.program.module(), dtype) for name, p in parts_of}
-    dispatchers = {
-        "decomposed": Dispatcher(decomposed, converted.routing),
-        "quantized": Dispatcher(quantized, converted.routing),
-        "device": device,
-    }
-    outputs: dict[str, list[np.ndarray]] = {}
-    decided: dict[str, list[Decision | None]] = {}
-    for done, (name, dispatcher) in enumerate(dispatchers.items(), 1):
-        kind = np.float16 if half and name == "device" else np.float32
-        results = validate.run_all(dispatcher, samples, name, kind)
-        outputs[name], decided[name] = [y for y, _ in results], [d for _, d in results]
-        progress("validate", done, len(dispatchers))
-    return Outputs(samples, **outputs, decided=decided, dispatchers=dispatchers)
+def group_by_condition(samples: Sequence[Sample]) -> dict[str, list[int]]:
+    """Return the indices of the samples by noise level, ``sigma=25``, the lowest level first."""
+    groups: dict[str, list[int]] = {}
+    for index in sorted(range(len(samples)), key=lambda i: samples[i].sigma):
+        groups.setdefault(samples[index].condition, []).append(index)
+    return groups
+
+
+def psnr_db(y: np.ndarray, sample: Sample) -> float:
+    """Return the PSNR of an output (1, C, H, W) against its sample's truth, dB."""
+    return metrics.psnr_db(to_hwc(y), to_hwc(sample.truth))
+
+
+def enlarge(sample: Sample) -> np.ndarray:
+    """Return the noisy input, its pixels repeated where the truth is larger, (1, C, H, W)."""
+    scale = sample.truth.shape[2] // sample.noisy.shape[2]
+    return sample.noisy.repeat(scale, axis=2).repeat(scale, axis=3)
+
+
+def to_hwc(array: np.ndarray) -> np.ndarray:
+    """Turn (1, C, H, W) into (H, W, C)."""
+    return np.ascontiguousarray(array[0].transpose(1, 2, 0))

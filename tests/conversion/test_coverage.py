@@ -23,11 +23,10 @@ from small_decisions import (
 from torch import nn
 from typer.testing import CliRunner
 
-from edgedyn import pipeline
+from edgedyn import pipeline, quantize
 from edgedyn.cli import app as cli
-from edgedyn.conversion import convert as conversion
-from edgedyn.conversion import coverage
-from edgedyn.conversion.convert import load_target
+from edgedyn.conversion import calibration, coverage
+from edgedyn.conversion.convert import Converted, load_target
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.layers import RoutedModel
 from edgedyn.quantize.table.entries import Outcome
@@ -41,7 +40,14 @@ def cover(model: nn.Module, *images, is_trained: bool = True, sigma: float = 0.0
     samples = make_samples(*images, sigma=sigma)
     exported, observed = given(model, samples)
     recipe = make_recipe(is_trained=is_trained, **section)
-    return coverage.cover(model, exported, observed, drawn=samples, recipe=recipe)
+    return coverage.cover(
+        model,
+        exported,
+        observed,
+        drawn=samples,
+        section=recipe.quantize.coverage,
+        is_trained=recipe.is_trained,
+    )
 
 
 def taken(covered: coverage.Coverage) -> dict[str, int]:
@@ -289,9 +295,9 @@ def photos(tmp_path: Path, network: str, *overrides: str) -> list[str]:
     return [*small, *model_is, f"model.weights={tmp_path / 'of.safetensors'}", *overrides]
 
 
-def convert(recipe: Recipe) -> conversion.Converted:
-    calibration, samples = pipeline.load_sets(recipe)
-    return conversion.convert(recipe, load_target(recipe), calibration, samples[0])
+def convert(recipe: Recipe) -> Converted:
+    images, samples = pipeline.load_sets(recipe)
+    return pipeline.convert(recipe, load_target(recipe), images, samples[0])
 
 
 def load(overrides: list[str], target: str = "phone") -> Recipe:
@@ -312,13 +318,13 @@ def test_statistics_of_a_variant_are_of_the_photos_that_pick_it(tmp_path):
 
 
 def test_vivid_samples_reach_every_variant_and_decide_nothing(tmp_path, monkeypatch):
-    color_augmented, real = [], conversion.quantize.calibrate
+    color_augmented, real = [], quantize.calibrate
 
     def spy(program, inputs, *more, **named):
         color_augmented.append(inputs.color_augmented)
         return real(program, inputs, *more, **named)
 
-    monkeypatch.setattr(conversion.quantize, "calibrate", spy)
+    monkeypatch.setattr(quantize, "calibrate", spy)
     given = photos(tmp_path, "routed_denoiser", "quantize.coverage.own=2", "model.weights=null")
     plain, made = (convert(load([*given, f"quantize.color_augmented={count}"])) for count in (0, 3))
     assert made.table.coverage == plain.table.coverage
@@ -332,7 +338,7 @@ def test_vivid_samples_reach_every_variant_and_decide_nothing(tmp_path, monkeypa
 
 
 def test_recipe_of_trained_weights_is_refused_before_anything_is_calibrated(tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion.quantize, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
+    monkeypatch.setattr(quantize, "calibrate", lambda *_, **__: pytest.fail("calibrated"))
     table = f"quantize.table={tmp_path / 'table.json'}"
     with pytest.raises(
         CalibrationError, match=r"variant w\d has \d of 7 samples, nearest are \w+\.(png|jpg) at sig"
@@ -351,7 +357,7 @@ def test_second_conversion_decides_nothing_and_knows_the_coverage(tmp_path, monk
     first = convert(load(overrides)).table
     assert [o.decision for o in first.coverage] == ["mask", "density"]
     assert {o.needed for o in first.coverage} == {1}
-    monkeypatch.setattr(conversion, "cover", lambda *_, **__: pytest.fail("decided"))
+    monkeypatch.setattr(calibration, "cover", lambda *_, **__: pytest.fail("decided"))
     assert convert(load(overrides)).table.coverage == first.coverage
     assert convert(load(overrides, "jetson")).table.coverage == first.coverage
     with pytest.raises(

@@ -17,7 +17,7 @@ from edgedyn.images.disjoint import refuse_other_clipping
 from edgedyn.images.image_set import Sample, open_set
 from edgedyn.images.noise import NoiseSection
 from edgedyn.recipe.recipe import load_recipe
-from edgedyn.validation.stages import _by_condition, to_hwc
+from edgedyn.validation.runs import group_by_condition, to_hwc
 
 ROOT = Path(__file__).parents[2]
 SENSOR = {"kind": "poisson-gaussian", "gain": [0.01], "read_noise": [0.02], "clip": False}
@@ -248,7 +248,7 @@ def test_constant_noisy_photo_of_a_pair_is_refused_by_name(tmp_path):
 def test_rows_put_samples_of_one_noise_model_together():
     image = np.zeros((1, 1, 8, 8), np.float32)
     drawn = [Sample((image,), image, sigma, "a", "sigma=5..50") for sigma in (30.0, 10.0)]
-    assert _by_condition([*drawn, Sample((image,), image, 20.0, "b")]) == {
+    assert group_by_condition([*drawn, Sample((image,), image, 20.0, "b")]) == {
         "sigma=5..50": [1, 0],
         "sigma=20": [2],
     }

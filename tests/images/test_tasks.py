@@ -9,7 +9,7 @@ import pytest
 
 from edgedyn.images.image_set import open_set
 from edgedyn.images.tasks import TASKS, answer_classes, answer_keypoints, make_guide, shrink
-from edgedyn.validation.stages import enlarge
+from edgedyn.validation.runs import enlarge
 
 SET = Path(__file__).parents[2] / "calib/skimage-clean-validation.yaml"
 

@@ -16,11 +16,12 @@ from edgedyn.bundle.dispatch import Decision, Dispatcher
 from edgedyn.bundle.manifest import Routing
 from edgedyn.conversion.convert import Part
 from edgedyn.images.image_set import Sample
+from edgedyn.images.tasks import TASKS
 from edgedyn.quantize import Quantized
 from edgedyn.report.rows import Row
-from edgedyn.validation import decisions
-from edgedyn.validation import stages as validate
-from edgedyn.validation.stages import Outputs
+from edgedyn.validation import checks, decisions
+from edgedyn.validation.measurements import Case
+from edgedyn.validation.runs import Outputs
 
 
 @pytest.mark.parametrize(
@@ -164,9 +165,8 @@ def test_masks_are_held_to_the_limits_of_the_recipe_on_rate_and_margin(gated):
         shifted.mask.bias.data += shift
         made = torch.export.export(shifted, (x,))
         part = Part((x,), {}, program, Quantized(made), made)
-        found = decisions.measure_masks(
-            part, lower, outputs, make_recipe().model_copy(update={"precision": "fp32"})
-        )
+        case = Case(outputs, {}, "fp32", TASKS["denoise"], make_recipe().limits)
+        found = decisions.measure_masks(part, lower, case)
         return {row.metric: row for row in found.rows}
 
     with torch.no_grad():
@@ -184,7 +184,7 @@ def test_masks_are_held_to_the_limits_of_the_recipe_on_rate_and_margin(gated):
     assert rows["mask_flip_rate[quantized]"].value == rows["largest_flipped_margin[quantized]"].value == 0
     # one logit is 0 but for rounding, and the runtime adds in another order
     assert rows["largest_flipped_margin[device]"].passed
-    assert validate.report_only([rows["largest_flipped_margin[device]"]])[0].limit == {}
+    assert checks.report_only([rows["largest_flipped_margin[device]"]])[0].limit == {}
 
 
 def routes(rule: str, *found: tuple[float, ...]) -> dict[str, Row]:
@@ -202,7 +202,9 @@ def routes(rule: str, *found: tuple[float, ...]) -> dict[str, Row]:
         decided={"decomposed": float_, "quantized": float_, "device": other},
         dispatchers={"quantized": Dispatcher(runs, routing)},
     )
-    return {row.metric: row for row in decisions.measure_routes(routing, outputs, make_recipe()).rows}
+    recipe = make_recipe()
+    case = Case(outputs, {}, recipe.precision, TASKS[recipe.task], recipe.limits)
+    return {row.metric: row for row in decisions.measure_routes(routing, case).rows}
 
 
 def test_gates_are_held_to_the_limits_of_the_recipe_on_agreement_and_margin():
@@ -213,7 +215,7 @@ def test_gates_are_held_to_the_limits_of_the_recipe_on_agreement_and_margin():
     assert (margin.value, margin.limit, margin.passed) == (0.8, {"at_most": 0.25}, False)
     assert rows["gate_agreement[quantized]"].passed
     assert rows["largest_flipped_gate_margin[quantized]"].value == 0
-    assert [row.limit for row in validate.report_only([agreement, margin])] == [{}, {}]
+    assert [row.limit for row in checks.report_only([agreement, margin])] == [{}, {}]
 
 
 def test_images_that_a_quick_variant_no_longer_holds_are_only_reported():

@@ -20,14 +20,13 @@ from edgedyn.graph.rewrites import to_float64_like
 from edgedyn.images.image_set import Sample
 from edgedyn.images.tasks import TASKS
 from edgedyn.layers import canonicalize
-from edgedyn.quantize import Quantized
 from edgedyn.recipe.keys import LimitSection
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.report.rows import Row, ValidationReport
 from edgedyn.targets import load
-from edgedyn.validation import stages as validate
-from edgedyn.validation.runs import in_torch
-from edgedyn.validation.stages import Outputs
+from edgedyn.validation import checks, exactness
+from edgedyn.validation.measurements import Case
+from edgedyn.validation.runs import Outputs, in_torch, run_all
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHAPE = (24, 16, 3)
@@ -51,6 +50,27 @@ def make_outputs(*, decomposed: float = 0.05, quantized: float = 0.05, device: f
 
 def chw(image: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(image.transpose(2, 0, 1)[None])
+
+
+def rows_between(
+    outputs: Outputs,
+    precision: str,
+    *between: str,
+    limits: LimitSection = LIMITS,
+    task: str = "denoise",
+    rounding: float = 0.0,
+) -> list[Row]:
+    """Return the rows of some comparisons; the share of INT8 has tests of its own."""
+    case = Case(outputs, {}, precision, TASKS[task], limits, rounding)
+    return [row for row in checks.rows(case) if row.between in between]
+
+
+def arithmetic_rows(outputs: Outputs, precision: str, **options) -> list[Row]:
+    return rows_between(outputs, precision, "quantized:decomposed", "device:quantized", **options)
+
+
+def truth_rows(outputs: Outputs) -> list[Row]:
+    return rows_between(outputs, "fp32", "float:truth", "device:truth")
 
 
 def by_name(rows: list[Row]) -> dict[str, Row]:
@@ -86,7 +106,8 @@ def test_row_passes_within_its_limit_if_something_was_measured(value, limit, sam
 def test_what_layers_stay_float_for_is_demanded_of_the_build(asked, limit):
     recipe = load_recipe(RECIPES / "acda-dncnn.phone.int8.yaml", [f"quantize.max_drop_db={asked}"])
     outputs = make_outputs(quantized=0.0503, device=0.0503)  # 0.052 dB
-    rows = validate.rows(outputs, recipe, {"forward": Quantized(None, 1.0)}, rounding=0.0)
+    limits = checks.tighten_drop(recipe.limits, recipe.quantize.max_drop_db)
+    rows = checks.rows(Case(outputs, {"forward": (1.0, 1)}, "int8", TASKS[recipe.task], limits))
     drops = [row for row in rows if row.metric.startswith("psnr_drop_db")]
     assert {row.between for row in drops} == {"quantized:decomposed", "device:truth"}
     assert all(row.limit == {"at_most": limit} for row in drops)
@@ -101,7 +122,7 @@ def test_report_is_ok_only_with_rows_that_all_pass():
 
 
 def test_truth_rows_are_means_by_noise_level_with_the_input_as_limit():
-    rows = by_name(validate.truth_rows(make_outputs(decomposed=0.01, device=0.02), LIMITS))
+    rows = by_name(truth_rows(make_outputs(decomposed=0.01, device=0.02)))
     levels = [name for name in rows if name.startswith("float:truth psnr_db")]
     assert levels == ["float:truth psnr_db[sigma=15]", "float:truth psnr_db[sigma=25]"]
     for sigma in (15, 25):
@@ -120,7 +141,7 @@ def test_truth_rows_are_means_by_noise_level_with_the_input_as_limit():
 def test_worst_image_and_worst_tile_tell_what_the_means_hide():
     outputs = make_outputs(decomposed=0.01, device=0.01)
     outputs.device[2][:] = outputs.decomposed[2] + np.float32(0.03) * np.sign(outputs.decomposed[2] - 0.5)
-    rows = by_name(validate.truth_rows(outputs, LIMITS))
+    rows = by_name(truth_rows(outputs))
     assert rows["device:truth worst_image_psnr_drop_db"].value == pytest.approx(20 * math.log10(4), abs=1e-4)
     assert rows["device:truth worst_tile_psnr_db"].value == pytest.approx(-20 * math.log10(0.04), abs=1e-4)
     assert rows["device:truth psnr_drop_db[sigma=15]"].value == pytest.approx(0.0, abs=1e-4)
@@ -128,7 +149,7 @@ def test_worst_image_and_worst_tile_tell_what_the_means_hide():
 
 
 def test_program_worse_than_its_input_fails():
-    assert failed(validate.truth_rows(make_outputs(decomposed=0.11, device=0.11), LIMITS)) == [
+    assert failed(truth_rows(make_outputs(decomposed=0.11, device=0.11))) == [
         "device:truth psnr_db[sigma=15]",
         "device:truth psnr_db[sigma=25]",
         "float:truth psnr_db[sigma=15]",
@@ -140,19 +161,19 @@ def test_program_worse_than_its_input_fails():
 def test_drop_past_the_limit_fails_on_either_side(precision):
     fine, too_far = 0.05 * 10 ** (0.24 / 20), 0.05 * 10 ** (0.26 / 20)
     outputs = make_outputs(quantized=fine, device=fine)
-    assert failed(validate.arithmetic_rows(outputs, precision, LIMITS)) == []
-    assert failed(validate.truth_rows(outputs, LIMITS)) == []
-    quantized = validate.arithmetic_rows(make_outputs(quantized=too_far, device=fine), precision, LIMITS)
+    assert failed(arithmetic_rows(outputs, precision)) == []
+    assert failed(truth_rows(outputs)) == []
+    quantized = arithmetic_rows(make_outputs(quantized=too_far, device=fine), precision)
     drops = [f"psnr_drop_db[sigma={sigma}]" for sigma in (15, 25)]
     assert set(failed(quantized)) >= {f"quantized:decomposed {drop}" for drop in drops}
-    device = validate.truth_rows(make_outputs(quantized=fine, device=too_far), LIMITS)
+    device = truth_rows(make_outputs(quantized=fine, device=too_far))
     assert failed(device) == [f"device:truth {drop}" for drop in drops]
 
 
 @pytest.mark.parametrize(("off", "passed"), [(1.4, True), (1.43, False)])
 def test_int8_device_may_differ_by_root_two_of_the_quantization_noise(off, passed):
     outputs = make_outputs(quantized=0.051, device=0.051 + 0.001 * off)
-    rows = by_name(validate.arithmetic_rows(outputs, "int8", LIMITS))
+    rows = by_name(arithmetic_rows(outputs, "int8"))
     row = rows["device:quantized rms_ratio"]
     assert row.value == pytest.approx(off, rel=1e-3)
     assert row.passed is passed
@@ -163,7 +184,7 @@ def test_int8_device_may_differ_by_root_two_of_the_quantization_noise(off, passe
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
 @pytest.mark.parametrize(("levels", "passed"), [(0.24, True), (0.26, False)])
 def test_float_device_may_differ_by_a_quarter_level(precision, levels, passed):
-    rows = by_name(validate.arithmetic_rows(make_outputs(device=0.05 + levels / 255), precision, LIMITS))
+    rows = by_name(arithmetic_rows(make_outputs(device=0.05 + levels / 255), precision))
     row = rows["device:quantized mean_abs_levels"]
     assert row.value == pytest.approx(levels, rel=1e-3)
     assert row.passed is passed
@@ -172,13 +193,13 @@ def test_float_device_may_differ_by_a_quarter_level(precision, levels, passed):
 @pytest.mark.parametrize(("levels", "passed"), [(0.06, True), (0.065, False)])
 def test_folding_of_a_float_program_may_move_a_sixteenth_of_a_level(levels, passed):
     outputs = make_outputs(quantized=0.05 + levels / 255, device=0.05 + levels / 255)
-    row = by_name(validate.arithmetic_rows(outputs, "fp32", LIMITS))["quantized:decomposed max_abs"]
+    row = by_name(arithmetic_rows(outputs, "fp32"))["quantized:decomposed max_abs"]
     assert (row.passed, row.samples) == (passed, 4)
 
 
 def test_rounding_is_the_largest_relative_distance_of_float32_from_float64():
     exact = [np.array([[1.0, -4.0]]), np.array([[2.0, 1.0]])]
-    row = validate.rounding_row(exact, [np.array([[1.0, -4.1]]), np.array([[2.1, 1.0]])])
+    row = exactness.rounding_row(exact, [np.array([[1.0, -4.1]]), np.array([[2.1, 1.0]])])
     assert (row.value, row.limit, row.samples) == (pytest.approx(0.05), {}, 2)
 
 
@@ -193,21 +214,24 @@ def test_rounding_is_the_largest_relative_distance_of_float32_from_float64():
 )
 def test_limits_are_never_below_twice_the_rounding_of_the_network(rounding, dtype, limit):
     lowest = 1e-4 if dtype == np.float32 else 1e-12
-    assert validate.at_least_rounding(lowest, rounding, dtype) == pytest.approx(limit, rel=1e-12)
+    assert checks.at_least_rounding(lowest, rounding, dtype) == pytest.approx(limit, rel=1e-12)
 
 
 @pytest.mark.parametrize(("rounding", "passed"), [(0.0, False), (1e-3, True)])
 def test_float32_programs_may_differ_by_what_float32_costs_the_network(rounding, passed):
     off = 0.05 + 1e-3
     outputs = make_outputs(quantized=off, device=off + 1e-3)
-    task = TASKS["classify"]
-    rows = by_name(validate.arithmetic_rows(outputs, "fp32", LIMITS, task, rounding))
+    rows = by_name(
+        rows_between(
+            outputs, "fp32", "quantized:decomposed", "device:quantized", task="classify", rounding=rounding
+        )
+    )
     assert rows["quantized:decomposed max_abs"].passed is passed
     assert rows["device:quantized mean_relative"].passed is passed
 
 
 def test_residual_sqnr_compares_what_the_network_adds_to_its_input():
-    rows = by_name(validate.arithmetic_rows(make_outputs(quantized=0.055), "int8", LIMITS))
+    rows = by_name(arithmetic_rows(make_outputs(quantized=0.055), "int8"))
     # the residual is 0.05 in size, the difference 0.005
     assert rows["quantized:decomposed residual_sqnr_db"].value == pytest.approx(20.0, abs=1e-3)
 
@@ -229,7 +253,7 @@ def rewritten():
 def rewrite_rows(wide, canonical, decomposed, samples):
     programs = (wide, canonical, to_float64_like(decomposed, canonical))
     reference, *rewritten = [in_torch(p, torch.float64) for p in programs]
-    return validate.rewrite_rows(validate.run_wide(reference, samples), *rewritten, samples, 1e-12)
+    return exactness.rewrite_rows(exactness.run_float64(reference, samples), *rewritten, samples, 1e-12)
 
 
 def test_exact_rewrite_passes_in_float64_on_every_sample(rewritten):
@@ -280,7 +304,7 @@ def test_run_all_gives_float32_as_the_program_does():
         return [x * 2]
 
     samples = make_outputs().samples
-    results = validate.run_all(Dispatcher({"forward": run}), samples, "device", np.float16)
+    results = run_all(Dispatcher({"forward": run}), samples, "device", np.float16)
     assert seen == [((1, 3, 24, 16), np.float16)] * 4
     assert all(y.dtype == np.float32 and decision is None for y, decision in results)
     assert np.abs(results[0][0] - 2 * samples[0].noisy).max() < 1e-3
@@ -292,27 +316,100 @@ def test_output_that_is_not_finite_names_program_image_and_noise():
     with pytest.raises(
         CheckFailedError, match=r"the device program: found 1152 of 1152 .* a\.png .* sigma 25"
     ):
-        validate.run_all(broken, samples, "device")
+        run_all(broken, samples, "device")
 
 
 def test_runtime_that_computes_float_is_not_taken_for_int8():
     outputs = make_outputs(quantized=0.051, device=0.05)
-    assert failed(validate.arithmetic_rows(outputs, "int8", LIMITS)) == ["device:quantized noise_ratio"]
+    assert failed(arithmetic_rows(outputs, "int8")) == ["device:quantized noise_ratio"]
 
 
 def test_truth_as_input_sets_no_limit():
     outputs = make_outputs()
     samples = [dataclasses.replace(s, inputs=(s.truth,), sigma=0.0) for s in outputs.samples]
-    rows = validate.truth_rows(dataclasses.replace(outputs, samples=samples), LIMITS)
+    rows = truth_rows(dataclasses.replace(outputs, samples=samples))
     assert by_name(rows)["device:truth psnr_db[sigma=0]"].limit == {}
 
 
 @pytest.mark.parametrize(("share", "passed"), [(0.8, True), (0.79, False)])
 def test_int8_share_has_a_limit(share, passed):
-    quantized = Quantized(None, int8_mac_share=share, multiply_add_nodes=7)
-    (row,) = validate.share_rows({"forward": quantized}, "int8", LIMITS)
-    assert (row.passed, row.samples) == (passed, 7)
-    assert validate.share_rows({"forward": quantized}, "fp32", LIMITS) == []
-    router, variant = validate.share_rows({"router": quantized, "w50": quantized}, "int8", LIMITS)
+    def share_rows(precision: str, *programs: str) -> list[Row]:
+        shares = dict.fromkeys(programs, (share, 7))
+        rows = checks.rows(Case(make_outputs(), shares, precision, TASKS["denoise"], LIMITS))
+        return [row for row in rows if row.metric.startswith("int8_mac_share")]
+
+    (row,) = share_rows("int8", "forward")
+    assert (row.metric, row.passed, row.samples) == ("int8_mac_share", passed, 7)
+    assert share_rows("fp32", "forward") == []
+    router, variant = share_rows("int8", "router", "w50")
     assert (router.metric, router.passed) == ("int8_mac_share[router]", True)
     assert (variant.metric, variant.passed) == ("int8_mac_share[w50]", passed)
+
+
+def names(precision: str, task: str) -> list[str]:
+    outputs = make_outputs()
+    if task == "classify":  # logits (1, K)
+        logits = [np.arange(5, dtype=np.float32)[None]] * 4
+        outputs = dataclasses.replace(outputs, decomposed=logits, quantized=logits, device=logits)
+    rows = checks.rows(Case(outputs, {"forward": (1.0, 3)}, precision, TASKS[task], LIMITS))
+    return [f"{row.between} {row.metric}" for row in rows]
+
+
+def test_checks_of_a_picture_in_int8_stand_in_the_order_of_the_programs():
+    assert names("int8", "denoise") == [
+        "quantized:decomposed int8_mac_share",
+        "quantized:decomposed residual_sqnr_db",
+        "quantized:decomposed psnr_drop_db[sigma=15]",
+        "quantized:decomposed psnr_drop_db[sigma=25]",
+        "device:quantized mean_abs_levels",
+        "device:quantized max_abs",
+        "device:quantized rms_ratio",
+        "device:quantized noise_ratio",
+        "float:truth psnr_db[sigma=15]",
+        "float:truth ssim[sigma=15]",
+        "float:truth psnr_db[sigma=25]",
+        "float:truth ssim[sigma=25]",
+        "device:truth psnr_db[sigma=15]",
+        "device:truth ssim[sigma=15]",
+        "device:truth psnr_db[sigma=25]",
+        "device:truth ssim[sigma=25]",
+        "device:truth psnr_drop_db[sigma=15]",
+        "device:truth psnr_drop_db[sigma=25]",
+        "device:truth worst_image_psnr_drop_db",
+        "device:truth worst_tile_psnr_db",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("precision", "more"),
+    [
+        ("fp32", ["quantized:decomposed max_abs", "mean_relative", "max_abs"]),
+        ("fp16", ["quantized:decomposed sqnr_db", "mean_relative", "max_abs", "rms_ratio"]),
+    ],
+)
+def test_checks_of_predictions_by_precision(precision, more):
+    first, *device = more
+    assert names(precision, "classify") == [
+        first,
+        *(f"device:quantized {name}" for name in device),
+        "quantized:decomposed prediction_agreement",
+        "device:float prediction_agreement",
+        "device:float sqnr_db",
+    ]
+
+
+def test_every_check_applies_to_some_precision_and_task():
+    pairs = [(precision, task) for precision in ("fp32", "fp16", "int8") for task in TASKS.values()]
+    for check in checks.CHECKS:
+        assert any(check.applies(*pair) for pair in pairs), check
+
+
+def test_agreement_counts_predictions_that_stay():
+    logits = [np.eye(3, dtype=np.float32)[[k]] for k in (0, 1, 2, 0)]
+    moved = [*logits[:3], np.eye(3, dtype=np.float32)[[1]]]
+    outputs = dataclasses.replace(make_outputs(), decomposed=logits, quantized=logits, device=moved)
+    rows = checks.rows(Case(outputs, {}, "fp32", TASKS["classify"], LIMITS))
+    found = {row.between: row for row in rows if row.metric == "prediction_agreement"}
+    assert (found["quantized:decomposed"].value, found["quantized:decomposed"].passed) == (1.0, True)
+    assert (found["device:float"].value, found["device:float"].passed) == (0.75, False)
+    assert {row.samples for row in found.values()} == {4}

@@ -1,0 +1,93 @@
+"""A recipe's network on our ops, captured and decomposed for its target: all that no precision changes.
+
+reference -> canonical -> captured -> decomposed
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from edgedyn import ops
+from edgedyn.conversion.capture import capture
+from edgedyn.conversion.image_sets import draw, to_tensors
+from edgedyn.conversion.reference import count_capacities, load_reference, rewrite
+from edgedyn.layers import part_inputs, parts
+from edgedyn.quantize.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from edgedyn.images.image_set import CalibrationSet, Sample
+    from edgedyn.ops import Form, Op
+    from edgedyn.recipe.recipe import Recipe
+    from edgedyn.targets import Target
+
+
+@dataclass(frozen=True)
+class Network:
+    """A recipe's network on our ops, captured and decomposed.
+
+    Attributes:
+        reference: the user's network.
+        canonical: the same on our ops; a ``RoutedModel`` where it has variants.
+        capacities: layer -> positions that the capacity variant evaluates; None without such a variant.
+        inputs: program -> example inputs.
+        captured: program -> the exported program, our ops as single nodes.
+        decomposed: program -> the chosen form of each op, and the program in these forms.
+        drawn: samples of the calibration set; the last ``color_augmented`` of them only widen ranges.
+        color_augmented: number of these.
+    """
+
+    reference: nn.Module
+    canonical: nn.Module
+    capacities: dict[str, int] | None
+    inputs: dict[str, tuple[Tensor, ...]]
+    captured: dict[str, ExportedProgram]
+    decomposed: dict[str, tuple[dict[Op, Form], ExportedProgram]]
+    drawn: Sequence[Sample] = ()
+    color_augmented: int = 0
+
+    @property
+    def natural(self) -> int:
+        """Number of samples in natural colours."""
+        return len(self.drawn) - self.color_augmented
+
+
+def rewrite_network(
+    recipe: Recipe,
+    target: Target,
+    calibration: CalibrationSet | None,
+    example: Sample,
+    *,
+    trust: bool = False,
+    progress: Progress = silent,
+) -> Network:
+    """Rewrite the recipe's network on our ops, capture its programs and decompose them for the target.
+
+    All programs are decomposed before the first is calibrated, so that one that the target cannot run is
+    refused at once. Arguments and errors as ``convert.convert``.
+    """
+    progress("rewrite layers", 0, 1)
+    needed = recipe.precision == "int8" or recipe.route.capacity is not None or not recipe.is_trained
+    drawn = draw(recipe, calibration) if calibration and needed else []
+    color_augmented = calibration.color_augmented if calibration and drawn else 0
+    tensors = [to_tensors(sample) for sample in drawn[: len(drawn) - color_augmented]]
+    reference = load_reference(recipe, tensors, trust=trust)
+    capacities = count_capacities(reference, tensors, recipe.route.capacity)
+    canonical = rewrite(reference, capacities)
+    inputs = part_inputs(canonical, to_tensors(example))
+    captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
+    decomposed = {name: decompose_part(program, target, recipe) for name, program in captured.items()}
+    progress("rewrite layers", 1, 1)
+    return Network(reference, canonical, capacities, inputs, captured, decomposed, drawn, color_augmented)
+
+
+def decompose_part(
+    captured: ExportedProgram, target: Target, recipe: Recipe
+) -> tuple[dict[Op, Form], ExportedProgram]:
+    """Choose the forms of one program, and decompose the ops whose form comes before quantization."""
+    forms = ops.choose_forms(captured, target, recipe.forms)
+    return forms, ops.decompose(captured, forms, "before_quantize")

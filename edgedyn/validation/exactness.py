@@ -1,0 +1,108 @@
+"""Exactness of the rewrite: reference, canonical and decomposed network in float64, on real images.
+
+reference -> canonical -> decomposed            max |difference| / max |output|
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from edgedyn import ops
+from edgedyn.bundle.dispatch import Dispatcher, Run
+from edgedyn.conversion.reference import rewrite
+from edgedyn.graph.rewrites import to_float64_like
+from edgedyn.images import metrics
+from edgedyn.layers import parts
+from edgedyn.report.rows import Row
+from edgedyn.validation.checks import at_least_rounding
+from edgedyn.validation.runs import Outputs, in_torch
+
+if TYPE_CHECKING:
+    from edgedyn.conversion.convert import Converted
+    from edgedyn.images.image_set import Sample
+
+_SAMPLES = 1  # float64 runs of whole networks; the rewrite does not depend on the image
+
+
+def exactness_rows(
+    converted: Converted, outputs: Outputs, *, precision: str, limit: float
+) -> tuple[float, list[Row]]:
+    """Prove the rewrite in float64, and measure the cost of float32 itself.
+
+    Args:
+        converted: the network and its decomposed programs.
+        outputs: of the decomposed programs, in float32.
+        precision: fp32 measures float32 on every sample, since it limits every row; others cost far more.
+        limit: largest max |difference| / max |output|.
+
+    Returns:
+        The relative rounding of float32, and the rows, that of the rounding first.
+    """
+    reference = copy.deepcopy(converted.reference).double()
+    canonical = rewrite(reference, converted.capacities)
+    decomposed = {}
+    for name, module in parts(canonical).items():
+        part = converted.parts[name]
+        program = ops.decompose(part.decomposed, part.forms, "after_quantize")
+        decomposed[name] = in_torch(to_float64_like(program, module), torch.float64)
+    samples = outputs.samples if precision == "fp32" else outputs.samples[:_SAMPLES]
+    exact = run_float64(in_torch(reference, torch.float64), samples)
+    rounding = rounding_row(exact, outputs.decomposed[: len(exact)])
+    rewritten = rewrite_rows(
+        exact[:_SAMPLES],
+        in_torch(canonical, torch.float64),
+        Dispatcher(decomposed, converted.routing),
+        outputs.samples[:_SAMPLES],
+        at_least_rounding(limit, rounding.value, np.float64),
+    )
+    return rounding.value, [rounding, *rewritten]
+
+
+def rounding_row(exact: Sequence[np.ndarray], float32: Sequence[np.ndarray]) -> Row:
+    """Measure the cost of float32 itself: the distance of a network's outputs from its own in float64.
+
+    A deep network can amplify rounding (an untrained DDF-ResNet-101 by four orders of magnitude). Two correct
+    programs then differ by up to twice this, so no comparison of two programs can demand less.
+    """
+    return Row("canonical:reference", "rounding[float32]", _max_relative(exact, float32), {}, len(exact))
+
+
+def _max_relative(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray]) -> float:
+    pairs = zip(expected, actual, strict=True)
+    return max(metrics.max_abs(y, x) / float(np.abs(x).max()) for x, y in pairs)
+
+
+def rewrite_rows(
+    exact: Sequence[np.ndarray],
+    canonical: Run,
+    decomposed: Callable[..., list[np.ndarray]],
+    samples: Sequence[Sample],
+    limit: float,
+) -> list[Row]:
+    """Compare reference, canonical and decomposed networks in float64 on real noisy images.
+
+    Args:
+        exact: outputs of the reference in float64.
+        canonical: made from the reference in float64: a rewrite that folds weights is only as exact as its
+            arithmetic, and the rows measure the rewrite.
+        decomposed: the programs with the tensors of ``canonical``, see ``to_float64_like``.
+        samples: noisy images.
+        limit: largest max |difference| / max |output|.
+    """
+    rows, before = [], exact
+    for between, program in (("canonical:reference", canonical), ("decomposed:canonical", decomposed)):
+        after = run_float64(program, samples)
+        error = _max_relative(before, after)
+        rows.append(Row(between, "max_relative[float64]", error, {"at_most": limit}, len(samples)))
+        before = after
+    return rows
+
+
+def run_float64(program: Callable[..., list[np.ndarray]], samples: Sequence[Sample]) -> list[np.ndarray]:
+    """Return the first output of a float64 program for every sample."""
+    return [program(*(x.astype(np.float64) for x in sample.inputs))[0] for sample in samples]
