@@ -88,10 +88,10 @@ def _is_conversion(node: Node) -> bool:
 def _beneficiaries(node: Node, names: dict[Node, str]) -> list[str]:
     """Return the names of the INT8 layers that need a conversion."""
     if is_quant(node):
-        found = _search(node, names, lambda n: list(n.users))
+        layers = _search(node, names, lambda n: list(n.users))
     else:
-        found = _search(node, names, lambda n: n.all_input_nodes[:1])
-    return sorted({names[layer] for layer in found})
+        layers = _search(node, names, lambda n: n.all_input_nodes[:1])
+    return sorted({names[layer] for layer in layers})
 
 
 def _search(node: Node, names: dict[Node, str], follow: Callable[[Node], list[Node]]) -> Iterator[Node]:

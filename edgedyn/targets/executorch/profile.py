@@ -52,13 +52,13 @@ class Profiled:
             TargetMissingError: where the runtime was built without its event tracer.
         """
         runs = self.read_operators()
-        found = [_sort(run) for run in runs if any(name == _WHOLE for name, _ in run)]
-        if not found:
+        events = [_sort(run) for run in runs if any(name == _WHOLE for name, _ in run)]
+        if not events:
             raise TargetMissingError(
                 "this ExecuTorch was built without its event tracer, which times each layer; "
                 "expected the package of the index: pip install 'executorch==1.5.*'"
             )
-        return found
+        return events
 
     def read_operators(self) -> list[list[tuple[str, float]]]:
         """Return (the runtime's name, milliseconds) of every operator, one list per block of events."""

@@ -58,8 +58,8 @@ def split_pairs(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, floa
     """
     import onnx_ir
 
-    made = onnx_ir.from_proto(model)
-    graph = made.graph
+    float_model = onnx_ir.from_proto(model)
+    graph = float_model.graph
     scales: dict[str, float] = {}
     for node in list(graph):
         if node.op_type not in ("QuantizeLinear", "DequantizeLinear"):
@@ -73,7 +73,7 @@ def split_pairs(model: onnx.ModelProto) -> tuple[onnx.ModelProto, dict[str, floa
     for constant in list(graph.initializers.values()):
         if not constant.uses():
             graph.initializers.pop(constant.name)
-    return to_checked_proto(made), scales
+    return to_checked_proto(float_model), scales
 
 
 def _bypass(graph: onnx_ir.Graph, node: onnx_ir.Node, source: onnx_ir.Value) -> None:

@@ -80,17 +80,17 @@ def find_nvcc() -> str:
     """
     folders = [f"{os.environ[name]}/bin" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
     path = os.pathsep.join([os.environ.get("PATH", ""), *folders, "/usr/local/cuda/bin"])
-    found = shutil.which("nvcc", path=path)
-    if found is None:
+    nvcc = shutil.which("nvcc", path=path)
+    if nvcc is None:
         raise TargetMissingError(f"the CUDA kernels cannot be built here: there is no nvcc. {_FIX}")
-    return found
+    return nvcc
 
 
 def library_path(architecture: str) -> Path:
     """Return the library's place in the cache: a folder named by the content of its sources."""
-    words = subprocess.run([find_nvcc(), "--version"], capture_output=True, check=False).stdout
+    release = subprocess.run([find_nvcc(), "--version"], capture_output=True, check=False).stdout
     files = native.find_sources("*.h", "*.cuh", "kernel_cuda.cu")
-    return cached_path(LIBRARY, files, words.decode(), architecture)
+    return cached_path(LIBRARY, files, release.decode(), architecture)
 
 
 def build(architecture: str) -> Path:
@@ -107,14 +107,14 @@ def build(architecture: str) -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent.parent) as folder:
-        made = Path(folder) / LIBRARY
-        options = [*COMPILE, f"-arch={architecture}", "--shared", "--threads=4", "-o", str(made)]
+        built = Path(folder) / LIBRARY
+        options = [*COMPILE, f"-arch={architecture}", "--shared", "--threads=4", "-o", str(built)]
         command = [find_nvcc(), *options, *map(str, sources())]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
-            words = " ".join((done.stderr + done.stdout).split())[:600]
-            raise TargetMissingError(f"the CUDA kernels cannot be built here: {words} {_FIX}")
-        made.replace(path)  # atomic: another process may build the same file
+            message = " ".join((done.stderr + done.stdout).split())[:600]
+            raise TargetMissingError(f"the CUDA kernels cannot be built here: {message} {_FIX}")
+        built.replace(path)  # atomic: another process may build the same file
     return path
 
 

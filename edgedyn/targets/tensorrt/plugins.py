@@ -42,8 +42,8 @@ class _Dimension:
         return self._combine(self._trt.DimensionOperation.FLOOR_DIV, other)
 
     def _combine(self, operation: Any, other: _Dimension) -> _Dimension:
-        made = self._builder.operation(operation, self.expression, other.expression)
-        return _Dimension(self._trt, self._builder, made)
+        expression = self._builder.operation(operation, self.expression, other.expression)
+        return _Dimension(self._trt, self._builder, expression)
 
 
 class _Node:
