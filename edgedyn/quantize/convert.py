@@ -15,8 +15,8 @@ from torchao.quantization.pt2e.quantizer import (
     Quantizer,
 )
 
+from edgedyn.quantize.fake_quantize import SCALE_EPSILON
 from edgedyn.quantize.plan import Plan, QParams, QuantizableLayer
-from edgedyn.quantize.rounding.paired_run import SCALE_EPSILON
 from edgedyn.targets import Int8Scheme
 
 

@@ -15,12 +15,12 @@ from edgedyn.graph.nodes import weight_of
 from edgedyn.layers import canonicalize
 from edgedyn.quantize.calibrated import Calibrated, qparams_of, restore
 from edgedyn.quantize.convert import insert_qdq
+from edgedyn.quantize.fake_quantize import quantize_dequantize
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.program import observe_program
 from edgedyn.quantize.plan import Plan, QParams, make_plan
 from edgedyn.quantize.rounding import finetune as training
 from edgedyn.quantize.rounding.finetune import Example, choose_examples, finetune
-from edgedyn.quantize.rounding.paired_run import quantize_dequantize
 from edgedyn.quantize.rounding.program import round_program
 from edgedyn.recipe.keys import QuantizeSection
 
@@ -54,29 +54,36 @@ def coarse(
     section = QuantizeSection(rounding="nearest", equalize=False)
     found = calibrate(module, plan, scheme=scheme, section=section, samples=samples)
     examples = choose_examples(module, samples)
-    steps = qparams_of(found.entries, scheme)
-    wider = {name: scales * 2.0 ** (8 - bits) for name, scales in steps.weights.items()}
-    return module, plan, QParams(steps.tensors, wider), *examples
+    qparams = qparams_of(found.entries, scheme)
+    wider = {name: scales * 2.0 ** (8 - bits) for name, scales in qparams.weights.items()}
+    return module, plan, QParams(qparams.tensors, wider), *examples
 
 
 KERNELS = tuple(ops.load_all().values())
 
 
 def train(made, count: int, scheme=AFFINE, **options) -> dict:
-    module, plan, steps, lessons, held_out = made
+    module, plan, qparams, lessons, held_out = made
     return finetune(
-        module, plan, steps=steps, scheme=scheme, training=lessons, held_out=held_out, count=count, **options
+        module,
+        plan,
+        qparams=qparams,
+        scheme=scheme,
+        training=lessons,
+        held_out=held_out,
+        count=count,
+        **options,
     )
 
 
 def error(made, constants: dict, scheme=AFFINE) -> float:
     """Return how far INT8 is from float on images that nobody has seen."""
-    module, plan, steps, *_ = made
+    module, plan, qparams, *_ = made
     unseen, _ = choose_examples(module, make_samples(6, seed=2))
-    program = training._Int8Program(module, plan, steps, scheme)
-    for node, site in program.sites.items():
+    program = training._TrainableProgram(module, plan, qparams, scheme)
+    for node, site in program.layers.items():
         if constants:
-            program.codes[node] = torch.from_numpy(constants[site.weight]).float()
+            program.quantized[node] = torch.from_numpy(constants[site.weight]).float()
             program.biases[node] = torch.from_numpy(constants[site.bias]) / program.units[node]
     return float(program.errors(unseen).mean())
 
@@ -141,7 +148,7 @@ def test_rounding_lets_the_gradient_through_where_it_does_not_clip():
     assert free.grad.tolist() == [1] * 7
     assert 0 < (y - free).abs().max() <= 12 / 255 / 2 + 1e-6
     codes = torch.tensor([-130.0, -126.6, 0.4, 127.0, 127.2], requires_grad=True)
-    rounded = training._round_codes(codes)
+    rounded = training._round_weight_values(codes)
     rounded.sum().backward()
     assert rounded.tolist() == [-127, -127, 0, 127, 127]
     assert codes.grad.tolist() == [0, 1, 1, 1, 0]
@@ -151,11 +158,11 @@ def test_rounding_lets_the_gradient_through_where_it_does_not_clip():
 @pytest.mark.parametrize("layer", LAYERS)
 def test_trained_program_is_the_one_that_is_converted(layer, scheme):
     made = coarse(dynamic_net(layer), bits=8, scheme=SCHEMES[scheme])
-    module, plan, steps, _, (example, *_) = made
-    program = training._Int8Program(module, plan, steps, SCHEMES[scheme])
+    module, plan, qparams, _, (example, *_) = made
+    program = training._TrainableProgram(module, plan, qparams, SCHEMES[scheme])
     with torch.no_grad():
         expected, deviation = program.run(*example.inputs)[0], program.error(example)
-        converted = insert_qdq(module, plan, steps, SCHEMES[scheme])(*example.inputs)[0]
+        converted = insert_qdq(module, plan, qparams, SCHEMES[scheme])(*example.inputs)[0]
     assert deviation > 0
     # the form of our op rounds in another order, and a value in a thousand falls to the next step
     assert (converted - expected).abs().mean() < 1e-3 * (expected - example.outputs[0]).abs().mean()
@@ -173,11 +180,11 @@ def test_last_form_of_every_op_runs_anywhere_and_has_a_gradient(op):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_gradient_reaches_every_layer_through_ops_of_ours(layer):
-    module, plan, steps, lessons, _ = coarse(dynamic_net(layer))
+    module, plan, qparams, lessons, _ = coarse(dynamic_net(layer))
     assert any(ops.is_ours(node) for node in module.graph.nodes)
-    program = training._Int8Program(module, plan, steps, AFFINE)
+    program = training._TrainableProgram(module, plan, qparams, AFFINE)
     program.error(lessons[0]).backward()
-    for node, codes in program.codes.items():
+    for node, codes in program.quantized.items():
         assert codes.grad is not None, node.name
         assert codes.grad.abs().sum() > 0, node.name
         assert program.biases[node].grad is not None
@@ -212,7 +219,7 @@ def test_training_twice_gives_the_same_codes_and_leaves_the_module_alone():
 def test_only_int8_layers_are_trained_and_codes_fit_int8():
     made = coarse(make_net(), keep_float=("body",))
     constants = train(made, 30)
-    before = training._Int8Program(*made[:3], AFFINE).constants()
+    before = training._TrainableProgram(*made[:3], AFFINE).constants()
     assert (constants["head.weight"] != before["head.weight"]).any()
     assert (constants["head.bias"] != before["head.bias"]).any()
     assert constants.keys() == {"head.weight", "head.bias", "tail.weight", "tail.bias"}
@@ -222,7 +229,7 @@ def test_only_int8_layers_are_trained_and_codes_fit_int8():
 
 def test_every_example_is_seen_equally_often_and_weighs_the_same(monkeypatch):
     made, seen, losses = coarse(make_net()), [], []
-    see, go_back = training._Int8Program.error, Tensor.backward
+    see, go_back = training._TrainableProgram.error, Tensor.backward
 
     def error(self, example):
         seen.extend([id(example)] * torch.is_grad_enabled())
@@ -232,7 +239,7 @@ def test_every_example_is_seen_equally_often_and_weighs_the_same(monkeypatch):
         losses.append(loss.item())
         go_back(loss)
 
-    monkeypatch.setattr(training._Int8Program, "error", error)
+    monkeypatch.setattr(training._TrainableProgram, "error", error)
     monkeypatch.setattr(Tensor, "backward", backward)
     monkeypatch.setattr(training, "_RATE", 0.0)
     train(made, 18)
@@ -242,11 +249,11 @@ def test_every_example_is_seen_equally_often_and_weighs_the_same(monkeypatch):
 
 
 def test_spread_codes_round_to_what_they_were():
-    module, plan, steps, *_ = coarse(make_net(), bits=8)
-    program = training._Int8Program(module, plan, steps, AFFINE)
-    before = {node: codes.detach().clone() for node, codes in program.codes.items()}
+    module, plan, qparams, *_ = coarse(make_net(), bits=8)
+    program = training._TrainableProgram(module, plan, qparams, AFFINE)
+    before = {node: codes.detach().clone() for node, codes in program.quantized.items()}
     program.spread(torch.Generator().manual_seed(0))
-    for node, codes in program.codes.items():
+    for node, codes in program.quantized.items():
         assert torch.equal(codes.round(), before[node])
         assert codes.abs().max() <= 127
         assert (codes - before[node]).std() > 0.2
@@ -346,9 +353,9 @@ def test_steps_are_counted_and_what_was_trained_is_what_calibration_found():
     assert [line for line in seen if "fine-tune" in line] == [f"fine-tune {k}/50" for k in range(1, 51)]
     module = fold(capture(make_net(), make_samples()[0][0]))
     restore(module, found)
-    plan, steps = make_plan(module, scheme=AFFINE), qparams_of(found.entries, AFFINE)
-    program = training._Int8Program(module, plan, steps, AFFINE)
+    plan, qparams = make_plan(module, scheme=AFFINE), qparams_of(found.entries, AFFINE)
+    program = training._TrainableProgram(module, plan, qparams, AFFINE)
     assert len(found.constants) == 2 * len(plan.layers)
     for site in plan.layers:
-        codes = program.codes[site.node].detach().to(torch.int8).numpy()
+        codes = program.quantized[site.node].detach().to(torch.int8).numpy()
         assert (codes == found.constants[site.weight]).all()

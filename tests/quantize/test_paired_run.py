@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from edgedyn import targets
 from edgedyn.graph.nodes import bias_of, weight_of
 from edgedyn.quantize.calibrated import qparams_of
+from edgedyn.quantize.fake_quantize import FakeQuantizer, round_weight
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.statistics import look
 from edgedyn.quantize.plan import make_plan
-from edgedyn.quantize.rounding.paired_run import PairedRun, round_weight
+from edgedyn.quantize.rounding.paired_run import PairedRun
 from edgedyn.recipe.keys import QuantizeSection
 
 PLAIN = QuantizeSection(equalize=False, equalize_outputs=False, rounding="nearest")
@@ -31,19 +32,19 @@ def test_one_world_is_float_and_the_other_the_quantized_program(target, dynamic)
     program = torch.export.export(net, samples[0])
     made = quantize_program(program, samples[0], scheme=scheme, section=section, samples=samples)
     module = fold(program)
-    plan, steps = (
+    plan, qparams = (
         make_plan(module, scheme=scheme, dynamic=dynamic),
         qparams_of(made.calibrated.entries, scheme),
     )
     asked, ticks = [], []
 
-    def change(site, inputs, outputs):
+    def choose(site, inputs, outputs):
         asked.append(site.name)
         assert len(inputs) == len(outputs) == 2
         weight = weight_of(module, site.node)
-        return round_weight(weight, steps.weights[site.weight]), bias_of(module, site.node)
+        return round_weight(weight, qparams.weights[site.weight]), bias_of(module, site.node)
 
-    found = PairedRun(module, plan, steps, scheme).run(samples, change, lambda *tick: ticks.append(tick))
+    found = PairedRun(module, plan, qparams, scheme).run(samples, choose, lambda *tick: ticks.append(tick))
     assert asked == ["head", "body", "tail"]
     assert ticks == [(1, 3), (2, 3), (3, 3)]
     with torch.no_grad():
@@ -74,13 +75,13 @@ def test_both_worlds_decide_as_float_does():
     made = quantize_program(program, (x,), scheme=scheme, section=PLAIN, samples=[(x,)])
     module, seen = fold(program), {}
 
-    def change(site, inputs, outputs):
+    def choose(site, inputs, outputs):
         seen[site.name] = inputs[0]
         weight = weight_of(module, site.node)
         return (0.9 * weight, bias_of(module, site.node))  # other logits, by far
 
-    steps = qparams_of(made.calibrated.entries, scheme)
-    PairedRun(module, make_plan(module, scheme=scheme), steps, scheme).run([(x,)], change)
+    qparams = qparams_of(made.calibrated.entries, scheme)
+    PairedRun(module, make_plan(module, scheme=scheme), qparams, scheme).run([(x,)], choose)
     with torch.no_grad():
         active = net.logits(net.head(x))[0, 0] > 0
     assert 0.1 < active.float().mean() < 0.9
@@ -103,26 +104,20 @@ def test_samples_are_dropped_one_by_one_where_they_are_read_for_the_last_time(mo
     made = quantize_program(
         torch.export.export(Net(), samples[0]), samples[0], scheme=scheme, section=PLAIN, samples=samples
     )
-    write = PairedRun._write
+    compute = FakeQuantizer.compute
 
     def watch(self, node, args, kwargs):
         held.append(sum(isinstance(x, Tensor) and x.shape == (1, 5, 10, 14) for x in gc.get_objects()))
-        return write(self, node, args, kwargs)
+        return compute(self, node, args, kwargs)
 
-    monkeypatch.setattr(PairedRun, "_write", watch)
-    steps = qparams_of(made.calibrated.entries, scheme)
-    lockstep = PairedRun(module, make_plan(module, scheme=scheme), steps, scheme)
-    lockstep.run(
+    monkeypatch.setattr(FakeQuantizer, "compute", watch)
+    qparams = qparams_of(made.calibrated.entries, scheme)
+    paired = PairedRun(module, make_plan(module, scheme=scheme), qparams, scheme)
+    paired.run(
         samples, lambda site, inputs, outputs: (weight_of(module, site.node), bias_of(module, site.node))
     )
     # what stands before the first layer, then one map a sample and world, and those in hand
     assert max(held) - held[0] <= 2 * count + 3
-
-
-def test_weights_are_rounded_by_channel_and_clipped():
-    weight = torch.tensor([[[0.26, -9.0]], [[0.04, 5.1]]])
-    rounded = round_weight(weight, torch.tensor([0.05, 0.1]))
-    torch.testing.assert_close(rounded, torch.tensor([[[0.25, -6.35]], [[0.0, 5.1]]]))
 
 
 def test_only_the_named_nodes_are_seen_in_the_order_of_the_graph():

@@ -156,7 +156,7 @@ def test_sqnr_is_of_what_the_layer_writes(measured, net, inputs):
     rounded = rounded_by(net, inputs, "tensorrt")
     seen = []
     for x in inputs:
-        rounded.run(x, see=lambda node, y: seen.append((node.name, y)))
+        rounded.run(x, observe=lambda node, y: seen.append((node.name, y)))
     found = torch.stack([y for name, y in seen if name == "conv2d"])
     sqnr = 10 * torch.log10((wanted**2).sum() / ((found - wanted) ** 2).sum())
     (head,) = [layer for layer in measured.calibrated.precision.layers if layer.layer == "head"]

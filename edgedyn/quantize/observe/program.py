@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 
 from edgedyn.graph.nodes import bias_of, weight_of
+from edgedyn.quantize.fake_quantize import round_weight
 from edgedyn.quantize.observe.histogram import Histogram
 from edgedyn.quantize.observe.ranges import ESTIMATORS, choose_qparams
 from edgedyn.quantize.observe.statistics import channel_maxima, observe
@@ -23,7 +24,6 @@ from edgedyn.quantize.plan import (
 from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.rescale.generated import ContentMeter
 from edgedyn.quantize.rescale.passes import find_places, rescale_channels
-from edgedyn.quantize.rounding.paired_run import round_weight
 from edgedyn.quantize.table.entries import Entry, Kind
 
 if TYPE_CHECKING:

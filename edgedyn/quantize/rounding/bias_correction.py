@@ -40,7 +40,7 @@ def correct_biases(
     module: fx.GraphModule,
     wanted: fx.GraphModule,
     plan: Plan,
-    steps: QParams,
+    qparams: QParams,
     scheme: Int8Scheme,
     samples: Sequence[tuple[Tensor, ...]],
     how: Literal["fast", "full"],
@@ -53,13 +53,13 @@ def correct_biases(
         wanted: the same with the weights that were rounded: what its layers write on average is wanted.
             Layers that have no bias get one of 0 where ``module`` has one.
         plan: INT8 layers of ``module``.
-        steps: of their tensors.
+        qparams: scales and zero points of their tensors.
         scheme: how the target annotates INT8.
         samples: calibration inputs.
         how: fast, or full, on as many of the samples as fit into memory.
         progress: called with (samples seen, samples); the samples are read several times.
     """
-    quantized = insert_qdq(copy.deepcopy(module), plan, steps, scheme, fold=False)
+    quantized = insert_qdq(copy.deepcopy(module), plan, qparams, scheme, fold=False)
     # NNCF reads the shape of every node
     FakeTensorProp(quantized, FakeTensorMode(allow_non_fake_inputs=True)).propagate(*samples[0])
     _add_biases(wanted, [site.node.name for site in plan.layers if bias_of(module, site.node) is not None])

@@ -22,8 +22,14 @@ from torch.utils import _pytree as pytree
 
 from edgedyn.graph.nodes import bias_of, by_output, weight_of
 from edgedyn.ops import load_all
+from edgedyn.quantize.fake_quantize import (
+    ActivationQParams,
+    Constants,
+    FakeQuantizer,
+    quantize_dequantize,
+    quantize_weight,
+)
 from edgedyn.quantize.plan import Plan, QParams
-from edgedyn.quantize.rounding.paired_run import Step, qparams_by_call, quantize_dequantize, quantize_weight
 from edgedyn.targets import Int8Scheme
 
 _RATE = 0.01  # of Adam, in steps of a weight or of its layer's output: ten more undo the reconstruction
@@ -60,7 +66,7 @@ def finetune(
     module: fx.GraphModule,
     plan: Plan,
     *,
-    steps: QParams,
+    qparams: QParams,
     scheme: Int8Scheme,
     training: Sequence[Example],
     held_out: Sequence[Example],
@@ -75,20 +81,20 @@ def finetune(
     Args:
         module: a folded program with the weights that rounding chose; left as it is.
         plan: its INT8 layers.
-        steps: of their tensors; they stay.
+        qparams: scales and zero points of their tensors; they stay.
         scheme: how the target annotates INT8.
         training: one of them a step, in random order.
         held_out: judge, before and after.
         count: steps of Adam.
         progress: called with (steps done, steps).
     """
-    program = _Int8Program(module, plan, steps, scheme)
+    program = _TrainableProgram(module, plan, qparams, scheme)
     if not program.error(training[0]).requires_grad:
         return {}
     before, weights = program.errors(held_out), 1 / program.errors(training)
     generator = torch.Generator().manual_seed(0)
     program.spread(generator)
-    optimizer = torch.optim.Adam([*program.codes.values(), *program.biases.values()], lr=_RATE)
+    optimizer = torch.optim.Adam([*program.quantized.values(), *program.biases.values()], lr=_RATE)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, count)
     order: list[int] = []
     for done in range(count):
@@ -115,65 +121,68 @@ class _StraightThrough(torch.autograd.Function):
         return gradient, None
 
 
-def _round_codes(codes: Tensor) -> Tensor:
-    inside = codes.clamp(-127, 127)
+def _round_weight_values(values: Tensor) -> Tensor:
+    inside = values.clamp(-127, 127)
     return _StraightThrough.apply(inside, inside.detach().round())  # type: ignore[no-any-return, no-untyped-call]
 
 
-def _round_activation(x: Tensor, step: Step) -> Tensor:
+def _round_activation(x: Tensor, qparams: ActivationQParams) -> Tensor:
     inside = x
-    if step is not None:
-        scale, zero_point = step
+    if qparams is not None:
+        scale, zero_point = qparams
         inside = x.clamp((-128 - zero_point) * scale, (127 - zero_point) * scale)
-    rounded = quantize_dequantize(x.detach(), step)
+    rounded = quantize_dequantize(x.detach(), qparams)
     return _StraightThrough.apply(inside, rounded)  # type: ignore[no-any-return, no-untyped-call]
 
 
-class _Int8Program(fx.Interpreter):
-    """A program as INT8 computes it, with gradients for the codes and biases of its INT8 layers.
+class _TrainableProgram(FakeQuantizer):
+    """A program in fake-quantized INT8, differentiable by the weights and biases of its INT8 layers.
 
     Attributes:
-        codes: by call of a layer, its weight in steps.
-        biases: in steps of the layer's output.
+        quantized: weight of each call in units of its scale, (O, ...).
+        biases: bias of each call in units of its output's scale, (O,).
+        scales: of the weights, shaped (O, 1, ...).
+        units: scales of the outputs.
     """
 
-    def __init__(self, module: fx.GraphModule, plan: Plan, steps: QParams, scheme: Int8Scheme) -> None:
-        super().__init__(module)
-        self.sites = {site.node: site for site in plan.layers}
-        self.read, self.written = qparams_by_call(plan, steps, scheme)
+    def __init__(self, module: fx.GraphModule, plan: Plan, qparams: QParams, scheme: Int8Scheme) -> None:
+        super().__init__(
+            module, plan, qparams, scheme, self._trained_constants, round_activation=_round_activation
+        )
         # our ops have no gradient of their own; the last form of each is ordinary operators that run anywhere
-        self.forms: dict[Any, Any] = {op.overload: op.forms[-1].fn for op in load_all().values()}
+        self._forms: dict[Any, Any] = {op.overload: op.forms[-1].fn for op in load_all().values()}
         self.scales, self.units = {}, {}
-        self.codes, self.biases = {}, {}
-        for node, site in self.sites.items():
+        self.quantized, self.biases = {}, {}
+        for node, layer in self.layers.items():
             weight, bias = weight_of(module, node), bias_of(module, node)
-            scales = steps.weights[site.weight]
+            scales = qparams.weights[layer.weight]
             self.scales[node] = by_output(scales, weight)
-            self.units[node] = steps.of(site.output)[0]
+            self.units[node] = qparams.of(layer.output)[0]
             bias = torch.zeros(len(weight)) if bias is None else bias
-            self.codes[node] = quantize_weight(weight, scales).requires_grad_()
+            self.quantized[node] = quantize_weight(weight, scales).requires_grad_()
             self.biases[node] = (bias / self.units[node]).requires_grad_()
 
     @torch.no_grad()
     def spread(self, generator: torch.Generator) -> None:
-        """Put every code somewhere in the interval that rounds to it: else all would leave it at once."""
-        for codes in self.codes.values():
-            codes += 0.9 * (torch.rand(codes.shape, generator=generator) - 0.5)
-            codes.clamp_(-127, 127)
+        """Move every weight within the interval that rounds to it: else all would leave it at once."""
+        for quantized in self.quantized.values():
+            quantized += 0.9 * (torch.rand(quantized.shape, generator=generator) - 0.5)
+            quantized.clamp_(-127, 127)
 
     def get_attr(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Return a constant of the program without its gradient."""
         value = super().get_attr(target, args, kwargs)
         return value.detach() if isinstance(value, Tensor) else value
 
-    def run_node(self, n: fx.Node) -> Any:
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n in self.read:
-            args = (_round_activation(args[0], self.read[n]), *args[1:])
-        if n in self.sites:
-            weight = _round_codes(self.codes[n]) * self.scales[n]
-            args = (args[0], weight, self.biases[n] * self.units[n], *args[3:])
-        value = getattr(self, n.op)(self.forms.get(n.target, n.target), args, kwargs)
-        return _round_activation(value, self.written[n]) if n in self.written else value
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Call an operator, an op of ours by its last form."""
+        return super().call_function(self._forms.get(target, target), args, kwargs)
+
+    def _trained_constants(self, node: fx.Node) -> Constants | None:
+        if node not in self.layers:
+            return None
+        weight = _round_weight_values(self.quantized[node]) * self.scales[node]
+        return weight, self.biases[node] * self.units[node]
 
     def error(self, example: Example) -> Tensor:
         """Return |INT8 - float|^2 / |float|^2, summed over the outputs."""
@@ -192,9 +201,9 @@ class _Int8Program(fx.Interpreter):
     def constants(self) -> dict[str, np.ndarray]:
         """Return the codes and biases of all layers."""
         found = {}
-        for node, site in self.sites.items():
-            found[site.weight] = _round_codes(self.codes[node]).to(torch.int8).numpy()
-            found[site.bias] = (self.biases[node] * self.units[node]).numpy()
+        for node, layer in self.layers.items():
+            found[layer.weight] = _round_weight_values(self.quantized[node]).to(torch.int8).numpy()
+            found[layer.bias] = (self.biases[node] * self.units[node]).numpy()
         return found
 
 

@@ -14,12 +14,13 @@ from torch import Tensor, fx
 from edgedyn.graph.nodes import by_output, weight_of
 from edgedyn.graph.rewrites import convolution_arguments
 from edgedyn.quantize.calibrated import Calibrated, qparams_of, restore
+from edgedyn.quantize.fake_quantize import quantize_weight
 from edgedyn.quantize.observe.program import Observed
 from edgedyn.quantize.plan import Plan, QParams, QuantizableLayer
 from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.rounding.finetune import choose_examples, finetune
 from edgedyn.quantize.rounding.norms import reestimate
-from edgedyn.quantize.rounding.paired_run import PairedRun, quantize_weight
+from edgedyn.quantize.rounding.paired_run import PairedRun
 from edgedyn.quantize.rounding.reconstruct import measure_moments, reconstruct
 from edgedyn.targets import Int8Scheme
 
@@ -50,14 +51,14 @@ def round_program(
         finetuning: inputs for training and judging weights; without any, the samples.
         progress: called with (phase, steps done, steps of the phase).
     """
-    steps = qparams_of(observed.entries, scheme)
+    qparams = qparams_of(observed.entries, scheme)
     entries, constants = {entry.name: entry for entry in observed.entries}, dict(observed.constants)
     examples = choose_examples(module, finetuning or samples) if section.finetune else ([], [])
     unrounded = copy.deepcopy(module) if section.bias_correction != "none" else module
     if section.rounding == "reconstruct" or section.bn_reestimation:
-        rounded, scales = _round_weights(module, plan, steps, scheme, section, samples, progress)
+        rounded, scales = _round_weights(module, plan, qparams, scheme, section, samples, progress)
         entries |= {name: replace(entries[name], channels=channels) for name, channels in scales.items()}
-        steps = qparams_of(tuple(entries.values()), scheme)
+        qparams = qparams_of(tuple(entries.values()), scheme)
         restore(module, Calibrated(tuple(entries.values()), rounded))
         constants |= rounded
     if section.bias_correction != "none":
@@ -67,7 +68,7 @@ def round_program(
             module,
             unrounded,
             plan,
-            steps,
+            qparams,
             scheme,
             samples,
             section.bias_correction,
@@ -79,7 +80,7 @@ def round_program(
         trained = finetune(
             module,
             plan,
-            steps=steps,
+            qparams=qparams,
             scheme=scheme,
             training=examples[0],
             held_out=examples[1],
@@ -96,7 +97,7 @@ def round_program(
 def _round_weights(
     module: fx.GraphModule,
     plan: Plan,
-    steps: QParams,
+    qparams: QParams,
     scheme: Int8Scheme,
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]],
@@ -106,8 +107,8 @@ def _round_weights(
     constants: dict[str, np.ndarray] = {}
     channels: dict[str, tuple[float, ...]] = {}
 
-    def change(site: QuantizableLayer, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        weight, scales = weight_of(module, site.node), steps.weights[site.weight]
+    def choose(site: QuantizableLayer, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
+        weight, scales = weight_of(module, site.node), qparams.weights[site.weight]
         if section.rounding == "reconstruct":
             is_linear = site.node.target is torch.ops.aten.linear.default
             groups = 1 if is_linear else convolution_arguments(site.node)[3]
@@ -122,6 +123,6 @@ def _round_weights(
         channels[site.weight] = tuple(float(scale) for scale in scales)
         return codes.float() * by_output(scales, weight), bias.float()
 
-    lockstep = PairedRun(module, plan, steps, scheme)
-    lockstep.run(samples, change, lambda done, total: progress("round weights", done, total))
+    paired = PairedRun(module, plan, qparams, scheme)
+    paired.run(samples, choose, lambda done, total: progress("round weights", done, total))
     return constants, channels

@@ -16,7 +16,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -28,17 +28,16 @@ from edgedyn.graph.nodes import bias_of, weight_of
 from edgedyn.images import metrics
 from edgedyn.quantize.accounting import all_multiply_adds
 from edgedyn.quantize.calibrated import Calibrated, qparams_of
+from edgedyn.quantize.fake_quantize import Constants, FakeQuantizer, round_weight
 from edgedyn.quantize.observe.statistics import look
 from edgedyn.quantize.plan import Plan, QParams
 from edgedyn.quantize.progress import Progress, silent
-from edgedyn.quantize.rounding.paired_run import qparams_by_call, quantize_dequantize, round_weight
 from edgedyn.quantize.table.entries import LayerCost, Point, Precision
 from edgedyn.targets import Int8Scheme
 
 _POINTS = 12  # of a curve, about evenly over the layers
 _TINY = 1e-30
 Measured = dict[str, float]
-Constants = tuple[Tensor, Tensor | None]  # weight and bias
 
 
 @dataclass(frozen=True)
@@ -91,13 +90,13 @@ class EvaluationSet:
 
 @dataclass(frozen=True)
 class Rounded:
-    """A folded program with rounded weights, and the steps that make it INT8.
+    """A folded program with rounded weights, and the quantization parameters that make it INT8.
 
     Attributes:
         module: the program.
         plan: its INT8 layers.
         scheme: how the target annotates INT8.
-        calibrated: where its weights and steps come from.
+        calibrated: origin of its weights and quantization parameters.
     """
 
     module: fx.GraphModule
@@ -106,60 +105,44 @@ class Rounded:
     calibrated: Calibrated
 
     @functools.cached_property
-    def steps(self) -> QParams:
-        """Of its tensors."""
+    def qparams(self) -> QParams:
+        """Scales and zero points of its tensors."""
         return qparams_of(self.calibrated.entries, self.scheme)
 
     @functools.cached_property
-    def weights(self) -> dict[fx.Node, Tensor]:
-        """Of its INT8 layers, as INT8 has them."""
-        return {
-            site.node: round_weight(weight_of(self.module, site.node), self.steps.weights[site.weight])
-            for site in self.plan.layers
-        }
+    def constants(self) -> dict[fx.Node, Constants]:
+        """Weights, on the INT8 grid, and biases of its INT8 layers."""
+        constants: dict[fx.Node, Constants] = {}
+        for layer in self.plan.layers:
+            weight, bias = weight_of(self.module, layer.node), bias_of(self.module, layer.node)
+            constants[layer.node] = round_weight(weight, self.qparams.weights[layer.weight]), bias
+        return constants
 
     def run(
         self,
         sample: tuple[Tensor, ...],
-        float_: Mapping[str, Constants] | None = None,
-        see: Callable[[fx.Node, Tensor], None] = lambda node, y: None,
+        float_layers: Mapping[str, Constants] = MappingProxyType({}),
+        observe: Callable[[fx.Node, Tensor], None] = lambda node, y: None,
     ) -> Tensor:
-        """Return the first output for a sample, computed in INT8 as the target does.
+        """Return the first output for a sample, in fake-quantized INT8.
 
         Args:
             sample: inputs of the program.
-            float_: layers that are float all the same, with their weights and biases.
-            see: called with every INT8 layer's call and its output, before the activation.
+            float_layers: weights and biases of layers that are computed in float instead, by name.
+            observe: called with the call of every INT8 layer and its output, before the activation.
         """
-        y: Tensor = pytree.tree_leaves(_Int8(self, float_ or {}, see).run(*sample))[0]
+        layers = tuple(layer for layer in self.plan.layers if layer.name not in float_layers)
+        in_float = {x.node: float_layers[x.name] for x in self.plan.layers if x.name in float_layers}
+        program = FakeQuantizer(
+            self.module,
+            replace(self.plan, layers=layers),
+            self.qparams,
+            self.scheme,
+            (self.constants | in_float).get,
+            observe=observe,
+        )
+        y: Tensor = pytree.tree_leaves(program.run(*sample))[0]
         return y
-
-
-class _Int8(fx.Interpreter):
-    def __init__(
-        self, program: Rounded, float_: Mapping[str, Constants], see: Callable[[fx.Node, Tensor], None]
-    ) -> None:
-        super().__init__(program.module)
-        sites = [site for site in program.plan.layers if site.name not in float_]
-        plan = replace(program.plan, layers=tuple(sites))
-        self.read, self.written = qparams_by_call(plan, program.steps, program.scheme)
-        self.float_ = {site.node: float_[site.name] for site in program.plan.layers if site.name in float_}
-        self.weights, self.see = {site.node: program.weights[site.node] for site in sites}, see
-
-    def run_node(self, n: fx.Node) -> Any:
-        if n.op != "call_function":
-            return super().run_node(n)
-        args, kwargs = self.fetch_args_kwargs_from_env(n)
-        if n in self.read:
-            args = (quantize_dequantize(args[0], self.read[n]), *args[1:])
-        if n in self.float_:
-            args = (args[0], *self.float_[n], *args[3:])
-        elif n in self.weights:
-            args = (args[0], self.weights[n], *args[2:])
-        y = self.call_function(n.target, args, dict(kwargs))
-        if n in self.weights:
-            self.see(n, y)
-        return quantize_dequantize(y, self.written[n]) if n in self.written else y
 
 
 @torch.no_grad()
@@ -295,7 +278,7 @@ def _sqnr_db(
 
     for sample in inputs:
         look(module, names, sample, keep)
-        rounded.run(sample, see=compare)
+        rounded.run(sample, observe=compare)
     return {name: 10 * math.log10((power[name] + _TINY) / (errors[name] + _TINY)) for name in calls}
 
 
