@@ -111,7 +111,7 @@ class FakeQuantizer(fx.Interpreter):
         constants = self._constants(node)
         if constants is not None:
             args = (args[0], *constants, *args[3:])
-        y = self.call_function(node.target, args, kwargs)  # type: ignore[arg-type]
+        y = self.call_function(node.target, args, kwargs)
         if node in self.layers:
             self._observe(node, y)
         return self._round(y, self._outputs[node]) if node in self._outputs else y
