@@ -14,7 +14,6 @@ other images waste steps, but ranges of too few images clip, which costs far mor
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -27,6 +26,7 @@ from torch.export import ExportedProgram
 
 from edgedyn.bundle.manifest import ROUTER
 from edgedyn.errors import CalibrationError, RecipeError, nearest
+from edgedyn.graph.nodes import number_repeats
 from edgedyn.layers import RoutedModel
 from edgedyn.quantize.deciding import Mask, find_decisions
 from edgedyn.quantize.observe.histogram import Histogram
@@ -191,13 +191,7 @@ def _look_at_masks(
 
 def _name_masks(masks: Sequence[Mask]) -> list[str]:
     """Name masks by the module that compares; ``#2`` follows where it compares again."""
-    seen: Counter[str] = Counter()
-    names = []
-    for mask in masks:
-        path = mask.path or "(the network)"
-        seen[path] += 1
-        names.append(path if seen[path] == 1 else f"{path}#{seen[path]}")
-    return names
+    return number_repeats(mask.path or "(the network)" for mask in masks)
 
 
 def _sort_into_bands(

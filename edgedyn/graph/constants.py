@@ -1,26 +1,97 @@
-"""What only constants determine is computed once, when a program is built: forms reshape an op's constants.
-
-Runtimes take a convolution's weight as a stored tensor: XNNPACK (executorch 1.5.1) leaves one whose weight is
-a view of a buffer to the portable kernels.
-"""
+"""Constants of a graph: add one, replace a layer's weight or bias, copy shared ones, compute them once."""
 
 from __future__ import annotations
 
 import operator
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgedyn.graph.nodes import COUNTED_OPS
-from edgedyn.graph.rewrites import attribute
+from edgedyn.graph.nodes import COUNTED_OPS, attribute
+
+
+def add_constant(
+    module: fx.GraphModule,
+    before: fx.Node,
+    name: str,
+    value: Tensor | nn.Parameter,
+    meta: Mapping[str, Any],
+) -> fx.Node:
+    """Store a tensor in a module and insert the node that reads it; the module has to be recompiled.
+
+    Args:
+        module: changed in place.
+        before: the node in front of which it is inserted.
+        name: attribute of the module; another tensor of that name is replaced.
+        value: a parameter is stored as one, any other tensor as a buffer.
+        meta: of the new node, for instance ``{"val": value}``.
+    """
+    if isinstance(value, nn.Parameter):
+        module.register_parameter(name, value)
+    else:
+        module.register_buffer(name, value)
+    with module.graph.inserting_before(before):
+        node = module.graph.get_attr(name)
+    node.meta = dict(meta)
+    return node
+
+
+def frozen(value: Tensor) -> nn.Parameter:
+    """Return a copy of a tensor as a parameter without gradient."""
+    return nn.Parameter(value.detach().clone(), requires_grad=False)
+
+
+def set_constant(module: fx.GraphModule, node: fx.Node, index: int, value: Tensor) -> None:
+    """Replace the weight (1) or bias (2) of a convolution or linear layer; a missing bias is added.
+
+    The old tensor stays in the program that the module was made of, which shares it.
+    """
+    old = node.args[index] if len(node.args) > index else None
+    name = f"{node.name}_{'weight' if index == 1 else 'bias'}_calibrated"
+    if isinstance(old, fx.Node) and old.target == name:
+        module.register_parameter(name, frozen(value))
+        return
+    meta = {**(old.meta if isinstance(old, fx.Node) else {}), "val": value.detach()}
+    constant = add_constant(module, node, name, frozen(value), meta)
+    node.args = (*node.args[:index], constant, *node.args[index + 1 :])
+    if isinstance(old, fx.Node) and not old.users:
+        module.graph.erase_node(old)
+        folder, _, leaf = str(old.target).rpartition(".")
+        delattr(module.get_submodule(folder), leaf)
+
+
+def unshare_constants(module: fx.GraphModule, operators: Container[Any]) -> None:
+    """Copy weights and biases until every call of a convolution or linear layer has its own.
+
+    A layer that is called twice shares them. XNNPACK then keeps the quantization parameters of the first call
+    for a shared bias, silently wrong at the second (executorch 1.5.1). NNCF quantizes a shared weight at one
+    call only (3.4). torchao folds the BatchNorm of every call into the one weight (0.18).
+
+    Args:
+        module: a float program, changed in place.
+        operators: those of convolutions and linear layers.
+    """
+    seen: set[str] = set()
+    for node in [n for n in module.graph.nodes if n.target in operators]:
+        for index, constant in enumerate(node.args[1:3], start=1):
+            if isinstance(constant, fx.Node) and constant.op == "get_attr" and constant.target in seen:
+                name = f"{str(constant.target).replace('.', '_')}_of_{node.name}"
+                copied = add_constant(module, node, name, frozen(attribute(module, constant)), constant.meta)
+                node.update_arg(index, copied)
+            elif isinstance(constant, fx.Node):
+                seen.add(str(constant.target))
+    module.recompile()
 
 
 def fold_constants(program: ExportedProgram) -> ExportedProgram:
-    """Replace every value that only parameters and buffers determine by a stored tensor.
+    """Replace every value that is computed from parameters and buffers alone by a stored tensor.
 
-    Quantized weights stay as they are: a dequantize is how a target recognises them.
+    Forms reshape the constants of an op. Runtimes need a convolution's weight as a stored tensor: XNNPACK
+    (executorch 1.5.1) leaves a convolution with a view of a buffer to the portable kernels. Quantized weights
+    stay as they are, because targets recognise them by their dequantize node.
     """
     module = program.module()
     assert isinstance(module, fx.GraphModule)
@@ -32,12 +103,8 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
     if not stored:
         return program
     for node in stored:
-        name = f"constant_{node.name}"
-        module.register_buffer(name, values[node].detach().clone(memory_format=torch.contiguous_format))
-        with module.graph.inserting_before(node):
-            constant = module.graph.get_attr(name)
-        constant.meta = dict(node.meta)
-        node.replace_all_uses_with(constant)
+        value = values[node].detach().clone(memory_format=torch.contiguous_format)
+        node.replace_all_uses_with(add_constant(module, node, f"constant_{node.name}", value, node.meta))
     module.graph.eliminate_dead_code()
     module.recompile()
     assert program.example_inputs is not None  # torch.export.export always keeps them

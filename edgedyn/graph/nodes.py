@@ -1,14 +1,20 @@
-"""What the nodes of a folded program are: convolutions, the activations fused into them, their layers."""
+"""Read one node of an exported graph: its layer, shapes, constants and cost.
+
+A node of a captured program (``torch.export``, before or after BatchNorm is folded) calls one operator of
+torch. ``module_path`` also reads the graphs that ExecuTorch makes of such a program, and so does
+``multiply_adds``.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import operator
+from collections import Counter
+from collections.abc import Collection, Iterable
+from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
-
-from edgedyn.graph.rewrites import attribute
+from torch import Tensor, fx
 
 MULTIPLY_ADD_OPS = {
     torch.ops.aten.conv2d.default,
@@ -27,10 +33,19 @@ COUNTED_OPS = MULTIPLY_ADD_OPS | {torch.ops.aten.conv2d.padding, torch.ops.aten.
 
 
 def module_path(node: fx.Node) -> str:
-    """Return the dotted path of the module that a node was traced from, or the empty string."""
+    """Return the dotted path of the innermost module that a node was traced from, or the empty string."""
     stack = node.meta.get("nn_module_stack") or {}
-    paths = [path for path, _ in stack.values()]
-    return str(paths[-1]) if paths else ""
+    return next((str(path) for path, _ in reversed(stack.values()) if path), "")
+
+
+def number_repeats(names: Iterable[str]) -> list[str]:
+    """Make names unique: the second ``body`` becomes ``body#2``, the third ``body#3``."""
+    seen: Counter[str] = Counter()
+    numbered = []
+    for name in names:
+        seen[name] += 1
+        numbered.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return numbered
 
 
 def belongs_to(node: fx.Node, classes: Collection[str]) -> bool:
@@ -40,7 +55,7 @@ def belongs_to(node: fx.Node, classes: Collection[str]) -> bool:
 
 
 def fused_activation(node: fx.Node) -> fx.Node | None:
-    """Return the ReLU or clamp that a runtime computes with the convolution: its only reader.
+    """Return the ReLU or clamp that is a layer's only consumer: runtimes compute it with the layer.
 
     Quantized in front of it, half of the 8-bit range would hold values that it sets to zero.
     """
@@ -49,22 +64,38 @@ def fused_activation(node: fx.Node) -> fx.Node | None:
 
 
 def is_int8(node: fx.Node) -> bool:
-    """Whether a convolution or linear layer reads dequantized values and weights only."""
+    """Whether input and weight of a convolution or linear layer are dequantized values."""
     return all(isinstance(x, fx.Node) and "dequantize" in str(x.target) for x in node.args[:2])
 
 
 def multiply_adds(node: fx.Node) -> int:
-    """Count the multiply-adds of a convolution or linear node from its shapes."""
-    shape, out = weight_shape(node), shape_of(node)
-    if node.target is torch.ops.aten.conv_transpose2d.input:
-        out = shape_of(node.args[0])  # each input value meets a whole kernel
-    if node.target is torch.ops.aten.linear.default:
-        return math.prod(shape) * math.prod(out[:-1])
-    return math.prod(shape[1:]) * math.prod(out)
+    """Count the multiply-adds of a convolution, linear layer or matrix product from its shapes."""
+    name = node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
+    size = math.prod(shape_of(node))
+    if name in ("mm", "addmm"):
+        return size * shape_of(node.args[-1])[0]
+    if name == "conv_transpose2d" or (name == "convolution" and node.args[6]):
+        size = math.prod(shape_of(node.args[0]))  # a transposed one applies a whole kernel per input value
+    return size * math.prod(weight_shape(node)[1:])
+
+
+def convolution_arguments(node: fx.Node) -> tuple[Any, Any, Any, int]:
+    """Return stride, padding, dilation and groups of a convolution's call."""
+    if node.target is torch.ops.aten.convolution.default:
+        stride, padding, dilation, _, _, groups = node.args[3:9]
+        return stride, padding, dilation, int(groups)  # type: ignore[arg-type]
+    stride, padding, dilation, groups = with_defaults(node.args[3:], (1, 1), (0, 0), (1, 1), 1)
+    return stride, padding, dilation, int(groups)
+
+
+def with_defaults(arguments: Iterable[Any], *defaults: Any) -> list[Any]:
+    """Return positional arguments, completed by the defaults of those that a call leaves out."""
+    passed = list(arguments)
+    return [*passed, *defaults[len(passed) :]]
 
 
 def shape_of(node: object) -> tuple[int, ...]:
-    """Return the shape of what a node computes."""
+    """Return the shape of a node's value."""
     assert isinstance(node, fx.Node)
     return tuple(node.meta["val"].shape)
 
@@ -75,12 +106,17 @@ def weight_shape(node: fx.Node) -> tuple[int, ...]:
 
 
 def channel_axis(value: Tensor) -> int:
-    """Return the axis of channels: of a map, or of what a linear layer writes."""
+    """Return the axis of channels: of a feature map (B, C, H, W), or of a linear layer's output (..., C)."""
     return 1 if value.dim() == 4 else value.dim() - 1
 
 
+def attribute(module: fx.GraphModule, node: fx.Node) -> Any:
+    """Return the value of a ``get_attr`` node: a constant, or a module that is called."""
+    return operator.attrgetter(str(node.target))(module)
+
+
 def constant_of(module: fx.GraphModule, node: object) -> Tensor:
-    """Return the tensor that a ``get_attr`` node reads."""
+    """Return the tensor of a ``get_attr`` node."""
     assert isinstance(node, fx.Node)
     value: Tensor = attribute(module, node)
     return value.detach()
@@ -98,32 +134,12 @@ def bias_of(module: fx.GraphModule, node: fx.Node) -> Tensor | None:
 
 
 def by_output(values: Tensor, weight: Tensor) -> Tensor:
-    """Shape one value an output channel, (O,), so that it multiplies a weight (O, ...)."""
+    """Shape one value per output channel, (O,), so that it multiplies a weight (O, ...)."""
     return values.reshape(-1, *[1] * (weight.dim() - 1))
 
 
 def by_input(values: Tensor, weight: Tensor) -> Tensor:
-    """Shape one value an input channel, (C,), so that it multiplies a weight (O, C / groups, ...)."""
+    """Shape one value per input channel, (C,), so that it multiplies a weight (O, C / groups, ...)."""
     groups = len(values) // weight.shape[1]
     rows = values.reshape(groups, -1).repeat_interleave(weight.shape[0] // groups, dim=0)
     return rows.reshape(*rows.shape, *[1] * (weight.dim() - 2))
-
-
-def set_constant(module: fx.GraphModule, node: fx.Node, index: int, value: Tensor) -> None:
-    """Give a convolution or linear layer another weight (1) or bias (2), its first bias too.
-
-    The old tensor is left to the program that the module was made of, which shares it.
-    """
-    old = node.args[index] if len(node.args) > index else None
-    name = f"{node.name}_{'weight' if index == 1 else 'bias'}_calibrated"
-    module.register_parameter(name, nn.Parameter(value.detach().clone(), requires_grad=False))
-    if isinstance(old, fx.Node) and old.target == name:
-        return
-    with module.graph.inserting_before(node):
-        constant = module.graph.get_attr(name)
-    constant.meta = {**(old.meta if isinstance(old, fx.Node) else {}), "val": value.detach()}
-    node.args = (*node.args[:index], constant, *node.args[index + 1 :])
-    if isinstance(old, fx.Node) and not old.users:
-        module.graph.erase_node(old)
-        folder, _, leaf = str(old.target).rpartition(".")
-        delattr(module.get_submodule(folder), leaf)

@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError
-from edgedyn.graph.nodes import by_output, set_constant, weight_of
+from edgedyn.graph.constants import set_constant
+from edgedyn.graph.nodes import by_output, weight_of
 from edgedyn.quantize.plan import QParams, QuantizableLayer, find_quantizable_layers
 from edgedyn.quantize.table.entries import Entry, Precision
 from edgedyn.targets import Int8Scheme

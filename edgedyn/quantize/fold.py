@@ -5,8 +5,9 @@ from __future__ import annotations
 from torch import fx
 from torch.export import ExportedProgram
 
+from edgedyn.graph.constants import unshare_constants
 from edgedyn.graph.nodes import MULTIPLY_ADD_OPS
-from edgedyn.graph.rewrites import explicit_padding, unshare_constants
+from edgedyn.graph.rewrites import explicit_padding
 
 
 def fold(program: ExportedProgram) -> fx.GraphModule:

@@ -11,7 +11,6 @@ one rounding error per block would add up.
 from __future__ import annotations
 
 import fnmatch
-from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError, RecipeError, nearest
-from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, belongs_to, fused_activation, module_path
+from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, belongs_to, fused_activation, module_path, number_repeats
 from edgedyn.ops import is_ours, load_all
 from edgedyn.quantize.accounting import (
     KEPT_ALWAYS,
@@ -80,18 +79,14 @@ def find_quantizable_layers(module: fx.GraphModule) -> list[QuantizableLayer]:
     An activation is named after the layer that computes it, else after the first layer that reads it. These
     names do not depend on the forms of our ops, which are their alternative implementations.
     """
-    calls: Counter[str] = Counter()
+    calls = [node for node in module.graph.nodes if node.target in MULTIPLY_ADD_OPS]
     names: dict[fx.Node, str] = {}
     layers = []
-    for node in module.graph.nodes:
-        if node.target in MULTIPLY_ADD_OPS:
-            path = module_path(node) or node.name
-            calls[path] += 1
-            name = path if calls[path] == 1 else f"{path}#{calls[path]}"
-            input_name = names.setdefault(node.args[0], f"{name}.input")
-            layer = QuantizableLayer(name, node, fused_activation(node) or node, input_name)
-            names[layer.output_node] = layer.output
-            layers.append(layer)
+    for node, name in zip(calls, number_repeats(module_path(n) or n.name for n in calls), strict=True):
+        input_name = names.setdefault(node.args[0], f"{name}.input")  # type: ignore[arg-type]
+        layer = QuantizableLayer(name, node, fused_activation(node) or node, input_name)
+        names[layer.output_node] = layer.output
+        layers.append(layer)
     return layers
 
 

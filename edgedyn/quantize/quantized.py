@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from edgedyn.graph.dtypes import to_float16
 from edgedyn.graph.nodes import belongs_to
-from edgedyn.graph.rewrites import to_float16
 from edgedyn.quantize.accounting import KEPT_SHIFT, account, int8_share
 from edgedyn.quantize.calibrated import (
     Calibrated,

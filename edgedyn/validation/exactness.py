@@ -15,7 +15,7 @@ import torch
 from edgedyn import ops
 from edgedyn.bundle.dispatch import Dispatcher, Run
 from edgedyn.conversion.reference import rewrite
-from edgedyn.graph.rewrites import to_float64_like
+from edgedyn.graph.dtypes import to_float64_like
 from edgedyn.images import metrics
 from edgedyn.layers import parts
 from edgedyn.report.rows import Row

@@ -1,12 +1,14 @@
-"""Folding of constants in a captured program."""
+"""Constants of a captured program: added, replaced, copied for each call, computed once."""
 
 from __future__ import annotations
 
+import pytest
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.export import ExportedProgram
 
-from edgedyn.graph.constants import fold_constants
+from edgedyn.graph.constants import add_constant, fold_constants, frozen, set_constant, unshare_constants
+from edgedyn.graph.nodes import bias_of, constant_of, weight_of
 
 
 def capture(model: nn.Module, *inputs) -> ExportedProgram:
@@ -101,3 +103,49 @@ def test_random_numbers_are_drawn_at_run_time():
 
     folded = fold_constants(capture(Noise(), torch.zeros(2, 3)))
     assert [node for node in folded.graph.nodes if "bernoulli" in str(node.target) and node.users]
+
+
+def folded_pair() -> fx.GraphModule:
+    layer = nn.Conv2d(3, 3, 1, bias=False)
+    program = capture(nn.Sequential(layer, layer), torch.zeros(1, 3, 5, 7))
+    module = program.module(check_guards=False)
+    unshare_constants(module, {torch.ops.aten.conv2d.default})
+    return module
+
+
+def test_layer_that_is_called_twice_gets_a_weight_for_each_call():
+    module = folded_pair()
+    first, second = (n for n in module.graph.nodes if n.target is torch.ops.aten.conv2d.default)
+    assert first.args[1].target != second.args[1].target
+    assert torch.equal(weight_of(module, first), weight_of(module, second))
+    set_constant(module, second, 1, torch.zeros(3, 3, 1, 1))
+    assert weight_of(module, first).abs().min() > 0
+
+
+def test_weights_and_missing_biases_are_set_again_and_again():
+    module = folded_pair()
+    (first, _) = (n for n in module.graph.nodes if n.target is torch.ops.aten.conv2d.default)
+    old = str(first.args[1].target)
+    assert bias_of(module, first) is None
+    for value in (1.0, 2.0):
+        set_constant(module, first, 1, torch.full((3, 3, 1, 1), value))
+        set_constant(module, first, 2, torch.full((3,), value))
+        module.recompile()
+        assert torch.equal(weight_of(module, first), torch.full((3, 3, 1, 1), value))
+        assert torch.equal(bias_of(module, first), torch.full((3,), value))
+    assert old not in dict(module.named_parameters())
+    x = torch.ones(1, 3, 5, 7)
+    second = next(n for n in module.graph.nodes if n.args and n.args[0] is first)
+    torch.testing.assert_close(module(x), torch.conv2d(8 * x, weight_of(module, second)))
+
+
+@pytest.mark.parametrize(
+    ("value", "kind"), [(frozen(torch.ones(3)), "parameters"), (torch.ones(3), "buffers")]
+)
+def test_added_constant_is_read_where_it_is_inserted(value, kind):
+    module = capture(nn.ReLU(), torch.zeros(2, 3)).module(check_guards=False)
+    (relu,) = (node for node in module.graph.nodes if node.op == "call_function")
+    node = add_constant(module, relu, "three_ones", value, {"val": value})
+    assert relu.prev is node
+    assert torch.equal(constant_of(module, node), torch.ones(3))
+    assert "three_ones" in dict(getattr(module, f"named_{kind}")())

@@ -439,7 +439,7 @@ def test_half_precision_leaves_the_expanded_program_in_float32():
     assert program.module()(x).dtype == torch.float32
 
 
-class Island(nn.Module):
+class Narrow(nn.Module):
     """Divides by a spread that float16 takes for zero."""
 
     def forward(self, x):
@@ -447,22 +447,22 @@ class Island(nn.Module):
         return centred / (centred.square().sum(1, keepdim=True).sqrt() + 1e-10)
 
 
-class WithIsland(nn.Module):
+class WithNarrow(nn.Module):
     def __init__(self):
         super().__init__()
-        self.head, self.island, self.tail = nn.Conv2d(3, 8, 1), Island(), nn.Conv2d(8, 3, 3, padding=1)
+        self.head, self.narrow, self.tail = nn.Conv2d(3, 8, 1), Narrow(), nn.Conv2d(8, 3, 3, padding=1)
 
     def forward(self, x):
-        y = self.island(self.head(x) * 1e-6)
+        y = self.narrow(self.head(x) * 1e-6)
         return self.tail((y >= 0).to(y.dtype) * y)
 
 
-FLOAT32 = frozenset({f"{Island.__module__}.Island"})
+FLOAT32 = frozenset({f"{Narrow.__module__}.Narrow"})
 
 
-def test_half_precision_leaves_islands_in_float32():
+def test_half_precision_leaves_excluded_modules_in_float32():
     torch.manual_seed(1)
-    net, x = WithIsland().eval(), torch.rand(1, 3, 8, 12)
+    net, x = WithNarrow().eval(), torch.rand(1, 3, 8, 12)
     program = torch.export.export(net, (x,))
     kept = quantize.to_float(program, (x,), "fp16", FLOAT32).program.module()(x.half())
     lost = quantize.to_float(program, (x,), "fp16").program.module()(x.half())

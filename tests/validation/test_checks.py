@@ -16,7 +16,7 @@ from torch import nn
 from edgedyn import ops
 from edgedyn.bundle.dispatch import Dispatcher
 from edgedyn.errors import CheckFailedError
-from edgedyn.graph.rewrites import to_float64_like
+from edgedyn.graph.dtypes import to_float64_like
 from edgedyn.images.image_set import Sample
 from edgedyn.images.tasks import TASKS
 from edgedyn.layers import canonicalize

@@ -14,17 +14,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
+from edgedyn.graph.constants import set_constant
 from edgedyn.graph.nodes import (
     MULTIPLY_ADD_OPS,
     RELUS,
     bias_of,
     by_input,
     by_output,
+    convolution_arguments,
     fused_activation,
-    set_constant,
     weight_of,
 )
-from edgedyn.graph.rewrites import convolution_arguments
 from edgedyn.quantize.rescale.place import Place, RescalePass, Scope, always
 
 _LIMIT = 32.0

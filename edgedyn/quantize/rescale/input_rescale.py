@@ -15,7 +15,8 @@ from collections.abc import Collection, Mapping
 import torch
 from torch import Tensor, fx
 
-from edgedyn.graph.nodes import by_input, channel_axis, constant_of, set_constant, weight_of
+from edgedyn.graph.constants import set_constant
+from edgedyn.graph.nodes import by_input, channel_axis, constant_of, weight_of
 from edgedyn.quantize.accounting import KEPT_INPUT_RESCALE, moves_only
 from edgedyn.quantize.deciding import find_deciding_layers
 from edgedyn.quantize.plan import QuantizableLayer, find_quantizable_layers

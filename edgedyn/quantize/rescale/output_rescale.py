@@ -12,17 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
-from edgedyn.graph.nodes import (
-    MULTIPLY_ADD_OPS,
-    RELUS,
-    bias_of,
-    by_output,
-    channel_axis,
-    set_constant,
-    weight_of,
-)
+from edgedyn.graph.constants import add_constant, frozen, set_constant
+from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, RELUS, bias_of, by_output, channel_axis, weight_of
 from edgedyn.ops import is_ours
 from edgedyn.quantize.accounting import KEPT_OUTPUT_RESCALE, moves_only
 from edgedyn.quantize.plan import QuantizableLayer, find_quantizable_layers
@@ -118,11 +111,7 @@ def insert_rescale(
     value = x.meta["val"]
     axis = channel_axis(value)
     column = factors.reshape([-1 if k == axis else 1 for k in range(value.dim())])
-    name = f"{x.name}_product"
-    module.register_parameter(name, nn.Parameter(column.clone(), requires_grad=False))
-    with module.graph.inserting_after(x):
-        constant = module.graph.get_attr(name)
-    constant.meta = {"val": column}
+    constant = add_constant(module, x.next, f"{x.name}_product", frozen(column), {"val": column})
     with module.graph.inserting_after(constant):
         rescaled = module.graph.call_function(torch.ops.aten.mul.Tensor, (x, constant))
     rescaled.meta = {**x.meta, RESCALE: reason}

@@ -15,8 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, RELUS, bias_of, channel_axis, constant_of, set_constant
-from edgedyn.graph.rewrites import convolution_arguments
+from edgedyn.graph.constants import set_constant
+from edgedyn.graph.nodes import (
+    MULTIPLY_ADD_OPS,
+    RELUS,
+    bias_of,
+    channel_axis,
+    constant_of,
+    convolution_arguments,
+)
 
 SHIFT = "shift"  # key in the meta of nodes that shift an activation, or pad a shifted one
 

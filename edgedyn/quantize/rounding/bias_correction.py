@@ -28,7 +28,8 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 
-from edgedyn.graph.nodes import bias_of, set_constant, shape_of, weight_of
+from edgedyn.graph.constants import set_constant
+from edgedyn.graph.nodes import bias_of, shape_of, weight_of
 from edgedyn.quantize.convert import insert_qdq
 from edgedyn.quantize.plan import Plan, QParams
 from edgedyn.targets import Int8Scheme

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from edgedyn.graph.rewrites import attribute
+from edgedyn.graph.nodes import attribute
 from edgedyn.quantize.deciding import find_deciding
 from edgedyn.quantize.fake_quantize import Constants, FakeQuantizer
 from edgedyn.quantize.plan import Plan, QParams, QuantizableLayer

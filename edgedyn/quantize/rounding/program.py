@@ -11,8 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from edgedyn.graph.nodes import by_output, weight_of
-from edgedyn.graph.rewrites import convolution_arguments
+from edgedyn.graph.nodes import by_output, convolution_arguments, weight_of
 from edgedyn.quantize.calibrated import Calibrated, qparams_of, restore
 from edgedyn.quantize.fake_quantize import quantize_weight
 from edgedyn.quantize.observe.program import Observed

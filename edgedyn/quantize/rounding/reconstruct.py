@@ -25,8 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from edgedyn.graph.nodes import channel_axis, weight_shape
-from edgedyn.graph.rewrites import convolution_arguments
+from edgedyn.graph.nodes import channel_axis, convolution_arguments, weight_shape
 
 _DAMPING = 1e-3  # of H's mean diagonal: inputs that were hardly ever seen keep their weights
 _BLOCK = 64

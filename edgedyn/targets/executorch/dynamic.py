@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from edgedyn.graph.rewrites import convolution_arguments
+from edgedyn.graph.nodes import convolution_arguments
 
 _CHANNELS_LAST = {
     torch.ops.aten.adaptive_avg_pool2d.default,

@@ -19,9 +19,9 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge_transform_and_lower
 from executorch.runtime import Runtime
 from torch.export import ExportedProgram
-from torch.fx import Node
 
 from edgedyn.errors import ModelError
+from edgedyn.graph.nodes import module_path
 from edgedyn.targets import Artifact
 from edgedyn.targets.executorch import kernels
 from edgedyn.targets.executorch.operators import trace_operators
@@ -163,7 +163,9 @@ def missing_operators(program: ExportedProgram) -> dict[str, list[str]]:
     for node in program.graph.nodes:
         operator = operator_name(node.target) if node.op == "call_function" else None
         if operator is not None and operator not in known:
-            missing.setdefault(operator, []).append(f"{node.name} of {_layer(node) or 'the network itself'}")
+            missing.setdefault(operator, []).append(
+                f"{node.name} of {module_path(node) or 'the network itself'}"
+            )
     return missing
 
 
@@ -173,11 +175,6 @@ def operator_name(target: object) -> str | None:
     if schema is None or "call_delegate" in str(schema.name):
         return None
     return str(schema.name) + (f".{schema.overload_name}" if schema.overload_name else "")
-
-
-def _layer(node: Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    return next((str(path) for path, _ in reversed(stack.values()) if path), "")
 
 
 def _partitioner() -> XnnpackPartitioner:

@@ -9,8 +9,6 @@ consumers of a quantize, the INT8 producer of a dequantize.
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -23,6 +21,8 @@ from executorch.backends.xnnpack.utils.quant_utils import (
 )
 from torch.export import ExportedProgram
 from torch.fx import Node
+
+from edgedyn.graph.nodes import module_path, multiply_adds, number_repeats
 
 # XNNPACK and the portable kernels run these as a convolution or a matrix product with static weights
 _LAYERS = {
@@ -62,15 +62,9 @@ def _nodes(program: ExportedProgram) -> Iterator[Node]:
 
 
 def _name_layers(nodes: list[Node]) -> dict[Node, str]:
-    seen: Counter[str] = Counter()
-    names = {}
-    for node in nodes:
-        if _operator(node) in _LAYERS:
-            stack = (node.meta.get("nn_module_stack") or {}).values()
-            path = next((str(path) for path, _ in reversed(stack) if path), "the network itself")
-            seen[path] += 1
-            names[node] = path if seen[path] == 1 else f"{path}#{seen[path]}"
-    return names
+    layers = [node for node in nodes if _operator(node) in _LAYERS]
+    names = number_repeats(module_path(node) or "the network itself" for node in layers)
+    return dict(zip(layers, names, strict=True))
 
 
 def _operator(node: Node) -> str:
@@ -108,14 +102,4 @@ def _search(node: Node, names: dict[Node, str], follow: Callable[[Node], list[No
 def _describe(node: Node, name: str) -> dict[str, Any]:
     is_int8 = any(is_dequant(x) and not _is_conversion(x) for x in node.all_input_nodes)
     shape = list(node.meta["val"].shape)
-    return {"layer": name, "int8": is_int8, "shape": shape, "multiply_adds": _multiply_adds(node)}
-
-
-def _multiply_adds(node: Node) -> int:
-    """Count the multiply-adds of a node from its shapes."""
-    size = math.prod(node.meta["val"].shape)
-    x, weight = (argument.meta["val"] for argument in node.args[:2] if isinstance(argument, Node))
-    if _operator(node) in ("aten.mm.default", "aten.addmm.default"):
-        return int(size * node.args[-1].meta["val"].shape[0])  # type: ignore[union-attr]
-    is_transposed = _operator(node) == "aten.convolution.default" and node.args[6]
-    return int(weight[0].numel() * (x.numel() if is_transposed else size))
+    return {"layer": name, "int8": is_int8, "shape": shape, "multiply_adds": multiply_adds(node)}

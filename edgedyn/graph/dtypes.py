@@ -1,0 +1,104 @@
+"""Change the floating-point type of a program.
+
+to_float16    float16, with excluded nodes in float32 between boundary casts
+to_float64    float64, to measure the error of a rewrite; exact
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Container
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.export import ExportedProgram
+
+
+def to_float16(module: fx.GraphModule, excluded: Collection[fx.Node]) -> None:
+    """Convert a float32 program to float16 in place; excluded nodes stay float32, with casts at the boundary.
+
+    Norms and decisions have constants and differences that float16 cannot represent. A decision on the values
+    of excluded nodes is excluded, too. A constant with consumers on both sides becomes float16, and is cast
+    for the excluded ones.
+    """
+    constants = {node for node in module.graph.nodes if node.op == "get_attr" and _is_float(node)}
+    kept = {node for node in constants if node.users and all(user in excluded for user in node.users)}
+    names = {str(node.target) for node in kept} - {str(node.target) for node in constants - kept}
+    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+        if name not in names and tensor.is_floating_point():
+            tensor.data = tensor.data.half()
+    float32 = {*excluded, *kept}
+    for node in module.graph.nodes:
+        sources = node.all_input_nodes
+        if node.op == "call_function" and sources and float32.issuperset(sources) and not _is_float(node):
+            float32.add(node)
+    casts: dict[fx.Node, fx.Node] = {}
+    drop_type_assertions(module)
+    for node in list(module.graph.nodes):
+        if node.op in ("call_function", "output"):
+            _cast_arguments(module, node, float32, casts)
+            if node not in float32:
+                set_dtype(node, torch.float16)
+    module.recompile()
+
+
+def to_float64(module: fx.GraphModule) -> None:
+    """Convert a float32 program to float64 in place: constants, casts, and the tensors that it creates."""
+    module.double()
+    drop_type_assertions(module)
+    for node in module.graph.nodes:
+        set_dtype(node, torch.float64)
+    module.recompile()
+
+
+def to_float64_like(program: ExportedProgram, source: nn.Module) -> nn.Module:
+    """Return a program in float64 with the tensors of its source, whose dotted names it keeps."""
+    module = copy.deepcopy(program.module())
+    assert isinstance(module, fx.GraphModule)
+    to_float64(module)
+    originals = dict(source.named_parameters()) | dict(source.named_buffers())
+    with torch.no_grad():
+        for name, tensor in (*module.named_parameters(), *module.named_buffers()):
+            if name in originals and tensor.shape == originals[name].shape:
+                tensor.copy_(originals[name])
+    return module
+
+
+def drop_type_assertions(module: fx.GraphModule) -> None:
+    """Remove the assertions on the types that casts had when the program was captured."""
+    for node in list(module.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            module.graph.erase_node(node)
+
+
+def set_dtype(node: fx.Node, dtype: torch.dtype) -> None:
+    """Replace float32 by another type in a node's arguments."""
+
+    def change(argument: Any) -> Any:
+        return dtype if argument is torch.float32 else argument
+
+    node.args = fx.node.map_aggregate(node.args, change)
+    node.kwargs = fx.node.map_aggregate(node.kwargs, change)
+
+
+def _cast_arguments(
+    module: fx.GraphModule, node: fx.Node, float32: Container[fx.Node], casts: dict[fx.Node, fx.Node]
+) -> None:
+    """Cast the inputs of a node that come from the other side of the boundary, each value once."""
+    dtype = torch.float32 if node in float32 else torch.float16
+    for source in node.all_input_nodes:
+        if (source in float32) == (node in float32) or not _is_float(source):
+            continue
+        if source not in casts:
+            with module.graph.inserting_after(source):
+                to_copy = torch.ops.aten._to_copy.default
+                cast = module.graph.call_function(to_copy, (source,), {"dtype": dtype})
+            cast.meta = dict(source.meta)
+            casts[source] = cast
+        node.replace_input_with(source, casts[source])
+
+
+def _is_float(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, torch.Tensor) and value.dtype == torch.float32
