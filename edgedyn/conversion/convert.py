@@ -119,8 +119,11 @@ def convert(
     Raises:
         CalibrationError: when images to fine-tune on are refused, or are validated on.
         RecipeError: when a pattern of ``keep_float`` matches no layer of any program.
+        TargetMissingError: when biases are corrected, and NNCF is not installed.
     """
-    finetuning = open_finetuning(recipe) if recipe.precision == "int8" else None  # refused before long work
+    if recipe.precision == "int8":  # refused before long work
+        quantize.refuse_missing_tools(recipe.quantize, ablates=measure.ablation)
+    finetuning = open_finetuning(recipe) if recipe.precision == "int8" else None
     network = rewrite_network(recipe, target, calibration, example, trust=trust, progress=progress)
     table, mismatch = find_or_calibrate(
         network, recipe, target, calibration, finetuning, force=force, measure=measure, progress=progress

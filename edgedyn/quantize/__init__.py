@@ -12,7 +12,7 @@ from __future__ import annotations
 from edgedyn.graph.nodes import COUNTED_OPS, MULTIPLY_ADD_OPS, module_path, multiply_adds
 from edgedyn.quantize.accounting import int8_share
 from edgedyn.quantize.calibrated import Calibrated
-from edgedyn.quantize.calibration import CalibrationInputs, calibrate
+from edgedyn.quantize.calibration import CalibrationInputs, calibrate, refuse_missing_tools
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.plan import Int8Method, find_generators, refuse_unknown_layers
 from edgedyn.quantize.quantized import Quantized, apply, to_float
@@ -33,6 +33,7 @@ __all__ = [
     "int8_share",
     "module_path",
     "multiply_adds",
+    "refuse_missing_tools",
     "refuse_unknown_layers",
     "to_float",
 ]

@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from edgedyn.errors import CalibrationError
+from edgedyn.errors import CalibrationError, TargetMissingError
 from edgedyn.quantize.calibrated import Calibrated
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.program import Observed, observe_program
@@ -18,6 +19,9 @@ from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.rounding.program import round_program
 from edgedyn.quantize.search.ablation import ablate
 from edgedyn.quantize.search.precision import EvaluationSet, Rounded, choose_precision
+
+if TYPE_CHECKING:
+    from edgedyn.recipe.keys import QuantizeSection
 
 
 @dataclass(frozen=True)
@@ -64,7 +68,9 @@ def calibrate(
     Raises:
         CalibrationError: without samples, or for a sample that brings NaN or infinite values.
         CheckFailedError: when the evaluation's limits leave no choice.
+        TargetMissingError: when biases are corrected, and NNCF is not installed.
     """
+    refuse_missing_tools(method.section, ablates=evaluation is not None and evaluation.ablates)
     inputs = replace(inputs, samples=list(inputs.samples))
     calibrator = Calibrator(fold(program), inputs, method, generated, progress)
     refuse_samples(inputs.samples, inputs.sources)
@@ -149,6 +155,29 @@ class Calibrator:
             progress=self.progress,
         )
         return Rounded(made, plan, self.method.ranges, calibrated)
+
+
+def refuse_missing_tools(section: QuantizeSection, *, ablates: bool = False) -> None:
+    """Refuse a method whose optional package is not installed; callers ask before their long work.
+
+    Args:
+        section: the recipe's ``quantize`` section.
+        ablates: whether the ablation follows, which also tries bias correction.
+
+    Raises:
+        TargetMissingError: naming the package and the command that installs it.
+    """
+    if section.bias_correction == "none" and not ablates:
+        return
+    try:
+        import nncf  # noqa: F401
+    except ImportError as error:
+        asked = "the ablation" if ablates else f"quantize.bias_correction: {section.bias_correction}"
+        other = "leave the ablation out" if ablates else "set quantize.bias_correction: none"
+        raise TargetMissingError(
+            f"{asked} corrects biases with NNCF, and NNCF cannot be imported ({error}). Install it: "
+            f'pip install "edgedyn[nncf]"; or {other}.'
+        ) from error
 
 
 def refuse_samples(samples: Sequence[tuple[Tensor, ...]], sources: Sequence[str]) -> None:
