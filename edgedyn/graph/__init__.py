@@ -1,1 +1,1 @@
-"""What a node of an exported graph is, and exact rewrites of it."""
+"""Exported graphs: read a node, change constants and types, rewrite exactly."""

@@ -73,7 +73,7 @@ def test_what_was_measured_serves_every_limit_of_the_same_method_and_code(tmp_pa
         given = recipe(f"quantize.max_drop_db={limit}", f"quantize.rounding={rounding}")
         calibration, _ = pipeline.load_sets(given)
         key = {"method": given.quantize.model_dump()}
-        return make_evaluation_sets(given, calibration, nn.Identity(), key)["forward"].recall.path
+        return make_evaluation_sets(given, calibration, nn.Identity(), key)["forward"].remember.path
 
     first = remembered(0.1)
     assert remembered(0.2) == first

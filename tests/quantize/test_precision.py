@@ -240,7 +240,7 @@ def test_interrupted_measurement_goes_on_where_it_stopped(net, inputs, evaluatio
     measured = []
 
     def remember(stop: int) -> EvaluationSet:
-        recall = MeasurementCache("net", [Path(__file__)])
+        cache = MeasurementCache("net", [Path(__file__)])
 
         def limited(name, measure):
             def count():
@@ -249,9 +249,9 @@ def test_interrupted_measurement_goes_on_where_it_stopped(net, inputs, evaluatio
                 measured.append(name)
                 return measure()
 
-            return recall(name, count)
+            return cache(name, count)
 
-        return replace(evaluation, recall=limited)
+        return replace(evaluation, remember=limited)
 
     with pytest.raises(KeyboardInterrupt):
         make(net, inputs, evaluation=remember(3))
@@ -263,7 +263,7 @@ def test_interrupted_measurement_goes_on_where_it_stopped(net, inputs, evaluatio
     assert len(measured) == count
 
 
-def test_recall_of_other_facts_or_other_code_measures_anew(tmp_path, monkeypatch):
+def test_other_facts_or_other_code_are_measured_anew(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     source = tmp_path / "code.py"
     source.write_text("a")

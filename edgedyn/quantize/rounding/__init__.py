@@ -1,1 +1,1 @@
-"""How weights are rounded, and what is corrected after them."""
+"""Rounding of weights, and the corrections after it."""

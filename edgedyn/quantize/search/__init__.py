@@ -1,1 +1,1 @@
-"""Which layers stay float, and what each switch of the method is worth, as measured."""
+"""Measurements on images: the mixed-precision search, and the ablation of the method."""

@@ -1,4 +1,4 @@
-"""What each part of the method is worth: INT8 made again for every switch, set otherwise, and its drop."""
+"""Ablation: calibrate again with one switch of the method changed at a time, and measure the PSNR drop."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from edgedyn.recipe.keys import QuantizeSection
 
 AS_IT_IS = "as the recipe says"
-# what may take the place of the recipe's value, by dotted key
+# values that may replace the recipe's, by dotted key
 _SWITCHES: dict[str, tuple[Any, ...]] = {
     "equalize": (False, True),
     "equalize_dense": (3.0, 32.0),
@@ -46,37 +46,37 @@ def ablate(
     rounded: Rounded,
     progress: Progress = silent,
 ) -> dict[str, float]:
-    """Return the PSNR drop at the worst noise level of the method, and with one switch changed at a time, dB.
+    """Return the PSNR drop at the worst noise level, of the method and of each with one switch changed, dB.
 
     Args:
         module: the folded float program.
-        calibrate_by: calibrates the program by another method.
-        method: the recipe's.
+        calibrate_by: ``calibrate_by(method)`` calibrates the program by another method.
+        method: the method of the recipe.
         evaluation: images with truths.
         before: PSNR of the float program by noise level, dB, from ``EvaluationSet.float_psnr_db``.
         rounded: the program in INT8 by the method as it is.
         progress: called with (phase, steps done, steps of the phase).
     """
-    tried = {}
+    methods = {}
     names = [entry.name for entry in rounded.calibrated.entries if entry.kind == "kernel"]
-    has_kernels = bool(find_generating(module, names))  # what float operators write is float in any case
+    has_kernels = bool(find_generating(module, names))  # the outputs of float operators are float in any case
     for key, values in _SWITCHES.items():
         for value in values if has_kernels or key != "generated" else ():
             other = _change(method.section, key, value)
             if other != method.section:
-                tried[f"{key}: {str(value).lower() if isinstance(value, bool) else value}"] = other
+                methods[f"{key}: {str(value).lower() if isinstance(value, bool) else value}"] = other
     measured = rounded.calibrated.precision
-    found = {AS_IT_IS: measured.drop_db if measured else evaluation.drop_db(before, rounded)}
+    drops = {AS_IT_IS: measured.drop_db if measured else evaluation.drop_db(before, rounded)}
 
     def drop(other: QuantizeSection) -> Measured:
         return {"drop_db": evaluation.drop_db(before, calibrate_by(replace(method, section=other)))}
 
-    for done, (name, other) in enumerate(tried.items()):
-        progress("ablate", done, len(tried))
+    for done, (name, other) in enumerate(methods.items()):
+        progress("ablate", done, len(methods))
         keys = other.model_dump_json(exclude={"table", "max_drop_db"})
-        found[name] = evaluation.recall(f"ablation {keys}", functools.partial(drop, other))["drop_db"]
-    progress("ablate", len(tried), len(tried))
-    return found
+        drops[name] = evaluation.remember(f"ablation {keys}", functools.partial(drop, other))["drop_db"]
+    progress("ablate", len(methods), len(methods))
+    return drops
 
 
 def _change(section: QuantizeSection, key: str, value: Any) -> QuantizeSection:

@@ -1,4 +1,4 @@
-"""Measurements kept on the disk as soon as they are made: an interrupted run goes on where it stopped."""
+"""Measurements on disk, written as soon as they are made: an interrupted run continues where it stopped."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ Values = dict[str, float]
 
 
 class MeasurementCache:
-    """Named measurements of one subject; standing in the cache under what they are of.
+    """Named measurements of one subject, in a file whose name is a digest of the subject and the code.
 
     Args:
         facts: everything that the measurements depend on.
-        sources: the code that they are made by, too: other code measures anew.
+        sources: files of code that measure; a change in one of them empties the cache.
     """
 
     def __init__(self, facts: str, sources: Iterable[Path]) -> None:
         self.path = cached_path("measured.json", sources, facts)
 
     def __call__(self, name: str, measure: Callable[[], Values]) -> Values:
-        """Return what is remembered under a name, else measure and remember it."""
+        """Return the measurement of a name from the cache, or measure and store it."""
         known = self._read()
         if name not in known:
             known[name] = measure()
@@ -33,7 +33,7 @@ class MeasurementCache:
 
     def _read(self) -> dict[str, Values]:
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):  # nothing measured yet, or a file that somebody damaged: measured again
+            known = json.loads(self.path.read_text(encoding="utf-8"))
+        except (OSError, ValueError):  # nothing measured yet, or a damaged file: measure again
             return {}
-        return found if isinstance(found, dict) else {}
+        return known if isinstance(known, dict) else {}

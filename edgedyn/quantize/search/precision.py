@@ -1,12 +1,12 @@
-"""Which layers stay float so that INT8 costs no more than it may: measured on images, a layer at a time.
+"""Mixed-precision search: keep the fewest layers float that hold the PSNR drop of INT8 within a limit.
 
     gain(l) = drop(every layer INT8) - drop(every layer INT8 but l)       drop: PSNR against the truth, dB
     kept    = the first k layers by gain(l) / multiply-adds(l), with the least k that meets the limit
 
-Rounding errors of layers are small and nearly independent, so that what they do to the squared error nearly
-adds up, and the order by gain a multiply-add is the greedy solution of that knapsack. The drop of a choice is
-measured, never predicted. Other precisions there are none: neither XNNPACK (executorch 1.5) nor TensorRT 10
-has convolutions of INT8 weights and 16-bit activations.
+The rounding errors of layers are small and nearly independent, so that their squared errors nearly add up,
+and the order by gain per multiply-add is the greedy solution of that knapsack. The search measures the drop
+of every choice on images and predicts none. It chooses between INT8 and float only: neither XNNPACK
+(executorch 1.5) nor TensorRT 10 has convolutions with INT8 weights and 16-bit activations.
 """
 
 from __future__ import annotations
@@ -35,24 +35,26 @@ from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.table.entries import LayerCost, Point, Precision
 from edgedyn.targets import Int8Scheme
 
-_POINTS = 12  # of a curve, about evenly over the layers
+_POINTS = 12  # of a curve, spread about evenly over the layers
 _TINY = 1e-30
 Measured = dict[str, float]
 
 
 @dataclass(frozen=True)
 class EvaluationSet:
-    """What INT8 is judged on while its precision is chosen: no image of the validation set.
+    """Calibration images with fresh crops and noise that score the mixed-precision search and the ablation.
+
+    No image of it is a validation image.
 
     Attributes:
-        inputs: of the program, a tuple of tensors a sample.
-        truths: what the output should be, (1, C, H, W) a sample.
-        levels: name of each sample's noise level.
-        limit_db: PSNR that INT8 may cost; None where only its cost is asked for.
-        least_share: multiply-adds that have to stay INT8, as a share of all.
-        by_layer: whether what each layer costs is measured; without, no layer is kept float for a limit.
-        ablates: whether each switch of the method is tried the other way.
-        recall: ``recall(name, measure)``: what was measured before an interruption, else measures it.
+        inputs: per sample, the inputs of the program.
+        truths: per sample, the true output, (1, C, H, W).
+        levels: per sample, the name of its noise level.
+        limit_db: limit of the PSNR drop; None to measure the drop only.
+        least_share: share of the multiply-adds that must stay INT8.
+        by_layer: whether to measure the cost of each layer; otherwise no layer becomes float for a limit.
+        ablates: whether to run the ablation of the method.
+        remember: ``remember(name, measure)`` returns a measurement from before an interruption, or measures.
     """
 
     inputs: Sequence[tuple[Tensor, ...]]
@@ -62,23 +64,23 @@ class EvaluationSet:
     least_share: float = 0.0
     by_layer: bool = True
     ablates: bool = False
-    recall: Callable[[str, Callable[[], Measured]], Measured] = lambda name, measure: measure()
+    remember: Callable[[str, Callable[[], Measured]], Measured] = lambda name, measure: measure()
 
     def psnr_db(self, outputs: Sequence[Tensor]) -> Measured:
         """Return the mean PSNR of outputs at each noise level, dB."""
-        found: dict[str, list[float]] = {}
+        by_level: dict[str, list[float]] = {}
         for level, y, truth in zip(self.levels, outputs, self.truths, strict=True):
-            found.setdefault(level, []).append(metrics.psnr_db(y.numpy(), truth))
-        return {level: float(np.mean(values)) for level, values in found.items()}
+            by_level.setdefault(level, []).append(metrics.psnr_db(y.numpy(), truth))
+        return {level: float(np.mean(values)) for level, values in by_level.items()}
 
     @torch.no_grad()
     def float_psnr_db(self, module: fx.GraphModule) -> Measured:
-        """Return the same of a float program."""
+        """Return the mean PSNR of a float program's outputs at each noise level, dB."""
         return self.psnr_db([pytree.tree_leaves(module(*x))[0] for x in self.inputs])
 
     @torch.no_grad()
     def drop_db(self, before: Measured, rounded: Rounded) -> float:
-        """Return the PSNR that INT8 costs at the noise level that loses most, dB.
+        """Return the PSNR drop of INT8 at the noise level with the largest drop, dB.
 
         Args:
             before: PSNR of the float program by noise level.
@@ -153,20 +155,20 @@ def choose_precision(
     before: Measured,
     progress: Progress = silent,
 ) -> Rounded:
-    """Measure what INT8 costs, and keep so many layers float that it costs no more than the limit.
+    """Measure the PSNR drop of INT8, and keep the fewest layers float that hold it within the limit.
 
     Args:
-        module: the folded program, its weights not rounded.
-        attempt: rounds the weights of the program for INT8 layers that are all but the named ones.
+        module: the folded program with float weights.
+        attempt: ``attempt(kept)`` rounds the weights for a program with the named layers in float.
         evaluation: images with truths; without a limit every layer stays INT8.
         before: PSNR of the float program by noise level, dB, from ``EvaluationSet.float_psnr_db``.
         progress: called with (phase, steps done, steps of the phase).
 
     Returns:
-        The attempt that meets the limit; its ``calibrated.precision`` says what was measured.
+        The attempt that meets the limit, with the measurements in its ``calibrated.precision``.
 
     Raises:
-        CheckFailedError: when the limit leaves too little INT8; it says what each choice costs.
+        CheckFailedError: when no choice meets both limits, with the drop of each choice.
     """
     rounded = attempt(())
     measured = measure(
@@ -200,17 +202,17 @@ def measure(
     before: Measured,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Precision:
-    """Measure what each layer costs, and the curve of what keeping layers float brings back.
+    """Measure the cost of each layer, and the curve of PSNR drop against INT8 share.
 
     Args:
-        module: the folded program, its weights not rounded.
-        rounded: the same with every layer in INT8 that can be.
+        module: the folded program with float weights.
+        rounded: the same with every possible layer in INT8.
         evaluation: images with truths; with a limit, the curve has the two points on either side of it.
         before: PSNR of the float program by noise level.
         progress: called with (programs measured, programs).
     """
     nodes = {node.name: node for node in module.graph.nodes}
-    calls = {site.name: nodes[site.node.name] for site in rounded.plan.layers}
+    calls = {layer.name: nodes[layer.node.name] for layer in rounded.plan.layers}
     weights = {name: (weight_of(module, node), bias_of(module, node)) for name, node in calls.items()}
     costs = all_multiply_adds(module.graph)
     shares = {name: costs[node] / sum(costs.values()) for name, node in calls.items()}
@@ -218,18 +220,16 @@ def measure(
 
     def drops(*kept: str) -> Measured:
         def run() -> Measured:
-            float_ = {name: weights[name] for name in kept}
-            after = evaluation.psnr_db([rounded.run(x, float_) for x in evaluation.inputs])
+            float_layers = {name: weights[name] for name in kept}
+            after = evaluation.psnr_db([rounded.run(x, float_layers) for x in evaluation.inputs])
             return {level: before[level] - after[level] for level in before}
 
-        found = evaluation.recall("drop " + " ".join(kept), run)
+        by_level = evaluation.remember("drop " + " ".join(kept), run)
         progress(min(next(counted), len(shares) + _POINTS), len(shares) + _POINTS + 1)
-        return found
+        return by_level
 
-    whole, sqnr = (
-        drops(),
-        evaluation.recall("sqnr", lambda: _sqnr_db(module, rounded, calls, evaluation.inputs)),
-    )
+    whole = drops()
+    sqnr = evaluation.remember("sqnr", lambda: _sqnr_db(module, rounded, calls, evaluation.inputs))
     worst = max(whole, key=lambda level: whole[level])
     layers = [LayerCost(n, share, sqnr[n], whole[worst] - drops(n)[worst]) for n, share in shares.items()]
     layers.sort(key=lambda layer: layer.gain_db / layer.share, reverse=True)
@@ -244,16 +244,16 @@ def measure(
 
 
 def _curve(point: Callable[[int], Point], layers: int, limit_db: float | None) -> tuple[Point, ...]:
-    """Measure points evenly over the layers, and where there is a limit close in on it."""
-    found = {count: point(count) for count in sorted({round(x) for x in np.linspace(0, layers, _POINTS)})}
+    """Measure points evenly over the layers, and bisect around a limit."""
+    points = {count: point(count) for count in sorted({round(x) for x in np.linspace(0, layers, _POINTS)})}
     if limit_db is not None:
-        high = min(count for count, p in found.items() if p.drop_db <= limit_db or count == layers)
-        low = max((count for count in found if count < high), default=high)
+        high = min(count for count, p in points.items() if p.drop_db <= limit_db or count == layers)
+        low = max((count for count in points if count < high), default=high)
         while high - low > 1:
             middle = (low + high) // 2
-            found[middle] = point(middle)
-            low, high = (low, middle) if found[middle].drop_db <= limit_db else (middle, high)
-    return tuple(found[count] for count in sorted(found))
+            points[middle] = point(middle)
+            low, high = (low, middle) if points[middle].drop_db <= limit_db else (middle, high)
+    return tuple(points[count] for count in sorted(points))
 
 
 def _sqnr_db(
@@ -262,19 +262,19 @@ def _sqnr_db(
     calls: Mapping[str, fx.Node],
     inputs: Sequence[tuple[Tensor, ...]],
 ) -> Measured:
-    """Return the SQNR of the output of every INT8 layer over all samples."""
+    """Return the SQNR of every INT8 layer's output over all samples, dB."""
     names = {node: name for name, node in calls.items()}
-    int8_names = {site.node: site.name for site in rounded.plan.layers}
+    int8_names = {layer.node: layer.name for layer in rounded.plan.layers}
     power, errors = dict.fromkeys(calls, 0.0), dict.fromkeys(calls, 0.0)
-    wanted: dict[str, Tensor] = {}
+    float_outputs: dict[str, Tensor] = {}
 
     def keep(node: fx.Node, y: Tensor) -> None:
-        wanted[names[node]] = y
+        float_outputs[names[node]] = y
 
     def compare(node: fx.Node, y: Tensor) -> None:
         name = int8_names[node]
-        power[name] += float((wanted[name].double() ** 2).sum())
-        errors[name] += float(((y - wanted[name]).double() ** 2).sum())
+        power[name] += float((float_outputs[name].double() ** 2).sum())
+        errors[name] += float(((y - float_outputs[name]).double() ** 2).sum())
 
     for sample in inputs:
         look(module, names, sample, keep)
@@ -283,7 +283,13 @@ def _sqnr_db(
 
 
 def _refusal(curve: Sequence[Point], attempts: Sequence[Point], evaluation: EvaluationSet) -> str:
-    """Say what each choice costs, and which came nearest: of attempts, their weights rounded for them."""
+    """Return the error message: the drop of each choice, and the choice nearest to the limit.
+
+    Args:
+        curve: choices measured with the weights that were rounded for all layers in INT8.
+        attempts: choices measured with weights rounded for them.
+        evaluation: the limits.
+    """
     allowed = attempts or [p for p in curve if p.int8_share >= evaluation.least_share] or curve
     best = min(allowed, key=lambda p: p.drop_db)
     tried = f"With weights rounded for that choice: {_points(attempts)}. " if attempts else ""
