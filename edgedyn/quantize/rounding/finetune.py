@@ -1,12 +1,13 @@
-"""Quantization-aware fine-tuning: INT8 weights trained until the program computes as it did in float.
+"""Quantization-aware fine-tuning: train INT8 weights until the program computes as it did in float.
 
-    min over codes q and biases b   mean over samples   |f_int8(x; s q, b) - f(x)|^2 / e(x)
+    min over quantized weights q and biases b   mean over samples   |f_int8(x; s q, b) - f(x)|^2 / e(x)
 
-e(x) is that error before the first step. The teacher is the float program itself (distillation): no task
-needs a truth. Codes are trained in units of their step and rounded in every pass; the gradient goes straight
-through the rounding and is zero where it clips (Bengio et al. 2013, "Estimating or propagating gradients
-through stochastic neurons"; Jacob et al. 2018, "Quantization and training of neural networks"). All steps
-stay as calibration chose them: a range that clips costs more than the finer step brings.
+e(x) is that error before the first step. The teacher is the float program itself (distillation), so that no
+task needs a truth. Weights are trained in units of their scale s and rounded in every pass; the gradient goes
+straight through the rounding and is zero where it clips (Bengio et al. 2013, "Estimating or propagating
+gradients through stochastic neurons"; Jacob et al. 2018, "Quantization and training of neural networks").
+All quantization parameters stay as calibration chose them: a range that clips costs more than the smaller
+scale gains.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from edgedyn.quantize.fake_quantize import (
 from edgedyn.quantize.plan import Plan, QParams
 from edgedyn.targets import Int8Scheme
 
-_RATE = 0.01  # of Adam, in steps of a weight or of its layer's output: ten more undo the reconstruction
-_HELD_OUT = 4  # every fourth sample judges, the others train
+_RATE = 0.01  # of Adam, in units of the scales of weight and output: ten times more undoes reconstruction
+_HELD_OUT = 4  # every fourth sample is held out to score the result, the others train
 _TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
 class Example:
-    """Inputs of a program, and its floating-point outputs in float."""
+    """Inputs of a program, and the floating-point ones of its float outputs."""
 
     inputs: tuple[Tensor, ...]
     outputs: list[Tensor]
@@ -48,13 +49,15 @@ class Example:
 def choose_examples(
     module: fx.GraphModule, samples: Sequence[tuple[Tensor, ...]]
 ) -> tuple[list[Example], list[Example]]:
-    """Return what is trained on and what judges the result, with the outputs of the float program.
+    """Return the training and the held-out examples, with the outputs of the float program.
+
+    A single sample is both.
 
     Args:
-        module: a folded program whose weights are not rounded yet.
-        samples: inputs; best such that rounding did not see, or the judges find it better than it is.
+        module: a folded program with float weights.
+        samples: inputs; best ones that weights were not rounded on, or the held-out error is too low.
     """
-    program = fx.Interpreter(module)  # of the graph as it is: code was not made of it since it changed
+    program = fx.Interpreter(module)  # runs the graph; the module's code is older
     with torch.no_grad():
         examples = [Example(x, _outputs(program.run(*x))) for x in samples]
     training = [example for index, example in enumerate(examples) if index % _HELD_OUT]
@@ -73,18 +76,18 @@ def finetune(
     count: int,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, np.ndarray]:
-    """Train int8 codes and biases; return them by ``layer.weight`` and ``layer.bias``.
+    """Train quantized weights (int8) and biases; return them by ``layer.weight`` and ``layer.bias``.
 
-    Nothing is returned where the error of the held-out examples did not fall, or where no INT8 layer reaches
-    an output by a gradient (a router that decides).
+    The result is empty where the error of the held-out examples did not fall, or where no gradient of an
+    output reaches an INT8 layer (a router that decides).
 
     Args:
-        module: a folded program with the weights that rounding chose; left as it is.
+        module: a folded program with rounded weights; left as it is.
         plan: its INT8 layers.
         qparams: scales and zero points of their tensors; they stay.
         scheme: how the target annotates INT8.
-        training: one of them a step, in random order.
-        held_out: judge, before and after.
+        training: one example per step, in random order.
+        held_out: examples that score the program before and after.
         count: steps of Adam.
         progress: called with (steps done, steps).
     """
@@ -99,9 +102,9 @@ def finetune(
     order: list[int] = []
     for done in range(count):
         order = order or torch.randperm(len(training), generator=generator).tolist()
-        chosen = order.pop()
+        index = order.pop()
         optimizer.zero_grad()
-        (program.error(training[chosen]) * weights[chosen]).backward()  # type: ignore[no-untyped-call]
+        (program.error(training[index]) * weights[index]).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         schedule.step()
         progress(done + 1, count)
@@ -110,7 +113,7 @@ def finetune(
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Return ``rounded``, with the gradient of x."""
+    """Return ``rounded``, with the gradient of x: the straight-through estimator."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rounded: Tensor) -> Tensor:
@@ -186,25 +189,24 @@ class _TrainableProgram(FakeQuantizer):
 
     def error(self, example: Example) -> Tensor:
         """Return |INT8 - float|^2 / |float|^2, summed over the outputs."""
-        found = _outputs(self.run(*example.inputs))
         total = torch.zeros(())
-        for y, wanted in zip(found, example.outputs, strict=True):
-            total = total + ((y - wanted) ** 2).mean() / (wanted**2).mean().clamp(min=_TINY)
+        for y, target in zip(_outputs(self.run(*example.inputs)), example.outputs, strict=True):
+            total = total + ((y - target) ** 2).mean() / (target**2).mean().clamp(min=_TINY)
         return total
 
     @torch.no_grad()
     def errors(self, examples: Sequence[Example]) -> Tensor:
-        """Return the error of every example, never quite zero."""
+        """Return the error of every example, (examples,), at least ``_TINY``."""
         return torch.stack([self.error(example) for example in examples]).clamp(min=_TINY)
 
     @torch.no_grad()
     def constants(self) -> dict[str, np.ndarray]:
-        """Return the codes and biases of all layers."""
-        found = {}
+        """Return the quantized weights (int8) and biases of all layers by name."""
+        trained = {}
         for node, layer in self.layers.items():
-            found[layer.weight] = _round_weight_values(self.quantized[node]).to(torch.int8).numpy()
-            found[layer.bias] = (self.biases[node] * self.units[node]).numpy()
-        return found
+            trained[layer.weight] = _round_weight_values(self.quantized[node]).to(torch.int8).numpy()
+            trained[layer.bias] = (self.biases[node] * self.units[node]).numpy()
+        return trained
 
 
 def _outputs(values: Any) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""INT8 weights and biases of an observed program: round, correct biases, fine-tune."""
+"""Choose the INT8 weights and biases of an observed program: round, correct biases, fine-tune."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor, fx
 
 from edgedyn.graph.nodes import by_output, convolution_arguments, weight_of
 from edgedyn.quantize.calibrated import Calibrated, qparams_of, restore
-from edgedyn.quantize.fake_quantize import quantize_weight
+from edgedyn.quantize.fake_quantize import Constants, quantize_weight
 from edgedyn.quantize.observe.program import Observed
 from edgedyn.quantize.plan import Plan, QParams, QuantizableLayer
 from edgedyn.quantize.progress import Progress, silent
@@ -38,16 +38,16 @@ def round_program(
     finetuning: Sequence[tuple[Tensor, ...]] = (),
     progress: Progress = silent,
 ) -> Calibrated:
-    """Choose the INT8 weights and the biases of an observed program, which keeps them.
+    """Choose the INT8 weights and the biases of an observed program, and store them in it.
 
     Args:
-        module: changed in place.
-        plan: what is INT8 on the target that the weights are rounded for.
-        observed: of the same program. It has ranges for every scheme.
-        scheme: of that target.
+        module: the program; changed in place.
+        plan: its INT8 layers on one target.
+        observed: its ranges, for every scheme.
+        scheme: how that target annotates INT8.
         section: the recipe's ``quantize`` section.
-        samples: inputs of the program.
-        finetuning: inputs for training and judging weights; without any, the samples.
+        samples: inputs that weights are rounded on.
+        finetuning: inputs for fine-tuning and for scoring it; the samples where there are none.
         progress: called with (phase, steps done, steps of the phase).
     """
     qparams = qparams_of(observed.entries, scheme)
@@ -102,25 +102,28 @@ def _round_weights(
     samples: Sequence[tuple[Tensor, ...]],
     progress: Progress,
 ) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, ...]]]:
-    """Round the weights of every INT8 layer, first to last; return codes and biases, and the scales."""
+    """Round the weights of every INT8 layer, first to last; return weights and biases, and scales."""
     constants: dict[str, np.ndarray] = {}
     channels: dict[str, tuple[float, ...]] = {}
 
-    def choose(site: QuantizableLayer, inputs: list[Tensor], outputs: list[Tensor]) -> tuple[Tensor, Tensor]:
-        weight, scales = weight_of(module, site.node), qparams.weights[site.weight]
+    def choose(layer: QuantizableLayer, inputs: list[Tensor], outputs: list[Tensor]) -> Constants:
+        weight, scales = weight_of(module, layer.node), qparams.weights[layer.weight]
         if section.rounding == "reconstruct":
-            is_linear = site.node.target is torch.ops.aten.linear.default
-            groups = 1 if is_linear else convolution_arguments(site.node)[3]
-            codes, bias = reconstruct(weight, scales, measure_moments(site.node, inputs, outputs, groups))
+            is_linear = layer.node.target is torch.ops.aten.linear.default
+            groups = 1 if is_linear else convolution_arguments(layer.node)[3]
+            quantized, bias = reconstruct(
+                weight, scales, measure_moments(layer.node, inputs, outputs, groups)
+            )
         else:  # re-estimation sets the bias
-            codes = quantize_weight(weight, scales)
+            quantized = quantize_weight(weight, scales)
         if section.bn_reestimation:
-            gain, bias = reestimate(site.node, inputs, outputs, codes.float() * by_output(scales, weight))
+            rounded = quantized.float() * by_output(scales, weight)
+            gain, bias = reestimate(layer.node, inputs, outputs, rounded)
             scales = (scales * gain).float()
-        constants[site.weight] = codes.to(torch.int8).numpy()
-        constants[site.bias] = bias.float().numpy()
-        channels[site.weight] = tuple(float(scale) for scale in scales)
-        return codes.float() * by_output(scales, weight), bias.float()
+        constants[layer.weight] = quantized.to(torch.int8).numpy()
+        constants[layer.bias] = bias.float().numpy()
+        channels[layer.weight] = tuple(float(scale) for scale in scales)
+        return quantized.float() * by_output(scales, weight), bias.float()
 
     paired = PairedRun(module, plan, qparams, scheme)
     paired.run(samples, choose, lambda done, total: progress("round weights", done, total))

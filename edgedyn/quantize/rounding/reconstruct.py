@@ -1,17 +1,17 @@
-"""Weight rounding by reconstruction: the int8 weights whose layer computes what the float layer computed.
+"""Weight rounding by reconstruction: INT8 weights whose layer reproduces the outputs of the float layer.
 
     min over int8 Q, float b   sum over positions | s Q x' + b - (W x + c) |^2
 
-x is what the float network feeds the layer, x' what the network feeds it that is INT8 up to here, s one scale
-an output channel. With the second moments H = cov(x', x') and C = cov(y, x') of the calibration set that is a
-quadratic form, and nothing is trained:
+x is the layer's input in the float run, x' its input with all earlier layers in INT8, y = W x + c the float
+output, s one scale per output channel. With the second moments H = cov(x', x') and C = cov(y, x') of the
+calibration set the objective is a quadratic form, so that nothing needs training:
 
     W' = C H^-1                                     float weights that undo the error of x', if any can
-    column i: q = round(w_i / s); later columns take over its error, - (w_i - s q) H^-1[i, i:] / H^-1[i, i]
+    column i: q = round(w_i / s); later columns absorb its error, - (w_i - s q) H^-1[i, i:] / H^-1[i, i]
     b = mean(y) - s Q mean(x')
 
 The second line is optimal brain quantization in a fixed order (Frantar and Alistarh 2022, "Optimal Brain
-Compression"; with the Cholesky factor of H^-1 it is GPTQ, Frantar et al. 2023), the objective that of
+Compression"; with the Cholesky factor of H^-1 it is GPTQ, Frantar et al. 2023). The objective is that of
 AdaRound (Nagel et al. 2020).
 """
 
@@ -27,8 +27,8 @@ from torch import Tensor, fx
 
 from edgedyn.graph.nodes import channel_axis, convolution_arguments, weight_shape
 
-_DAMPING = 1e-3  # of H's mean diagonal: inputs that were hardly ever seen keep their weights
-_BLOCK = 64
+_DAMPING = 1e-3  # share of H's mean diagonal: inputs that were hardly ever active keep their weights
+_BLOCK = 64  # columns
 _STRETCH = 1024  # positions
 
 
@@ -38,9 +38,9 @@ class Moments:
 
     Attributes:
         h: covariance of the inputs (D, D), D = channels of the group x taps.
-        c: covariance of the wanted outputs with the inputs, (O, D).
+        c: covariance of the float outputs with the inputs, (O, D).
         x: mean of the inputs (D,).
-        y: mean of the wanted outputs (O,).
+        y: mean of the float outputs (O,).
     """
 
     h: Tensor
@@ -52,12 +52,13 @@ class Moments:
 def measure_moments(
     node: fx.Node, inputs: Iterable[Tensor], outputs: Iterable[Tensor], groups: int
 ) -> list[Moments]:
-    """Measure the moments of a convolution or linear layer, one for each group of channels.
+    """Measure the moments of a convolution or linear layer, one ``Moments`` per group of channels.
 
     Args:
         node: the layer's call, for its stride, padding and dilation.
-        inputs: what it reads, a tensor a sample.
-        outputs: what it should write, before its bias or after: a constant makes no difference to H and C.
+        inputs: its INT8 inputs, one tensor per sample.
+        outputs: its float outputs, one tensor per sample, with or without the bias, which changes neither H
+            nor C.
         groups: of the convolution; 1 for a linear layer.
     """
     total: list[list[Tensor]] = []
@@ -70,33 +71,33 @@ def measure_moments(
             if not total
             else [[a + b for a, b in zip(p, q, strict=True)] for p, q in zip(total, parts, strict=True)]
         )
-    found = []
+    moments = []
     for xx, yx, x_sum, y_sum in total:
         x, y = x_sum / count, y_sum / count
-        found.append(Moments(xx / count - torch.outer(x, x), yx / count - torch.outer(y, x), x, y))
-    return found
+        moments.append(Moments(xx / count - torch.outer(x, x), yx / count - torch.outer(y, x), x, y))
+    return moments
 
 
 def _sums(node: fx.Node, x: Tensor, y: Tensor, groups: int) -> list[list[Tensor]]:
-    """Return the sums of x x', y x', x and y over the output positions of one sample, for each group."""
+    """Return per group the sums of x x', y x', x and y over the output positions of one sample."""
     if node.target is torch.ops.aten.linear.default:
-        columns, wanted = x.reshape(-1, x.shape[-1]).t(), y.reshape(-1, y.shape[-1]).t()
+        columns, rows = x.reshape(-1, x.shape[-1]).t(), y.reshape(-1, y.shape[-1]).t()
     else:
         stride, padding, dilation = (_pair(value) for value in convolution_arguments(node)[:3])
         side = weight_shape(node)[2:]
         if groups == 1 and stride == (1, 1) and side != (1, 1):
             return [_sums_of_shifts(x, y, side, padding, dilation)]
         columns = F.unfold(x, side, dilation=dilation, padding=padding, stride=stride)
-        columns, wanted = columns.transpose(0, 1).flatten(1), y.transpose(0, 1).flatten(1)
-    pairs = zip(columns.chunk(groups), wanted.chunk(groups), strict=True)
+        columns, rows = columns.transpose(0, 1).flatten(1), y.transpose(0, 1).flatten(1)
+    pairs = zip(columns.chunk(groups), rows.chunk(groups), strict=True)
     return [_sums_around_means(a, b) for a, b in pairs]
 
 
 def _sums_around_means(x: Tensor, y: Tensor) -> list[Tensor]:
-    """Return the sums of x x', y x', x and y, (A, N) and (B, N), where means may be all there is.
+    """Return the sums of x x', y x', x and y, for x (A, N) and y (B, N) that may be nearly constant.
 
-    So it is behind a mask that is never active: float32 products would leave more of means than there is
-    spread. They are taken off first, and added in float64.
+    Behind a mask that is never active they are: rounding of float32 products of the means would exceed the
+    spread. So the means are subtracted first, and their products added in float64.
     """
     (off_x, p), (off_y, q) = ((z - z.mean(1, keepdim=True), z.mean(1).double()) for z in (x, y))
     x_sum, y_sum = (z.sum(1, dtype=torch.float64) for z in (x, y))
@@ -107,9 +108,9 @@ def _sums_around_means(x: Tensor, y: Tensor) -> list[Tensor]:
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """Return a b' over many positions, (A, N) and (B, N): in float64 over stretches of float32.
+    """Return a b' for a (A, N) and b (B, N) over many positions: float64 sums of float32 stretches.
 
-    In one float32 sum over a photo, a mean drowns the spread of what it is the mean of.
+    In a single float32 sum over a photo, the rounding of the mean exceeds the spread.
     """
     count = a.shape[1] // _STRETCH
     whole = count * _STRETCH
@@ -121,11 +122,12 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _sums_of_shifts(
     x: Tensor, y: Tensor, side: tuple[int, ...], padding: tuple[int, int], dilation: tuple[int, int]
 ) -> list[Tensor]:
-    """Return the sums of ``_sums`` for a dense layer of stride 1 without a copy of its input for each tap.
+    """Return the sums of ``_sums`` for a dense layer of stride 1 without one copy of its input per tap.
 
-    Two taps see products of x with itself shifted by what they are apart: 13 shifts for the 45 pairs of 3 x 3
-    taps, but for the few rows and columns at the border that a tap does not see. Rows and images stand one
-    behind the other with zeros between them, so that every shift is an offset and nothing is copied.
+    The products of two taps are those of x with x shifted by their distance: 13 shifts for the 45 pairs of
+    3 x 3 taps. The few rows and columns at the border that a tap does not reach are subtracted. Rows and
+    images lie one behind the other in memory with zeros between them, so that every shift is an offset and
+    nothing is copied.
     """
     (down, across), (rows, columns) = padding, y.shape[2:]
     low, far = ((n - 1) * step for n, step in zip(side, dilation, strict=True))  # of the last tap
@@ -147,7 +149,7 @@ def _sums_of_shifts(
             offset = shift[0] * pitch + shift[1]
             if shift not in everywhere:
                 everywhere[shift] = _product(flat[:, : flat.shape[1] - offset], flat[:, offset:])
-            found = everywhere[shift].clone()
+            product = everywhere[shift].clone()
             left, right = max(0, -shift[1]), width - max(0, shift[1])
             for strip in (
                 (0, i, left, right),
@@ -156,10 +158,10 @@ def _sums_of_shifts(
                 (i, i + rows, j + columns, right),
             ):
                 if strip[0] < strip[1] and strip[2] < strip[3]:
-                    found -= correlate(*strip, *shift)
-            xx[:, k, :, m], xx[:, m, :, k] = found, found.t()
-    wanted = torch.cat([y, torch.ones_like(y[:, :1])], 1).transpose(0, 1)  # with ones for the sums of x
-    spread = F.pad(wanted, (0, pitch - columns, 0, image.shape[2] - rows)).flatten(1)
+                    product -= correlate(*strip, *shift)
+            xx[:, k, :, m], xx[:, m, :, k] = product, product.t()
+    outputs = torch.cat([y, torch.ones_like(y[:, :1])], 1).transpose(0, 1)  # with ones for the sums of x
+    spread = F.pad(outputs, (0, pitch - columns, 0, image.shape[2] - rows)).flatten(1)
     offsets = [i * pitch + j for i, j in taps]
     seen = torch.stack([_product(spread[:, : flat.shape[1] - n], flat[:, n:]) for n in offsets], 2).flatten(1)
     return [xx.flatten(2).flatten(0, 1), seen[:-1], seen[-1], y.sum((0, 2, 3), dtype=torch.float64)]
@@ -171,52 +173,52 @@ def _pair(value: Any) -> tuple[int, int]:
 
 
 def reconstruct(weight: Tensor, scales: Tensor, moments: list[Moments]) -> tuple[Tensor, Tensor]:
-    """Round a weight so that its layer's outputs stay; return int8 codes and the bias that goes with them.
+    """Round a weight so that its layer's outputs change least; return the quantized weight and the new bias.
 
     Args:
         weight: float weight, (O, I / groups, ...).
-        scales: one an output channel, (O,).
-        moments: of each group.
+        scales: one per output channel, (O,).
+        moments: one per group.
 
     Returns:
-        Codes of the weight's shape, in [-127, 127], float64, and the bias (O,), float64.
+        Integers of the weight's shape in [-127, 127], and the bias (O,); both float64.
     """
-    codes, biases = [], []
+    quantized, biases = [], []
     groups = len(moments)
     flat = weight.double().reshape(weight.shape[0], -1)
     for w, s, m in zip(flat.chunk(groups), scales.double().chunk(groups), moments, strict=True):
         q = _round_columns(_refit(w, m), s, _damped(m))
-        codes.append(q)
+        quantized.append(q)
         biases.append(m.y - (q * s[:, None]) @ m.x)
-    return torch.cat(codes).reshape(weight.shape), torch.cat(biases)
+    return torch.cat(quantized).reshape(weight.shape), torch.cat(biases)
 
 
 def _refit(w: Tensor, moments: Moments) -> Tensor:
-    """Return the weights nearest to w that compute the wanted outputs from the inputs as they are here."""
+    """Return the weights nearest to w that compute the float outputs from the INT8 inputs."""
     change: Tensor = torch.linalg.solve(_damped(moments), (moments.c - w @ moments.h).t()).t()
     return w + change
 
 
 def _damped(moments: Moments) -> Tensor:
-    """Return H with a ridge: a share of its spread, and more than float32 leaves of what never changes."""
+    """Return H with a ridge: a share of its mean diagonal, and more than float32 rounds a constant input."""
     spread, mean = moments.h.diagonal().mean(), (moments.x**2).mean()
     ridge = _DAMPING * spread + 16 * torch.finfo(torch.float32).eps * mean + 1e-30
     return moments.h + torch.eye(len(moments.h), dtype=moments.h.dtype) * ridge
 
 
 def _round_columns(w: Tensor, scales: Tensor, h: Tensor) -> Tensor:
-    """Round column by column, those with the most energy first; the rest takes over each error."""
+    """Round column by column, the largest diagonal of H first; the remaining columns absorb each error."""
     order = torch.argsort(h.diagonal(), descending=True, stable=True)
     inverse = torch.cholesky_inverse(torch.linalg.cholesky(h[order][:, order]))
     factor = torch.linalg.cholesky(inverse, upper=True)
-    left, codes = w[:, order].clone(), torch.empty_like(w)
-    for begin in range(0, w.shape[1], _BLOCK):  # the errors of a block reach what is behind it in one product
+    left, quantized = w[:, order].clone(), torch.empty_like(w)
+    for begin in range(0, w.shape[1], _BLOCK):  # a block passes its errors on in one product
         end = min(begin + _BLOCK, w.shape[1])
         errors = torch.zeros(w.shape[0], end - begin, dtype=w.dtype)
         for i in range(begin, end):
             q = torch.clamp(torch.round(left[:, i] / scales), -127, 127)
             errors[:, i - begin] = error = (left[:, i] - q * scales) / factor[i, i]
             left[:, i:end] -= torch.outer(error, factor[i, i:end])
-            codes[:, order[i]] = q
+            quantized[:, order[i]] = q
         left[:, end:] -= errors @ factor[begin:end, end:]
-    return codes
+    return quantized
