@@ -46,7 +46,7 @@ def coarse(
     keep_float: tuple[str, ...] = (),
     dynamic: tuple[str, ...] = (),
 ) -> tuple[fx.GraphModule, Plan, QParams, list[Example], list[Example]]:
-    """Return a program with weights rounded to the nearest of few codes, and what it is to learn."""
+    """Return a program with weights rounded to few values, and its examples."""
     samples = make_samples()
     module = fold(capture(net, samples[0][0]))
     kernels = {op.overload for op in KERNELS}
@@ -63,13 +63,13 @@ KERNELS = tuple(ops.load_all().values())
 
 
 def train(made, count: int, scheme=AFFINE, **options) -> dict:
-    module, plan, qparams, lessons, held_out = made
+    module, plan, qparams, training_set, held_out = made
     return finetune(
         module,
         plan,
         qparams=qparams,
         scheme=scheme,
-        training=lessons,
+        training=training_set,
         held_out=held_out,
         count=count,
         **options,
@@ -77,7 +77,7 @@ def train(made, count: int, scheme=AFFINE, **options) -> dict:
 
 
 def error(made, constants: dict, scheme=AFFINE) -> float:
-    """Return how far INT8 is from float on images that nobody has seen."""
+    """Return the error of INT8 on images that were not trained on."""
     module, plan, qparams, *_ = made
     unseen, _ = choose_examples(module, make_samples(6, seed=2))
     program = training._TrainableProgram(module, plan, qparams, scheme)
@@ -147,11 +147,11 @@ def test_rounding_lets_the_gradient_through_where_it_does_not_clip():
     y.sum().backward()
     assert free.grad.tolist() == [1] * 7
     assert 0 < (y - free).abs().max() <= 12 / 255 / 2 + 1e-6
-    codes = torch.tensor([-130.0, -126.6, 0.4, 127.0, 127.2], requires_grad=True)
-    rounded = training._round_weight_values(codes)
+    quantized = torch.tensor([-130.0, -126.6, 0.4, 127.0, 127.2], requires_grad=True)
+    rounded = training._round_weight_values(quantized)
     rounded.sum().backward()
     assert rounded.tolist() == [-127, -127, 0, 127, 127]
-    assert codes.grad.tolist() == [0, 1, 1, 1, 0]
+    assert quantized.grad.tolist() == [0, 1, 1, 1, 0]
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -180,13 +180,13 @@ def test_last_form_of_every_op_runs_anywhere_and_has_a_gradient(op):
 
 @pytest.mark.parametrize("layer", LAYERS)
 def test_gradient_reaches_every_layer_through_ops_of_ours(layer):
-    module, plan, qparams, lessons, _ = coarse(dynamic_net(layer))
+    module, plan, qparams, training_set, _ = coarse(dynamic_net(layer))
     assert any(ops.is_ours(node) for node in module.graph.nodes)
     program = training._TrainableProgram(module, plan, qparams, AFFINE)
-    program.error(lessons[0]).backward()
-    for node, codes in program.quantized.items():
-        assert codes.grad is not None, node.name
-        assert codes.grad.abs().sum() > 0, node.name
+    program.error(training_set[0]).backward()
+    for node, quantized in program.quantized.items():
+        assert quantized.grad is not None, node.name
+        assert quantized.grad.abs().sum() > 0, node.name
         assert program.biases[node].grad is not None
 
 
@@ -204,7 +204,7 @@ def test_result_that_is_not_better_is_dropped(monkeypatch):
     assert train(made, 8) == {}
 
 
-def test_training_twice_gives_the_same_codes_and_leaves_the_module_alone():
+def test_training_twice_gives_the_same_weights_and_leaves_the_module_alone():
     made = coarse(make_net())
     before = [weight_of(made[0], site.node).clone() for site in made[1].layers]
     first, second = train(made, 12), train(made, 12)
@@ -216,7 +216,7 @@ def test_training_twice_gives_the_same_codes_and_leaves_the_module_alone():
     )
 
 
-def test_only_int8_layers_are_trained_and_codes_fit_int8():
+def test_only_int8_layers_are_trained_and_weights_fit_int8():
     made = coarse(make_net(), keep_float=("body",))
     constants = train(made, 30)
     before = training._TrainableProgram(*made[:3], AFFINE).constants()
@@ -248,15 +248,15 @@ def test_every_example_is_seen_equally_often_and_weighs_the_same(monkeypatch):
     assert losses == [pytest.approx(1, abs=0.01)] * 18
 
 
-def test_spread_codes_round_to_what_they_were():
+def test_spread_weights_round_to_their_old_values():
     module, plan, qparams, *_ = coarse(make_net(), bits=8)
     program = training._TrainableProgram(module, plan, qparams, AFFINE)
-    before = {node: codes.detach().clone() for node, codes in program.quantized.items()}
+    before = {node: quantized.detach().clone() for node, quantized in program.quantized.items()}
     program.spread(torch.Generator().manual_seed(0))
-    for node, codes in program.quantized.items():
-        assert torch.equal(codes.round(), before[node])
-        assert codes.abs().max() <= 127
-        assert (codes - before[node]).std() > 0.2
+    for node, quantized in program.quantized.items():
+        assert torch.equal(quantized.round(), before[node])
+        assert quantized.abs().max() <= 127
+        assert (quantized - before[node]).std() > 0.2
 
 
 class Decides(nn.Module):
@@ -281,12 +281,12 @@ def test_program_without_int8_layers_is_left_as_it_is():
 
 
 @pytest.mark.parametrize(
-    ("count", "lessons", "judges"), [(8, [1, 2, 3, 5, 6, 7], [0, 4]), (2, [1], [0]), (1, [0], [0])]
+    ("count", "training_set", "held_out"), [(8, [1, 2, 3, 5, 6, 7], [0, 4]), (2, [1], [0]), (1, [0], [0])]
 )
-def test_judges_are_no_lessons_where_there_are_enough_samples(count, lessons, judges):
+def test_no_sample_is_trained_on_and_held_out_where_there_are_enough(count, training_set, held_out):
     net, samples = make_net(), make_samples(count)
     for examples, wanted in zip(
-        choose_examples(fold(capture(net, samples[0][0])), samples), (lessons, judges), strict=True
+        choose_examples(fold(capture(net, samples[0][0])), samples), (training_set, held_out), strict=True
     ):
         assert [next(i for i, x in enumerate(samples) if x is e.inputs) for e in examples] == wanted
         with torch.no_grad():
@@ -339,7 +339,7 @@ def test_no_steps_train_nothing(monkeypatch):
     assert found_by()[0].constants == {}
 
 
-def test_dropped_training_is_told(monkeypatch):
+def test_dropped_training_is_reported(monkeypatch):
     monkeypatch.setattr(training, "_RATE", 30.0)
     found, seen = found_by(finetune=8)
     assert (found.constants, seen[-1]) == (
@@ -348,7 +348,7 @@ def test_dropped_training_is_told(monkeypatch):
     )
 
 
-def test_steps_are_counted_and_what_was_trained_is_what_calibration_found():
+def test_steps_are_counted_and_calibration_returns_the_trained_constants():
     found, seen = found_by(finetune=50)
     assert [line for line in seen if "fine-tune" in line] == [f"fine-tune {k}/50" for k in range(1, 51)]
     module = fold(capture(make_net(), make_samples()[0][0]))
@@ -357,5 +357,5 @@ def test_steps_are_counted_and_what_was_trained_is_what_calibration_found():
     program = training._TrainableProgram(module, plan, qparams, AFFINE)
     assert len(found.constants) == 2 * len(plan.layers)
     for site in plan.layers:
-        codes = program.quantized[site.node].detach().to(torch.int8).numpy()
-        assert (codes == found.constants[site.weight]).all()
+        quantized = program.quantized[site.node].detach().to(torch.int8).numpy()
+        assert (quantized == found.constants[site.weight]).all()

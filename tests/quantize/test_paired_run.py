@@ -1,4 +1,4 @@
-"""Two worlds side by side: float as it was, and INT8 as its Q/DQ program computes it."""
+"""The paired run: float as the network computes it, and INT8 as the Q/DQ program computes it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ PLAIN = QuantizeSection(equalize=False, equalize_outputs=False, rounding="neares
 
 @pytest.mark.parametrize("dynamic", [[], ["body"]])
 @pytest.mark.parametrize("target", ["executorch", "tensorrt"])
-def test_one_world_is_float_and_the_other_the_quantized_program(target, dynamic):
+def test_one_run_is_float_and_the_other_the_quantized_program(target, dynamic):
     net, scheme = make_net(), targets.load(target).int8
     section = PLAIN.model_copy(update={"dynamic": dynamic})
     samples = [(make_input((1, 3, 10, 14)),), (make_input((1, 3, 10, 14)).flip(3),)]
@@ -36,27 +36,27 @@ def test_one_world_is_float_and_the_other_the_quantized_program(target, dynamic)
         make_plan(module, scheme=scheme, dynamic=dynamic),
         qparams_of(made.calibrated.entries, scheme),
     )
-    asked, ticks = [], []
+    layers, ticks = [], []
 
-    def choose(site, inputs, outputs):
-        asked.append(site.name)
+    def choose(layer, inputs, outputs):
+        layers.append(layer.name)
         assert len(inputs) == len(outputs) == 2
-        weight = weight_of(module, site.node)
-        return round_weight(weight, qparams.weights[site.weight]), bias_of(module, site.node)
+        weight = weight_of(module, layer.node)
+        return round_weight(weight, qparams.weights[layer.weight]), bias_of(module, layer.node)
 
-    found = PairedRun(module, plan, qparams, scheme).run(samples, choose, lambda *tick: ticks.append(tick))
-    assert asked == ["head", "body", "tail"]
+    outputs = PairedRun(module, plan, qparams, scheme).run(samples, choose, lambda *tick: ticks.append(tick))
+    assert layers == ["head", "body", "tail"]
     assert ticks == [(1, 3), (2, 3), (3, 3)]
     with torch.no_grad():
-        for sample, (float_, int8) in zip(samples, found, strict=True):
+        for sample, (float_, int8) in zip(samples, outputs, strict=True):
             assert torch.equal(float_, net(*sample))
-            # the same codes; a dequantized weight may round otherwise, once
+            # the same integers; a dequantized weight may round otherwise, once
             torch.testing.assert_close(int8, made.program.module()(*sample), rtol=0, atol=1e-6)
             assert (int8 - float_).abs().max() > 1e-4
 
 
 class Gated(nn.Module):
-    """``body`` reads what ``head`` writes, where logits of it are above 0."""
+    """``body`` reads the output of ``head`` where its logits are above 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,17 +68,17 @@ class Gated(nn.Module):
         return self.body(y * (self.logits(y) > 0))
 
 
-def test_both_worlds_decide_as_float_does():
+def test_both_runs_take_the_decisions_of_float():
     torch.manual_seed(3)
     net, x, scheme = Gated().eval(), make_input((1, 3, 40, 56)), targets.load("executorch").int8
     program = torch.export.export(net, (x,))
     made = quantize_program(program, (x,), scheme=scheme, section=PLAIN, samples=[(x,)])
     module, seen = fold(program), {}
 
-    def choose(site, inputs, outputs):
-        seen[site.name] = inputs[0]
-        weight = weight_of(module, site.node)
-        return (0.9 * weight, bias_of(module, site.node))  # other logits, by far
+    def choose(layer, inputs, outputs):
+        seen[layer.name] = inputs[0]
+        weight = weight_of(module, layer.node)
+        return (0.9 * weight, bias_of(module, layer.node))  # other logits, by far
 
     qparams = qparams_of(made.calibrated.entries, scheme)
     PairedRun(module, make_plan(module, scheme=scheme), qparams, scheme).run([(x,)], choose)
@@ -114,9 +114,9 @@ def test_samples_are_dropped_one_by_one_where_they_are_read_for_the_last_time(mo
     qparams = qparams_of(made.calibrated.entries, scheme)
     paired = PairedRun(module, make_plan(module, scheme=scheme), qparams, scheme)
     paired.run(
-        samples, lambda site, inputs, outputs: (weight_of(module, site.node), bias_of(module, site.node))
+        samples, lambda layer, inputs, outputs: (weight_of(module, layer.node), bias_of(module, layer.node))
     )
-    # what stands before the first layer, then one map a sample and world, and those in hand
+    # those before the first layer, then one feature map per sample and run, and the ones in use
     assert max(held) - held[0] <= 2 * count + 3
 
 
