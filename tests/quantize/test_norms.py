@@ -108,13 +108,13 @@ def test_every_layer_has_its_float_moments_with_all_layers_before_it_in_int8(rou
         torch.testing.assert_close(after[1], wanted[1], rtol=1e-5, atol=0)
 
 
-def test_codes_stay_and_scales_move_where_a_layer_is_int8():
+def test_quantized_weights_stay_and_scales_move_where_a_layer_is_int8():
     module, plan, found, _ = calibrated(rounding="nearest", bn_reestimation=True)
     _, _, plain, _ = calibrated(rounding="nearest")
     scales, before = ({e.name: torch.tensor(e.channels) for e in x.entries} for x in (found, plain))
     assert found.constants.keys() == {name for site in plan.layers for name in (site.weight, site.bias)}
     assert torch.equal(scales["tail.weight"], before["tail.weight"])
     for site in plan.layers:
-        codes = torch.round(weight_of(module, site.node) / before[site.weight][:, None, None, None])
-        assert torch.equal(torch.from_numpy(found.constants[site.weight]).float(), codes)
+        quantized = torch.round(weight_of(module, site.node) / before[site.weight][:, None, None, None])
+        assert torch.equal(torch.from_numpy(found.constants[site.weight]).float(), quantized)
         assert not torch.equal(scales[site.weight], before[site.weight])

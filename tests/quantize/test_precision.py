@@ -90,7 +90,7 @@ def rounded_by(net, inputs, target):
     return calibrator.round(*calibrator.observe())
 
 
-def test_vivid_samples_widen_ranges_and_round_no_weight(net, inputs):
+def test_colour_augmented_samples_widen_ranges_and_round_no_weight(net, inputs):
     """Weights are those that rounding on the others finds, within the ranges of all."""
     extreme, section = (1 - 3 * inputs[0][0],), QuantizeSection(equalize=False)
     found = make(net, [*inputs, extreme], section=section, color_augmented=1).calibrated
@@ -115,7 +115,7 @@ def test_what_is_judged_is_what_the_quantized_program_computes(net, inputs, targ
     with torch.no_grad():
         found = rounded_by(net, inputs, target).run(inputs[0])
         wanted = make(net, inputs, target).program.module()(*inputs[0])
-    # the same integer codes; a dequantized weight may round otherwise, once
+    # the same integers; a dequantized weight may round otherwise, once
     assert float((found - wanted).abs().max()) <= 2**-20
 
 

@@ -109,8 +109,8 @@ def test_moments_of_a_linear_layer_take_every_row():
     torch.testing.assert_close(m.x, rows.mean(0), rtol=0, atol=1e-6)
 
 
-def loss(codes: Tensor, scales: Tensor, w: Tensor, h: Tensor) -> Tensor:
-    error = codes * scales[:, None] - w
+def loss(quantized: Tensor, scales: Tensor, w: Tensor, h: Tensor) -> Tensor:
+    error = quantized * scales[:, None] - w
     return ((error @ h) * error).sum()
 
 
@@ -125,12 +125,12 @@ def test_reconstruction_is_near_the_best_of_all_roundings():
         h = torch.cov(mix @ a)
         scales = w.abs().amax(1) / 3  # coarse, so that rounding matters
         moments = Moments(h, w @ h, torch.zeros(6).double(), torch.zeros(1).double())
-        codes, _ = reconstruct(w, scales, [moments])
+        quantized, _ = reconstruct(w, scales, [moments])
         down = torch.floor(w / scales[:, None])
         corners = [down + torch.tensor([bits]) for bits in itertools.product((0.0, 1.0), repeat=6)]
         best = min(loss(c.double(), scales, w, h) for c in corners)
         nearest = loss(torch.round(w / scales[:, None]), scales, w, h)
-        found = loss(codes, scales, w, h)
+        found = loss(quantized, scales, w, h)
         gaps.append((float(found / best), float(nearest / best)))
     ours, plain = (sorted(gap)[10] for gap in zip(*gaps, strict=True))
     assert 1 <= ours < 1.6 < plain, "greedy, column by column: near the best, not the best"
@@ -145,16 +145,16 @@ def test_layer_keeps_its_outputs_and_their_mean_from_inputs_that_are_off(name):
         y = layer(x)
         node = node_of(layer, x[:1])
         scales = layer.weight.flatten(1).abs().amax(1) / 15  # 4 bits and a half: rounding is seen
-        codes, bias = reconstruct(
+        quantized, bias = reconstruct(
             layer.weight, scales, measure_moments(node, off.split(1), y.split(1), layer.groups)
         )
         column = scales[:, None, None, None]
-        assert codes.abs().max() <= 127
-        assert torch.equal(codes, codes.round())
+        assert quantized.abs().max() <= 127
+        assert torch.equal(quantized, quantized.round())
         nearest = torch.round(layer.weight / column) * column
         errors = {}
         for kind, weight, b in (
-            ("ours", codes.float() * column, bias.float()),
+            ("ours", quantized.float() * column, bias.float()),
             ("nearest", nearest, layer.bias),
         ):
             given = (layer.stride, layer.padding, layer.dilation, layer.groups)
@@ -181,8 +181,8 @@ def test_inputs_that_never_change_leave_the_weights_as_they_are():
     moments = Moments(
         torch.zeros(3, 3).double(), torch.zeros(1, 3).double(), torch.ones(3).double(), torch.ones(1).double()
     )
-    codes, bias = reconstruct(w, torch.tensor([1 / 127]).double(), [moments])
-    assert codes.tolist() == [[64, -127, 32]]
+    quantized, bias = reconstruct(w, torch.tensor([1 / 127]).double(), [moments])
+    assert quantized.tolist() == [[64, -127, 32]]
     assert bias.item() == pytest.approx(1 - (64 - 127 + 32) / 127)
 
 
@@ -195,5 +195,7 @@ def test_constant_maps_round_to_the_nearest_weights():
         y = layer(x)
     (moments,) = measure_moments(node_of(layer, x), [x] * 3, [y] * 3, 1)
     scales = layer.weight.detach().abs().amax((1, 2, 3)) / 127
-    codes, _ = reconstruct(layer.weight.detach(), scales, [moments])
-    assert torch.equal(codes, torch.round(layer.weight.detach().double() / scales.double().view(-1, 1, 1, 1)))
+    quantized, _ = reconstruct(layer.weight.detach(), scales, [moments])
+    assert torch.equal(
+        quantized, torch.round(layer.weight.detach().double() / scales.double().view(-1, 1, 1, 1))
+    )
