@@ -21,9 +21,9 @@ from edgedyn import ops, targets
 from edgedyn.conversion.capture import capture
 from edgedyn.conversion.convert import load_target
 from edgedyn.errors import EdgedynError, RecipeError
+from edgedyn.graph.nodes import all_multiply_adds, module_path
 from edgedyn.graph.provenance import shared_provenance
 from edgedyn.layers import RoutedModel, canonicalize, load_all, part_inputs, parts, recognise
-from edgedyn.quantize import COUNTED_OPS, module_path, multiply_adds
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -155,7 +155,7 @@ def _inspect_program(
     """Describe each call of an op of ours in a program; return also all its multiply-adds."""
     ours = {op.overload: op for op in ops.load_all().values()}
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
-    costs = {node: multiply_adds(node) for node in nodes if node.target in COUNTED_OPS}
+    costs = all_multiply_adds(program.graph)
     sizes = _parameter_sizes(program)
     claimed: set[Node] = set()
     rows = []

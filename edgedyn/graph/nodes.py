@@ -79,6 +79,11 @@ def multiply_adds(node: fx.Node) -> int:
     return size * math.prod(weight_shape(node)[1:])
 
 
+def all_multiply_adds(graph: fx.Graph) -> dict[fx.Node, int]:
+    """Return the multiply-adds of every convolution and linear layer of a captured program."""
+    return {node: multiply_adds(node) for node in graph.nodes if node.target in COUNTED_OPS}
+
+
 def convolution_arguments(node: fx.Node) -> tuple[Any, Any, Any, int]:
     """Return stride, padding, dilation and groups of a convolution's call."""
     if node.target is torch.ops.aten.convolution.default:

@@ -13,9 +13,9 @@ from edgedyn.graph.nodes import (
     COUNTED_OPS,
     FUSED_ACTIVATIONS,
     MULTIPLY_ADD_OPS,
+    all_multiply_adds,
     is_int8,
     module_path,
-    multiply_adds,
 )
 from edgedyn.ops import is_ours
 
@@ -118,8 +118,3 @@ def int8_share(program: ExportedProgram) -> tuple[float, int]:
     costs = all_multiply_adds(program.graph)
     quantized = sum(cost for node, cost in costs.items() if is_int8(node))
     return (quantized / sum(costs.values()) if costs else 0.0), len(costs)
-
-
-def all_multiply_adds(graph: fx.Graph) -> dict[fx.Node, int]:
-    """Return the multiply-adds of every convolution and linear layer of a graph."""
-    return {node: multiply_adds(node) for node in graph.nodes if node.target in COUNTED_OPS}

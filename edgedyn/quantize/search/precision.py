@@ -24,9 +24,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from edgedyn.errors import CheckFailedError
-from edgedyn.graph.nodes import bias_of, weight_of
+from edgedyn.graph.nodes import all_multiply_adds, bias_of, weight_of
 from edgedyn.images import metrics
-from edgedyn.quantize.accounting import all_multiply_adds
 from edgedyn.quantize.calibrated import Calibrated, qparams_of
 from edgedyn.quantize.fake_quantize import Constants, FakeQuantizer, round_weight
 from edgedyn.quantize.observe.statistics import look
