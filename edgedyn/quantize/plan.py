@@ -83,7 +83,7 @@ def find_quantizable_layers(module: fx.GraphModule) -> list[QuantizableLayer]:
     names: dict[fx.Node, str] = {}
     layers = []
     for node, name in zip(calls, number_repeats(module_path(n) or n.name for n in calls), strict=True):
-        input_name = names.setdefault(node.args[0], f"{name}.input")  # type: ignore[arg-type]
+        input_name = names.setdefault(node.args[0], f"{name}.input")
         layer = QuantizableLayer(name, node, fused_activation(node) or node, input_name)
         names[layer.output_node] = layer.output
         layers.append(layer)
