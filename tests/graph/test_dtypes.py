@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
 from torch import Tensor, nn
 
@@ -34,7 +36,7 @@ def test_float64_reaches_casts_and_created_tensors():
     module = program.module(check_guards=False)
     to_float64(module)
     norm = nn.functional.layer_norm(x, (4,)) * net.gain.double()
-    expected = norm + 0.1 * (norm > 0)
+    expected = norm + 0.1 * (norm > 0).double()
     assert module(x).dtype == torch.float64
     torch.testing.assert_close(module(x), expected, rtol=1e-14, atol=1e-15)
 
@@ -42,8 +44,8 @@ def test_float64_reaches_casts_and_created_tensors():
 def test_float64_takes_the_tensors_of_the_source():
     x = torch.rand(3, 4)
     net, program = capture(x)
-    source = net.double()
-    source.gain.data = torch.tensor([1 / 3], dtype=torch.float64)  # not what float32 holds
+    source = copy.deepcopy(net).double()  # the program shares the tensors of the network
+    source.gain.data = torch.tensor([1 / 3], dtype=torch.float64)  # float32 has another value
     module = to_float64_like(program, source)
     assert torch.equal(dict(module.named_parameters())["gain"], source.gain)
     assert dict(program.module().named_parameters())["gain"].dtype == torch.float32
