@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: .venv demo test test-arm64 test-long bench kernel-tools arm64-tools clean
+.PHONY: .venv demo test test-arm64 test-long bench docs kernel-tools arm64-tools clean
 
 .venv: .venv/installed
 
@@ -51,8 +51,13 @@ test-long: .venv kernel-tools
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "slow or not slow"
 	$(BIN)/python tools/build_all.py --workers 2 --out builds.json
 
+# site/index.html: the pages of docs/ and an API reference; warnings are errors, no page loads from the network
+docs: .venv
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
 bench: .venv
 	$(BIN)/python tools/bench.py
 
 clean:
-	rm -rf .venv demo-out
+	rm -rf .venv demo-out site

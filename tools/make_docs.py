@@ -28,14 +28,18 @@ the command line, `--set quantize.rounding=nearest`. Paths in the file are relat
 command line start at the working directory. `edgedyn list keys` prints this page. Editors complete keys by
 the schema `recipes/recipe.schema.json`.
 """
-_BLOCK = re.compile(r'^```python title="(?P<file>[\w./]+)"\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL)
+_BLOCK = re.compile(
+    r'^```python title="mine/(?P<file>[\w./]+)"\n(?P<code>.*?)^```$', re.MULTILINE | re.DOTALL
+)
 
 
 def generated_files() -> dict[Path, str]:
     """Return the text of every generated file."""
+    extending = ROOT / "docs/extending.md"
     return {
         ROOT / "docs/recipe.md": recipe_page(recipe_keys()),
         ROOT / "recipes/recipe.schema.json": json.dumps(recipe_schema(), indent=1) + "\n",
+        extending: fill_blocks(extending.read_text(encoding="utf-8"), ROOT / "tests/extension"),
     }
 
 
@@ -60,11 +64,11 @@ def _code(text: str) -> str:
 
 
 def fill_blocks(page: str, folder: Path) -> str:
-    """Return a page whose titled Python blocks hold the files of a folder, as far as these exist."""
+    """Return a page whose Python blocks titled ``mine/FILE`` hold the files of a folder."""
 
     def fill(block: re.Match[str]) -> str:
         code = (folder / block["file"]).read_text(encoding="utf-8")
-        return f'```python title="{block["file"]}"\n{code}```'
+        return f'```python title="mine/{block["file"]}"\n{code}```'
 
     return _BLOCK.sub(fill, page)
 
