@@ -2,8 +2,8 @@
 
     recipe -> model -> canonical -> captured -> decomposed -> quantized -> lowered -> validated -> bundle
 
-Each line of ``build`` is a function of typed values and can be called alone. A routed network is the same
-line once a part, its router and its variants, up to one bundle.
+Each line of ``build`` is a function of typed values and can be called alone. Each program of a routed
+network, its router and its variants, goes the same line; all of them share one bundle.
 """
 
 from __future__ import annotations
@@ -44,17 +44,25 @@ __all__ = ["Build", "build", "calibrate", "capture", "convert", "load_sets", "lo
 
 @dataclass(frozen=True)
 class Build:
-    """A finished build: the bundle, whether its checks passed, and what was measured.
+    """A finished build.
 
-    ``latency_ms`` is of this machine: median and 95th percentile of ``runs`` runs of one tile.
+    Attributes:
+        bundle: the directory.
+        report: rows and verdict.
+        latency_ms: median and 95th percentile (p95) of ``runs`` runs of one tile on this machine.
     """
 
     bundle: Bundle
     report: ValidationReport
     latency_ms: dict[str, float]
 
+    def __repr__(self) -> str:
+        """Return one line: the bundle, its checks and the latency; failed rows follow."""
+        median = self.latency_ms["median"]
+        return f"Build({self.bundle!r}, {median:.1f} ms per tile on this machine)\n{self.report!r}"
+
     def to_json(self) -> dict[str, Any]:
-        """Return what ``edgedyn build --json`` prints."""
+        """Return the output of ``edgedyn build --json``."""
         manifest = self.bundle.manifest
         return {
             "ok": self.report.ok,
@@ -82,15 +90,15 @@ def build(
     """Build the bundle ``out``; it appears whole, report included, or not at all.
 
     Args:
-        recipe: what to build.
+        recipe: network, target, precision and limits.
         out: the bundle's directory; refused when it exists, unless ``force``.
         calibration: in place of the recipe's calibration set, for instance ``CalibrationSet.of(loader)``.
-        force: replace a bundle that stands there.
+        force: replace a bundle at ``out``.
         trust: allow weights that are a pickle of tensors.
         progress: called with (phase, steps done, steps of the phase).
 
     Raises:
-        EdgedynError: the narrowest kind, before anything is written where that can be known.
+        EdgedynError: the narrowest kind, before long work where possible.
     """
     refuse_existing(out, force=force)
     target = load_target(recipe)
@@ -152,19 +160,19 @@ def calibrate(
     """Write the calibration table of an INT8 recipe, whole or not at all; nothing is lowered.
 
     Args:
-        recipe: what to calibrate; a table that it names is not looked at.
+        recipe: of precision int8; its own table is ignored.
         out: the table, a JSON file; weights that calibration changes stand beside it as safetensors.
         calibration: in place of the recipe's calibration set.
         cache: folder for TensorRT's calibration cache and its float ONNX, see ``conversion.implicit``.
-        force: replace what stands there.
+        force: replace existing files.
         trust: allow weights that are a pickle of tensors.
-        sensitivity: measure what INT8 costs in each layer; ``CalibrationTable.precision`` has it.
-        ablation: measure what each switch of the method is worth; ``CalibrationTable.ablation`` has it.
+        sensitivity: measure the cost of INT8 in each layer, for ``CalibrationTable.precision``.
+        ablation: measure the worth of each switch of the method, for ``CalibrationTable.ablation``.
         progress: called with (phase, steps done, steps of the phase).
 
     Raises:
         RecipeError: for a recipe of another precision, or one that has no calibration cache.
-        UsageError: when something stands at ``out`` or ``cache``, or ``out`` can be no table.
+        UsageError: when ``out`` or ``cache`` exists, or ``out`` can be no table.
     """
     if recipe.precision != "int8":
         raise RecipeError(
@@ -188,7 +196,7 @@ def calibrate(
         measure=Measurements(sensitivity, ablation),
         progress=progress,
     )
-    assert converted.table is not None  # of INT8 there is one
+    assert converted.table is not None  # INT8 has one
     converted.table.write(out)
     if cache is not None:
         implicit.write_caches(fresh, converted, cache)

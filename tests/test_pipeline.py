@@ -106,7 +106,7 @@ def test_session_denoises_a_photo_that_is_larger_than_the_tile(built):
     truth = skimage.data.coffee()[100:230, 200:350].astype(np.float32) / 255
     rng = np.random.default_rng(0)
     noisy = truth + np.float32(25 / 255) * rng.standard_normal(truth.shape, dtype=np.float32)
-    result = session.open_session(built.bundle.path).denoise(noisy)
+    result = session.open_session(built.bundle.path).process(noisy)
     assert result.shape == truth.shape
     error = [np.mean((image - truth) ** 2) for image in (result, noisy)]
     assert error[0] < error[1] / 3  # at least 4.8 dB better than its input

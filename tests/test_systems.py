@@ -10,7 +10,7 @@ import pytest
 from small_builds import NEEDS_RTX, STAGES
 
 from edgedyn import pipeline
-from edgedyn.bench import bench
+from edgedyn.bench import benchmark
 from edgedyn.device import session
 from edgedyn.quantize.table.table import read_table
 from edgedyn.recipe.recipe import load_recipe
@@ -86,7 +86,7 @@ def test_bundle_runs_where_it_stands_and_routes_by_its_manifest(built):
 def test_session_takes_an_image_larger_than_the_tile(built):
     opened = session.open_session(built[2].bundle.path)
     image = np.random.default_rng(0).random((70, 90, 3), dtype=np.float32)
-    assert opened.denoise(image).shape == image.shape
+    assert opened.process(image).shape == image.shape
 
 
 def test_decisions_are_measured_and_apart_from_arithmetic(built):
@@ -119,7 +119,7 @@ def test_every_int8_layer_is_compared_with_float_in_every_program(built):
     system, _, build = built
     if build.bundle.precision != "int8":
         pytest.skip("layers are compared where they are INT8, by the runtime of the phone")
-    found = bench.compare_with_float(build.bundle.path, runs=1)
+    found = benchmark.compare_with_float(build.bundle.path, runs=1)
     assert set(found.int8_ms) == set(build.bundle.programs)
     named = [(row.program, row.layer) for row in found.int8_layers]
     assert len(set(named)) == len(named) >= 4, system
@@ -128,4 +128,4 @@ def test_every_int8_layer_is_compared_with_float_in_every_program(built):
 def test_every_variant_is_timed(built):
     bundle = built[2].bundle
     variants = bundle.routing.variants if bundle.routing else ("forward",)
-    assert list(bench.measure(bundle.path, runs=1)["programs"]) == list(variants)
+    assert list(benchmark.measure(bundle.path, runs=1)["programs"]) == list(variants)

@@ -29,7 +29,7 @@ def main(bundle: Path, out: Path, sigma: float = 25.0, seed: int = 0) -> None:
     with torch.no_grad():
         float_ = model(torch.from_numpy(noisy.transpose(2, 0, 1)[None]))[0].numpy().transpose(1, 2, 0)
     session = open_session(bundle)
-    device = session.denoise(noisy)
+    device = session.process(noisy)
     names = ("noisy", "float32", f"{session.bundle.precision}, {session.bundle.target}")
     panels = []
     for name, image in zip(names, (noisy, float_, device), strict=True):

@@ -68,7 +68,7 @@ def compare(
     for index, truth in enumerate(photos):
         noisy = add_noise(truth, sigma, seed=index)
         whole = session.run(np.ascontiguousarray(noisy.transpose(2, 0, 1)[None]))[0][0].transpose(1, 2, 0)
-        tiled = session.denoise(noisy)
+        tiled = session.process(noisy)
         difference = tiled - whole
         figures.append(
             {

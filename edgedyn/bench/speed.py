@@ -91,6 +91,14 @@ class Comparison:
     int8_ms: dict[str, float]
     runs: int
 
+    def __repr__(self) -> str:
+        """Return one line: both times of each program, and the number of slower layers."""
+        times = ", ".join(
+            f"{name} {self.float_ms[name]:.2f} ms in float32, {int8:.2f} ms in INT8"
+            for name, int8 in self.int8_ms.items()
+        )
+        return f"Comparison({times}; {len(self.slower)} of {len(self.int8_layers)} INT8 layers slower)"
+
     @property
     def int8_layers(self) -> list[LayerTime]:
         """The layers that INT8 is a choice of."""

@@ -1,11 +1,11 @@
-"""A bundle: one directory with a program, what belongs to it, and a manifest that vouches for every byte.
+"""A bundle: one directory with a program, its data, and a manifest with the digest of every byte.
 
     manifest.json   its serialization and its rules: ``edgedyn/bundle/manifest.py``
-    model.pte ...   every other file is listed with size and sha256, and no other may stand there
+    model.pte ...   every other file, listed with size and sha256; no unlisted file is allowed
     vectors/        the one folder: inputs and expected outputs, ``.npy`` without pickle
 
-Opening fails closed. The digests find damage and mix-ups; they are no signature: who can write the directory
-can write a manifest that fits. Device side: standard library only.
+Opening fails closed. The digests find damage and mix-ups but are no signature: whoever can write the
+directory can write a matching manifest. Device side: standard library only.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ from edgedyn.files import replace_file, sibling, sync
 
 @dataclass(frozen=True)
 class Vector:
-    """One validation vector: the file of the input, of the expected output, and how far a device may be off.
+    """One validation vector: files of inputs and expected output, and the error allowed to a device.
 
     Attributes:
-        inputs: names of a ``.npy`` in the bundle for each input, of its shape and dtype.
+        inputs: for each input the name of a ``.npy`` in the bundle, of its shape and dtype.
         output: name of a ``.npy`` in the bundle, of the first output's shape and dtype.
-        max_abs: largest difference that is allowed at any element, in units of the output.
-        rms: largest root mean square of the differences that is allowed.
+        max_abs: largest allowed difference at any element, in units of the output.
+        rms: largest allowed root mean square of the differences.
     """
 
     inputs: tuple[str, ...]
@@ -57,13 +57,23 @@ class Vector:
 
 @dataclass(frozen=True)
 class Bundle:
-    """A verified bundle: its directory and the parsed manifest, to be treated as read-only.
+    """A verified bundle: its directory and the parsed manifest, both read-only.
 
     Only ``open_bundle``, ``write_bundle`` and ``add_files`` make one.
     """
 
     path: Path
     manifest: dict[str, Any]
+
+    def __repr__(self) -> str:
+        """Return one line: name, target, precision, verdict and place."""
+        return f"Bundle({self.summary}, {self.path})"
+
+    @property
+    def summary(self) -> str:
+        """Name, target, precision and verdict in a few words."""
+        verdict = "passed" if self.ok else "failed"
+        return f"{self.manifest['name']}, {self.target} {self.precision}, {verdict}"
 
     @property
     def ok(self) -> bool:
@@ -82,27 +92,27 @@ class Bundle:
 
     @property
     def programs(self) -> dict[str, str]:
-        """The file of each program: ``forward`` alone, or a router and its variants."""
+        """Program -> file: ``forward`` alone, or a router and its variants."""
         return dict(self.manifest["programs"])
 
     @property
     def routing(self) -> Routing | None:
-        """How the variants are chosen between, or None where there is one program."""
+        """Rule that chooses a variant; None where there is one program."""
         return Routing.from_json(self.manifest["routing"])
 
     @property
     def inputs(self) -> list[TensorSpec]:
-        """What the program takes, in order."""
+        """Inputs of the program, in order."""
         return tensor_specs(self.manifest["inputs"])
 
     @property
     def outputs(self) -> list[TensorSpec]:
-        """What the program returns, in order."""
+        """Outputs of the program, in order."""
         return tensor_specs(self.manifest["outputs"])
 
     @property
     def overlap(self) -> int:
-        """Pixels that neighbouring tiles share at least."""
+        """Least number of pixels that neighbouring tiles share."""
         return int(self.manifest["tile"]["overlap"])
 
     @property
@@ -117,8 +127,8 @@ def open_bundle(path: Path, *, rebuilt: Collection[str] = ()) -> Bundle:
 
     Args:
         path: the directory.
-        rebuilt: names of files that are about to be made again with ``add_files``, so that their state, and
-            whether they are there or listed, do not matter.
+        rebuilt: names of files that the caller is about to replace with ``add_files``; they may be missing,
+            changed or unlisted.
 
     Raises:
         BundleError: if it is no bundle, or anything in it is not as its manifest says.
@@ -131,7 +141,7 @@ def open_bundle(path: Path, *, rebuilt: Collection[str] = ()) -> Bundle:
 
 
 def engine_names(path: Path) -> set[str]:
-    """Return the engines that stand in a bundle or are listed in it: what a compilation makes again."""
+    """Return the names of the engines in a bundle, on disk or in its manifest; compiling replaces them."""
     names = {file.name for file in path.glob("*")} if path.is_dir() else set()
     listed = listed_names(path) if MANIFEST in names else set()
     return {name for name in names | listed if name.endswith(".engine")}
@@ -139,7 +149,7 @@ def engine_names(path: Path) -> set[str]:
 
 @contextmanager
 def staging_folder(out: Path) -> Iterator[Path]:
-    """Make a hidden empty folder to build a bundle in, and remove what is left of it at the end.
+    """Make a hidden empty folder to build a bundle in, and remove its remains at the end.
 
     Beside ``out``, because a rename is atomic only inside one file system. Parents of ``out`` are made.
 
@@ -158,7 +168,7 @@ def staging_folder(out: Path) -> Iterator[Path]:
 
 
 def refuse_existing(out: Path, *, force: bool = False) -> None:
-    """Refuse to write over what is at ``out``: call it before long work; ``write_bundle`` calls it last.
+    """Refuse to write over ``out``. Call it before long work; ``write_bundle`` calls it again.
 
     Raises:
         UsageError: if ``out`` exists; with ``force`` unless it is empty or a bundle and nothing else.

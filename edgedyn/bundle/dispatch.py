@@ -1,9 +1,9 @@
-"""Run a routed program where it stands: ask the router, run the variant that it picks. Device side: numpy.
+"""Dispatch of a routed program on the device: the router picks a variant, the variant runs. Needs numpy only.
 
     argmax     logits, *carried = router(x)      y = variant[argmax(logits)](*carried, or x where none)
     fallback   y, overflow = variant[0](x)       y = variant[1](x) where overflow > 0; no router
 
-The host's side, what the variants are and how they are made, is ``edgedyn.layers.RoutedModel``.
+The host's side, which makes the variants, is ``edgedyn.layers.RoutedModel``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ Run = Callable[..., list[np.ndarray]]
 
 @dataclass(frozen=True)
 class Decision:
-    """What was decided for one input.
+    """The decision for one input.
 
     Attributes:
         index: the variant, as the rule picks it.
@@ -57,10 +57,10 @@ class Dispatcher:
         return self.run(*arrays)[0]
 
     def run(self, *arrays: np.ndarray, forced: int | None = None) -> tuple[list[np.ndarray], Decision | None]:
-        """Return the outputs and the decision; ``forced`` runs that variant whatever is decided.
+        """Return the outputs and the decision; ``forced`` overrides which variant runs.
 
         Raises:
-            BundleError: when the router does not give one finite logit a variant.
+            BundleError: when the router does not return one finite logit per variant.
         """
         if self.routing is None:
             return self.runs[FORWARD](*arrays), None

@@ -1,9 +1,9 @@
-"""The manifest of a bundle: its one serialization, its rules, and the bytes that it vouches for.
+"""The manifest of a bundle: its one serialization, its rules, and the digests of the files.
 
     manifest.json   canonical JSON (sorted keys, indent 1, newline at the end) with its own sha256 inside
     files           {name: {size, sha256}} of every other file; plain names, one folder ``vectors/``
 
-A manifest that passes is complete: reading it later needs no further check. Device side: standard
+A manifest that passes these checks is complete: later reads need no further check. Device side: standard
 library only.
 """
 
@@ -26,7 +26,7 @@ MANIFEST = "manifest.json"
 VECTORS = "vectors"
 RULES = ("argmax", "fallback")
 ROUTER = "router"
-FORWARD = "forward"  # the one program of a bundle that routes nothing
+FORWARD = "forward"  # the one program of a bundle without routing
 _PLAIN_NAME = re.compile(rf"({VECTORS}/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 _MAX_MANIFEST_BYTES = 16 * 2**20
 # The integers that every JSON reader agrees on (RFC 8259, section 6).
@@ -55,7 +55,7 @@ VECTOR_KEYS: dict[str, tuple[type, ...]] = {
 
 @dataclass(frozen=True)
 class Routing:
-    """How the manifest tells it.
+    """How a routed network chooses a variant.
 
     Attributes:
         rule: ``argmax`` or ``fallback``.
@@ -69,7 +69,7 @@ class Routing:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Routing | None:
-        """Return what ``to_json`` wrote; None for an empty object: one program, nothing to choose."""
+        """Read the values of ``to_json``; None for an empty object: one program, nothing to choose."""
         return cls(values["rule"], values["router"], tuple(values["variants"])) if values else None
 
     def to_json(self) -> dict[str, Any]:
@@ -240,7 +240,7 @@ def _check_values(path: Path, manifest: dict[str, Any]) -> None:
         listed = all(isinstance(name, str) and name in manifest["files"] for name in names)
         fits = listed and len(vector["inputs"]) == len(manifest["inputs"])
         fits = fits and min(vector["max_abs"], vector["rms"]) >= 0
-        rules.append(("a vector", vector, "listed files, one an input, max_abs and rms from 0", fits))
+        rules.append(("a vector", vector, "listed files, one per input, max_abs and rms from 0", fits))
     for what, found, expected, holds in rules:
         if not holds:
             raise refusal(path, what, repr(found), expected)

@@ -1,4 +1,4 @@
-"""What goes into and comes out of a deployed program."""
+"""Inputs and outputs of a deployed program."""
 
 from __future__ import annotations
 

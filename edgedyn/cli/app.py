@@ -96,7 +96,7 @@ def run(
         opened = session.open_session(bundle)
         if not opened.bundle.ok:
             ERR.print(f"warning: checks of {bundle} failed when it was built; see its report.html")
-        written = session.denoise_files(
+        written = session.process_files(
             opened,
             images,
             out,

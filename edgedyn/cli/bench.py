@@ -26,16 +26,16 @@ def bench(
     as_json: AsJson = False,
 ) -> None:
     """Measure latency and memory on this machine."""
-    from edgedyn.bench import bench as measuring
+    from edgedyn.bench.benchmark import compare_with_float, measure, write_comparison
 
     with quiet_libraries(), progress_bars() as advance:
         advance("run whole", 0, 1)
-        found = {"bundle": str(bundle), **measuring.measure(bundle, runs=runs)}
+        found = {"bundle": str(bundle), **measure(bundle, runs=runs)}
         advance("run whole", 1, 1)
         comparison = None
         if per_layer:
-            comparison = measuring.compare_with_float(bundle, runs=runs, progress=advance)
-            measuring.write_comparison(bundle, comparison)
+            comparison = compare_with_float(bundle, runs=runs, progress=advance)
+            write_comparison(bundle, comparison)
     if as_json:
         print_json({**found, **({"per_layer": comparison.to_json()} if comparison else {})})
         return
@@ -46,7 +46,7 @@ def bench(
 
 
 def print_whole(found: dict[str, Any]) -> None:
-    """Print what ``bench.measure`` found."""
+    """Print what ``benchmark.measure`` found."""
     for name, program in found["programs"].items():
         latency = program["latency_ms"]
         OUT.print(

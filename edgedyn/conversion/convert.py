@@ -50,6 +50,12 @@ class Part:
     quantized: quantize.Quantized
     program: ExportedProgram
 
+    def __repr__(self) -> str:
+        """Return one line: the shapes of the inputs, and the form of each op."""
+        shapes = ", ".join(str(tuple(x.shape)) for x in self.inputs)
+        forms = "".join(f", {op.name}: {form.name}" for op, form in self.forms.items())
+        return f"Part({shapes}{forms})"
+
 
 @dataclass(frozen=True)
 class Converted:
@@ -72,6 +78,11 @@ class Converted:
     dynamic_layers: tuple[str, ...] = ()
     table: CalibrationTable | None = None
     mismatch: str = ""
+
+    def __repr__(self) -> str:
+        """Return one line: programs, nodes of each, and the number of dynamic layers."""
+        sizes = ", ".join(f"{n}: {len(p.program.graph.nodes)} nodes" for n, p in self.parts.items())
+        return f"Converted({sizes}; {len(self.dynamic_layers)} dynamic layers)"
 
     @property
     def programs(self) -> dict[str, ExportedProgram]:

@@ -1,15 +1,15 @@
-"""Which outcomes of a network's decisions the calibration samples meet: variants, masks, densities.
+"""Coverage: the outcomes of a network's decisions that occur on the calibration samples.
 
-    variant   argmax of the router's logits; or whether the quick variant holds a sample
+    variant   argmax of the router's logits; or whether a sample fits the capacity variant
     mask      logits reach the threshold at one position at least
     density   active share of all mask positions of a sample, in bands: low < share <= high
 
-Measured with the float network, before anything is calibrated. What no sample decides has no statistics: its
-INT8 ranges would be those of zeros, or of other images. So a recipe of trained weights is refused, with the
-samples that come nearest.
+The float network decides, before calibration. An outcome that never occurs has no statistics: its INT8 ranges
+would be those of zeros, or of other images. So a recipe of trained weights is refused, and the refusal names
+the samples that come nearest.
 
-A variant is calibrated on the samples that pick it, where they are enough (``own``), else on all: ranges of
-other images waste steps, but ranges of too few images clip, which costs far more.
+A variant is calibrated on its own samples where there are enough (``own``), else on all: ranges of other
+images are too wide and waste resolution, but ranges of too few images clip, which costs far more.
 """
 
 from __future__ import annotations
@@ -44,12 +44,12 @@ _NAMED = 3  # outcomes, and samples nearest to each, that a refusal names
 
 @dataclass(frozen=True)
 class Coverage:
-    """What the calibration samples decide.
+    """Decisions of the float network on the calibration samples.
 
     Attributes:
-        outcomes: of every decision, how often it is met.
-        logits: program -> what its decisions compare, as entries of the calibration table.
-        chosen: program -> indices of the samples that it is calibrated on.
+        outcomes: every outcome of every decision, with its number of samples.
+        logits: program -> the logits behind its decisions, as entries of the calibration table.
+        chosen: program -> indices of its calibration samples.
     """
 
     outcomes: tuple[Outcome, ...]
@@ -59,12 +59,20 @@ class Coverage:
 
 @dataclass(frozen=True, eq=False)
 class _Met:
-    """An outcome, which samples take it, and how far the others are from it, also in words."""
+    """An outcome and its samples.
+
+    Attributes:
+        outcome: with its counts.
+        taken: (samples,) booleans, on which samples it occurs.
+        missing: (samples,) distance of each sample from it.
+        distances: the same in words.
+        sources: names of the samples.
+    """
 
     outcome: Outcome
     taken: np.ndarray
     missing: np.ndarray
-    told: Sequence[str]
+    distances: Sequence[str]
     sources: Sequence[str]
 
 
@@ -77,49 +85,69 @@ def cover(
     section: CoverageSection,
     is_trained: bool,
 ) -> Coverage:
-    """Measure what a float network decides on the calibration samples.
+    """Measure the decisions of a float network on the calibration samples.
 
     Args:
         canonical: the network, routed or not.
-        programs: its parts, before they are quantized.
-        observed: of each sample what each part takes.
+        programs: its float programs, by name.
+        observed: for each sample, program -> inputs.
         drawn: the samples, for their names.
-        recipe: ``quantize.coverage`` says what is demanded.
+        section: ``quantize.coverage`` of the recipe.
+        is_trained: whether the network has weights; without, no outcome is demanded.
 
     Raises:
-        CalibrationError: when fewer samples than demanded meet an outcome, for trained weights; for a sample
-            whose logits are NaN or infinite.
+        CalibrationError: when an outcome occurs on fewer samples than demanded; for a sample whose logits are
+            NaN or infinite.
+        RecipeError: when a pattern of ``section.unused`` matches no mask.
     """
     needed = section.samples if is_trained else 0
     sources = [f"{s.source} at sigma {s.sigma:g}" if s.sigma else s.source for s in drawn]
+    capacity = _capacity_variant(canonical)
+    variants, logits = _measure_variants(canonical, capacity, observed, sources, needed)
+    own = {m.outcome.name: tuple(np.flatnonzero(m.taken).tolist()) for m in variants}
     chosen = dict.fromkeys(programs, tuple(range(len(observed))))
-    met: list[_Met] = []
-    logits: dict[str, tuple[Entry, ...]] = {}
-    quick = ""
-    if isinstance(canonical, RoutedModel):
-        if canonical.router is None:
-            quick = next(iter(canonical.variants))  # its masks are those of the other, which is always right
-            met = _ask_quick(canonical, [x[quick] for x in observed], sources)
-        else:
-            met, logits[ROUTER] = _ask_router(canonical, [x[ROUTER] for x in observed], sources, needed)
-        own = {m.outcome.name: tuple(np.flatnonzero(m.taken).tolist()) for m in met}
-        chosen |= {k: v for k, v in own.items() if len(v) >= section.own and quick in ("", k)}
+    chosen |= {k: v for k, v in own.items() if len(v) >= section.own and capacity in ("", k)}
+    met = [*variants]
     for name, program in programs.items():
-        if name != quick and find_decisions(program)[0]:
-            samples = [(sources[i], observed[i][name]) for i in chosen[name]]
-            front = f"{name}: " if met and not quick else ""
-            found, compared = _look_at_masks(program, samples, section, needed, front)
-            met += found
-            logits[name] = (*logits.get(name, ()), *compared)  # a router may have masks, too
+        if name == capacity or not find_decisions(program)[0]:
+            continue  # masks of the capacity variant are those of the dense one, which always fits
+        samples = [(sources[i], observed[i][name]) for i in chosen[name]]
+        prefix = f"{name}: " if variants and not capacity else ""
+        masks, compared = _measure_masks(program, samples, section, needed, prefix)
+        met += masks
+        logits[name] = (*logits.get(name, ()), *compared)  # a router may have masks, too
     _refuse_unknown(met, section.unused)
     _refuse_unmet(met, needed)
     return Coverage(tuple(m.outcome for m in met), logits, chosen)
 
 
-def _ask_router(
+def _capacity_variant(canonical: nn.Module) -> str:
+    """Return the name of the capacity variant; empty for a network without one."""
+    if isinstance(canonical, RoutedModel) and canonical.router is None:
+        return next(iter(canonical.variants))
+    return ""
+
+
+def _measure_variants(
+    canonical: nn.Module,
+    capacity: str,
+    observed: Sequence[Mapping[str, tuple[Tensor, ...]]],
+    sources: Sequence[str],
+    needed: int,
+) -> tuple[list[_Met], dict[str, tuple[Entry, ...]]]:
+    """Return the outcomes of routing, one per variant, and the router's logits; none without variants."""
+    if not isinstance(canonical, RoutedModel):
+        return [], {}
+    if capacity:
+        return _measure_capacity(canonical, [x[capacity] for x in observed], sources), {}
+    met, logits = _measure_routes(canonical, [x[ROUTER] for x in observed], sources, needed)
+    return met, {ROUTER: logits}
+
+
+def _measure_routes(
     model: RoutedModel, inputs: Sequence[tuple[Tensor, ...]], sources: Sequence[str], needed: int
 ) -> tuple[list[_Met], tuple[Entry, ...]]:
-    """Ask a router for the variant of every sample."""
+    """Return the outcomes of a router, one per variant, and its logits."""
     histograms: dict[str, Histogram] = {}
     rows = []
     for x, source in zip(inputs, sources, strict=True):
@@ -131,33 +159,35 @@ def _ask_router(
     for k, name in enumerate(model.variants):
         taken, missing = picked == k, scores.max(1) - scores[:, k]
         outcome = Outcome("variant", name, int(taken.sum()), len(sources), needed)
-        told = [f"its logit is {d:.3g} below the best" for d in missing]
-        found.append(_Met(outcome, taken, missing, told, sources))
+        distances = [f"its logit is {d:.3g} below the best" for d in missing]
+        found.append(_Met(outcome, taken, missing, distances, sources))
     return found, _entries(histograms)
 
 
-def _ask_quick(
+def _measure_capacity(
     model: RoutedModel, inputs: Sequence[tuple[Tensor, ...]], sources: Sequence[str]
 ) -> list[_Met]:
-    """Ask a quick variant which samples it holds; nothing is demanded: both variants compute the same."""
-    quick, dense = model.variants
+    """Return which samples fit the capacity variant; none is demanded, as both variants compute the same."""
+    capacity, dense = model.variants
     with torch.no_grad():
-        overflow = np.array([float(model.variants[quick](*x)[1].max()) for x in inputs])
-    told = [f"{count:g} positions too many" for count in overflow]
+        overflow = np.array([float(model.variants[capacity](*x)[1].max()) for x in inputs])
+    distances = [f"{count:g} positions too many" for count in overflow]
     return [
-        _Met(Outcome("variant", name, int(taken.sum()), len(sources)), taken, abs(overflow), told, sources)
-        for name, taken in ((quick, overflow <= 0), (dense, overflow > 0))
+        _Met(
+            Outcome("variant", name, int(taken.sum()), len(sources)), taken, abs(overflow), distances, sources
+        )
+        for name, taken in ((capacity, overflow <= 0), (dense, overflow > 0))
     ]
 
 
-def _look_at_masks(
+def _measure_masks(
     program: ExportedProgram,
     samples: Sequence[tuple[str, tuple[Tensor, ...]]],
     section: CoverageSection,
     needed: int,
-    front: str,
+    prefix: str,
 ) -> tuple[list[_Met], tuple[Entry, ...]]:
-    """Run a program on named samples; see where its masks are active, and how much of all of them."""
+    """Return the outcomes of a program's masks and of their density on named samples, and the logits."""
     module, masks = program.module(check_guards=False), find_decisions(program)[0]
     assert isinstance(module, fx.GraphModule)
     names = _name_masks(masks)
@@ -181,29 +211,30 @@ def _look_at_masks(
     for k, name in enumerate(names):
         taken = shares[:, k] > 0
         span = float(shares[:, k].min()), float(shares[:, k].max())
-        asked = 0 if matches(name, section.unused) else needed
-        outcome = Outcome("mask", front + name, int(taken.sum()), len(sources), asked, *span)
-        told = [f"its nearest logit is {d:.3g} from the threshold" for d in missing[:, k]]
-        found.append(_Met(outcome, taken, missing[:, k], told, sources))
-    found += _sort_into_bands(front, active.sum(1) / sizes.sum(1), section.bands, sources, needed)
+        demanded = 0 if matches(name, section.unused) else needed
+        outcome = Outcome("mask", prefix + name, int(taken.sum()), len(sources), demanded, *span)
+        distances = [f"its nearest logit is {d:.3g} from the threshold" for d in missing[:, k]]
+        found.append(_Met(outcome, taken, missing[:, k], distances, sources))
+    found += _sort_into_bands(prefix, active.sum(1) / sizes.sum(1), section.bands, sources, needed)
     return found, _entries(histograms)
 
 
 def _name_masks(masks: Sequence[Mask]) -> list[str]:
-    """Name masks by the module that compares; ``#2`` follows where it compares again."""
+    """Name each mask by the module that compares; ``#2`` follows for its second comparison."""
     return number_repeats(mask.path or "(the network)" for mask in masks)
 
 
 def _sort_into_bands(
-    front: str, shares: np.ndarray, bands: Sequence[float], sources: Sequence[str], needed: int
+    prefix: str, shares: np.ndarray, bands: Sequence[float], sources: Sequence[str], needed: int
 ) -> list[_Met]:
-    found, told = [], [f"{share:.1%} active" for share in shares]
+    distances = [f"{share:.1%} active" for share in shares]
+    outcomes = []
     for low, high in pairwise(bands):
         taken = (low < shares) & (shares <= high)
-        name = f"{front}{100 * low:g}-{100 * high:g}%"
+        name = f"{prefix}{100 * low:g}-{100 * high:g}%"
         outcome = Outcome("density", name, int(taken.sum()), len(shares), needed)
-        found.append(_Met(outcome, taken, np.maximum(low - shares, shares - high), told, sources))
-    return found
+        outcomes.append(_Met(outcome, taken, np.maximum(low - shares, shares - high), distances, sources))
+    return outcomes
 
 
 def _entries(histograms: Mapping[str, Histogram]) -> tuple[Entry, ...]:
@@ -211,7 +242,7 @@ def _entries(histograms: Mapping[str, Histogram]) -> tuple[Entry, ...]:
 
 
 def _refuse_unknown(met: Sequence[_Met], unused: Sequence[str]) -> None:
-    """Refuse a pattern of masks without demands that matches no mask."""
+    """Refuse a pattern of unused masks that matches no mask."""
     masks = [m.outcome.name.split(": ")[-1] for m in met if m.outcome.decision == "mask"]
     for pattern in unused:
         if not any(matches(name, [pattern]) for name in masks):
@@ -227,31 +258,32 @@ def _refuse_unmet(met: Sequence[_Met], needed: int) -> None:
     if not unmet:
         return
     more = f"; and {len(unmet) - _NAMED} more" if len(unmet) > _NAMED else ""
-    told = "; ".join(_tell(m) for m in unmet[:_NAMED]) + more
+    missing = "; ".join(_describe(m) for m in unmet[:_NAMED]) + more
     kinds = {m.outcome.decision for m in unmet}
-    states = ", or state the densities that the network has (quantize.coverage.bands)"
-    leaves = ", or name the masks that training left empty (quantize.coverage.unused)"
+    ways = (
+        ", state the densities that the network has (quantize.coverage.bands)" if "density" in kinds else ""
+    )
+    ways += ", name the masks that training left empty (quantize.coverage.unused)" if "mask" in kinds else ""
     raise CalibrationError(
-        f"the calibration set feeds {len(met) - len(unmet)} of {len(met)} outcomes of what the network "
-        f"decides; the recipe demands {needed} samples of each (quantize.coverage.samples). {told}. "
-        f"Add images like the nearest, at more crops and noise levels{states if 'density' in kinds else ''}"
-        f"{leaves if 'mask' in kinds else ''}, or demand fewer samples; 0 demands nothing."
+        f"{len(met) - len(unmet)} of {len(met)} decision outcomes occur in at least {needed} calibration "
+        f"samples (quantize.coverage.samples). Missing: {missing}. Add images like the nearest, at more "
+        f"crops and noise levels{ways}, or lower the limit (0 disables the check)."
     )
 
 
-def _tell(met: _Met) -> str:
-    """Say how often an outcome was met, and which samples come nearest."""
+def _describe(met: _Met) -> str:
+    """Return the samples of an outcome, and those that come nearest."""
     o = met.outcome
     others = [i for i in np.argsort(met.missing, kind="stable") if not met.taken[i]][:_NAMED]
-    nearest = ", ".join(f"{met.sources[i]} ({met.told[i]})" for i in others)
-    said = f"{o.decision} {o.name} has {o.taken} of {o.samples} samples"
-    return f"{said}, nearest are {nearest}" if nearest else f"{said}, and the set has no more"
+    nearest = ", ".join(f"{met.sources[i]} ({met.distances[i]})" for i in others)
+    count = f"{o.decision} {o.name} has {o.taken} of {o.samples} samples"
+    return f"{count}, nearest are {nearest}" if nearest else f"{count}, and the set has no more"
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:
-    """Return how often each outcome was met, as rows of the report; of the masks the one met least."""
+    """Return the samples of each outcome as rows of the report; of all masks only the rarest."""
     masks = [o for o in outcomes if o.decision == "mask"]
-    masks.sort(key=lambda o: (not o.needed, o.taken))  # those that something is asked of come first
+    masks.sort(key=lambda o: (not o.needed, o.taken))  # demanded ones first
     shown = [*(o for o in outcomes if o.decision != "mask"), *masks[:1]]
     return [
         Row(

@@ -1,10 +1,12 @@
-"""Look at a network without building it: each dynamic layer, its form on each target, what it costs.
+"""A dry run of a network: each dynamic layer, its form on each target, its cost.
 
-    generator    what computes a layer's kernels, coefficients or mask, and not its input
-    apply        the layer's primitive, with the parameters that it reads itself
+    generator    nodes that compute a layer's kernels, coefficients or mask, but not its input
+    apply        the layer's primitive, with its own parameters
     static       the rest
 
-Multiply-adds are of one tile. What several layers' generators share is counted at the first.
+Multiply-adds are per tile. A generator that several layers share counts for the first of them. A form is one
+way to compute a primitive, built of ordinary operators or kept as a node; each target gets the first that it
+can run.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ if TYPE_CHECKING:
 
 
 def inspect(recipe: Recipe, *, trust: bool = False) -> dict[str, Any]:
-    """Return what a build would do; nothing is written.
+    """Inspect a recipe's network on its target, with its forms; nothing is written.
 
     Returns:
         As ``inspect_model``, with ``recipe``, ``precision`` and ``target``.
@@ -41,30 +43,30 @@ def inspect(recipe: Recipe, *, trust: bool = False) -> dict[str, Any]:
     Raises:
         EdgedynError: as ``pipeline.build`` would for the recipe and the network.
     """
-    target = load_target(recipe)  # it refuses what a build would refuse
+    target = load_target(recipe)  # refuses as a build would
     model = recipe.load_model(trust=trust)
     inputs = tuple(torch.zeros(shape) for shape in recipe.input_shapes())
-    found = inspect_model(model, inputs, wanted={recipe.target: recipe.forms}, instead=target)
-    return {"recipe": recipe.name, "target": recipe.target, "precision": recipe.precision, **found}
+    inspected = inspect_model(model, inputs, chosen={recipe.target: recipe.forms}, instead=target)
+    return {"recipe": recipe.name, "target": recipe.target, "precision": recipe.precision, **inspected}
 
 
 def load_network(name: str) -> nn.Module:
     """Call ``package.module:function`` without arguments and return the network, in evaluation mode.
 
     Raises:
-        RecipeError: when there is no such function, or it gives no network.
+        RecipeError: when there is no such function, or it returns no network.
     """
     module_name, _, function = name.partition(":")
     try:
-        made = getattr(importlib.import_module(module_name), function)()
+        network = getattr(importlib.import_module(module_name), function)()
     except (ImportError, AttributeError, TypeError) as error:
         raise RecipeError(
             f"{name!r} cannot be called ({error}); expected package.module:function, importable from here, "
             "that returns a network without arguments."
         ) from error
-    if not isinstance(made, nn.Module):
-        raise RecipeError(f"{name!r} returns {type(made).__name__}; expected a torch.nn.Module.")
-    return made.eval()
+    if not isinstance(network, nn.Module):
+        raise RecipeError(f"{name!r} returns {type(network).__name__}; expected a torch.nn.Module.")
+    return network.eval()
 
 
 @shared_provenance()
@@ -72,24 +74,25 @@ def inspect_model(
     model: nn.Module,
     inputs: tuple[Tensor, ...],
     *,
-    wanted: Mapping[str, Mapping[str, str]] | None = None,
+    chosen: Mapping[str, Mapping[str, str]] | None = None,
     instead: targets.Target | None = None,
 ) -> dict[str, Any]:
     """Inspect a network in evaluation mode.
 
     Args:
-        model: with our layers or the authors', or none.
-        inputs: what a program of it would take; only the shapes count.
-        wanted: target -> {op: form}, as a recipe's ``forms``.
-        instead: taken for the target of its name, for instance one with our kernels.
+        model: with our dynamic layers, the authors', or none.
+        inputs: example inputs; only the shapes count.
+        chosen: target -> {op: form}, as a recipe's ``forms``.
+        instead: replaces the target of its name, for instance by one with our kernels.
 
     Returns:
         ``layers``, a dictionary for each call of an op of ours, in order, and for a routed network whole:
         ``path``, ``class``, ``paper``, ``primitive``, ``program``, ``forms`` {target: {"form", "why"}},
         ``generated`` {argument: shape}, ``kernel_bytes`` of these in float32, ``generator_macs``,
         ``apply_macs``, ``generator_parameters``, ``apply_parameters``;
-        ``targets``: what each says of the float program (``targets.Preview``); and of the whole network
-        ``shape``, ``parameters``, ``macs``, ``static_macs``, ``static_parameters``, ``generator_share``.
+        ``targets``: each target's preview of the float program (``targets.Preview``);
+        and for the whole network ``shape``, ``parameters``, ``macs``, ``static_macs``,
+        ``static_parameters``, ``generator_share``.
 
     Raises:
         ModelError: when a dynamic layer is not supported, or the network cannot be captured.
@@ -97,15 +100,15 @@ def inspect_model(
     reference = recognise(model)
     canonical = canonicalize(reference)
     modules = dict(reference.named_modules(remove_duplicate=False))
-    given = part_inputs(canonical, inputs)
-    programs = {name: capture(part, given[name]) for name, part in parts(canonical).items()}
+    examples = part_inputs(canonical, inputs)
+    programs = {name: capture(part, examples[name]) for name, part in parts(canonical).items()}
     known = {name: targets.load(name) for name in targets.names()} | (
         {instead.name: instead} if instead else {}
     )
     layers = _routed_row(canonical, modules)
     macs = 0
     for name, program in programs.items():
-        rows, total = _inspect_program(program, name, modules, known, wanted or {})
+        rows, total = _inspect_program(program, name, modules, known, chosen or {})
         layers, macs = layers + rows, macs + total
     applied, generated, own = (
         sum(row[key] for row in layers) for key in ("apply_macs", "generator_macs", "generator_parameters")
@@ -114,7 +117,7 @@ def inspect_model(
     return {
         "shape": [list(x.shape) for x in inputs],
         "layers": layers,
-        "targets": {name: _preview(target, programs, wanted or {}) for name, target in known.items()},
+        "targets": {name: _preview(target, programs, chosen or {}) for name, target in known.items()},
         "parameters": parameters,
         "static_parameters": parameters - own - sum(row["apply_parameters"] for row in layers),
         "macs": macs,
@@ -124,12 +127,12 @@ def inspect_model(
 
 
 def _routed_row(canonical: nn.Module, modules: Mapping[str, nn.Module]) -> list[dict[str, Any]]:
-    """Describe a routed network by one row; none for another."""
+    """Return one row for a routed network, none for another."""
     if not isinstance(canonical, RoutedModel):
         return []
     kind, paper = _owner("", modules)
-    how = f"{canonical.rule} of {len(canonical.variants)} variants: {', '.join(canonical.variants)}"
-    forms = {name: {"form": how, "why": "the host routes on every target"} for name in targets.names()}
+    rule = f"{canonical.rule} of {len(canonical.variants)} variants: {', '.join(canonical.variants)}"
+    forms = {name: {"form": rule, "why": "the host routes on every target"} for name in targets.names()}
     counts = ("generator_macs", "apply_macs", "generator_parameters", "apply_parameters", "kernel_bytes")
     return [
         {
@@ -150,9 +153,9 @@ def _inspect_program(
     name: str,
     modules: Mapping[str, nn.Module],
     known: Mapping[str, targets.Target],
-    wanted: Mapping[str, Mapping[str, str]],
+    chosen: Mapping[str, Mapping[str, str]],
 ) -> tuple[list[dict[str, Any]], int]:
-    """Describe each call of an op of ours in a program; return also all its multiply-adds."""
+    """Return one row for each call of an op of ours in a program, and all its multiply-adds."""
     ours = {op.overload: op for op in ops.load_all().values()}
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     costs = all_multiply_adds(program.graph)
@@ -163,33 +166,45 @@ def _inspect_program(
         if node.target not in ours:
             continue
         op = ours[node.target]
-        arguments = dict(zip((a.name for a in op.overload._schema.arguments), node.args, strict=False))
-        made = {key: arguments[key] for key in op.generated if arguments.get(key) is not None}
-        generator = _sources(made.values()) - _sources([node.args[0]]) - claimed
-        direct = {arg for arg in node.all_input_nodes if arg in sizes} - claimed - generator
-        claimed |= generator | direct
+        row, owned = _layer_row(node, op, costs, sizes, claimed)
+        claimed |= owned
         module, paper = _owner(module_path(node), modules)
-        rows.append(
-            {
-                "path": module_path(node),
-                "class": module,
-                "paper": paper,
-                "primitive": op.name,
-                "program": name,
-                "forms": {target: _form_on(op, known[target], wanted.get(target, {})) for target in known},
-                "generator_macs": sum(costs.get(n, 0) for n in generator),
-                "apply_macs": op.apply_macs(*(_value(arg) for arg in node.args)),
-                "generator_parameters": sum(sizes.get(n, 0) for n in generator),
-                "apply_parameters": sum(sizes[n] for n in direct),
-                "generated": {key: list(_value(x).shape) for key, x in made.items()},
-                "kernel_bytes": sum(4 * _value(x).numel() for x in made.values()),
-            }
-        )
+        forms = {name: _form_on(op, target, chosen.get(name, {})) for name, target in known.items()}
+        rows.append({**row, "class": module, "paper": paper, "program": name, "forms": forms})
     return rows, sum(costs.values()) + sum(row["apply_macs"] for row in rows)
 
 
+def _layer_row(
+    node: Node, op: Op, costs: Mapping[Node, int], sizes: Mapping[Node, int], claimed: set[Node]
+) -> tuple[dict[str, Any], set[Node]]:
+    """Return the cost of one call of an op of ours, and the nodes that it owns.
+
+    Args:
+        node: the call.
+        op: its primitive.
+        costs: multiply-adds of the program's other nodes.
+        sizes: number of values of the program's parameters.
+        claimed: nodes that earlier calls own: a shared generator counts once.
+    """
+    arguments = dict(zip((a.name for a in op.overload._schema.arguments), node.args, strict=False))
+    generated = {key: arguments[key] for key in op.generated if arguments.get(key) is not None}
+    generator = _sources(generated.values()) - _sources([node.args[0]]) - claimed
+    direct = {arg for arg in node.all_input_nodes if arg in sizes} - claimed - generator
+    row = {
+        "path": module_path(node),
+        "primitive": op.name,
+        "generator_macs": sum(costs.get(n, 0) for n in generator),
+        "apply_macs": op.apply_macs(*(_value(arg) for arg in node.args)),
+        "generator_parameters": sum(sizes.get(n, 0) for n in generator),
+        "apply_parameters": sum(sizes[n] for n in direct),
+        "generated": {key: list(_value(x).shape) for key, x in generated.items()},
+        "kernel_bytes": sum(4 * _value(x).numel() for x in generated.values()),
+    }
+    return row, generator | direct
+
+
 def _owner(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
-    """Return class and paper of the reference layer that stands at a path or around it."""
+    """Return class and paper of the reference layer at a path or around it."""
     papers = {cls: layer for layer in load_all().values() for cls in layer.canonical}
     around = path
     while type(modules.get(around)) not in papers:
@@ -200,14 +215,14 @@ def _owner(path: str, modules: Mapping[str, nn.Module]) -> tuple[str, str]:
     return kind.__name__, papers[kind].paper
 
 
-def _form_on(op: Op, target: targets.Target, wanted: Mapping[str, str]) -> dict[str, str]:
-    """Say which form a target gets, and why."""
+def _form_on(op: Op, target: targets.Target, chosen: Mapping[str, str]) -> dict[str, str]:
+    """Return the form that a target gets, and the reason."""
     try:
-        form = ops.choose_form(op, target, wanted.get(op.name))
+        form = ops.choose_form(op, target, chosen.get(op.name))
     except EdgedynError as error:
         return {"form": "", "why": str(error)}
     passed = [f for f in op.forms[: op.forms.index(form)] if not f.requires <= target.capabilities]
-    if op.name in wanted:
+    if op.name in chosen:
         why = "the recipe names it"
     elif passed:
         why = "; ".join(f"{f.name} needs {', '.join(sorted(f.requires))}" for f in passed)
@@ -219,15 +234,15 @@ def _form_on(op: Op, target: targets.Target, wanted: Mapping[str, str]) -> dict[
 def _preview(
     target: targets.Target,
     programs: Mapping[str, ExportedProgram],
-    wanted: Mapping[str, Mapping[str, str]],
+    chosen: Mapping[str, Mapping[str, str]],
 ) -> dict[str, Any]:
-    """Ask a target what it would do with the float programs."""
+    """Return a target's preview of the float programs, or its refusal."""
     if reason := target.missing():
         return {"missing": reason}
     try:
         decomposed = {}
         for name, program in programs.items():
-            forms = ops.choose_forms(program, target, wanted.get(target.name, {}))
+            forms = ops.choose_forms(program, target, chosen.get(target.name, {}))
             done = ops.decompose(program, forms, "before_quantize")
             decomposed[name] = ops.decompose(done, forms, "after_quantize")
         return target.preview(decomposed)
@@ -236,7 +251,7 @@ def _preview(
 
 
 def _parameter_sizes(program: ExportedProgram) -> dict[Node, int]:
-    """Return the number of values of each parameter that a program reads, buffers left out."""
+    """Return the number of values of each parameter of a program, buffers left out."""
     names = program.graph_signature.inputs_to_parameters
     return {
         node: node.meta["val"].numel()
@@ -246,7 +261,7 @@ def _parameter_sizes(program: ExportedProgram) -> dict[Node, int]:
 
 
 def _sources(values: Iterable[Any]) -> set[Node]:
-    """Return the graph nodes that values are computed from, themselves included."""
+    """Return the nodes that values depend on, themselves included."""
     found: set[Node] = set()
     waiting = list(values)
     while waiting:

@@ -50,6 +50,11 @@ class Network:
     drawn: Sequence[Sample] = ()
     color_augmented: int = 0
 
+    def __repr__(self) -> str:
+        """Return one line: the network, its programs and the calibration samples."""
+        programs = ", ".join(self.captured)
+        return f"Network({type(self.reference).__name__}: {programs}; {len(self.drawn)} samples)"
+
     @property
     def natural(self) -> int:
         """Number of samples in natural colours."""

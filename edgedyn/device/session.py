@@ -1,4 +1,4 @@
-"""Use a bundle where it stands: open it, run images of any size through it in tiles, check it.
+"""A bundle in use where it stands: opened, run on images of any size in tiles, checked.
 
     y[p] = sum_i w_i[p] * program(x[tile_i])[p],  sum_i w_i[p] = 1,  w_i[row, column] = u_i[row] * v_i[column]
 
@@ -45,18 +45,28 @@ def silent(done: int, total: int) -> None:
 
 @dataclass(frozen=True)
 class Session:
-    """An open bundle, and ``run(*arrays)``, which returns the list of its outputs; a router decides first."""
+    """An open bundle and its program.
+
+    Attributes:
+        bundle: verified.
+        run: ``run(*arrays)`` returns the list of outputs; a router decides first.
+    """
 
     bundle: Bundle
     run: Run
 
-    def denoise(self, pixels: np.ndarray, *, progress: Progress = silent) -> np.ndarray:
-        """Run an image of any size through the program, in tiles of the program's own size.
+    def __repr__(self) -> str:
+        """Return one line: the bundle and the sizes of input and output."""
+        shapes = [tuple(spec.shape) for spec in (self.bundle.inputs[0], self.bundle.outputs[0])]
+        return f"Session({self.bundle.summary}, {shapes[0]} -> {shapes[1]})"
+
+    def process(self, pixels: np.ndarray, *, progress: Progress = silent) -> np.ndarray:
+        """Run an image of any size through the program, denoising or enlarging it, tile by tile.
 
         Args:
-            pixels: (H, W, C) floating-point, in the range of the bundle's input. A gray image (C = 1) enters
-                a program of 3 channels as three equal ones and comes out as their mean; each channel of a
-                colour image goes through a program of 1 channel by itself.
+            pixels: (H, W, C) floating-point, in the range of the bundle's input. A program of 3 channels gets
+                a gray image (C = 1) as three equal channels, and the result is their mean. A program of 1
+                channel runs on each channel of a colour image.
             progress: called with (tiles done, tiles in all) after each tile.
 
         Returns:
@@ -90,9 +100,9 @@ class Session:
         y, (h, w) = np.asarray(outputs[0]), spec.shape[2:]
         expected = (*spec.shape[:2], h * scale, w * scale)
         if y.shape != expected or not np.isfinite(y).all():
-            found = f"{y.shape}, {int((~np.isfinite(y)).sum())} values not finite"
+            actual = f"{y.shape}, {int((~np.isfinite(y)).sum())} values not finite"
             raise CheckFailedError(
-                f"bundle {self.bundle.path}: the program's output: found {found}, expected {expected}. "
+                f"bundle {self.bundle.path}: the program's output: found {actual}, expected {expected}. "
                 "Run edgedyn check on it."
             )
         result: np.ndarray = y[0].astype(np.float32, copy=False)
@@ -103,9 +113,9 @@ def open_session(path: Path) -> Session:
     """Verify the bundle in ``path`` and load its program with its target's runtime.
 
     Raises:
-        BundleError: if the bundle does not verify or names a target that this edgedyn does not have.
+        BundleError: if the bundle does not verify, or names a target that this edgedyn does not have.
         TargetMissingError: if the target's runtime is not installed here.
-        UsageError: if the program is still to be compiled.
+        UsageError: if the program is not compiled yet.
     """
     bundle = open_bundle(path)
     try:
@@ -119,7 +129,7 @@ def open_session(path: Path) -> Session:
     return Session(bundle, load_programs(target.load, path, bundle.programs, bundle.routing))
 
 
-def denoise_files(
+def process_files(
     session: Session,
     images: list[Path],
     out: Path,
@@ -127,9 +137,9 @@ def denoise_files(
     force: bool = False,
     progress: Callable[[Path, int, int], None] = lambda image, done, total: None,
 ) -> list[Path]:
-    """Run image files through a session and write them, under their own names, into the folder ``out``.
+    """Run image files through a session and write the results, under the same names, into the folder ``out``.
 
-    What can be refused by names alone is refused before any work. Each file appears whole or not at all.
+    Names are refused before any work. Each file appears whole or not at all.
 
     Args:
         out: folder for the results, made if need be.
@@ -158,7 +168,7 @@ def denoise_files(
     for image, result in zip(images, results, strict=True):
         photo = read_image(image)
         tell = functools.partial(progress, image)
-        write_image(photo, session.denoise(photo.pixels, progress=tell), result)
+        write_image(photo, session.process(photo.pixels, progress=tell), result)
     return results
 
 
@@ -166,8 +176,8 @@ def check(session: Session) -> ValidationReport:
     """Run the bundle's validation vectors where it stands.
 
     Returns:
-        Two rows a vector, ``device:vectors``, with the largest and the root mean square difference from the
-        expected output, and one that repeats the verdict of the build. A bundle without vectors is not ok.
+        Two rows per vector, ``device:vectors``, with the largest and the root mean square difference from the
+        expected output, and one row with the verdict of the build. A bundle without vectors is not ok.
 
     Raises:
         BundleError: if a vector is no array of the shape and dtype that the manifest gives.
@@ -180,14 +190,14 @@ def check(session: Session) -> ValidationReport:
         specs = zip(vector.inputs, session.bundle.inputs, strict=True)
         arrays = [_read_array(session.bundle, name, spec) for name, spec in specs]
         expected = _read_array(session.bundle, vector.output, session.bundle.outputs[0])
-        found = np.asarray(session.run(*arrays)[0])
+        actual = np.asarray(session.run(*arrays)[0])
         name = vector.inputs[0]
-        if found.shape != expected.shape:
+        if actual.shape != expected.shape:
             where = f"bundle {session.bundle.path}, {name}"
             raise CheckFailedError(
-                f"{where}: found {found.shape}, expected {expected.shape}. Build it again."
+                f"{where}: found {actual.shape}, expected {expected.shape}. Build it again."
             )
-        error = np.abs(found.astype(np.float64) - expected.astype(np.float64))
+        error = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
         worst, rms = float(error.max()), float(np.sqrt(np.mean(error**2)))
         rows += [
             Row("device:vectors", f"max_abs[{name}]", worst, {"at_most": vector.max_abs}, 1),
@@ -237,7 +247,7 @@ def _check_pixels(pixels: np.ndarray) -> None:
 
 
 def _planes(pixels: np.ndarray, channels: int) -> list[np.ndarray]:
-    """Return what to run, each (channels, H, W) float32."""
+    """Return the inputs of the program, each (channels, H, W) float32."""
     bands = pixels.transpose(2, 0, 1).astype(np.float32)
     if len(bands) == channels:
         return [bands]
@@ -264,7 +274,7 @@ def _result_paths(images: list[Path], out: Path, *, force: bool) -> list[Path]:
 
 
 def runtime_name(bundle: Bundle) -> str:
-    """Return what runs the bundle's program here, so that a host's check is never taken for a device's."""
+    """Return the runtime of the bundle's program here: a host's check is never taken for a device's."""
     module = importlib.import_module(f"edgedyn.targets.{bundle.target}.run")
     names = {module.runtime_name(bundle.path / file) for file in bundle.programs.values()}
     return ", ".join(sorted(names))

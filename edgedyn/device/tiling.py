@@ -1,4 +1,4 @@
-"""Tiles that cover an image, and how much each of their pixels counts."""
+"""Tiles that cover an image, and the weight of each of their pixels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from edgedyn.errors import BundleError
 
 @dataclass(frozen=True, eq=False)
 class Tile:
-    """One place where the program runs, and how much its result counts there.
+    """One position of the program on the image, with the weights of its result.
 
     Attributes:
         top: first row.
@@ -34,7 +34,7 @@ def tiles(height: int, width: int, tile_h: int, tile_w: int, overlap: int) -> li
         height: rows of the image; if fewer than ``tile_h``, one tile from row 0 reaches beyond.
         width: columns of the image, likewise.
         tile_h: rows of a tile, ``tile_w`` its columns.
-        overlap: pixels that neighbours share at least, 0 to less than a tile.
+        overlap: least number of pixels that neighbours share, from 0 to less than a tile.
 
     Raises:
         BundleError: if the overlap is not less than a tile.

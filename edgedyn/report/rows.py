@@ -26,9 +26,17 @@ class Row:
     limit: dict[str, float]
     samples: int
 
+    def __repr__(self) -> str:
+        """Return one line: the comparison, the value, its limit and the verdict."""
+        words = {"at_least": "at least", "at_most": "at most"}
+        limit = "".join(f", {words[key]} {value:.4g}" for key, value in self.limit.items())
+        verdict = "failed" if not self.passed else "passed" if self.limit else "reported"
+        value = f"{self.value:.4g}" if self.passed else f"{self.value:.8g}"  # 4 digits may equal the limit
+        return f"Row({self.between} {self.metric} = {value}{limit}, samples {self.samples}: {verdict})"
+
     @property
     def passed(self) -> bool:
-        """Whether something was measured and the limit holds; not-a-number never passes."""
+        """Whether the row has samples and its limit holds; not-a-number never passes."""
         if self.samples < 1 or math.isnan(self.value):
             return False
         low = self.limit.get("at_least", -math.inf)
@@ -45,7 +53,15 @@ class ValidationReport:
 
     rows: tuple[Row, ...]
 
+    def __repr__(self) -> str:
+        """Return the counts in one line, and each failed row on a line of its own."""
+        failed = [row for row in self.rows if not row.passed]
+        checks = sum(bool(row.limit) or not row.passed for row in self.rows)
+        verdict = "passed" if self.ok else "failed"
+        line = f"ValidationReport({verdict}: {checks} checks, {len(failed)} failed; {len(self.rows)} rows)"
+        return "\n  ".join([line, *map(repr, failed)])
+
     @property
     def ok(self) -> bool:
-        """Whether there are rows and all pass: nothing compared is not a success."""
+        """Whether there are rows and all pass; an empty report is no success."""
         return bool(self.rows) and all(row.passed for row in self.rows)

@@ -41,6 +41,10 @@ class Outputs:
     decided: Mapping[str, list[Decision | None]] = field(default_factory=dict)
     dispatchers: Mapping[str, Dispatcher] = field(default_factory=dict)
 
+    def __repr__(self) -> str:
+        """Return one line: the number of samples and the shape of an output."""
+        return f"Outputs({len(self.samples)} samples, {self.device[0].shape})"
+
     def take(self, indices: Sequence[int]) -> Outputs:
         """Return the outputs on some of the samples."""
         return replace(

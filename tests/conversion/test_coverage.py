@@ -93,9 +93,9 @@ def test_logits_of_the_router_are_an_entry_without_a_step():
 def test_variant_that_no_sample_picks_is_refused_with_the_nearest():
     # 2 m (c2 - c1) - (c2^2 - c1^2) with the centers 0.5 and 0.875, and 0.125 for the darkest
     message = (
-        r"feeds 2 of 3 outcomes .* demands 1 samples of each .*variant w2 has 0 of 3 samples, nearest are "
+        r"2 of 3 decision outcomes occur in at least 1 .*Missing: variant w2 has 0 of 3 samples, nearest are "
         r"b\.png at sigma 25 \(its logit is 0\.0656 below the best\), c\.png at sigma 25 .*, a\.png .*"
-        r"Add images like the nearest.*or demand fewer samples; 0 demands nothing"
+        r"Add images like the nearest.*or lower the limit \(0 disables the check\)"
     )
     with pytest.raises(CalibrationError, match=message) as caught:
         cover(make_routed(plain), 0.1, 0.6, 0.4, sigma=25.0, samples=1)
@@ -111,7 +111,7 @@ def test_set_without_further_samples_says_so():
 
 
 def test_refusal_names_three_outcomes_and_counts_the_rest():
-    message = r"feeds 0 of 12 .*variant w0 has .*variant w1 has .*variant w2 has .*; and 9 more\. Add"
+    message = r"^0 of 12 decision .*variant w0 has .*variant w1 has .*variant w2 has .*; and 9 more\. Add"
     with pytest.raises(CalibrationError, match=message):
         cover(make_routed(BrightParts), 0.1, samples=2, bands=[0.0, 0.5, 1.0])
 
@@ -194,7 +194,7 @@ def test_pattern_of_unused_masks_that_matches_none_is_refused_with_their_names()
 
 def test_band_that_is_not_reached_is_refused_with_the_densities_and_the_way_out():
     message = (
-        r"feeds 2 of 3 .*density 0-25% has 0 of 2 samples, nearest are b\.png \(37\.5% active\), a\.png "
+        r"^2 of 3 decision .*density 0-25% has 0 of 2 samples, nearest are b\.png \(37\.5% active\), a\.png "
         r"\(50\.0% active\)\. Add images.*state the densities that the network has \(quantize\.cov.*\.bands\)"
     )
     with pytest.raises(CalibrationError, match=message):

@@ -13,7 +13,7 @@ from PIL import Image
 from edgedyn import targets
 from edgedyn.bundle.bundle import Bundle, staging_folder, write_bundle
 from edgedyn.bundle.manifest import FORMAT
-from edgedyn.device.session import Session, check, denoise_files, open_session
+from edgedyn.device.session import Session, check, open_session, process_files
 from edgedyn.device.tiling import tiles
 from edgedyn.errors import (
     BundleError,
@@ -183,13 +183,13 @@ def test_an_overlap_that_is_no_part_of_a_tile_is_refused(overlap):
 @pytest.mark.parametrize(("height", "width"), [(16, 24), (17, 25), (33, 24), (61, 83), (16, 100), (128, 31)])
 def test_tiled_equals_whole_where_the_overlap_is_four_radii(session, height, width):
     pixels = picture(height, width)
-    np.testing.assert_allclose(session.denoise(pixels), whole(pixels), rtol=0, atol=ATOL)
+    np.testing.assert_allclose(session.process(pixels), whole(pixels), rtol=0, atol=ATOL)
 
 
 def test_with_less_overlap_only_the_surroundings_of_cuts_differ(tmp_path):
     session = session_of(write(tmp_path / "bundle", overlap=0))
     pixels = picture(32, 48)  # two tiles each way, cut at row 16 and column 24
-    wrong = np.abs(session.denoise(pixels) - whole(pixels)).max(axis=2) > ATOL
+    wrong = np.abs(session.process(pixels) - whole(pixels)).max(axis=2) > ATOL
     near_row = np.abs(np.arange(32) + 0.5 - 16) < RADIUS
     near_column = np.abs(np.arange(48) + 0.5 - 24) < RADIUS
     assert wrong.any()
@@ -201,7 +201,7 @@ def test_a_flat_image_inside_shows_no_seam(tmp_path, overlap):
     session = Session(write(tmp_path / "bundle", overlap=overlap), lambda x: [x])
     pixels = picture(50, 70)
     # The identity: only the weights act; 4 tiles, each with its weight's rounding.
-    np.testing.assert_allclose(session.denoise(pixels), pixels, rtol=0, atol=8 * np.finfo(np.float32).eps)
+    np.testing.assert_allclose(session.process(pixels), pixels, rtol=0, atol=8 * np.finfo(np.float32).eps)
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 40), (7, 5), (15, 23), (3, 100)])
@@ -209,7 +209,7 @@ def test_a_small_image_is_continued_by_reflection(session, height, width):
     pixels = picture(height, width)
     rows, columns = (reflected(size, tile) for size, tile in zip((height, width), TILE, strict=True))
     expected = whole(pixels[rows][:, columns])[:height, :width]
-    result = session.denoise(pixels)
+    result = session.process(pixels)
     assert result.shape == pixels.shape
     np.testing.assert_allclose(result, expected, rtol=0, atol=ATOL)
 
@@ -223,7 +223,7 @@ def reflected(size, tile):
 
 def test_gray_through_three_channels_is_the_mean_of_three_and_stays_gray(session):
     gray = picture(33, 40, 1)
-    result = session.denoise(gray)
+    result = session.process(gray)
     assert result.shape == gray.shape
     expected = whole(np.repeat(gray, 3, axis=2)).mean(axis=2, keepdims=True)
     np.testing.assert_allclose(result, expected, rtol=0, atol=ATOL)
@@ -233,7 +233,7 @@ def test_colour_through_one_channel_runs_each_channel_by_itself(tmp_path):
     session = session_of(write(tmp_path / "bundle", channels=1))
     pixels = picture(33, 40)
     expected = np.concatenate([whole(pixels[:, :, c : c + 1]) for c in range(3)], axis=2)
-    np.testing.assert_allclose(session.denoise(pixels), expected, rtol=0, atol=ATOL)
+    np.testing.assert_allclose(session.process(pixels), expected, rtol=0, atol=ATOL)
 
 
 def test_a_float16_bundle_gets_float16_and_gives_float32(tmp_path):
@@ -245,7 +245,7 @@ def test_a_float16_bundle_gets_float16_and_gives_float32(tmp_path):
         return load(str(bundle.path / "model.onnx"))(x)
 
     pixels = picture(20, 30)
-    result = Session(bundle, run).denoise(pixels.astype(np.float64))
+    result = Session(bundle, run).process(pixels.astype(np.float64))
     assert set(seen) == {np.dtype("float16")}
     assert result.dtype == np.float32
     # Input and kernel rounded to float16, and the output: 3 roundings of eps / 2, of values up to 1.75; the
@@ -256,7 +256,7 @@ def test_a_float16_bundle_gets_float16_and_gives_float32(tmp_path):
 def test_progress_counts_every_tile_of_every_plane(tmp_path):
     session = session_of(write(tmp_path / "bundle", channels=1))
     calls = []
-    session.denoise(picture(33, 40), progress=lambda done, total: calls.append((done, total)))
+    session.process(picture(33, 40), progress=lambda done, total: calls.append((done, total)))
     total = 3 * len(tiles(33, 40, *TILE, OVERLAP))
     assert calls == [(done, total) for done in range(1, total + 1)]
 
@@ -264,18 +264,18 @@ def test_progress_counts_every_tile_of_every_plane(tmp_path):
 def test_arrays_that_are_no_picture_are_refused(session):
     for pixels in (picture(9, 9, 2), picture(9, 9)[:, :, 0], picture(0, 9), np.zeros((9, 9, 3), np.uint8)):
         with pytest.raises(ImageError, match="expected floating-point"):
-            session.denoise(pixels)
+            session.process(pixels)
     pixels = picture(9, 9)
     pixels[3, 4, 1] = np.nan
     pixels[0, 0, 0] = np.inf
     with pytest.raises(ImageError, match="found 2 pixel values that are not finite"):
-        session.denoise(pixels)
+        session.process(pixels)
 
 
 def test_a_program_that_returns_another_shape_or_nan_is_noticed(session):
     for run in (lambda x: [x[:, :1]], lambda x: [x * np.float32("nan")]):
         with pytest.raises(CheckFailedError, match="the program's output"):
-            Session(session.bundle, run).denoise(picture(9, 9))
+            Session(session.bundle, run).process(picture(9, 9))
 
 
 @pytest.mark.parametrize(
@@ -292,7 +292,7 @@ def test_a_program_that_is_not_image_to_image_takes_no_picture(tmp_path, inputs,
     changes = {"inputs": inputs, "outputs": outputs} | ({} if vectors is None else {"vectors": vectors})
     session = session_of(write(tmp_path / "bundle", **changes))
     with pytest.raises(ImageError, match="takes and returns"):
-        session.denoise(picture(9, 9))
+        session.process(picture(9, 9))
 
 
 def test_vectors_pass_where_the_program_computes_what_was_built(session):
@@ -341,7 +341,7 @@ def test_opening_verifies_loads_and_runs(tmp_path):
     write(tmp_path / "bundle")
     session = open_session(tmp_path / "bundle")
     assert check(session).ok
-    assert session.denoise(picture(20, 30)).shape == (20, 30, 3)
+    assert session.process(picture(20, 30)).shape == (20, 30, 3)
     (tmp_path / "bundle" / "model.onnx").write_bytes(b"")
     with pytest.raises(BundleError, match=r"file model\.onnx"):
         open_session(tmp_path / "bundle")
@@ -381,12 +381,12 @@ def save(path, pixels):
 def test_files_come_out_under_their_names_in_their_mode(tmp_path, session):
     images = [save(tmp_path / "a.png", picture(20, 30)), save(tmp_path / "b.tif", picture(40, 20, 1))]
     calls = []
-    results = denoise_files(
+    results = process_files(
         session, images, tmp_path / "deep" / "out", progress=lambda *call: calls.append(call)
     )
     assert results == [tmp_path / "deep" / "out" / "a.png", tmp_path / "deep" / "out" / "b.tif"]
     for image, result in zip(images, results, strict=True):
-        expected = np.clip(session.denoise(read_image(image).pixels), 0, 1)
+        expected = np.clip(session.process(read_image(image).pixels), 0, 1)
         found = read_image(result)
         assert found.pixels.shape == expected.shape
         # Half a step of 8 bits.
@@ -415,7 +415,7 @@ def test_files_are_refused_before_any_work(tmp_path, session):
     for images, folder, message in cases:
         for force in (False, True):
             with pytest.raises(EdgedynError, match=message):
-                denoise_files(idle, images, folder, force=force)
+                process_files(idle, images, folder, force=force)
     assert not out.exists()
 
 
@@ -424,7 +424,7 @@ def test_existing_results_are_kept_unless_forced(tmp_path, session):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "b.png").write_bytes(b"mine")
     with pytest.raises(UsageError, match=r"b\.png exists already"):
-        denoise_files(session, images, tmp_path / "out")
+        process_files(session, images, tmp_path / "out")
     assert os.listdir(tmp_path / "out") == ["b.png"]
-    assert len(denoise_files(session, images, tmp_path / "out", force=True)) == 2
+    assert len(process_files(session, images, tmp_path / "out", force=True)) == 2
     assert read_image(tmp_path / "out" / "b.png").pixels.shape == (20, 30, 3)

@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from edgedyn import pipeline
-from edgedyn.bench import bench
+from edgedyn.bench import benchmark
 from edgedyn.bench.speed import Comparison
 from edgedyn.bundle.bundle import open_bundle
 from edgedyn.bundle.manifest import MANIFEST, canonical, seal
@@ -46,7 +46,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(built):
-    return bench.compare_with_float(built, runs=3)
+    return benchmark.compare_with_float(built, runs=3)
 
 
 @pytest.fixture
@@ -78,7 +78,7 @@ def text_of(page: str) -> str:
 
 
 def test_latency_and_memory_are_measured_in_a_process_of_its_own(built):
-    found = bench.measure(built, runs=3)
+    found = benchmark.measure(built, runs=3)
     latency = found["programs"]["forward"]["latency_ms"]
     assert latency["runs"] == 3
     assert 0 < latency["median"] <= latency["p95"]
@@ -100,13 +100,13 @@ def test_every_int8_layer_is_compared_once(compared):
 
 
 def test_comparison_stands_in_the_bundle_once(bundle, compared):
-    bench.write_comparison(bundle, compared)
+    benchmark.write_comparison(bundle, compared)
     page = (bundle / "report.html").read_text()
-    bench.write_comparison(bundle, compared)
+    benchmark.write_comparison(bundle, compared)
     opened = open_bundle(bundle)
-    assert bench.FILE in opened.manifest["files"]
-    written = json.loads((bundle / bench.FILE).read_text())
-    assert {**compared.to_json(), "machine": bench.machine()} == written
+    assert benchmark.FILE in opened.manifest["files"]
+    written = json.loads((bundle / benchmark.FILE).read_text())
+    assert {**compared.to_json(), "machine": benchmark.machine()} == written
     rows = json.loads((bundle / "report.json").read_text())["rows"]
     (row,) = [row for row in rows if row["between"] == "int8:float"]
     assert (row["metric"], row["value"], row["limit"]) == ("slower_layers", len(compared.slower), {})
@@ -159,7 +159,7 @@ def test_command_measures_and_writes_into_the_bundle(bundle):
     found = json.loads(done.stdout)
     assert [row["layer"] for row in found["per_layer"]["layers"]] == ["head", "body", "tail"]
     assert found["programs"]["forward"]["latency_ms"]["runs"] == 2
-    written = json.loads((open_bundle(bundle).path / bench.FILE).read_text())
+    written = json.loads((open_bundle(bundle).path / benchmark.FILE).read_text())
     assert found["per_layer"] == {key: written[key] for key in found["per_layer"]}
 
 
@@ -199,14 +199,14 @@ def test_runs_from_1(bundle):
 def test_bundle_of_another_precision_is_refused(bundle):
     change(bundle, precision="fp32")
     with pytest.raises(UsageError, match="layers are compared where they are INT8"):
-        bench.compare_with_float(bundle, runs=1)
+        benchmark.compare_with_float(bundle, runs=1)
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
 def test_target_that_tells_no_times_of_layers_is_refused(bundle, target):
     change(bundle, target=target)
     with pytest.raises(TargetMissingError, match="does not tell here what a layer takes"):
-        bench.compare_with_float(bundle, runs=1)
+        benchmark.compare_with_float(bundle, runs=1)
 
 
 def test_bundle_that_does_not_name_its_operators_is_refused(bundle):
@@ -214,7 +214,7 @@ def test_bundle_that_does_not_name_its_operators_is_refused(bundle):
     del facts["operators"]
     change(bundle, facts=facts)
     with pytest.raises(BundleError, match="does not say which layers"):
-        bench.compare_with_float(bundle, runs=1)
+        benchmark.compare_with_float(bundle, runs=1)
 
 
 def test_bundle_without_vectors_is_refused(bundle):
@@ -223,9 +223,9 @@ def test_bundle_without_vectors_is_refused(bundle):
     files = {name: entry for name, entry in manifest["files"].items() if "/" not in name}
     change(bundle, vectors=[], files=files)
     with pytest.raises(BundleError, match="has no vectors"):
-        bench.measure(bundle, runs=1)
+        benchmark.measure(bundle, runs=1)
 
 
 def test_folder_that_is_no_bundle_is_refused(tmp_path):
     with pytest.raises(BundleError, match=r"manifest\.json"):
-        bench.measure(tmp_path, runs=1)
+        benchmark.measure(tmp_path, runs=1)
