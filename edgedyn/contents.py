@@ -1,10 +1,10 @@
-"""What goes into a bundle beside its program: vectors, manifest, texts for people and programs, pictures.
+"""Contents of a bundle beside its program: vectors, manifest, recipe, rows, calibration table, page.
 
-    vectors/        the first and the noisiest sample, with what the quantized program makes of them
+    vectors/        the first and the noisiest sample, with the outputs of the quantized program
     manifest        tensors, forms, versions, digests, measured facts; ``bundle.bundle`` adds the files
-    recipe.yaml, report.json, calibration.json and .safetensors
+    recipe.yaml, report.json, report.html, calibration.json and .safetensors
 
-Everything is read from what the build measured; nothing is run here.
+All of it comes from measurements of the build; no program runs here.
 """
 
 from __future__ import annotations
@@ -30,6 +30,11 @@ if TYPE_CHECKING:
     from edgedyn.recipe.keys import QuantizeSection
     from edgedyn.recipe.recipe import Recipe
     from edgedyn.targets import Artifact
+
+
+# Least limits of a vector: a quarter of an 8-bit level at any pixel, a sixteenth in rms; nobody sees either.
+LEAST_MAX_ABS = 1 / 255 / 4
+LEAST_RMS = 1 / 255 / 16
 
 
 def write_contents(
@@ -103,8 +108,8 @@ def describe(
         facts["dynamic_ranges"] = list(dict.fromkeys(every))
         if converted.table is not None:
             table = converted.table
-            facts["precision"] = {name: found.to_json() for name, found in table.precision.items()}
-            facts["ablation"] = {name: dict(found) for name, found in table.ablation.items()}
+            facts["precision"] = {name: measured.to_json() for name, measured in table.precision.items()}
+            facts["ablation"] = {name: dict(measured) for name, measured in table.ablation.items()}
         facts["calibration"] = _describe_calibration(recipe.quantize, calibration, converted.mismatch)
         facts["generated_kernels"] = _generated_kernels(converted)
     if converted.capacities is not None:
@@ -142,7 +147,7 @@ def _origin(recipe: Recipe) -> str:
 
 
 def _generated_kernels(converted: Converted) -> dict[str, dict[str, float]]:
-    """Return how far each generated kernel depends on the image, by program and layer."""
+    """Return the dependence of each generated kernel on the image, by program and layer."""
     programs = converted.table.programs if converted.table is not None else {}
     return {
         entry.name if program == FORWARD else f"{program}: {entry.name}": {
@@ -160,7 +165,7 @@ def _variants(converted: Converted) -> list[Part]:
 
 
 def _float_nodes(converted: Converted) -> list[dict[str, Any]]:
-    """List what stays float in every program; of several the program is named."""
+    """List the float nodes of every program, under the program's name where there are several."""
     return [
         {**row, "node": row["node"] if name == FORWARD else f"{name}: {row['node']}"}
         for name, part in converted.parts.items()
@@ -197,15 +202,14 @@ def _describe_calibration(
 def _describe_vectors(outputs: Outputs) -> list[dict[str, Any]]:
     vectors = []
     for name, index in _vector_indices(outputs).items():
-        # another CPU, compiler or GPU rounds otherwise: twice what this runtime was off, and at least a
-        # quarter of an 8-bit level at a pixel, a sixteenth over the image
+        # another CPU, compiler or GPU rounds otherwise: allow twice the error of this runtime
         error = np.abs(outputs.device[index].astype(np.float64) - outputs.quantized[index])
         vectors.append(
             {
                 "inputs": _input_names(name, outputs),
                 "output": f"vectors/{name}.output.npy",
-                "max_abs": max(2 * float(error.max()), 1 / 255 / 4),
-                "rms": max(2 * float(np.sqrt(np.mean(error**2))), 1 / 255 / 16),
+                "max_abs": max(2 * float(error.max()), LEAST_MAX_ABS),
+                "rms": max(2 * float(np.sqrt(np.mean(error**2))), LEAST_RMS),
             }
         )
     return vectors
@@ -218,7 +222,7 @@ def write_texts(
     table: CalibrationTable | None,
     latency_ms: dict[str, float],
 ) -> None:
-    """Write the recipe, the rows and, of INT8, the calibration table, for people and programs."""
+    """Write the recipe, the rows and, for INT8, the calibration table."""
     (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
     rows = {"ok": report.ok, "rows": [row.to_json() for row in report.rows], "latency_ms": latency_ms}
     _write_json(staging / "report.json", rows)

@@ -48,13 +48,13 @@ def describe(outputs: Outputs, *overrides: str, ok: bool = True, converted: Conv
     return contents.describe(recipe, artifact, converted, calibration, outputs, {}, ok)
 
 
-@pytest.mark.parametrize(("short_side", "told"), [("null", None), ("128", 128)])
-def test_preprocessing_of_the_calibration_set_is_told(tmp_path, short_side, told):
+@pytest.mark.parametrize(("short_side", "fact"), [("null", None), ("128", 128)])
+def test_preprocessing_of_the_calibration_set_is_a_fact(tmp_path, short_side, fact):
     recipe = load_recipe(RECIPE)
     text = recipe.path(recipe.calibration).read_text(encoding="utf-8")
     (tmp_path / "set.yaml").write_text(f"{text}short_side: {short_side}\n", encoding="utf-8")
     facts = describe(make_outputs((15, "a")), f"calibration={tmp_path / 'set.yaml'}")["facts"]
-    assert facts["calibration"].get("short_side") == told
+    assert facts["calibration"].get("short_side") == fact
 
 
 def test_spread_of_generated_kernels_is_named_by_program():
@@ -114,13 +114,13 @@ def test_method_of_calibration_is_named_and_what_was_forced(mismatch, forced):
     facts = describe(make_outputs((15, "a")), *overrides, converted=replace(CONVERTED, mismatch=mismatch))[
         "facts"
     ]
-    told = facts["calibration"]
-    assert (told["rounding"], told["bias_correction"], told["ranges"]["feature"]) == (
+    method = facts["calibration"]
+    assert (method["rounding"], method["bias_correction"], method["ranges"]["feature"]) == (
         "nearest",
         "full",
         "mse",
     )
-    assert told.get("forced") == forced
+    assert method.get("forced") == forced
     assert facts["delegates"] == 1
 
 

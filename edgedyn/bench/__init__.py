@@ -1,1 +1,1 @@
-"""How fast a bundle is here, whole and by layer."""
+"""Benchmark of a bundle: the whole program, and each layer."""

@@ -1,11 +1,11 @@
-"""How fast a bundle is on this machine: the whole, its memory, and each layer in INT8 against float32.
+"""Benchmark of a bundle on this machine: latency, memory, and each layer in INT8 against float32.
 
     latency, memory   a process of its own runs the bundle's programs on its first vector
     layers            the bundle's program beside its float32 counterpart, in turns: ``bench/speed.py``
 
-The counterpart is lowered here from the network that the bundle's recipe names, with initial weights: no time
-depends on a weight's value, and the weights file may be elsewhere. Only a fused ``masked_conv2d`` is as fast
-as its mask is empty. BatchNorm and range of its input come from the bundle's own vectors.
+The counterpart is lowered here from the network of the bundle's recipe, with initial weights: no time depends
+on the value of a weight, and the weights file may be elsewhere. The exception is a fused ``masked_conv2d``,
+whose time depends on its mask. BatchNorm statistics and input range come from the bundle's own vectors.
 """
 
 from __future__ import annotations
@@ -37,17 +37,17 @@ if TYPE_CHECKING:
 
 FILE = "bench.json"
 _REPORT = ("report.html", "report.json")
-Progress = Callable[[str, int, int], None]
+Progress = Callable[[str, int, int], None]  # (phase, steps done, steps in all)
 
 
 def measure(bundle: Path, *, runs: int) -> dict[str, Any]:
     """Time a bundle's programs on its first vector, in a process of its own.
 
     Returns:
-        ``programs``: name -> ``latency_ms`` {median, p95, runs} of one tile, router included where there is
-        one, and ``megapixels_per_second``; ``memory_bytes``: ``peak`` of the process, Python and the
-        runtime's libraries included, and by how much ``running`` raised it after loading; None where the
-        system does not tell; ``runtime``.
+        ``programs``: name -> ``latency_ms`` {median, p95, runs} of one tile, with its router where there is
+        one, and ``megapixels_per_second``; ``memory_bytes``: ``peak`` of the process, with Python and the
+        runtime's libraries, and ``running``, its rise after loading; None where the system reports neither;
+        ``runtime``.
 
     Raises:
         EdgedynError: as ``session.open_session``.
@@ -55,7 +55,7 @@ def measure(bundle: Path, *, runs: int) -> dict[str, Any]:
     """
     from edgedyn.device import session
 
-    opened = session.open_session(bundle)  # what is refused is refused here, with its own error
+    opened = session.open_session(bundle)  # refuses here, with its own error
     if not opened.bundle.vectors:
         raise BundleError(f"bundle {bundle} has no vectors; expected one to run. Build it again.")
     command = [sys.executable, "-m", "edgedyn.bench.process", str(bundle), str(runs)]
@@ -70,33 +70,33 @@ def measure(bundle: Path, *, runs: int) -> dict[str, Any]:
 
 
 def compare_with_float(
-    path: Path, *, runs: int, progress: Progress = lambda what, done, total: None
+    path: Path, *, runs: int, progress: Progress = lambda phase, done, total: None
 ) -> Comparison:
     """Compare an INT8 bundle with its float32 counterpart, layer by layer; nothing is written.
 
     Raises:
         UsageError: for a bundle of another precision.
-        TargetMissingError: for a target that does not tell what a layer takes.
-        BundleError: when the bundle does not say what its operators are of.
+        TargetMissingError: for a target without times by layer.
+        BundleError: when the bundle does not map its operators to layers.
     """
     bundle = open_bundle(path)
     if bundle.precision != "int8":
         raise UsageError(
-            f"bundle {path} is {bundle.precision}; layers are compared where they are INT8. Build the recipe "
-            "with precision: int8."
+            f"bundle {path} is {bundle.precision}; expected int8, whose layers are compared with float32. "
+            "Build the recipe with precision: int8."
         )
     target = targets.load(bundle.target)
     if target.profile is None:
         raise TargetMissingError(
-            f"target {bundle.target!r} does not tell here what a layer takes. On a Jetson: trtexec "
-            "--loadEngine=model.engine --dumpProfile; a host's time of its layers would say nothing of one."
+            f"target {bundle.target!r} has no times by layer here. On a Jetson: trtexec "
+            "--loadEngine=model.engine --dumpProfile; times of a host's layers say nothing about a Jetson."
         )
     if reason := target.missing():
         raise TargetMissingError(f"bundle {path} needs the target {bundle.target!r}: {reason}")
     traces: dict[str, Trace] = bundle.manifest["facts"].get("operators", {})
     if set(traces) != set(bundle.programs):
         raise BundleError(
-            f"bundle {path} does not say which layers its operators are of; found {sorted(traces)}, expected "
+            f"bundle {path} does not map its operators to layers; found {sorted(traces)}, expected "
             f"{sorted(bundle.programs)}. Build it again with this version."
         )
     with tempfile.TemporaryDirectory() as folder:
@@ -142,7 +142,7 @@ def lower_in_float(
             programs[name] = ops.decompose(folded.program, forms, "after_quantize")
         artifact = target.lower(programs, folder, "fp32")
         progress("float32", 1, 1)
-    return {name: [x.numpy() for x in given] for name, given in inputs.items()}, artifact
+    return {name: [x.numpy() for x in tensors] for name, tensors in inputs.items()}, artifact
 
 
 def stored_recipe(bundle: Bundle) -> Recipe:
@@ -165,7 +165,7 @@ def stored_inputs(bundle: Bundle) -> list[tuple[Tensor, ...]]:
 def write_comparison(path: Path, comparison: Comparison) -> None:
     """Write a comparison into its bundle: ``bench.json``, a row of ``report.json``, a section of the page.
 
-    What an earlier one wrote is replaced.
+    It replaces an earlier comparison.
 
     Raises:
         BundleError: if the bundle does not verify.
@@ -187,5 +187,5 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
 
 
 def machine() -> str:
-    """Name this machine for whoever reads the numbers elsewhere."""
+    """Return the name of this machine, for readers of the numbers elsewhere."""
     return f"{platform.machine()}, {platform.processor() or platform.system()}, {os.cpu_count()} CPUs"

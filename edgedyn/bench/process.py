@@ -1,4 +1,4 @@
-"""The process in which ``edgedyn bench`` runs a bundle: nothing else is in its memory. Device side: numpy."""
+"""The process in which ``edgedyn bench`` runs a bundle, alone in its memory. Device side: numpy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from edgedyn.targets.quiet import quiet_libraries
 
 
 def run_bundle(path: Path, runs: int) -> dict[str, Any]:
-    """Load and run a bundle's programs; return what ``bench.measure`` says."""
+    """Load and run a bundle's programs; return the values of ``benchmark.measure``."""
     with quiet_libraries():
         opened = session.open_session(path)
         arrays = [np.load(path / name, allow_pickle=False) for name in opened.bundle.vectors[0].inputs]
@@ -40,7 +40,7 @@ def run_bundle(path: Path, runs: int) -> dict[str, Any]:
 
 
 def status_bytes(key: str) -> int | None:
-    """Return a figure of this process where Linux tells it; getrusage's peak would be the parent's, too."""
+    """Return a figure of this process, None outside Linux; getrusage's peak includes the parent's."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)

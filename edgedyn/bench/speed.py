@@ -1,10 +1,10 @@
-"""What each layer takes in INT8 and in float, inside the whole program, and which are better left in float.
+"""Times of each layer in INT8 and in float32, inside the whole program, and the layers better left in float.
 
-    INT8 of a layer = its operator + the conversions between float and INT8 that are made for it
+    INT8 time of a layer = its operator + the conversions between float and INT8 made for it
 
-Both programs run in turns, and the runtime itself tells what each operator took. A conversion that several
-layers share counts for each in equal parts. A layer counts as slower only where the quartiles of its times
-lie apart. Device side: numpy only.
+Both programs run in turns, and the runtime reports the time of each operator. A conversion that several
+layers share counts for each in equal parts. A layer is slower only where the quartiles of its times lie
+apart. Device side: numpy only.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ import numpy as np
 from edgedyn.errors import BundleError
 from edgedyn.targets import Events
 
-Trace = Sequence[Mapping[str, Any]]  # what the operators of a program are of: ``operators`` of the facts
+Trace = Sequence[Mapping[str, Any]]  # the layer of each operator: ``operators`` of the facts
 _WORTH = 1e-4  # share of a program's time that leaving a layer in float must save to be suggested
 
 
 @dataclass(frozen=True)
 class Times:
-    """What one program took; milliseconds, (runs,) each.
+    """Times of one program; milliseconds, (runs,) each.
 
     Attributes:
-        whole: all of it.
+        whole: of the program.
         layers: by layer.
-        conversions: to and from INT8, by the layer that they are made for.
+        conversions: to and from INT8, by the layer that needs them.
     """
 
     whole: np.ndarray
@@ -39,7 +39,7 @@ class Times:
     conversions: dict[str, np.ndarray]
 
     def of(self, layer: str) -> np.ndarray:
-        """Return what a layer took with its conversions, (runs,)."""
+        """Return the time of a layer with its conversions, (runs,)."""
         return self.layers[layer] + self.conversions.get(layer, 0.0)
 
 
@@ -48,15 +48,15 @@ class LayerTime:
     """One layer in both programs; medians in milliseconds.
 
     Attributes:
-        program: that it is in.
+        program: its name.
         layer: dotted path; ``#2`` follows where it is called again.
         shape: of its output.
         multiply_adds: of one run.
         float_ms: in float32.
         int8_ms: in the INT8 program, conversions included.
         conversion_ms: these alone.
-        is_int8: whether it is INT8 in that program; the recipe keeps others in float.
-        is_slower: INT8 takes longer: the quartiles of both lie apart.
+        is_int8: whether it is INT8 in the INT8 program; the recipe keeps others in float.
+        is_slower: whether INT8 takes longer, the quartiles of both lying apart.
     """
 
     program: str
@@ -101,20 +101,20 @@ class Comparison:
 
     @property
     def int8_layers(self) -> list[LayerTime]:
-        """The layers that INT8 is a choice of."""
+        """The layers that are INT8."""
         return [row for row in self.layers if row.is_int8]
 
     @property
     def slower(self) -> list[LayerTime]:
         """The layers that INT8 makes slower, the most expensive first."""
-        found = [row for row in self.layers if row.is_slower]
-        return sorted(found, key=lambda row: row.float_ms - row.int8_ms)
+        slower = [row for row in self.layers if row.is_slower]
+        return sorted(slower, key=lambda row: row.float_ms - row.int8_ms)
 
     @property
     def keep_float(self) -> list[str]:
-        """What to add to ``quantize.keep_float``: paths whose calls together are faster in float.
+        """Additions to ``quantize.keep_float``: paths whose calls together are faster in float.
 
-        A recipe names a layer for all calls and all variants at once.
+        A recipe names a layer for all its calls and all variants at once.
         """
         saved: defaultdict[str, float] = defaultdict(float)
         for row in self.layers:
@@ -135,17 +135,17 @@ class Comparison:
 
 
 def attribute(events: Sequence[Events], trace: Trace) -> Times:
-    """Give the times of every run to the layers that they are of.
+    """Attribute the times of every run to layers.
 
     Between two layers the runtime may compute several conversions as one operator, or none at all: XNNPACK
-    makes a table of ``dequantize -> tanh -> quantize``. What is left of them is then shared out evenly.
+    makes a table of ``dequantize -> tanh -> quantize``. Their time is then shared out evenly.
 
     Args:
         events: of each run, in the runtime's order.
-        trace: what they are of.
+        trace: their layers.
 
     Raises:
-        BundleError: when the runtime ran other layers than the program was lowered to.
+        BundleError: when the runtime ran other layers than the lowered program has.
     """
     layers = [entry["layer"] for entry in trace if "layer" in entry]
     made_for = _between_layers([None if "layer" in entry else entry["conversion"] for entry in trace])
@@ -155,14 +155,14 @@ def attribute(events: Sequence[Events], trace: Trace) -> Times:
         times = [ms for kind, ms in run.operators if kind == "layer"]
         if len(times) != len(layers):
             raise BundleError(
-                f"the runtime told of {len(times)} layers, and the program was lowered to {len(layers)}: "
-                "times cannot be given to layers. Build the bundle again with this runtime's version."
+                f"the runtime reports {len(times)} layers; expected {len(layers)}, those of the lowered "
+                "program. Build the bundle again with this runtime's version."
             )
         for name, ms in zip(layers, times, strict=True):
             taken[name][index] = ms
         gaps = _between_layers([None if kind == "layer" else ms for kind, ms in run.operators])
-        for gap, found in zip(made_for, gaps, strict=True):
-            shares = found if len(found) == len(gap) else [sum(found) / len(gap) for _ in gap]
+        for gap, measured in zip(made_for, gaps, strict=True):
+            shares = measured if len(measured) == len(gap) else [sum(measured) / len(gap) for _ in gap]
             for names, ms in zip(gap, shares, strict=True):
                 for name in names:
                     converted[name][index] += ms / len(names)
@@ -170,7 +170,7 @@ def attribute(events: Sequence[Events], trace: Trace) -> Times:
 
 
 def _between_layers(entries: Sequence[Any]) -> list[list[Any]]:
-    """Split what is listed at the layers, which are None."""
+    """Split a list at the layers, which are None."""
     gaps: list[list[Any]] = [[]]
     for entry in entries:
         if entry is None:
@@ -235,16 +235,16 @@ def run_in_turns(
     warm_up: int = 2,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[list[Events]]:
-    """Run profiled programs in turns, so that what disturbs the machine disturbs all of them.
+    """Run profiled programs in turns, so that disturbances of the machine hit all of them.
 
     Args:
-        programs: what ``Target.profile`` loaded, and the inputs of each.
-        runs: that count, after ``warm_up``.
-        warm_up: runs that do not.
+        programs: each as loaded by ``Target.profile``, with its inputs.
+        runs: counted runs, after ``warm_up``.
+        warm_up: runs that do not count.
         progress: called with (turns done, turns in all).
 
     Returns:
-        The events of every run that counts, by program.
+        The events of every counted run, by program.
     """
     for turn in range(warm_up + runs):
         for program, arrays in programs:

@@ -1,1 +1,1 @@
-"""The directory that travels. Standard library and numpy."""
+"""The bundle, the directory that goes to the device. Standard library and numpy."""

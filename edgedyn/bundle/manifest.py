@@ -104,8 +104,8 @@ def read_manifest(path: Path) -> dict[str, Any]:
     data = _manifest_bytes(path)
     manifest = _parse(path, data)
     if manifest.get("format") != FORMAT:
-        found = f"{manifest.get('format')!r} (written by edgedyn {manifest.get('edgedyn', 'unknown')})"
-        raise refusal(path, "format", found, str(FORMAT), "Use that edgedyn, or build it again.")
+        actual = f"{manifest.get('format')!r} (written by edgedyn {manifest.get('edgedyn', 'unknown')})"
+        raise refusal(path, "format", actual, str(FORMAT), "Use that edgedyn, or build it again.")
     if data != canonical(manifest):
         raise refusal(path, MANIFEST, "another serialization", "the canonical one")
     expected = seal(manifest)["manifest_sha256"]
@@ -144,9 +144,9 @@ def check_files(path: Path, files: dict[str, Any], *, rebuilt: Collection[str] =
     for name, entry in files.items():
         if name in rebuilt:
             continue
-        found = describe_file(path / name)
-        if found != entry:
-            raise refusal(path, f"file {name}", str(found), str(entry))
+        actual = describe_file(path / name)
+        if actual != entry:
+            raise refusal(path, f"file {name}", str(actual), str(entry))
 
 
 def list_files(path: Path) -> set[str]:
@@ -182,9 +182,9 @@ def tensor_specs(entries: list[dict[str, Any]]) -> list[TensorSpec]:
     return [TensorSpec(**{**entry, "shape": tuple(entry["shape"])}) for entry in known]
 
 
-def refusal(path: Path, what: str, found: str, expected: str, step: str = "Build it again.") -> BundleError:
-    """Return the error for a bundle in which ``what`` is not as expected, to be raised."""
-    return BundleError(f"bundle {path}: {what}: found {found}, expected {expected}. {step}")
+def refusal(path: Path, part: str, actual: str, expected: str, fix: str = "Build it again.") -> BundleError:
+    """Return the error for a bundle in which a part is not as expected, to be raised."""
+    return BundleError(f"bundle {path}: {part}: found {actual}, expected {expected}. {fix}")
 
 
 def _manifest_bytes(path: Path) -> bytes:
@@ -241,9 +241,9 @@ def _check_values(path: Path, manifest: dict[str, Any]) -> None:
         fits = listed and len(vector["inputs"]) == len(manifest["inputs"])
         fits = fits and min(vector["max_abs"], vector["rms"]) >= 0
         rules.append(("a vector", vector, "listed files, one per input, max_abs and rms from 0", fits))
-    for what, found, expected, holds in rules:
+    for part, actual, expected, holds in rules:
         if not holds:
-            raise refusal(path, what, repr(found), expected)
+            raise refusal(path, part, repr(actual), expected)
 
 
 def _are_programs(programs: dict[str, Any]) -> bool:
@@ -265,10 +265,10 @@ def _is_routing(manifest: dict[str, Any]) -> bool:
     return routing["rule"] in RULES and counted and plain and set(named) == set(programs)
 
 
-def _check_types(path: Path, what: str, values: Any, kinds: dict[str, tuple[type, ...]]) -> None:
+def _check_types(path: Path, part: str, values: Any, kinds: dict[str, tuple[type, ...]]) -> None:
     if not isinstance(values, dict):
-        raise refusal(path, what, repr(values), f"an object of {sorted(kinds)}")
+        raise refusal(path, part, repr(values), f"an object of {sorted(kinds)}")
     for key, allowed in kinds.items():
         if type(values.get(key)) not in allowed:
             expected = " or ".join(kind.__name__ for kind in allowed)
-            raise refusal(path, f"{what}, key {key!r}", repr(values.get(key, "nothing")), expected)
+            raise refusal(path, f"{part}, key {key!r}", repr(values.get(key, "nothing")), expected)

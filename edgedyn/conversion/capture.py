@@ -1,4 +1,4 @@
-"""A network as an exported program; what cannot be exported is named by its line."""
+"""Capture of a network as an exported program; a refusal names the line that cannot be exported."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
             exporter's first line and the line of the network's code where it stopped.
     """
     try:
-        with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph of what it cannot follow
+        with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it cannot follow
             # a program takes its strides from its example, and the runtimes give it contiguous arrays
             return torch.export.export(model, tuple(x.contiguous() for x in inputs), strict=False)
-    except EdgedynError:  # a layer that refuses these inputs says what it expects
+    except EdgedynError:  # the layer's own refusal says more
         raise
     except Exception as error:  # torch.export raises its own, dynamo's and the model's exceptions alike
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
@@ -36,7 +36,7 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
 
 
 def _advice(error: BaseException) -> str:
-    """Say what could take the place of code that cannot be exported."""
+    """Suggest a replacement for code that cannot be exported."""
     if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__:
         return (
             "This line decides on data. A choice for the whole image is a routed program "
@@ -47,7 +47,7 @@ def _advice(error: BaseException) -> str:
 
 
 def _culprit(error: BaseException) -> str:
-    """Name the last line of code outside torch that an error passed through."""
+    """Return the last line of code outside torch that an error passed through."""
     outside = [
         frame
         for frame in traceback.extract_tb(error.__traceback__)

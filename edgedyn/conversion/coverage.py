@@ -155,13 +155,13 @@ def _measure_routes(
             rows.append(model.route(*x)[0].numpy()[0])
         count(histograms, "logits", rows[-1], f"{source}, 'logits'")
     scores = np.array(rows)
-    picked, found = scores.argmax(1), []
+    picked, outcomes = scores.argmax(1), []
     for k, name in enumerate(model.variants):
         taken, missing = picked == k, scores.max(1) - scores[:, k]
         outcome = Outcome("variant", name, int(taken.sum()), len(sources), needed)
         distances = [f"its logit is {d:.3g} below the best" for d in missing]
-        found.append(_Met(outcome, taken, missing, distances, sources))
-    return found, _entries(histograms)
+        outcomes.append(_Met(outcome, taken, missing, distances, sources))
+    return outcomes, _entries(histograms)
 
 
 def _measure_capacity(
@@ -207,16 +207,16 @@ def _measure_masks(
 
         look(module, compared, x, see)
     sources, shares = [source for source, _ in samples], active / sizes
-    found = []
+    outcomes = []
     for k, name in enumerate(names):
         taken = shares[:, k] > 0
         span = float(shares[:, k].min()), float(shares[:, k].max())
         demanded = 0 if matches(name, section.unused) else needed
         outcome = Outcome("mask", prefix + name, int(taken.sum()), len(sources), demanded, *span)
         distances = [f"its nearest logit is {d:.3g} from the threshold" for d in missing[:, k]]
-        found.append(_Met(outcome, taken, missing[:, k], distances, sources))
-    found += _sort_into_bands(prefix, active.sum(1) / sizes.sum(1), section.bands, sources, needed)
-    return found, _entries(histograms)
+        outcomes.append(_Met(outcome, taken, missing[:, k], distances, sources))
+    outcomes += _sort_into_bands(prefix, active.sum(1) / sizes.sum(1), section.bands, sources, needed)
+    return outcomes, _entries(histograms)
 
 
 def _name_masks(masks: Sequence[Mask]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The samples that INT8 is judged on while its precision is chosen."""
+"""Evaluation sets of the precision search: calibration images with fresh crops and noise."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from edgedyn.recipe.recipe import Recipe
 
 
-_EXAM = 12  # samples that INT8 is judged on, once for each layer
+_SAMPLES = 12  # the search runs them once per layer
 
 
 def make_evaluation_sets(
@@ -36,43 +36,44 @@ def make_evaluation_sets(
     by_layer: bool = True,
     ablates: bool = False,
 ) -> dict[str, EvaluationSet]:
-    """Return what INT8 is judged on in each program that gives a picture, while its precision is chosen.
+    """Return the evaluation set of each program that outputs a picture.
 
-    The images are the calibration set's, with other crops and other noise than those that are observed.
+    Calibration images with fresh crops and noise, on which the mixed-precision search is scored; never
+    validation images.
 
     Args:
         recipe: its ``max_drop_db`` is the limit.
         images: the calibration set.
-        canonical: the network, which says what each of its parts is given.
-        key: of the calibration table: what is measured belongs to it, whatever the limit.
-        by_layer: whether what each layer costs is measured.
-        ablates: whether each switch of the method is tried the other way.
+        canonical: the network; it computes the inputs of its parts.
+        key: of the calibration table; cached measurements belong to it, whatever the limit.
+        by_layer: measure the cost of INT8 in each layer.
+        ablates: measure the worth of each switch of the method.
 
     Raises:
         CalibrationError: for a set without truth.
         RecipeError: for a task without truth.
     """
     task = TASKS[recipe.task]
-    asked = "what INT8 costs (quantize.max_drop_db, --sensitivity, --ablation) is PSNR against the truth, and"
+    cost = "the cost of INT8 (quantize.max_drop_db, --sensitivity, --ablation) is PSNR lost against the truth"
     if not task.has_truth:
         raise RecipeError(
-            f"{asked} the task {recipe.task!r} has none. Choose float layers by quantize.keep_float; "
-            "limits.sqnr_db is what is demanded of the outputs."
+            f"{cost}, and the task {recipe.task!r} has none. Choose float layers by quantize.keep_float; "
+            "limits.sqnr_db limits the error of the outputs."
         )
     if not images.has_truth:
         raise CalibrationError(
-            f"{asked} calibration set {images.name!r} has noisy photos without clean ones. Add clean: to the "
-            "manifest, or choose by quantize.keep_float."
+            f"{cost}, and calibration set {images.name!r} has noisy photos without clean ones. Add clean: to "
+            "the manifest, or choose by quantize.keep_float."
         )
     fresh = images.fresh(1).draw(recipe.input_shapes(), task)
-    drawn = list(itertools.islice(fresh, _EXAM))
-    given = [part_inputs(canonical, to_tensors(sample)) for sample in drawn]
+    drawn = list(itertools.islice(fresh, _SAMPLES))
+    inputs = [part_inputs(canonical, to_tensors(sample)) for sample in drawn]
     method = {**key["method"], "max_drop_db": None}
     facts = json.dumps({**key, "method": method, "target": recipe.target, "kernels": recipe.kernels})
     sources = [*sorted(Path(__file__).parents[1].rglob("*.py")), *extensions.files()]
     return {
         name: EvaluationSet(
-            [x[name] for x in given],
+            [x[name] for x in inputs],
             [sample.truth for sample in drawn],
             [sample.condition for sample in drawn],
             recipe.quantize.max_drop_db,

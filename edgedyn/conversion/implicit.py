@@ -3,9 +3,9 @@
     FOLDER/model.onnx    float; the weights that calibration chose
     FOLDER/model.cache   scales of its values
 
-A routed network has both for each program; one without INT8 layers has no cache, and is built as it is.
-Without Q/DQ nodes a layer runs in INT8 only where what it writes has a scale, too: so, unlike the Q/DQ model
-of the same target, the cache also has the outputs of INT8 layers.
+A routed network has both for each program; a program without INT8 layers has no cache. Without Q/DQ nodes a
+layer runs in INT8 only where its output has a scale, too. So, unlike the Q/DQ model of the same target, the
+cache also has the outputs of INT8 layers.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ _SCHEME = Int8Scheme(symmetric=True, outputs=True)
 
 
 def refuse_caches(recipe: Recipe, folder: Path, *, force: bool = False) -> None:
-    """Refuse what has no calibration cache, or no place for one: call it before long work.
+    """Refuse a recipe without calibration caches, or a folder with other files; call it before long work.
 
     Raises:
-        RecipeError: for another target, or kernels of ours: they take explicit INT8 only.
-        UsageError: when something stands at ``folder``.
+        RecipeError: for another target, or for our kernels, which take explicit INT8 only.
+        UsageError: when ``folder`` is a file or not empty.
     """
     if (recipe.target, recipe.kernels) != ("tensorrt", "stock"):
         raise RecipeError(
@@ -46,14 +46,14 @@ def refuse_caches(recipe: Recipe, folder: Path, *, force: bool = False) -> None:
         raise UsageError(f"{folder} is no folder; calibration caches go into one. Choose another name.")
     if folder.exists() and any(folder.iterdir()) and not force:
         raise UsageError(
-            f"{folder} is not empty. Choose another folder, or pass --force to replace what it has."
+            f"{folder} is not empty. Choose another folder, or pass --force to replace its files."
         )
 
 
 def write_caches(recipe: Recipe, converted: Converted, folder: Path) -> list[Path]:
-    """Write a float ONNX a program and, where it has INT8 layers, its calibration cache; return the files.
+    """Write a float ONNX per program and, where it has INT8 layers, its calibration cache; return the files.
 
-    A cache is never beside another ONNX than its own: it goes first and comes last.
+    The old cache is deleted first and the new one written last: no cache ever stands beside a foreign ONNX.
     """
     from edgedyn.targets.onnxruntime.lower import file_name, write_models
     from edgedyn.targets.tensorrt.calibration_cache import cache_text, split_pairs
@@ -77,8 +77,8 @@ def write_caches(recipe: Recipe, converted: Converted, folder: Path) -> list[Pat
 
 
 def _with_outputs(recipe: Recipe, part: Part) -> ExportedProgram:
-    """Return a part with a Q/DQ pair at all that INT8 layers read and write."""
-    assert part.quantized.calibrated is not None  # of INT8 there is one
+    """Return a part with a Q/DQ pair at every input and output of INT8 layers."""
+    assert part.quantized.calibrated is not None  # INT8 has one
     method = quantize.Int8Method(_SCHEME, recipe.quantize, float32_classes())
     quantized = quantize.apply(part.decomposed, part.inputs, part.quantized.calibrated, method)
     return ops.decompose(quantized.program, part.forms, "after_quantize")

@@ -262,14 +262,14 @@ def _parameter_sizes(program: ExportedProgram) -> dict[Node, int]:
 
 def _sources(values: Iterable[Any]) -> set[Node]:
     """Return the nodes that values depend on, themselves included."""
-    found: set[Node] = set()
+    nodes: set[Node] = set()
     waiting = list(values)
     while waiting:
         node = waiting.pop()
-        if node not in found:
-            found.add(node)
+        if node not in nodes:
+            nodes.add(node)
             waiting += node.all_input_nodes
-    return found
+    return nodes
 
 
 def _value(argument: Any) -> Any:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Module:
-    """Rewrite a network on our ops; with capacities, as a quick and a dense variant."""
+    """Rewrite a network on our ops; with capacities, as a capacity variant and a dense one."""
     canonical = canonicalize(reference)
     if capacities is None:
         return canonical
@@ -27,10 +27,10 @@ def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Modul
 
 
 def load_reference(recipe: Recipe, drawn: Sequence[tuple[Tensor, ...]], *, trust: bool = False) -> nn.Module:
-    """Return the recipe's network; one without weights gets BatchNorm statistics from real images.
+    """Return the recipe's network; without weights, its BatchNorm statistics come from real images.
 
     Raises:
-        CalibrationError: when it needs images for that and the recipe names no set.
+        CalibrationError: when it needs images and the recipe names no set.
     """
     reference = recipe.load_model(trust=trust)
     has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in reference.modules())
@@ -54,10 +54,10 @@ def load_reference(recipe: Recipe, drawn: Sequence[tuple[Tensor, ...]], *, trust
 def count_capacities(
     reference: nn.Module, drawn: Sequence[tuple[Tensor, ...]], quantile: float | None
 ) -> dict[str, int] | None:
-    """Return the quantile of active positions by layer, or None where the recipe splits nothing.
+    """Return layer -> quantile of its active positions, or None for a recipe without ``route.capacity``.
 
     Raises:
-        CalibrationError: when there are no images to count on.
+        CalibrationError: when there are no images.
     """
     if quantile is None:
         return None

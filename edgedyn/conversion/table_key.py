@@ -1,15 +1,15 @@
-"""The calibration table of a recipe: what it belongs to, where it is kept, and how it is made.
+"""The calibration table of a recipe: its key, its file, and its making.
 
     model       network, arguments, digest of the weights
-    graph       what each program computes, before our ops are decomposed
-    forms       of our ops, where they bring convolutions of their own
+    graph       operators and shapes of each program, our ops as single nodes
+    forms       of our ops, where they add convolutions
     data        digest of the image set: files, noise, samples, seed
-    transform   task and shapes: how an image becomes an input
+    transform   task and shapes, which turn an image into an input
     method      the recipe's quantize section
-    finetuning  digest of the images that weights are trained on, where they are others
+    finetuning  digest of the fine-tuning images, where the recipe names a set for them
     versions    of the tools that calibrate
 
-The target is no part of its key: one table holds the steps for affine and for symmetric runtimes.
+The target is no part of its key: one table holds quantization parameters for affine and symmetric runtimes.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ def table_key(
         recipe: names model, task and method.
         images: the calibration set.
         captured: the programs with our ops as nodes, folded.
-        decomposed: the forms of these ops, and the programs before they are quantized, folded.
-        finetuning: the set that weights are trained on, where it is another one.
+        decomposed: the forms of these ops, and the decomposed float programs, folded.
+        finetuning: the fine-tuning set, where the recipe names one.
     """
     layers = {name: _layers(program) for name, program in captured.items()}
     forms = {
@@ -84,19 +84,19 @@ def tools(recipe: Recipe) -> tuple[str, ...]:
 def find_table(
     recipe: Recipe, key: Mapping[str, Any], *, force: bool = False
 ) -> tuple[CalibrationTable | None, str]:
-    """Read the table that the recipe names, where there is one already.
+    """Read the table that the recipe names, where its file exists.
 
     Args:
         recipe: ``quantize.table`` names the file.
-        key: what the table must be of.
-        force: take it also where it is of something else.
+        key: the key that the table must have.
+        force: use it also where its key differs.
 
     Returns:
-        The table or None, and what of its key does not fit: empty unless it was forced.
+        The table or None, and the fields of its key that do not fit: empty unless forced.
 
     Raises:
-        CalibrationError: when it is damaged, was edited, or is of something else: the field is named.
-        UsageError: when it is not there, and could not be written there.
+        CalibrationError: when it is damaged, was edited, or has another key; the message names the field.
+        UsageError: when it does not exist and cannot be written.
     """
     if recipe.quantize.table is None:
         return None, ""
@@ -118,12 +118,12 @@ def make_table(
     covered: Coverage,
     finetuning: CalibrationSet | None = None,
 ) -> CalibrationTable:
-    """Put what calibration found out about every program into one table; write it where the recipe says."""
+    """Collect the calibrations of every program in one table; write it where the recipe names a file."""
     more = {} if finetuning is None else {"finetuning": _describe(finetuning)}
     table = CalibrationTable(
         key,
         _describe(images) | more,
-        {name: (*found.entries, *covered.logits.get(name, ())) for name, found in programs.items()},
+        {name: (*calibrated.entries, *covered.logits.get(name, ())) for name, calibrated in programs.items()},
         {
             f"{name}/{x}": value
             for name, calibrated in programs.items()
@@ -145,7 +145,7 @@ def _describe(images: CalibrationSet) -> dict[str, Any]:
 
 
 def part_of(table: CalibrationTable, program: str) -> Calibrated:
-    """Return what a table holds of one program."""
+    """Return the calibration of one program from a table."""
     prefix = f"{program}/"
     constants = {n.removeprefix(prefix): x for n, x in table.constants.items() if n.startswith(prefix)}
     precision, ablation = table.precision.get(program), table.ablation.get(program, {})
@@ -153,23 +153,25 @@ def part_of(table: CalibrationTable, program: str) -> Calibrated:
 
 
 def _layers(module: fx.GraphModule) -> str:
-    """Return the digest of what could be INT8: layers, the tensors that they read and write, and shapes."""
-    rows = [[site.name, site.input, list(shape_of(site.node))] for site in find_quantizable_layers(module)]
+    """Return the digest of the quantizable layers: names, input activations and shapes."""
+    rows = [
+        [layer.name, layer.input, list(shape_of(layer.node))] for layer in find_quantizable_layers(module)
+    ]
     return _digest(rows)
 
 
 def _graph(module: fx.GraphModule) -> str:
-    """Return the digest of what a program computes: its operators, what they are given, and shapes.
+    """Return the digest of a program's operators, their arguments and shapes.
 
-    Weights have their own. Nodes are numbered, because their names follow how a program was written.
+    Weights have a digest of their own. Nodes are numbered, because their names follow the source code.
     """
     numbers = {node: f"%{number}" for number, node in enumerate(module.graph.nodes)}
     rows = []
     for node in module.graph.nodes:
-        given = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
+        arguments = fx.node.map_arg((node.args, node.kwargs), numbers.__getitem__)
         value = node.meta.get("val")
         shape = list(value.shape) if isinstance(value, Tensor) else None
-        rows.append([node.op, "" if node.op == "get_attr" else str(node.target), repr(given), shape])
+        rows.append([node.op, "" if node.op == "get_attr" else str(node.target), repr(arguments), shape])
     return _digest(rows)
 
 

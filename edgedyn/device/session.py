@@ -2,10 +2,10 @@
 
     y[p] = sum_i w_i[p] * program(x[tile_i])[p],  sum_i w_i[p] = 1,  w_i[row, column] = u_i[row] * v_i[column]
 
-Along each axis neighbouring tiles share at least ``overlap`` pixels. The weight passes from one to the next
-linearly over overlap / 2 pixels around the middle of what they share. So the outer overlap / 4 pixels of a
-tile, where a program sees zero padding instead of the picture, never count: a program that looks at most
-overlap / 4 pixels far gives exactly what it would give on the whole image.
+Along each axis neighbouring tiles share at least ``overlap`` pixels. The weight passes from one tile to the
+next linearly over overlap / 2 pixels around the middle of the shared ones. So the outer overlap / 4 pixels of
+a tile, where a program sees zero padding instead of the picture, never count. A program whose receptive field
+reaches at most overlap / 4 pixels gives exactly its output on the whole image.
 
 Device side: numpy and the target's ``run.py``; Pillow and tifffile only where files are read.
 """
@@ -209,13 +209,13 @@ def check(session: Session) -> ValidationReport:
 def _read_array(bundle: Bundle, name: str, spec: TensorSpec) -> np.ndarray:
     try:
         array = np.load(bundle.path / name, allow_pickle=False)
-        found = f"{array.dtype} {array.shape}"
+        actual = f"{array.dtype} {array.shape}"
     except (OSError, ValueError, EOFError, AttributeError, MemoryError) as error:
-        found, array = str(error), np.empty(0)
+        actual, array = str(error), np.empty(0)
     expected = f"{spec.dtype} {spec.shape}"
-    if found != expected:
+    if actual != expected:
         raise BundleError(
-            f"bundle {bundle.path}, {name}: found {found}, expected .npy without pickle, {expected} of "
+            f"bundle {bundle.path}, {name}: found {actual}, expected .npy without pickle, {expected} of "
             f"{spec.name!r}. Build the bundle again."
         )
     return np.asarray(array)

@@ -1,7 +1,7 @@
-"""The report of a build as one HTML file: verdict, pictures, every row, and what the numbers were made with.
+"""The report of a build as one HTML file: verdict, pictures, every row, and the origin of the numbers.
 
-Self-contained: pictures are embedded, nothing is loaded or executed, and the page forbids itself both. Equal
-arguments give equal bytes. ``page.html`` decides how it looks; this file decides what it says.
+Self-contained: pictures are embedded, and a content policy forbids the page to load or execute anything.
+Equal arguments give equal bytes. ``page.html`` has the layout, this file the values.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ __all__ = ["FILE", "Picture", "insert_layers", "write_report"]
 
 FILE = "report.html"
 
-# What each comparison asks, as in the table of the design; another ``between`` is shown without a question.
+# The question of each comparison; another ``between`` is shown without one.
 QUESTIONS = {
     "canonical:reference": "Is the rewrite of the dynamic layers exact?",
     "decomposed:canonical": "Is the form that the target runs exact?",
-    "quantized:decomposed": "What did quantization cost?",
-    "device:quantized": "Does the runtime compute what was exported?",
+    "quantized:decomposed": "How much quality does the precision cost?",
+    "device:quantized": "Does the runtime compute the exported program?",
     "float:truth": "How good is the network before deployment?",
-    "device:float": "Does the device say what the float network says?",
-    "device:truth": "Is what runs on the device still a good network?",
+    "device:float": "Does the device predict the same as the float network?",
+    "device:truth": "How good is the network on the device?",
     "int8:float": "Is INT8 faster than float, layer by layer?",
     "decisions": "Do gates and masks still decide the same?",
 }
@@ -71,24 +71,24 @@ def write_report(
 
     Args:
         out: folder of the bundle.
-        title: name of what was built.
+        title: name of the recipe.
         ok: the verdict.
         rows: ``Row.to_json()`` of every row.
         manifest: ``target`` and ``precision``; where given, ``inputs``, ``outputs`` (TensorSpecs as dicts),
-            ``forms`` {op: form}, ``versions`` {tool: version} and ``digests`` {what: sha256}.
+            ``forms`` {op: form}, ``versions`` {tool: version} and ``digests`` {name: sha256}.
         pictures: shown in this order.
-        facts: what was measured besides the rows. Each may be absent: ``programs`` {file: bytes},
+        facts: measurements besides the rows. Each may be absent: ``programs`` {file: bytes},
             ``latency_ms`` {median, p95, runs}, ``int8_mac_share`` (a fraction), ``float_nodes``
             [{node, reason}], ``dynamic_ranges`` [layer], ``check_build`` and ``calibration`` {name: value},
             ``weights`` (where they are from), ``precision`` and ``ablation`` (of a calibration table:
-            {program: what was measured}), ``generated_kernels`` {name: {spread, between_images}} (shares of a
+            {program: measurements}), ``generated_kernels`` {name: {spread, between_images}} (shares of a
             kernel's rms, see ``quantize.rescale.generated``), ``decisions`` and ``routes`` (histograms of
-            margins: ``edges``, ``all``, ``changed``). Others are listed at the end, but ``operators``, which
-            is for ``insert_layers``'s measurement.
+            margins: ``edges``, ``all``, ``changed``). The page lists others at its end, except
+            ``operators``, which ``edgedyn bench --per-layer`` uses.
 
     Raises:
         UsageError: for a verdict that the rows contradict, a row or a manifest without a required key, a
-            picture whose arrays are unequal or not finite, or a folder that is not there.
+            picture whose arrays are unequal or not finite, or a missing folder.
     """
     _require(out, ok, rows, manifest)
     precision = str(manifest["precision"]).upper()
@@ -116,11 +116,11 @@ def write_report(
 
 
 def insert_layers(page: str, values: Mapping[str, Any], row: Mapping[str, Any]) -> str:
-    """Return a report's page with the section of its layers; an earlier one is replaced.
+    """Return a report's page with the section of its layers, in place of an earlier one.
 
     Args:
         page: a ``report.html``.
-        values: ``Comparison.to_json()`` and the ``machine`` that it was measured on.
+        values: ``Comparison.to_json()`` and the ``machine`` of the measurement.
         row: the row that sums it up.
 
     Raises:
@@ -190,18 +190,18 @@ def _figures(rows: list[dict[str, Any]], facts: Mapping[str, Any]) -> Iterable[t
 
 
 def _notice(weights: str) -> str:
-    """Return what a reader has to know before the numbers."""
+    """Return a warning to read before the numbers, or the empty string."""
     if not weights.startswith("not trained"):
         return ""
     return (
-        f"The network is {weights}. Its pictures and predictions mean nothing; what deployment changes does."
+        f"The network is {weights}. Its pictures and predictions mean nothing; the changes by deployment do."
     )
 
 
 def _histograms(facts: Mapping[str, Any]) -> Iterable[tuple[str, str, list[tuple[float, float]]]]:
     """Yield (title, note, columns) of each histogram of margins; a column is two heights in percent."""
-    found = {**facts.get("decisions", {}), **facts.get("routes", {})}
-    for name, table in found.items():
+    tables = {**facts.get("decisions", {}), **facts.get("routes", {})}
+    for name, table in tables.items():
         if not isinstance(table, dict) or "changed" not in table:
             continue
         tallest = math.sqrt(max(table["all"])) or 1.0
@@ -215,14 +215,12 @@ def _histograms(facts: Mapping[str, Any]) -> Iterable[tuple[str, str, list[tuple
 
 
 def _psnr_cost(rows: list[dict[str, Any]]) -> Iterable[tuple[str, str, str]]:
-    """Yield the largest PSNR drop from float to device among the conditions that both were measured under."""
-    found = {
-        (r["between"], r["metric"]): float(r["value"]) for r in rows if r["metric"].startswith("psnr_db")
-    }
+    """Yield the largest PSNR drop from float to device among the conditions of both."""
+    psnr = {(r["between"], r["metric"]): float(r["value"]) for r in rows if r["metric"].startswith("psnr_db")}
     drops = [
-        (found["float:truth", metric] - device, metric, found["float:truth", metric], device)
-        for (between, metric), device in found.items()
-        if between == "device:truth" and math.isfinite(found.get(("float:truth", metric), math.nan) - device)
+        (psnr["float:truth", metric] - device, metric, psnr["float:truth", metric], device)
+        for (between, metric), device in psnr.items()
+        if between == "device:truth" and math.isfinite(psnr.get(("float:truth", metric), math.nan) - device)
     ]
     if drops:
         drop, metric, before, after = max(drops)
@@ -272,7 +270,7 @@ def _by_reason(float_nodes: Iterable[Mapping[str, str]]) -> dict[str, list[str]]
 
 
 def _sections(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterable[tuple[str, dict[str, str]]]:
-    """Yield (heading, {name: value}) of everything that the numbers were made with."""
+    """Yield (heading, {name: value}) of the origin of the numbers."""
     tensors = {
         f"{kind} {spec['name']}": f"{spec['dtype']}, {TIMES.join(map(str, spec['shape']))}; {spec['meaning']}"
         for kind in ("input", "output")
@@ -292,7 +290,7 @@ def _sections(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterable
 
 
 def _kernels(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Say of each generated kernel which share of it depends on content."""
+    """Return the share of each generated kernel that depends on content."""
     return {
         name: f"{seen['spread']:.0%} of its rms; {seen['between_images']:.0%} from image to image"
         for name, seen in facts.get("generated_kernels", {}).items()

@@ -1,4 +1,4 @@
-"""What INT8 costs by layer and by share, and what each part of its making is worth: facts drawn and listed.
+"""The cost of INT8 by layer and by share, and the worth of each switch of the method, drawn and listed.
 
 Drawings are SVG in units of 1/100 of their width and height, the origin at the top left.
 """
@@ -10,16 +10,16 @@ from typing import Any
 
 from edgedyn.report.text import number
 
-_LAYERS = 12  # of the table: those that cost most a multiply-add
+_LAYERS = 12  # of the table: those of the highest cost per multiply-add
 
 
 def precision_sections(facts: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
-    """Yield for each program the curve of drop against INT8 share, and the layers that cost most."""
-    for program, found in facts.get("precision", {}).items():
-        top = max(point["drop_db"] for point in found["curve"]) or 1.0
+    """Yield for each program the curve of PSNR drop against INT8 share, and the most expensive layers."""
+    for program, measured in facts.get("precision", {}).items():
+        top = max(point["drop_db"] for point in measured["curve"]) or 1.0
         dots = [
             (100 * point["int8_share"], 100 - 100 * max(point["drop_db"], 0) / top)
-            for point in found["curve"]
+            for point in measured["curve"]
         ]
         yield {
             "program": program,
@@ -28,12 +28,12 @@ def precision_sections(facts: Mapping[str, Any]) -> Iterable[dict[str, Any]]:
             "points": [
                 f"{point['layers']} layers float: {100 * point['int8_share']:.1f} % INT8, "
                 f"{number(point['drop_db'], digits=3)} dB"
-                for point in found["curve"]
+                for point in measured["curve"]
             ],
-            "chosen": f"{len(found['kept'])} layers stay float for it; then INT8 costs "
-            f"{number(found['drop_db'], digits=3)} dB on the calibration images with fresh noise and crops.",
-            "layers": [_layer(layer, found["kept"]) for layer in found["layers"][:_LAYERS]],
-            "more": max(len(found["layers"]) - _LAYERS, 0),
+            "chosen": f"{len(measured['kept'])} layers stay float; INT8 then costs "
+            f"{number(measured['drop_db'], digits=3)} dB on calibration images with fresh noise and crops.",
+            "layers": [_layer(layer, measured["kept"]) for layer in measured["layers"][:_LAYERS]],
+            "more": max(len(measured["layers"]) - _LAYERS, 0),
         }
 
 
@@ -48,7 +48,7 @@ def _layer(layer: Mapping[str, Any], kept: Iterable[str]) -> tuple[str, str, str
 
 
 def ablation_rows(facts: Mapping[str, Any]) -> list[tuple[str, str, str]]:
-    """Return (program, what was changed, drop) of everything that was tried."""
+    """Return (program, changed switch, drop) of every trial."""
     return [
         (program, change, f"{drop:.4f} dB")
         for program, tried in facts.get("ablation", {}).items()

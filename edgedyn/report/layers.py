@@ -1,4 +1,4 @@
-"""The section of a report that compares each layer in INT8 and in float32: it is measured after the build."""
+"""The section of a report that compares each layer in INT8 and in float32, measured after the build."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ OPENS, CLOSES = "<!-- layers -->", "<!-- end of layers -->"
 
 
 def describe_layers(values: Mapping[str, Any], row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what ``layers.html`` shows.
+    """Return the values of ``layers.html``.
 
     Args:
         values: ``Comparison.to_json()``, and ``machine``.
@@ -31,7 +31,7 @@ def describe_layers(values: Mapping[str, Any], row: Mapping[str, Any]) -> dict[s
 
 
 def replace_layers(page: str, section: str) -> str:
-    """Put a section where the page keeps its place; what stood there goes.
+    """Put a section into its place on the page; it replaces an earlier one.
 
     Raises:
         BundleError: for a page without that place.

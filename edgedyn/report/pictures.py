@@ -1,6 +1,6 @@
-"""Pictures of a report: what the network got, what it returns in float and lowered, and how these differ.
+"""Pictures of a report: input, output in float, output of the lowered program, and their difference.
 
-The difference is shown with its sign, around grey: a bias tints the panel, which absolute values would hide.
+The difference keeps its sign, around grey: a bias tints the panel, which absolute values would hide.
 Beyond 0.5 / 10, which is 12.75 grey levels, it saturates.
 """
 
@@ -25,11 +25,11 @@ class Picture:
     """One validation image on its way through the network; arrays are (H, W, 1 or 3) float32 on [0, 1].
 
     Attributes:
-        caption: what is seen, and the image's licence where it asks for one.
+        caption: the subject, and the image's licence where it asks for one.
         sigma: standard deviation of the noise in 8-bit grey levels.
-        noisy: what the network got.
-        float_: what it returns in float32, before anything was lowered.
-        device: what the lowered program returns.
+        noisy: input of the network.
+        float_: its output in float32, before lowering.
+        device: output of the lowered program.
         truth: the image without noise.
     """
 
@@ -42,7 +42,7 @@ class Picture:
 
 
 def panels(picture: Picture, precision: str) -> list[dict[str, str]]:
-    """Return what stands in a picture's row: four images as data URIs, each with its name, number and note.
+    """Return the four panels of a picture: an image as data URI, its name, number and note each.
 
     Raises:
         UsageError: for an array that is not (H, W, 1) or (H, W, 3), not finite, or not of the truth's shape.
@@ -70,7 +70,7 @@ def _panel(name: str, note: str, image: metrics.Array, picture: Picture) -> dict
 
 
 def _png(image: metrics.Array) -> str:
-    """Return (H, W, C) on [0, 1] as a data URI; lossless, because what is judged is a few grey levels."""
+    """Return (H, W, C) on [0, 1] as a data URI; lossless, because differences are a few grey levels."""
     from PIL import Image
 
     if image.ndim != 3 or image.shape[2] not in (1, 3):

@@ -1,1 +1,1 @@
-"""Each step against the one before, and against the truth."""
+"""Validation of a build: each program against the one before it, and against the truth."""

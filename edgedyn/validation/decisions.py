@@ -1,11 +1,11 @@
-"""What a network decides about its input, and whether deployment decides the same: masks, gates, overflows.
+"""Decisions of a network about its input, float against deployed: masks, gates, overflows.
 
     mask     logits -> 0 or 1 at every position     flip rate, per precision and runtime
     gate     logits -> a variant                    agreement, with the margin best - second logit
 
-Decisions are discontinuous: a small error of arithmetic can change them, and then the output changes much. So
-what is lost to changed decisions is told apart from what is lost to arithmetic, by running the network at its
-precision with the decisions of the float network forced on it.
+Decisions are discontinuous: a small arithmetic error can change one, and then the output changes much. To
+separate the cost of changed decisions from the cost of arithmetic, the quantized network also runs with the
+decisions of the float network forced on it.
 """
 
 from __future__ import annotations
@@ -49,32 +49,37 @@ class Measured:
 def measure(converted: Converted, target: Target, case: Case) -> Measured:
     """Compare the decisions of the quantized and the lowered programs with those of the float ones.
 
-    Masks inside a lowered program are not seen from outside: it is lowered once more, into a temporary
-    folder, with its mask logits as further outputs.
+    Masks inside a lowered program are invisible from outside. So the target lowers it once more, into a
+    temporary folder, with the mask logits as further outputs.
+
+    Args:
+        converted: every program.
+        target: that lowered them.
+        case: outputs and limits.
     """
     routing = converted.routing
-    # a quick variant also sorts positions; whether it fits is what its routing decides
-    quick, whole = routing.variants if routing and routing.rule == "fallback" else ("", FORWARD)
+    # a capacity variant also sorts positions; its routing decides whether they fit
+    capacity, whole = routing.variants if routing and routing.rule == "fallback" else ("", FORWARD)
     unknown, masked = 0, False
     for name, part in converted.parts.items():
         masks, others = find_decisions(part.decomposed)
         masked |= name == whole and bool(masks)
-        if name != quick:
+        if name != capacity:
             unknown += others + len(masks) * (name != whole)
     nodes = sum(len(part.decomposed.graph.nodes) for part in converted.parts.values())
     rows = [Row("decisions", "unmeasured_decisions", unknown, {"at_most": 0}, nodes)]
     facts: dict[str, Any] = {}
     if masked:
-        found = measure_masks(converted.parts[whole], target, case)
-        rows, facts = rows + found.rows, found.facts
+        measured = measure_masks(converted.parts[whole], target, case)
+        rows, facts = rows + measured.rows, measured.facts
     if routing is not None:
-        found = measure_routes(routing, case)
-        rows, facts = rows + found.rows, facts | found.facts
+        measured = measure_routes(routing, case)
+        rows, facts = rows + measured.rows, facts | measured.facts
     return Measured(rows, facts)
 
 
 class _Interpreter(fx.Interpreter):
-    """Run a program, note the logits of its masks, and force what they decide where that is given."""
+    """Run a program and record the logits of its masks; forced masks replace its own."""
 
     def __init__(self, module: fx.GraphModule, masks: Sequence[Mask], forced: Sequence[Tensor] = ()) -> None:
         super().__init__(module)
@@ -97,20 +102,20 @@ def run_noting(
     dtype: torch.dtype,
     forced: Sequence[Sequence[np.ndarray]] | None = None,
 ) -> list[tuple[np.ndarray, list[np.ndarray]]]:
-    """Run a program on samples; return of each its first output and the logits of its masks, float32.
+    """Run a program on samples; return its first output and the logits of its masks per sample, float32.
 
     Args:
-        program: any step of a conversion; its masks stand in the same order in each.
-        samples: what to run it on.
+        program: decomposed or quantized; the order of its masks is the same in both.
+        samples: its inputs.
         dtype: of its inputs.
-        forced: for each sample booleans, where each mask is set whatever its logits say.
+        forced: per sample and mask the booleans that replace the decision.
     """
     module, masks = program.module(), find_decisions(program)[0]
     assert isinstance(module, fx.GraphModule)
     results = []
     for index, sample in enumerate(samples):
-        given = [torch.from_numpy(mask) for mask in forced[index]] if forced else []
-        interpreter = _Interpreter(module, masks, given)
+        set_masks = [torch.from_numpy(mask) for mask in forced[index]] if forced else []
+        interpreter = _Interpreter(module, masks, set_masks)
         with torch.no_grad():
             y = interpreter.run(*(torch.from_numpy(x).to(dtype) for x in sample.inputs))
         first = y[0] if isinstance(y, tuple | list) else y
@@ -135,7 +140,7 @@ def expose(program: ExportedProgram, inputs: tuple[Tensor, ...]) -> ExportedProg
 
 
 def measure_masks(part: Part, target: Target, case: Case) -> Measured:
-    """Measure how many mask positions change, and what that costs."""
+    """Measure the share of mask positions that change, and its cost."""
     samples, half = case.outputs.samples, case.precision == "fp16"
     masks, _ = find_decisions(part.decomposed)
     dtype = torch.float16 if half else torch.float32
@@ -143,11 +148,11 @@ def measure_masks(part: Part, target: Target, case: Case) -> Measured:
     quantized = run_noting(part.program, samples, dtype)
     inputs = tuple(x.half() for x in part.inputs) if half else part.inputs
     device = _run_exposed(expose(part.program, inputs), target, samples, case.precision)
-    wanted = [[m.decide(x) for m, x in zip(masks, logits, strict=True)] for _, logits in float_]
+    expected = [[m.decide(x) for m, x in zip(masks, logits, strict=True)] for _, logits in float_]
     rows: list[Row] = []
     facts: dict[str, Any] = {"masks": [mask.path for mask in masks]}
     for where, logits_of in (("quantized", [x for _, x in quantized]), ("device", device)):
-        flips, margins = _flips(masks, [x for _, x in float_], logits_of, wanted)
+        flips, margins = _flips(masks, [x for _, x in float_], logits_of, expected)
         rate = float(flips.mean()) if flips.size else math.nan
         largest = float(margins[flips].max(initial=0))
         limit = {"at_most": case.limits.mask_flips}
@@ -155,9 +160,9 @@ def measure_masks(part: Part, target: Target, case: Case) -> Measured:
         crossed = {"at_most": case.limits.flipped_margin}
         rows.append(Row("decisions", f"largest_flipped_margin[{where}]", largest, crossed, flips.size))
         facts[f"margins_{where}"] = _histogram(margins, flips)
-    active = np.concatenate([m.ravel() for per_sample in wanted for m in per_sample])
+    active = np.concatenate([m.ravel() for per_sample in expected for m in per_sample])
     rows.append(Row("decisions", "active_fraction", float(active.mean()), {}, active.size))
-    forced = run_noting(part.program, samples, dtype, wanted)
+    forced = run_noting(part.program, samples, dtype, expected)
     before, after, kept = ([y for y, _ in results] for results in (float_, quantized, forced))
     rows += _cost_rows(before, after, kept, case)
     return Measured(rows, {"decisions": facts})
@@ -166,7 +171,7 @@ def measure_masks(part: Part, target: Target, case: Case) -> Measured:
 def _run_exposed(
     program: ExportedProgram, target: Target, samples: Sequence[Sample], precision: str
 ) -> list[list[np.ndarray]]:
-    """Lower a program with exposed logits into a temporary folder; return what its runtime gives for them."""
+    """Lower a program with exposed logits into a temporary folder; return the logits from its runtime."""
     dtype = np.float16 if precision == "fp16" else np.float32
     with tempfile.TemporaryDirectory() as folder:
         artifact = target.lower({FORWARD: program}, Path(folder), precision)
@@ -178,21 +183,21 @@ def _run_exposed(
 def _flips(
     masks: Sequence[Mask],
     float_: Sequence[Sequence[np.ndarray]],
-    found: Sequence[Sequence[np.ndarray]],
-    wanted: Sequence[Sequence[np.ndarray]],
+    actual: Sequence[Sequence[np.ndarray]],
+    expected: Sequence[Sequence[np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return which positions changed, and every position's float margin in units of its mask's rms logit."""
+    """Return the changed positions, and every position's float margin in units of its mask's rms logit."""
     flips, margins = [], []
     for k, mask in enumerate(masks):
         reference = np.concatenate([logits[k].ravel() for logits in float_]) - mask.threshold
-        here = np.concatenate([mask.decide(logits[k]).ravel() for logits in found])
-        flips.append(here != np.concatenate([m[k].ravel() for m in wanted]))
+        here = np.concatenate([mask.decide(logits[k]).ravel() for logits in actual])
+        flips.append(here != np.concatenate([m[k].ravel() for m in expected]))
         margins.append(np.abs(reference) / max(float(np.sqrt(np.mean(reference**2))), 1e-30))
     return np.concatenate(flips), np.concatenate(margins)
 
 
 def _histogram(margins: np.ndarray, changed: np.ndarray) -> dict[str, list[float]]:
-    """Count margins, and those of changed decisions; the last bin holds all beyond."""
+    """Count all margins, and those of changed decisions; the last bin also holds those beyond it."""
     edges = np.linspace(0, 2, _BINS + 1)
     clipped = np.minimum(margins, edges[-1])
     return {
@@ -203,18 +208,18 @@ def _histogram(margins: np.ndarray, changed: np.ndarray) -> dict[str, list[float
 
 
 def measure_routes(routing: Routing, case: Case) -> Measured:
-    """Measure how many images keep their variant, and what it costs where they do not."""
+    """Measure the share of images that keep their variant, and the cost of the others."""
     outputs, samples = case.outputs, case.outputs.samples
     float_ = [d for d in outputs.decided["decomposed"] if d is not None]
     picked = np.array([d.index for d in float_])
     rows, facts = [], {"variants": list(routing.variants), "picked": np.bincount(picked).tolist()}
     margins = np.array([d.margin for d in float_])
     scale = max(float(np.sqrt(np.mean(margins**2))), 1e-30)
-    # a quick variant that holds an image and the dense one give the same: which of them runs decides nothing
+    # where an image fits the capacity variant, both variants give the same output: the choice costs nothing
     is_gate = routing.rule == "argmax"
     for where in ("quantized", "device"):
-        found = [d for d in outputs.decided[where] if d is not None]
-        same = np.array([d.index for d in found]) == picked
+        decided = [d for d in outputs.decided[where] if d is not None]
+        same = np.array([d.index for d in decided]) == picked
         limit = {"at_least": case.limits.gate} if is_gate else {}
         rows.append(Row("decisions", f"gate_agreement[{where}]", float(same.mean()), limit, len(same)))
         if is_gate:
@@ -244,7 +249,7 @@ def _cost_rows(
     case: Case,
     condition: str = "",
 ) -> list[Row]:
-    """Split what a precision costs: arithmetic, with the float decisions forced, and changed decisions."""
+    """Split the cost of a precision into arithmetic (float decisions forced) and changed decisions."""
     samples, count = case.outputs.samples, len(case.outputs.samples)
     if case.task.has_truth:
         before, after, kept = (

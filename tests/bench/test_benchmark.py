@@ -198,14 +198,14 @@ def test_runs_from_1(bundle):
 
 def test_bundle_of_another_precision_is_refused(bundle):
     change(bundle, precision="fp32")
-    with pytest.raises(UsageError, match="layers are compared where they are INT8"):
+    with pytest.raises(UsageError, match="is fp32; expected int8, whose layers"):
         benchmark.compare_with_float(bundle, runs=1)
 
 
 @pytest.mark.parametrize("target", ["tensorrt", "onnxruntime"])
-def test_target_that_tells_no_times_of_layers_is_refused(bundle, target):
+def test_target_without_times_by_layer_is_refused(bundle, target):
     change(bundle, target=target)
-    with pytest.raises(TargetMissingError, match="does not tell here what a layer takes"):
+    with pytest.raises(TargetMissingError, match="has no times by layer here"):
         benchmark.compare_with_float(bundle, runs=1)
 
 
@@ -213,7 +213,7 @@ def test_bundle_that_does_not_name_its_operators_is_refused(bundle):
     facts = json.loads((bundle / MANIFEST).read_text())["facts"]
     del facts["operators"]
     change(bundle, facts=facts)
-    with pytest.raises(BundleError, match="does not say which layers"):
+    with pytest.raises(BundleError, match="does not map its operators to layers"):
         benchmark.compare_with_float(bundle, runs=1)
 
 

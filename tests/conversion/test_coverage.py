@@ -243,20 +243,20 @@ def rows_above_zero(count: int) -> np.ndarray:
     return image
 
 
-def test_quick_variant_is_calibrated_on_what_it_holds_and_nothing_is_demanded_of_it():
-    model = RoutedModel(None, {"quick": FirstRows(), "dense": EveryRow()})
+def test_capacity_variant_is_calibrated_on_fitting_samples_and_demands_nothing():
+    model = RoutedModel(None, {"capacity": FirstRows(), "dense": EveryRow()})
     images = [rows_above_zero(n) for n in (1, 5, 2, 3)]
     found = cover(model, *images, samples=2, own=2)
     assert taken(found) == {
-        "variant quick": 2,
+        "variant capacity": 2,
         "variant dense": 2,
         "mask (the network)": 4,
         "density 0-100%": 4,
     }
     assert [o.needed for o in found.outcomes] == [0, 0, 2, 2]
-    assert found.chosen == {"quick": (0, 2), "dense": (0, 1, 2, 3)}
+    assert found.chosen == {"capacity": (0, 2), "dense": (0, 1, 2, 3)}
     assert list(found.logits) == ["dense"]
-    assert cover(model, *images[1:], samples=2, own=2).chosen["quick"] == (0, 1, 2)
+    assert cover(model, *images[1:], samples=2, own=2).chosen["capacity"] == (0, 1, 2)
 
 
 @pytest.mark.parametrize("make", [lambda: make_routed(plain), BrightParts])
@@ -317,7 +317,7 @@ def test_statistics_of_a_variant_are_of_the_photos_that_pick_it(tmp_path):
     assert decision.histogram.total == 7 * 3
 
 
-def test_vivid_samples_reach_every_variant_and_decide_nothing(tmp_path, monkeypatch):
+def test_color_augmented_samples_reach_every_variant_and_decide_nothing(tmp_path, monkeypatch):
     color_augmented, real = [], quantize.calibrate
 
     def spy(program, inputs, *more, **named):

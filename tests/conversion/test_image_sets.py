@@ -48,14 +48,14 @@ def test_recipe_gives_both_sets_its_own_noise():
     assert calibration.digest() != plain.digest()
 
 
-def test_recipe_asks_for_vivid_colours_of_the_calibration_set_alone():
+def test_recipe_augments_colours_of_the_calibration_set_alone():
     calibration, samples = pipeline.load_sets(recipe("quantize.color_augmented=3"))
     plain, usual = pipeline.load_sets(recipe("quantize.color_augmented=0"))
     assert len(list(calibration.draw([(1, 3, 32, 48)]))) == len(list(plain.draw([(1, 3, 32, 48)]))) + 3
     assert len(samples) == len(usual)
 
 
-def test_vivid_samples_are_no_lessons_and_no_exam():
+def test_color_augmented_samples_are_neither_fine_tuned_on_nor_evaluated():
     given = recipe("quantize.color_augmented=3", "quantize.finetune=5", "quantize.max_drop_db=0.1")
     calibration, _ = pipeline.load_sets(given)
     assert len(draw(given, calibration)) == calibration.samples + 3
@@ -64,22 +64,22 @@ def test_vivid_samples_are_no_lessons_and_no_exam():
     assert len(evaluation.inputs) == calibration.samples
 
 
-def test_what_was_measured_serves_every_limit_of_the_same_method_and_code(tmp_path, monkeypatch):
+def test_cached_measurements_serve_every_limit_of_the_same_method_and_code(tmp_path, monkeypatch):
     code = tmp_path / "reconstruct.py"
     code.write_text("nearest")
     monkeypatch.setattr(evaluation_sets, "__file__", str(tmp_path / "conversion/evaluation_sets.py"))
 
-    def remembered(limit: float, rounding: str = "nearest") -> Path:
+    def cache_path(limit: float, rounding: str = "nearest") -> Path:
         given = recipe(f"quantize.max_drop_db={limit}", f"quantize.rounding={rounding}")
         calibration, _ = pipeline.load_sets(given)
         key = {"method": given.quantize.model_dump()}
         return make_evaluation_sets(given, calibration, nn.Identity(), key)["forward"].remember.path
 
-    first = remembered(0.1)
-    assert remembered(0.2) == first
-    assert remembered(0.1, "reconstruct") != first
+    first = cache_path(0.1)
+    assert cache_path(0.2) == first
+    assert cache_path(0.1, "reconstruct") != first
     code.write_text("stochastic")
-    assert remembered(0.1) != first
+    assert cache_path(0.1) != first
 
 
 def test_recipe_noise_is_as_strict_as_that_of_a_manifest():
@@ -197,7 +197,7 @@ def test_build_takes_a_set_from_python(tmp_path):
         pipeline.build(recipe(), tmp_path / "bundle", calibration=CalibrationSet.of(flat, samples=1))
 
 
-def test_network_that_is_told_its_noise_level_is_calibrated_and_validated_at_it():
+def test_network_conditioned_on_its_noise_level_is_calibrated_and_validated_at_it():
     path = RECIPES / "ffdnet-color.phone.int8.yaml"
     small = ["model.weights=null", "input.shape=[1, 3, 32, 48]", "tile.overlap=0"]
     for overrides, wanted in (
@@ -210,8 +210,8 @@ def test_network_that_is_told_its_noise_level_is_calibrated_and_validated_at_it(
         assert {sample.sigma for sample in calibration.draw([(1, 3, 32, 48)])} == {wanted}
 
 
-def told(*overrides: str) -> Recipe:
-    """Return a recipe of a network that is told sigma."""
+def conditioned(*overrides: str) -> Recipe:
+    """Return a recipe of a network conditioned on sigma."""
     small = [
         "model.weights=null",
         "input.shape=[1, 3, 32, 48]",
@@ -221,20 +221,20 @@ def told(*overrides: str) -> Recipe:
     return load_recipe(RECIPES / "ffdnet-color.phone.int8.yaml", [*small, *overrides])
 
 
-def test_level_that_a_network_is_told_leaves_a_set_its_clipping_rule(tmp_path):
+def test_level_of_a_conditioned_network_leaves_a_set_its_clipping_rule(tmp_path):
     made = []
     for k, name in enumerate(("calibration", "validation")):
         (tmp_path / name).mkdir()
         photo = entry(save_image(tmp_path / name / "a.png", seed=k))
         noise = {"sigma_range": [5.0, 50.0], "clip": True}
         made.append(f"{name}={write_set(tmp_path / name, names=(), files=[photo], noise=noise)}")
-    calibration, samples = pipeline.load_sets(told("model.arguments.sigma=200", *made))
+    calibration, samples = pipeline.load_sets(conditioned("model.arguments.sigma=200", *made))
     assert (calibration.noise.sigma, calibration.noise.clip) == ([200.0], True)
     assert {sample.condition for sample in samples} == {"sigma=200"}
     assert min(sample.noisy.min() for sample in samples) == 0
     assert max(sample.noisy.max() for sample in samples) == 1
     with pytest.raises(CalibrationError, match="clip: false, and validation set 'waves' has clip: true"):
-        pipeline.load_sets(told(made[1]))
+        pipeline.load_sets(conditioned(made[1]))
 
 
 @pytest.mark.parametrize(
@@ -242,29 +242,29 @@ def test_level_that_a_network_is_told_leaves_a_set_its_clipping_rule(tmp_path):
     [{"kind": "poisson-gaussian", "gain": [0.01], "read_noise": [0.02], "clip": False}, {"kind": "none"}],
     ids=lambda noise: noise["kind"],
 )
-def test_network_that_is_told_a_level_leaves_noise_without_one_as_it_is(tmp_path, noise):
-    calibration, _ = pipeline.load_sets(told(f"calibration={write_set(tmp_path, noise=noise)}"))
+def test_network_conditioned_on_a_level_leaves_noise_without_one_as_it_is(tmp_path, noise):
+    calibration, _ = pipeline.load_sets(conditioned(f"calibration={write_set(tmp_path, noise=noise)}"))
     assert calibration.noise.to_json() == noise
 
 
 @pytest.mark.parametrize("level", ["-5", ".nan", ".inf"])
 def test_level_that_is_none_is_refused(level):
     with pytest.raises(RecipeError, match=r"model\.arguments\.sigma: .*sigma.* Fix"):
-        pipeline.load_sets(told(f"model.arguments.sigma={level}"))
+        pipeline.load_sets(conditioned(f"model.arguments.sigma={level}"))
 
 
-def test_noisy_photos_stay_the_input_of_a_network_that_is_told_a_level(tmp_path):
-    _, samples = pipeline.load_sets(told(f"validation={write_pairs(tmp_path)}"))
+def test_noisy_photos_stay_the_input_of_a_network_conditioned_on_a_level(tmp_path):
+    _, samples = pipeline.load_sets(conditioned(f"validation={write_pairs(tmp_path)}"))
     assert {sample.condition for sample in samples} == {"real"}
 
 
 def test_argument_sigma_that_is_a_fact_is_no_level():
-    _, samples = pipeline.load_sets(told("model.arguments.sigma=true"))
+    _, samples = pipeline.load_sets(conditioned("model.arguments.sigma=true"))
     assert {sample.condition for sample in samples} == {"sigma=15", "sigma=25", "sigma=50"}
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("ffdnet-color.*.yaml")), ids=lambda path: path.stem)
-def test_shipped_networks_that_are_told_a_level_have_unclipped_noise_of_it(path):
+def test_shipped_networks_conditioned_on_a_level_have_unclipped_noise_of_it(path):
     shipped = load_recipe(path)
     for name in (shipped.calibration, shipped.validation):
         if name is not None:

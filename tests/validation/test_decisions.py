@@ -218,7 +218,7 @@ def test_gates_are_held_to_the_limits_of_the_recipe_on_agreement_and_margin():
     assert [row.limit for row in checks.report_only([agreement, margin])] == [{}, {}]
 
 
-def test_images_that_a_quick_variant_no_longer_holds_are_only_reported():
+def test_images_that_no_longer_fit_the_capacity_variant_are_only_reported():
     rows = routes("fallback", (4.0, 0), (0, 2.0), (2.0, 0), (2.0, 0))
     assert (rows["gate_agreement[device]"].value, rows["gate_agreement[device]"].limit) == (0.75, {})
     assert "largest_flipped_gate_margin[device]" not in rows
