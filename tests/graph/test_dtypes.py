@@ -12,7 +12,7 @@ from edgedyn.graph.nodes import module_path
 
 
 class Casting(nn.Module):
-    """Casts to float32 by name, creates a tensor, and shares a constant between two modules."""
+    """Casts to float32 by name, and creates a tensor."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -244,7 +244,7 @@ def test_every_example_is_seen_equally_often_and_weighs_the_same(monkeypatch):
     monkeypatch.setattr(training, "_RATE", 0.0)
     train(made, 18)
     assert Counter(seen[1:]) == {id(example): 3 for example in made[3]}  # the first asks for a gradient
-    # the layers' biases are the same but for one float32 rounding, which moves few values a step
+    # the layers' biases are the same but for one float32 rounding, which moves few values to the next INT8 value
     assert losses == [pytest.approx(1, abs=0.01)] * 18
 
 
@@ -326,7 +326,7 @@ def found_by(**section) -> tuple[Calibrated, list[str]]:
         scheme=AFFINE,
         section=QuantizeSection(rounding="nearest", equalize=False, **section),
         samples=samples,
-        progress=lambda what, done, total: seen.append(f"{what} {done}/{total}"),
+        progress=lambda phase, done, total: seen.append(f"{phase} {done}/{total}"),
     )
     return found, seen
 

@@ -1,4 +1,4 @@
-"""What is measured once: remembered, and measured anew where the file on the disk cannot be what we wrote."""
+"""Measurements are kept, and made anew where the file on disk is damaged."""
 
 from __future__ import annotations
 

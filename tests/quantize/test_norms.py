@@ -69,7 +69,7 @@ def test_channel_that_never_changes_keeps_its_scale_and_gets_its_mean(value):
 
 
 def calibrated(**section) -> tuple[fx.GraphModule, Plan, Calibrated, list[tuple[Tensor, ...]]]:
-    """Return a float program that calibration has not touched, its plan, and what calibration found."""
+    """Return a float program before its calibration, its plan, and the calibration."""
     generator = torch.Generator().manual_seed(3)
     samples = [(torch.rand(1, 3, 10, 14, generator=generator) * 1.5 - 0.25,) for _ in range(4)]
     program, scheme = capture(make_net(), samples[0][0]), targets.load("executorch").int8

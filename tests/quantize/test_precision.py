@@ -1,4 +1,4 @@
-"""Automatic precision: what INT8 costs in each layer is measured, and layers stay float for a limit."""
+"""The mixed-precision search: the cost of INT8 is measured by layer, and layers stay float for a limit."""
 
 from __future__ import annotations
 
