@@ -244,7 +244,7 @@ def test_every_example_is_seen_equally_often_and_weighs_the_same(monkeypatch):
     monkeypatch.setattr(training, "_RATE", 0.0)
     train(made, 18)
     assert Counter(seen[1:]) == {id(example): 3 for example in made[3]}  # the first asks for a gradient
-    # the layers' biases are the same but for one float32 rounding, which moves few values to the next INT8 value
+    # the layers' biases are the same but for one float32 rounding, which shifts few values by one scale
     assert losses == [pytest.approx(1, abs=0.01)] * 18
 
 

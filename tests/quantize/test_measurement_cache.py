@@ -10,7 +10,7 @@ from edgedyn.quantize.search.measurement_cache import MeasurementCache
 
 
 @pytest.mark.parametrize("content", ["{", "", "[]", "null", "3", '"drop"'])
-def test_broken_file_is_measured_anew_and_mended(tmp_path, monkeypatch, content):
+def test_broken_file_is_measured_anew_and_replaced(tmp_path, monkeypatch, content):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     cache = MeasurementCache("x", [Path(__file__)])
     cache.path.parent.mkdir(parents=True)
