@@ -26,6 +26,7 @@ from edgedyn.graph.provenance import shared_provenance
 from edgedyn.images.tasks import TASKS
 from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.table.table import refuse_place
+from edgedyn.recipe.recipe import Recipe, as_recipe
 from edgedyn.report.rows import ValidationReport
 from edgedyn.validation import checks, decisions
 from edgedyn.validation.exactness import exactness_rows
@@ -36,10 +37,19 @@ if TYPE_CHECKING:
     from edgedyn.conversion.convert import Converted
     from edgedyn.images.image_set import CalibrationSet
     from edgedyn.quantize.table.table import CalibrationTable
-    from edgedyn.recipe.recipe import Recipe
     from edgedyn.targets import Artifact, Target
 
-__all__ = ["Build", "build", "calibrate", "capture", "convert", "load_sets", "load_target", "validate"]
+__all__ = [
+    "Build",
+    "build",
+    "calibrate",
+    "capture",
+    "convert",
+    "load_sets",
+    "load_target",
+    "lower",
+    "validate",
+]
 
 
 @dataclass(frozen=True)
@@ -79,8 +89,8 @@ class Build:
 
 @shared_provenance()
 def build(
-    recipe: Recipe,
-    out: Path,
+    recipe: Recipe | str | Path,
+    out: str | Path,
     *,
     calibration: CalibrationSet | None = None,
     force: bool = False,
@@ -89,8 +99,12 @@ def build(
 ) -> Build:
     """Build the bundle ``out``; it appears whole, report included, or not at all.
 
+    Example:
+        built = edgedyn.build("recipes/mallenet-s.phone.int8.yaml", "out")
+        print(built.report.ok, built.latency_ms["median"])
+
     Args:
-        recipe: network, target, precision and limits.
+        recipe: a recipe, or the path of one.
         out: the bundle's directory; refused when it exists, unless ``force``.
         calibration: in place of the recipe's calibration set, for instance ``CalibrationSet.of(loader)``.
         force: replace a bundle at ``out``.
@@ -100,6 +114,7 @@ def build(
     Raises:
         EdgedynError: the narrowest kind, before long work where possible.
     """
+    recipe, out = as_recipe(recipe), Path(out)
     refuse_existing(out, force=force)
     target = load_target(recipe)
     calibration, samples = load_sets(recipe, calibration)
@@ -145,12 +160,51 @@ def validate(
     return ValidationReport(tuple(rows)), decided.facts
 
 
-def calibrate(
-    recipe: Recipe,
-    out: Path,
+def lower(
+    recipe: Recipe | str | Path,
+    out: str | Path,
     *,
     calibration: CalibrationSet | None = None,
-    cache: Path | None = None,
+    force: bool = False,
+    trust: bool = False,
+    progress: Progress = silent,
+) -> Artifact:
+    """Write only the target's programs into the new folder ``out``: no validation, no bundle.
+
+    Example:
+        artifact = edgedyn.lower("recipes/mallenet-s.phone.int8.yaml", "programs")
+        print(artifact.programs)  # {"forward": "model.pte"}
+
+    Args:
+        recipe: a recipe, or the path of one.
+        out: a folder that does not exist.
+        calibration: in place of the recipe's calibration set.
+        force: use the recipe's calibration table even if its key does not fit.
+        trust: allow weights that are a pickle of tensors.
+        progress: called with (task, steps done, steps in all).
+
+    Raises:
+        EdgedynError: the narrowest kind, as ``build``.
+    """
+    recipe, out = as_recipe(recipe), Path(out)
+    refuse_existing(out)
+    target = load_target(recipe)
+    calibration, samples = load_sets(recipe, calibration)
+    converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
+    with staging_folder(out) as staging:
+        progress("lower", 0, 1)
+        artifact = target.lower(converted.programs, staging, recipe.precision)
+        progress("lower", 1, 1)
+        staging.rename(out)
+    return artifact
+
+
+def calibrate(
+    recipe: Recipe | str | Path,
+    out: str | Path,
+    *,
+    calibration: CalibrationSet | None = None,
+    cache: str | Path | None = None,
     force: bool = False,
     trust: bool = False,
     sensitivity: bool = False,
@@ -159,8 +213,11 @@ def calibrate(
 ) -> CalibrationTable:
     """Write the calibration table of an INT8 recipe, whole or not at all; nothing is lowered.
 
+    Example:
+        table = edgedyn.calibrate("recipes/mallenet-s.phone.int8.yaml", "table.json")
+
     Args:
-        recipe: of precision int8; its own table is ignored.
+        recipe: a recipe of precision int8, or the path of one; the table that it names is ignored.
         out: the table, a JSON file; weights that calibration changes stand beside it as safetensors.
         calibration: in place of the recipe's calibration set.
         cache: folder for TensorRT's calibration cache and its float ONNX, see ``conversion.implicit``.
@@ -174,6 +231,7 @@ def calibrate(
         RecipeError: for a recipe of another precision, or one that has no calibration cache.
         UsageError: when ``out`` or ``cache`` exists, or ``out`` can be no table.
     """
+    recipe, out = as_recipe(recipe), Path(out)
     if recipe.precision != "int8":
         raise RecipeError(
             f"recipe {recipe.name!r} has precision {recipe.precision!r}; only int8 has a calibration table. "
@@ -183,7 +241,7 @@ def calibrate(
     if out.exists() and not force:
         raise UsageError(f"{out} exists. Choose another name, or pass --force to replace it.")
     if cache is not None:
-        implicit.refuse_caches(recipe, cache, force=force)
+        implicit.refuse_caches(recipe, Path(cache), force=force)
     fresh = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"table": None})})
     calibration, samples = load_sets(fresh, calibration)
     target = load_target(fresh)
@@ -199,5 +257,5 @@ def calibrate(
     assert converted.table is not None  # INT8 has one
     converted.table.write(out)
     if cache is not None:
-        implicit.write_caches(fresh, converted, cache)
+        implicit.write_caches(fresh, converted, Path(cache))
     return converted.table

@@ -122,7 +122,7 @@ class Bundle:
         return [Vector(**{**vector, "inputs": tuple(vector["inputs"])}) for vector in known]
 
 
-def open_bundle(path: Path, *, rebuilt: Collection[str] = ()) -> Bundle:
+def open_bundle(path: str | Path, *, rebuilt: Collection[str] = ()) -> Bundle:
     """Verify the bundle in the directory ``path``, every byte of it, and open it.
 
     Args:
@@ -133,6 +133,7 @@ def open_bundle(path: Path, *, rebuilt: Collection[str] = ()) -> Bundle:
     Raises:
         BundleError: if it is no bundle, or anything in it is not as its manifest says.
     """
+    path = Path(path)
     if not path.is_dir():
         raise refusal(path, "the path", "no directory", "the directory of a bundle", "Check the path.")
     manifest = read_manifest(path)

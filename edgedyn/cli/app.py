@@ -1,156 +1,130 @@
 """The command line: verb first, recipe or bundle first. Results on stdout, progress on stderr.
 
-Exit codes: 0 ok, 1 a check failed, 2 wrong recipe or usage, 3 target or dependency not available here,
-4 model or layer not supported, 5 calibration refused, 130 interrupted.
+This file assembles the commands, one file each, and turns every refusal into a message and an exit code.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
+import platform
 import sys
+import traceback
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
+from edgedyn import errors
 from edgedyn.cli.bench import bench
 from edgedyn.cli.build import build
 from edgedyn.cli.calibrate import calibrate
+from edgedyn.cli.check import check
+from edgedyn.cli.compile import compile_engines
 from edgedyn.cli.doctor import doctor
 from edgedyn.cli.inspect import inspect
 from edgedyn.cli.lists import list_things
 from edgedyn.cli.memory import keep_freed_memory
 from edgedyn.cli.native import ops, plugin
-from edgedyn.cli.options import BundlePath, Force
-from edgedyn.cli.terminal import ERR, OUT, AsJson, exit_unless, print_json, print_rows, progress_bars
-from edgedyn.errors import EdgedynError, UsageError
-from edgedyn.targets.quiet import quiet_libraries
+from edgedyn.cli.options import Verbosity
+from edgedyn.cli.report import report
+from edgedyn.cli.run import run
+from edgedyn.cli.terminal import ERR, is_verbose, print_json, reset_verbosity, result, set_verbosity
+from edgedyn.errors import EdgedynError
+
+INTERRUPTED = 130
+_PACKAGES = ("edgedyn", "torch", "executorch", "onnxruntime")
+_EXIT_CODES = (errors.__doc__ or "").partition("\n\n")[2].partition("\n\n")[0]
 
 app = typer.Typer(
     help="Deploy PyTorch networks with dynamic layers to phones (ExecuTorch) and Jetsons (TensorRT).",
+    epilog=f"Exit codes:\n\n\b\n{_EXIT_CODES}",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # brackets in help are not markup, and its boxes split names
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.add_typer(ops, name="ops")
-app.add_typer(plugin, name="plugin")
 app.command()(build)
 app.command()(inspect)
 app.command()(calibrate)
+app.command(name="compile")(compile_engines)
+app.command()(check)
+app.command()(run)
 app.command()(bench)
+app.command()(report)
 app.command()(doctor)
 app.command(name="list")(list_things)
+app.add_typer(ops, name="ops")
+app.add_typer(plugin, name="plugin")
 
-_INTERRUPTED = 130
+
+def show_version(asked: bool) -> None:
+    """Print one line per version, and leave."""
+    if not asked:
+        return
+    for package in _PACKAGES:
+        try:
+            version = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            version = "not installed"
+        result(f"{package} {version}")
+    result(f"python {platform.python_version()}")
+    raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=show_version, is_eager=True, help="Print versions and exit."),
+    ] = False,
+    verbose: Verbosity = None,
+) -> None:
+    """Read the options in front of the command."""
+    reset_verbosity()
+    set_verbosity(verbose)
 
 
 def main() -> None:
     """Run the command line; every refusal becomes one message and its exit code."""
     keep_freed_memory()
     sys.path.append(str(Path.cwd()))  # model.network may name a module that lies here
+    sys.exit(execute(sys.argv[1:]))
+
+
+def execute(arguments: list[str]) -> int:
+    """Run one command and return its exit code.
+
+    With ``--json`` an error is printed on stdout too: {"ok": false, "error": {type, message, exit_code}}.
+    """
+    as_json = "--json" in arguments
     try:
-        app()
+        code = app(arguments, prog_name="edgedyn", standalone_mode=False) or 0
     except EdgedynError as error:
+        if is_verbose():
+            traceback.print_exc()
         ERR.print(f"error {type(error).__name__}: ", style="bold red", end="")
         ERR.print(str(error), soft_wrap=True)
-        sys.exit(error.exit_code)
-    except SystemExit as leaving:
-        if leaving.code == _INTERRUPTED:  # what typer makes of Ctrl-C
-            ERR.print("interrupted: every file that stands is whole; the same command starts again")
-        raise
+        return _fail(type(error).__name__, str(error), error.exit_code, as_json)
+    except typer.Abort:
+        code = INTERRUPTED
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # typer's errors of usage, whose class has no public name
+            raise
+        usage: Any = error
+        usage.show()
+        return _fail("UsageError", usage.format_message(), usage.exit_code, as_json)
+    if code == INTERRUPTED:
+        message = "Interrupted. No partial file was left. Run the same command again to continue."
+        ERR.print(message, soft_wrap=True)
+        return _fail("Interrupted", message, code, as_json)
+    return int(code)
 
 
-@app.command()
-def check(bundle: BundlePath, as_json: AsJson = False) -> None:
-    """Verify every hash, then run the validation vectors where it stands."""
-    from edgedyn.device import session
-
-    with quiet_libraries():
-        opened = session.open_session(bundle)
-        report = session.check(opened)
-    runtime = session.runtime_name(opened.bundle)
+def _fail(kind: str, message: str, exit_code: int, as_json: bool) -> int:
+    """Print an error for programs where they asked for it, and return its exit code."""
     if as_json:
-        rows = [row.to_json() for row in report.rows]
-        print_json({"ok": report.ok, "bundle": str(bundle), "runtime": runtime, "rows": rows})
-    else:
-        print_rows(list(report.rows))
-        OUT.print(
-            f"\n{'ok' if report.ok else 'FAILED'}: {len(opened.bundle.manifest['files'])} files verified"
-        )
-        OUT.print(f"ran with {runtime}", soft_wrap=True)
-    exit_unless(report.ok)
-
-
-@app.command()
-def run(
-    bundle: BundlePath,
-    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG or TIFF, any size")],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="folder for the results")],
-    force: Force = False,
-    as_json: AsJson = False,
-) -> None:
-    """Denoise images of any size, in tiles without seams."""
-    from edgedyn.device import session
-
-    with quiet_libraries(), progress_bars() as advance:
-        opened = session.open_session(bundle)
-        if not opened.bundle.ok:
-            ERR.print(f"warning: checks of {bundle} failed when it was built; see its report.html")
-        written = session.process_files(
-            opened,
-            images,
-            out,
-            force=force,
-            progress=lambda image, done, total: advance(image.name, done, total),
-        )
-    if as_json:
-        print_json({"ok": True, "files": [str(path) for path in written]})
-    else:
-        for path in written:
-            OUT.print(str(path), soft_wrap=True)
-
-
-@app.command(name="compile")
-def compile_bundle(
-    bundle: BundlePath,
-    workspace_mb: Annotated[
-        int, typer.Option("--workspace", help="builder's scratch limit, MB; 0 is none")
-    ] = 0,
-    force: Force = False,
-    as_json: AsJson = False,
-) -> None:
-    """On the Jetson: build a TensorRT engine beside each ONNX file of the bundle."""
-    from edgedyn.bundle import bundle as bundles
-    from edgedyn.targets.tensorrt.compile import compile_engine
-
-    opened = bundles.open_bundle(bundle, rebuilt=bundles.engine_names(bundle))
-    if opened.target != "tensorrt":
-        raise UsageError(
-            f"bundle {bundle} is for the target {opened.target!r}; only tensorrt bundles are compiled. "
-            "Use it as it is: edgedyn run."
-        )
-    sources = sorted(set(opened.programs.values()))
-    engines = [Path(name).with_suffix(".engine").name for name in sources]
-    if (here := [name for name in engines if (bundle / name).exists()]) and not force:
-        raise UsageError(f"{bundle / here[0]} exists already; use --force to build it again on this machine.")
-    with bundles.staging_folder(bundle) as staging, progress_bars() as advance:
-        facts = {
-            engine: compile_engine(
-                bundle / source,
-                staging / engine,
-                workspace_bytes=workspace_mb * 2**20 or None,
-                progress=advance,
-            )
-            for source, engine in zip(sources, engines, strict=True)
-        }
-        bundles.add_files(opened, [staging / name for name in engines])
-    if as_json:
-        print_json({"ok": True, "engines": {str(bundle / name): values for name, values in facts.items()}})
-        return
-    for name, values in facts.items():
-        OUT.print(str(bundle / name), soft_wrap=True)
-        for fact, value in values.items():
-            OUT.print(f"  {fact:<20} {value}")
+        print_json({"ok": False, "error": {"type": kind, "message": message, "exit_code": exit_code}})
+    return exit_code
 
 
 if __name__ == "__main__":

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
-from edgedyn.cli.terminal import OUT, AsJson, print_json, progress_bars
+from edgedyn.cli.options import AsJson, BundlePath, Verbosity
+from edgedyn.cli.tables import Column, print_details
+from edgedyn.cli.terminal import detail, fold, library_output, print_json, progress_bars, result
 from edgedyn.report.text import megabytes
-from edgedyn.targets.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from edgedyn.bench.speed import Comparison
 
 
 def bench(
-    bundle: Annotated[Path, typer.Argument(metavar="BUNDLE", help="directory made by edgedyn build")],
+    bundle: BundlePath,
     per_layer: Annotated[
         bool,
-        typer.Option("--per-layer", help="each INT8 layer against float32; goes into the bundle's report"),
+        typer.Option("--per-layer", help="Compare each INT8 layer with float32, and add it to the report."),
     ] = False,
-    runs: Annotated[int, typer.Option(min=1, help="that count, after two that do not")] = 20,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs, after two runs that warm up.")] = 20,
     as_json: AsJson = False,
+    verbose: Verbosity = None,
 ) -> None:
     """Measure latency and memory on this machine."""
     from edgedyn.bench.benchmark import compare_with_float, measure, write_comparison
 
-    with quiet_libraries(), progress_bars() as advance:
+    with library_output(), progress_bars() as advance:
         advance("run whole", 0, 1)
         found = {"bundle": str(bundle), **measure(bundle, runs=runs)}
         advance("run whole", 1, 1)
@@ -42,35 +42,41 @@ def bench(
     print_whole(found)
     if comparison:
         print_layers(comparison)
-        OUT.print(f"report: {bundle / 'report.html'}", soft_wrap=True)
+        detail(f"report: {bundle / 'report.html'}")
 
 
-def print_whole(found: dict[str, Any]) -> None:
-    """Print what ``benchmark.measure`` found."""
-    for name, program in found["programs"].items():
+def print_whole(measured: dict[str, Any]) -> None:
+    """Print the measurements of ``benchmark.measure``."""
+    for name, program in measured["programs"].items():
         latency = program["latency_ms"]
-        OUT.print(
-            f"{name}: {latency['median']:.2f} ms median, {latency['p95']:.2f} ms p95 of {latency['runs']} "
-            f"runs of one tile, {program['megapixels_per_second']:.2f} megapixels/s"
+        result(
+            fold(
+                f"{name}: {latency['median']:.2f} ms median, {latency['p95']:.2f} ms p95 of "
+                f"{latency['runs']} runs of one tile, {program['megapixels_per_second']:.2f} megapixels/s"
+            )
         )
-    if memory := found["memory_bytes"]:
-        OUT.print(
-            f"memory: {megabytes(memory['peak'])} at the peak, Python and the runtime's libraries included; "
-            f"{megabytes(memory['running'])} of it while running",
-            soft_wrap=True,
+    if memory := measured["memory_bytes"]:
+        result(
+            fold(
+                f"memory: {megabytes(memory['peak'])} at the peak, Python and the runtime's libraries "
+                f"included; {megabytes(memory['running'])} of it while running"
+            )
         )
-    OUT.print(f"ran with {found['runtime']}", soft_wrap=True)
+    detail(f"ran with {measured['runtime']}")
+
+
+_COLUMNS = (
+    Column("INT8 layer"),
+    *(Column(name, right=True) for name in ("output", "MMAC", "float ms", "INT8 ms", "ratio")),
+    Column(""),
+)
 
 
 def print_layers(comparison: Comparison) -> None:
     """Print the layers that INT8 is a choice of, in the order in which they run."""
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("INT8 layer", overflow="fold")
-    for column in ("output", "MMAC", "float ms", "INT8 ms", "ratio", ""):
-        table.add_column(column, justify="right", no_wrap=True)
     several = len(comparison.int8_ms) > 1
-    for row in comparison.int8_layers:
-        table.add_row(
+    cells = [
+        (
             f"{row.program}: {row.layer}" if several else row.layer,
             "x".join(map(str, row.shape[1:])),
             f"{row.multiply_adds / 1e6:.2f}",
@@ -79,18 +85,24 @@ def print_layers(comparison: Comparison) -> None:
             f"{row.int8_ms / row.float_ms:.2f}" if row.float_ms else "",
             "slower" if row.is_slower else "",
         )
-    OUT.print(table)
+        for row in comparison.int8_layers
+    ]
+    print_details(_COLUMNS, cells)
     layers = comparison.int8_layers
     together, converting = sum(row.int8_ms for row in layers), sum(row.conversion_ms for row in layers)
-    OUT.print(
-        f"together {sum(row.float_ms for row in layers):.2f} ms in float32, {together:.2f} ms in INT8, "
-        f"{converting:.2f} ms of it conversions"
+    detail(
+        fold(
+            f"together {sum(row.float_ms for row in layers):.2f} ms in float32, {together:.2f} ms in INT8, "
+            f"{converting:.2f} ms of it conversions"
+        )
     )
     for name, int8 in comparison.int8_ms.items():
-        OUT.print(
-            f"{name}: {comparison.float_ms[name]:.2f} ms in float32, {int8:.2f} ms in INT8, in turns, "
-            f"median of {comparison.runs}"
+        detail(
+            fold(
+                f"{name}: {comparison.float_ms[name]:.2f} ms in float32, {int8:.2f} ms in INT8, in turns, "
+                f"median of {comparison.runs}"
+            )
         )
-    OUT.print(f"{len(comparison.slower)} of {len(layers)} layers are slower in INT8 than in float32")
+    result(f"{len(comparison.slower)} of {len(layers)} layers are slower in INT8 than in float32")
     if comparison.keep_float:
-        OUT.print(f"quantize.keep_float, to add: [{', '.join(comparison.keep_float)}]", soft_wrap=True)
+        result(f"quantize.keep_float, to add: [{', '.join(comparison.keep_float)}]")

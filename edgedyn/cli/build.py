@@ -3,29 +3,33 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from edgedyn.cli.options import Force, RecipePath, Seed, Set, Trust
-from edgedyn.cli.terminal import ERR, OUT, AsJson, exit_unless, print_json, print_rows, progress_bars
-from edgedyn.targets.quiet import quiet_libraries
+from edgedyn.cli.options import AsJson, Force, RecipePath, Seed, Set, Trust, Verbosity
+from edgedyn.cli.tables import print_rows
+from edgedyn.cli.terminal import detail, exit_unless, library_output, print_json, progress_bars, result, warn
+
+if TYPE_CHECKING:
+    from edgedyn.pipeline import Build
 
 
 def build(
     recipe: RecipePath,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="the bundle's directory")],
+    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Directory of the bundle.")],
     overrides: Set = None,
     as_json: AsJson = False,
     force: Force = False,
     trust: Trust = False,
     seed: Seed = 0,
+    verbose: Verbosity = None,
 ) -> None:
     """Build a bundle and its report; exit 1 if a check fails."""
     from edgedyn.recipe.recipe import load_recipe
 
     parsed = load_recipe(recipe, overrides or [])
-    with quiet_libraries(), progress_bars() as advance:
+    with library_output(), progress_bars() as advance:
         import torch
 
         from edgedyn import pipeline
@@ -34,22 +38,22 @@ def build(
         built = pipeline.build(parsed, out, force=force, trust=trust, progress=advance)
     mismatch = built.bundle.manifest["facts"].get("calibration", {}).get("forced")
     if mismatch:
-        ERR.print(f"warning: by --force: the calibration table {mismatch}", style="yellow", soft_wrap=True)
+        warn(f"by --force: the calibration table {mismatch}")
     if as_json:
         print_json(built.to_json())
     else:
-        print_rows(list(built.report.rows))
-        latency = built.latency_ms
-        OUT.print(
-            f"\n{'ok' if built.report.ok else 'FAILED'}: {out}  "
-            f"({built.bundle.precision}, {built.bundle.target})"
-        )
-        OUT.print(
-            f"one tile on this machine: {latency['median']:.1f} ms median of {latency['runs']:.0f} runs"
-        )
-        if not built.bundle.manifest["facts"]["dynamic_layers"]:
-            OUT.print("the network has no dynamic layer: it was deployed as a static one")
-        if not parsed.is_trained:
-            OUT.print("no trained weights: picture and decisions are reported, not judged")
-        OUT.print(f"report: {out / 'report.html'}", soft_wrap=True)
+        _print_build(built, is_trained=parsed.is_trained)
     exit_unless(built.report.ok)
+
+
+def _print_build(built: Build, *, is_trained: bool) -> None:
+    bundle, latency = built.bundle, built.latency_ms
+    print_rows(built.report.rows)
+    detail()
+    result(f"{'ok' if built.report.ok else 'FAILED'}: {bundle.path}  ({bundle.precision}, {bundle.target})")
+    detail(f"one tile on this machine: {latency['median']:.1f} ms median of {latency['runs']:.0f} runs")
+    if not bundle.manifest["facts"]["dynamic_layers"]:
+        detail("The network has no dynamic layer; it was deployed as a static one.")
+    if not is_trained:
+        detail("The network has no trained weights; picture and decisions are reported without limits.")
+    detail(f"report: {bundle.path / 'report.html'}")

@@ -1,7 +1,7 @@
-"""What is installed here, what each target lacks, and the command that fixes it.
+"""``edgedyn doctor``: packages, tools and targets of this machine, and the command that adds a missing one.
 
-Reads package metadata, asks tools for their version and the CUDA driver for its device; imports no package
-that it asks about, so that a broken installation can be examined.
+Reads package metadata, asks tools for their version and the CUDA driver for its device. Imports none of the
+packages, so that a broken installation can be examined.
 """
 
 from __future__ import annotations
@@ -17,27 +17,29 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import typer
 from packaging.specifiers import SpecifierSet
 from packaging.version import InvalidVersion, Version
-from rich.table import Table
 
 from edgedyn import targets
-from edgedyn.cli.terminal import OUT, AsJson, print_json
+from edgedyn.cli.options import AsJson, Verbosity
+from edgedyn.cli.tables import Column, print_results
+from edgedyn.cli.terminal import ERR, print_json
 from edgedyn.errors import EdgedynError, TargetMissingError
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked for.
+    """A package, tool, device or target, and its state on this machine.
 
     Attributes:
         name: package, tool, ``CUDA device``, or ``target <name>``.
-        found: its version, the device's name, ``available`` for a target, or None where there is none.
-        needed_for: one phrase.
-        ok: False for what is required and missing, for a version that does not work, and for a target that
-            cannot be lowered to and run here. A missing optional thing is ok.
-        fix: the command or the step that changes it; also given where ok.
-        optional: edgedyn works without it: a finding that is not ok and not optional should fail the command.
+        found: its version, the device's name, ``available`` for a target; None where it is missing.
+        needed_for: its purpose, one phrase.
+        ok: False for a missing requirement, for a version that does not work, and for a target that cannot be
+            lowered to and run here. A missing optional thing is ok.
+        fix: the command or the step that installs it; also set where it is installed.
+        optional: edgedyn works without it. The command fails only for a required thing that is not ok.
     """
 
     name: str
@@ -50,7 +52,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Requirement:
-    """A package or a tool; ``versions`` is what ``pyproject.toml`` says of it, empty where any will do."""
+    """A package or a tool; ``versions`` is its range in ``pyproject.toml``, empty where any version works."""
 
     name: str
     versions: str
@@ -168,22 +170,22 @@ def cuda_device() -> str | None:
 
 
 def examine(*, package: Lookup = package_version, tool: Lookup = tool_version) -> list[Finding]:
-    """Look for everything that edgedyn can use, and ask each target what it lacks.
+    """Look for everything that edgedyn can use, and ask each target for its missing packages.
 
     Args:
         package: returns the version of an installed distribution, or None.
         tool: returns the version of a command, or None.
     """
-    found = [_finding(PYTHON, platform.python_version())]
-    found += [_finding(wanted, package(wanted.name)) for wanted in PACKAGES]
-    found += [_finding(wanted, tool(wanted.name)) for wanted in TOOLS]
-    return [*found, _headers(tensorrt_headers()), _cuda(cuda_device()), *_targets()]
+    findings = [_finding(PYTHON, platform.python_version())]
+    findings += [_finding(required, package(required.name)) for required in PACKAGES]
+    findings += [_finding(required, tool(required.name)) for required in TOOLS]
+    return [*findings, _headers(tensorrt_headers()), _cuda(cuda_device()), *_targets()]
 
 
-def _finding(wanted: Requirement, found: str | None) -> Finding:
-    ok = wanted.optional if found is None else _within(found, wanted.versions)
-    fix = wanted.fix or f'pip install "{wanted.name}{wanted.versions}"'
-    return Finding(wanted.name, found, wanted.needed_for, ok, fix, wanted.optional)
+def _finding(required: Requirement, version: str | None) -> Finding:
+    ok = required.optional if version is None else _within(version, required.versions)
+    fix = required.fix or f'pip install "{required.name}{required.versions}"'
+    return Finding(required.name, version, required.needed_for, ok, fix, required.optional)
 
 
 def _within(version: str, versions: str) -> bool:
@@ -218,34 +220,39 @@ def _cuda(name: str | None) -> Finding:
 
 def _targets() -> Iterator[Finding]:
     for name in targets.names():
-        # A target that does not load is a finding of its own: the others are still to be examined.
+        # A target that does not load is a finding of its own, and hides no other.
         try:
             target = targets.load(name)
         except (ImportError, AttributeError, EdgedynError) as error:
             fix = f"edgedyn/targets/{name} does not load ({error}); reinstall edgedyn"
-            yield Finding(f"target {name}", None, "unknown, it does not load", False, fix, optional=True)
+            yield Finding(f"target {name}", None, "unknown: it does not load", False, fix, optional=True)
             continue
-        lacks = target.missing()
-        found = "available" if lacks is None else None
-        yield Finding(f"target {name}", found, target.summary, lacks is None, lacks or "", optional=True)
+        missing = target.missing()
+        state = "available" if missing is None else None
+        yield Finding(f"target {name}", state, target.summary, missing is None, missing or "", optional=True)
 
 
-def doctor(as_json: AsJson = False) -> None:
-    """Say what is installed, what each target lacks, and the command that fixes it."""
+_COLUMNS = (Column(""), Column("what"), Column("found"), Column("needed for, and its fix", prose=True))
+
+
+def doctor(as_json: AsJson = False, verbose: Verbosity = None) -> None:
+    """Show which packages, tools and targets are installed, and the command that adds a missing one."""
     findings = examine()
-    broken = [f for f in findings if not f.ok and not f.optional]
+    broken = [f.name for f in findings if not f.ok and not f.optional]
     if as_json:
         print_json({"ok": not broken, "findings": [asdict(f) for f in findings]})
     else:
-        table = Table(box=None)
-        for column in ("", "what", "found", "needed for", "fix"):
-            table.add_column(column, overflow="fold")
-        for f in findings:
-            here = f.ok and f.found is not None
-            mark = "ok" if here else ("-" if f.optional else "MISSING")
-            table.add_row(mark, f.name, f.found or "", f.needed_for, "" if here else f.fix)
-        OUT.print(table)
+        print_results(_COLUMNS, [_cells(finding) for finding in findings])
     if broken:
-        raise TargetMissingError(
-            f"{len(broken)} needed things are missing: {', '.join(f.name for f in broken)}."
-        )
+        message = f"{len(broken)} required things are missing: {', '.join(broken)}. Run the fix of each."
+        if not as_json:
+            raise TargetMissingError(message)
+        ERR.print(message, soft_wrap=True)  # stdout has its one JSON value
+        raise typer.Exit(TargetMissingError.exit_code)
+
+
+def _cells(finding: Finding) -> tuple[str, ...]:
+    is_here = finding.ok and finding.found is not None
+    mark = "ok" if is_here else ("-" if finding.optional else "MISSING")
+    fix = "" if is_here else f"\nfix: {finding.fix}"
+    return mark, finding.name, finding.found or "", finding.needed_for + fix

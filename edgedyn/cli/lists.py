@@ -1,4 +1,4 @@
-"""What edgedyn has: the rows of ``edgedyn list``."""
+"""``edgedyn list``: the parts of edgedyn that a recipe can name."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.table import Table
 
-from edgedyn.cli.terminal import OUT, AsJson, print_json
-from edgedyn.errors import UsageError
+from edgedyn.cli.options import AsJson, Verbosity
+from edgedyn.cli.tables import Column, print_results
+from edgedyn.cli.terminal import print_json, result
+from edgedyn.errors import UsageError, nearest
 
 
 def list_layers() -> list[dict[str, Any]]:
@@ -71,7 +72,7 @@ def list_ops() -> list[dict[str, Any]]:
 
 
 def list_targets() -> list[dict[str, Any]]:
-    """List the targets, and what each lacks here."""
+    """List the targets, and the missing packages of each."""
     from edgedyn import targets
 
     found = [targets.load(name) for name in targets.names()]
@@ -119,20 +120,24 @@ LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
 }
 
 
+_PROSE = {"paper", "classes", "arguments", "requires", "precisions", "summary", "missing", "meaning"}
+
+
 def list_things(
-    what: Annotated[str, typer.Argument(metavar="layers|authors|ops|targets|networks|metrics|recipes")],
+    kind: Annotated[str, typer.Argument(metavar="|".join(LISTS), help="The kind of thing to list.")],
     as_json: AsJson = False,
+    verbose: Verbosity = None,
 ) -> None:
     """List layers, authors' classes, ops, targets, networks, metrics or recipes."""
-    if what not in LISTS:
-        raise UsageError(f"cannot list {what!r}; expected one of {', '.join(LISTS)}.")
-    rows = LISTS[what]()
+    if kind not in LISTS:
+        raise UsageError(f"cannot list {kind!r}; {nearest(kind, LISTS)}expected one of {', '.join(LISTS)}.")
+    rows = LISTS[kind]()
     if as_json:
         print_json(rows)
-        return
-    table = Table(box=None)
-    for key in rows[0] if rows else ["nothing found"]:
-        table.add_column(key, overflow="fold")
-    for row in rows:
-        table.add_row(*map(str, row.values()))
-    OUT.print(table)
+    elif rows:
+        print_results(
+            [Column(key, prose=key in _PROSE) for key in rows[0]],
+            [[str(value) for value in row.values()] for row in rows],
+        )
+    else:
+        result(f"no {kind}")

@@ -1,4 +1,4 @@
-"""Commands that compile our own kernels where they run: ``edgedyn ops build``, ``edgedyn plugin build``."""
+"""``edgedyn ops build`` and ``edgedyn plugin build``: compile fused kernels on the machine that runs them."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from pathlib import Path
 
 import typer
 
-from edgedyn.cli.terminal import OUT, AsJson, print_json, progress_bars
+from edgedyn.cli.options import AsJson, Verbosity
+from edgedyn.cli.terminal import print_json, progress_bars, result
 
-ops = typer.Typer(help="Our own kernels for ExecuTorch.", no_args_is_help=True)
-plugin = typer.Typer(help="Our own kernels as TensorRT plugins.", no_args_is_help=True)
+ops = typer.Typer(help="Fused kernels for ExecuTorch.", no_args_is_help=True)
+plugin = typer.Typer(help="Fused kernels as TensorRT plugins.", no_args_is_help=True)
 
 
 @ops.command(name="build")
-def build_kernels(as_json: AsJson = False) -> None:
-    """Compile our own kernels for ExecuTorch on this machine; done at once where nothing changed."""
+def build_kernels(as_json: AsJson = False, verbose: Verbosity = None) -> None:
+    """Compile the fused kernels for ExecuTorch on this machine; returns at once if nothing changed."""
     from edgedyn.targets.executorch import kernels
 
     _build(kernels.build, as_json)
 
 
 @plugin.command(name="build")
-def build_plugins(as_json: AsJson = False) -> None:
-    """Compile the TensorRT plugins on this machine; for trtexec: --dynamicPlugins=LIBRARY."""
+def build_plugins(as_json: AsJson = False, verbose: Verbosity = None) -> None:
+    """Compile the TensorRT plugins on this machine; trtexec loads them with --dynamicPlugins=LIBRARY."""
     from edgedyn.targets.tensorrt import plugin_library
 
     _build(plugin_library.build, as_json)
@@ -37,4 +38,4 @@ def _build(make: Callable[[], Path], as_json: bool) -> None:
     if as_json:
         print_json({"ok": True, "library": str(library)})
     else:
-        OUT.print(str(library), soft_wrap=True)
+        result(str(library))

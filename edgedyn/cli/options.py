@@ -7,16 +7,40 @@ from typing import Annotated
 
 import typer
 
-RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="YAML recipe, see: edgedyn list recipes")]
-BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="directory made by edgedyn build")]
+from edgedyn.cli.terminal import set_verbosity
+
+RecipePath = Annotated[
+    Path, typer.Argument(metavar="RECIPE", help="YAML recipe. edgedyn list recipes shows those here.")
+]
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory written by edgedyn build.")]
 Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="override a recipe value, a.b=c")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the recipe, for instance precision=fp32. May be repeated.",
+    ),
 ]
 Force = Annotated[
     bool,
     typer.Option(
-        "--force", help="replace what stands at the output; use a calibration table of something else"
+        "--force",
+        help="Replace the existing output; use a calibration table even if its key does not fit.",
     ),
 ]
-Trust = Annotated[bool, typer.Option("--trust", help="allow weights that are a pickle (tensors only)")]
-Seed = Annotated[int, typer.Option("--seed", help="seed of torch's random numbers")]
+Replace = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
+Trust = Annotated[
+    bool, typer.Option("--trust", help="Load weights from a pickle (.pth); only tensors are read.")
+]
+Seed = Annotated[int, typer.Option("--seed", help="Seed of torch's random numbers.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")]
+Verbosity = Annotated[
+    bool | None,
+    typer.Option(
+        "--verbose/--quiet",
+        "-v/-q",
+        callback=set_verbosity,
+        show_default=False,
+        help="-v: also the output of libraries, and tracebacks. -q: only result, warnings and errors.",
+    ),
+]

@@ -1,25 +1,67 @@
-"""What every command of the command line prints with: results on stdout, progress and errors on stderr."""
+"""Printing of every command: results on stdout, progress, warnings and errors on stderr.
+
+    result   stdout, always           the verdict, names of written files
+    detail   stdout, unless --quiet   tables, measurements
+    warn     stderr, always
+
+Prose breaks between words only, so that a name can be copied whole; into a pipe it does not break at all.
+"""
 
 from __future__ import annotations
 
+import logging
+import os
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
 
 from edgedyn.files import to_json
-
-if TYPE_CHECKING:
-    from edgedyn.report.rows import Row
+from edgedyn.targets.quiet import quiet_libraries
 
 OUT = Console(highlight=False, markup=False)  # file names hold brackets
 ERR = Console(highlight=False, markup=False, stderr=True)
-AsJson = Annotated[bool, typer.Option("--json", help="print JSON on stdout")]
+LOG = logging.getLogger("edgedyn.cli")  # its level is the verbosity
+LOG.setLevel(logging.INFO)
+
+
+def set_verbosity(verbose: bool | None) -> bool | None:
+    """Set how much is printed: True verbose, False quiet, None as it is."""
+    if verbose is not None:
+        LOG.setLevel(logging.DEBUG if verbose else logging.WARNING)
+    return verbose
+
+
+def reset_verbosity() -> None:
+    """Print details, and hide the output of libraries."""
+    LOG.setLevel(logging.INFO)
+
+
+def is_verbose() -> bool:
+    """Return whether tracebacks and the output of libraries are shown."""
+    return LOG.isEnabledFor(logging.DEBUG)
+
+
+def result(text: str = "", *, style: str | None = None) -> None:
+    """Print a line of the result; never broken, for it may be a path."""
+    OUT.print(text, soft_wrap=True, style=style)
+
+
+def detail(text: str = "", *, style: str | None = None) -> None:
+    """Print a line that --quiet leaves out; never broken, for it may hold a path."""
+    if LOG.isEnabledFor(logging.INFO):
+        OUT.print(text, soft_wrap=True, style=style)
+
+
+def warn(text: str) -> None:
+    """Print a warning on stderr."""
+    ERR.print(f"warning: {text}", style="yellow", soft_wrap=True)
 
 
 def print_json(value: object) -> None:
@@ -27,9 +69,38 @@ def print_json(value: object) -> None:
     sys.stdout.write(to_json(value))
 
 
+def library_output() -> AbstractContextManager[None]:
+    """Hide the output of torch, torchao, NNCF and ExecuTorch, unless --verbose."""
+    return nullcontext() if is_verbose() else quiet_libraries()
+
+
+def line_width() -> int | None:
+    """Return the columns of the terminal, or None where stdout is none and COLUMNS is not set."""
+    if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
+        return None
+    return shutil.get_terminal_size().columns
+
+
+def fold(text: str, *, width: int | None = None, indent: str = "") -> str:
+    """Break lines between words so that they fit the terminal, or ``width`` columns.
+
+    Args:
+        text: one or more lines; a line that fits stays as it is.
+        width: of a line; by default the terminal's.
+        indent: in front of every line but the first.
+    """
+    width = line_width() if width is None else width
+    if width is None:
+        return text
+    wrapper = textwrap.TextWrapper(
+        width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+    )
+    return "\n".join(line if len(line) <= width else wrapper.fill(line) for line in text.split("\n"))
+
+
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Show a bar a task on stderr, and nothing where stderr is no terminal."""
+    """Show one bar per task on stderr; none with --quiet, or where stderr is no terminal."""
     bars = Progress(
         TextColumn("{task.description:<16}", markup=False),
         BarColumn(),
@@ -44,24 +115,11 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
             tasks[what] = bars.add_task(what, total=total)
         bars.update(tasks[what], completed=done, total=total)
 
-    if not ERR.is_terminal:
+    if not ERR.is_terminal or not LOG.isEnabledFor(logging.INFO):
         yield lambda what, done, total: None
         return
     with bars:
         yield advance
-
-
-def print_rows(rows: list[Row]) -> None:
-    """Print one line a row; the longest fits 80 columns."""
-    signs = {"at_most": "<=", "at_least": ">="}
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for column in ("between", "metric", "value", "limit", "of", ""):
-        table.add_column(column, overflow="fold", justify="right" if column in ("value", "of") else "left")
-    for row in rows:
-        limit = " ".join(f"{signs[key]} {value:.4g}" for key, value in row.limit.items())
-        word = "FAILED" if not row.passed else "passed" if row.limit else "reported"
-        table.add_row(row.between, row.metric, f"{row.value:.4g}", limit, str(row.samples), word)
-    OUT.print(table)
 
 
 def exit_unless(ok: bool) -> None:

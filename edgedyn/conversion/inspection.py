@@ -12,7 +12,8 @@ can run.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,28 +27,53 @@ from edgedyn.errors import EdgedynError, RecipeError
 from edgedyn.graph.nodes import all_multiply_adds, module_path
 from edgedyn.graph.provenance import shared_provenance
 from edgedyn.layers import RoutedModel, canonicalize, load_all, part_inputs, parts, recognise
+from edgedyn.recipe.recipe import Recipe, as_recipe
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
     from edgedyn.ops import Op
-    from edgedyn.recipe.recipe import Recipe
 
 
-def inspect(recipe: Recipe, *, trust: bool = False) -> dict[str, Any]:
-    """Inspect a recipe's network on its target, with its forms; nothing is written.
+def inspect(
+    network: Recipe | nn.Module | str | Path,
+    *,
+    shape: Sequence[int] = (1, 3, 256, 256),
+    trust: bool = False,
+) -> dict[str, Any]:
+    """Inspect a recipe or a network without building it; nothing is written.
+
+    Example:
+        found = edgedyn.inspect("recipes/mallenet-s.phone.int8.yaml")
+        print([layer["path"] for layer in found["layers"]])
+
+    Args:
+        network: a recipe or the path of one; ``package.module:function``, which returns a network; or a
+            network.
+        shape: (B, C, H, W) of a network's input; a recipe has its own.
+        trust: allow weights that are a pickle of tensors.
 
     Returns:
-        As ``inspect_model``, with ``recipe``, ``precision`` and ``target``.
+        As ``inspect_model``; of a recipe also ``recipe``, ``precision`` and ``target``.
 
     Raises:
-        EdgedynError: as ``pipeline.build`` would for the recipe and the network.
+        EdgedynError: as ``pipeline.build`` for the recipe and the network.
     """
+    if isinstance(network, str) and is_function(network):
+        network = load_network(network)
+    if isinstance(network, nn.Module):
+        return inspect_model(network, (torch.zeros(tuple(shape)),))
+    recipe = as_recipe(network)
     target = load_target(recipe)  # refuses as a build would
     model = recipe.load_model(trust=trust)
     inputs = tuple(torch.zeros(shape) for shape in recipe.input_shapes())
     inspected = inspect_model(model, inputs, chosen={recipe.target: recipe.forms}, instead=target)
     return {"recipe": recipe.name, "target": recipe.target, "precision": recipe.precision, **inspected}
+
+
+def is_function(name: str) -> bool:
+    """Return whether a name is ``package.module:function``, not the path of a recipe."""
+    return ":" in name and Path(name).suffix not in (".yaml", ".yml")
 
 
 def load_network(name: str) -> nn.Module:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import importlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,14 +109,19 @@ class Session:
         return result
 
 
-def open_session(path: Path) -> Session:
+def open_session(path: str | Path) -> Session:
     """Verify the bundle in ``path`` and load its program with its target's runtime.
+
+    Example:
+        session = edgedyn.open_session("out")
+        denoised = session.process(pixels)  # (H, W, C) float32, any size
 
     Raises:
         BundleError: if the bundle does not verify, or names a target that this edgedyn does not have.
         TargetMissingError: if the target's runtime is not installed here.
         UsageError: if the program is not compiled yet.
     """
+    path = Path(path)
     bundle = open_bundle(path)
     try:
         target = targets.load(bundle.target)
@@ -129,19 +134,24 @@ def open_session(path: Path) -> Session:
     return Session(bundle, load_programs(target.load, path, bundle.programs, bundle.routing))
 
 
-def process_files(
-    session: Session,
-    images: list[Path],
-    out: Path,
+def run(
+    bundle: Session | str | Path,
+    images: str | Path | Sequence[str | Path],
+    out: str | Path,
     *,
     force: bool = False,
     progress: Callable[[Path, int, int], None] = lambda image, done, total: None,
 ) -> list[Path]:
-    """Run image files through a session and write the results, under the same names, into the folder ``out``.
+    """Run image files through a bundle and write them, under their own names, into the folder ``out``.
 
-    Names are refused before any work. Each file appears whole or not at all.
+    Names that are refused are refused before any work. Each file appears whole or not at all.
+
+    Example:
+        edgedyn.run("out", ["noisy.png"], "denoised")
 
     Args:
+        bundle: an open session, or the path of a bundle.
+        images: files, PNG, JPEG or TIFF, of any size; one or several.
         out: folder for the results, made if need be.
         force: replace results that exist; never an input.
         progress: called with (image, tiles done, tiles in all) after each tile.
@@ -152,28 +162,38 @@ def process_files(
     Raises:
         UsageError: for no images, two of one name, results that exist, or a folder inside the bundle.
         ImageError: for a file that is no readable image or has a suffix that cannot be written.
+        EdgedynError: as ``open_session``, where ``bundle`` is a path.
     """
     # Here, so that checking a bundle on a device needs neither Pillow nor tifffile.
     from edgedyn.images.photo import SUFFIXES, read_image, write_image
 
+    session = bundle if isinstance(bundle, Session) else open_session(bundle)
+    files = [Path(image) for image in ([images] if isinstance(images, str | Path) else images)]
+    out = Path(out)
     if out.resolve().is_relative_to(session.bundle.path.resolve()):
         raise UsageError(f"results in {out} would make the bundle invalid. Choose a folder outside of it.")
-    results = _result_paths(images, out, force=force)
-    if odd := sorted({image.suffix for image in images if image.suffix.lower() not in SUFFIXES}):
+    results = _result_paths(files, out, force=force)
+    if odd := sorted({image.suffix for image in files if image.suffix.lower() not in SUFFIXES}):
         raise ImageError(f"found suffixes {odd}, expected {list(SUFFIXES)}. Convert these files.")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"cannot make the folder {out}: {error}. Choose another output folder.") from error
-    for image, result in zip(images, results, strict=True):
+    for image, result in zip(files, results, strict=True):
         photo = read_image(image)
         tell = functools.partial(progress, image)
         write_image(photo, session.process(photo.pixels, progress=tell), result)
     return results
 
 
-def check(session: Session) -> ValidationReport:
-    """Run the bundle's validation vectors where it stands.
+def check(bundle: Session | str | Path) -> ValidationReport:
+    """Run a bundle's validation vectors on this machine.
+
+    Example:
+        assert edgedyn.check("out").ok
+
+    Args:
+        bundle: an open session, or the path of a bundle, whose files are verified first.
 
     Returns:
         Two rows per vector, ``device:vectors``, with the largest and the root mean square difference from the
@@ -182,7 +202,9 @@ def check(session: Session) -> ValidationReport:
     Raises:
         BundleError: if a vector is no array of the shape and dtype that the manifest gives.
         CheckFailedError: if the program returns another shape.
+        EdgedynError: as ``open_session``, where ``bundle`` is a path.
     """
+    session = bundle if isinstance(bundle, Session) else open_session(bundle)
     vectors = session.bundle.vectors
     failures = 0.0 if session.bundle.ok else 1.0
     rows = [Row("build:report", "failed_builds", failures, {"at_most": 0}, len(vectors))]

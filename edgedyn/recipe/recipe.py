@@ -174,8 +174,16 @@ def find_network(name: str) -> Any:
         ) from error
 
 
-def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """Return a recipe itself, or read the one in a file; errors as ``load_recipe``."""
+    return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply overrides.
+
+    Example:
+        recipe = edgedyn.load_recipe("recipes/mallenet-s.phone.int8.yaml", ["precision=fp32"])
 
     Args:
         path: YAML file.
@@ -186,6 +194,7 @@ def load_recipe(path: Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: for a missing or unreadable file, an unknown key (the nearest is named) or a wrong type.
     """
+    path = Path(path)
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:

@@ -97,6 +97,8 @@ class Target:
             program -> the layer of each event. None where the runtime has no times per layer.
         missing: returns a sentence that names a missing package and its fix, or None where the target can be
             lowered to and run here.
+        compile: ``compile(lowered, engine, workspace_bytes=None, progress=None)`` builds the engine of a
+            lowered file, on the device, and returns its facts. None where ``load`` runs the lowered file.
     """
 
     name: str
@@ -110,6 +112,7 @@ class Target:
     load: Callable[[Path, str], Run]
     missing: Callable[[], str | None]
     profile: Callable[[Path, str], Any] | None = None
+    compile: Callable[..., dict[str, object]] | None = None
 
 
 def deferred(module: str, function: str) -> Callable[..., Any]:

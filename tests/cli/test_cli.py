@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from edgedyn.cli.terminal import print_rows
+from edgedyn.cli.tables import print_rows
 from edgedyn.report.rows import Row
 
 ROOT = Path(__file__).parents[2]

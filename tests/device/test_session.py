@@ -13,7 +13,7 @@ from PIL import Image
 from edgedyn import targets
 from edgedyn.bundle.bundle import Bundle, staging_folder, write_bundle
 from edgedyn.bundle.manifest import FORMAT
-from edgedyn.device.session import Session, check, open_session, process_files
+from edgedyn.device.session import Session, check, open_session, run
 from edgedyn.device.tiling import tiles
 from edgedyn.errors import (
     BundleError,
@@ -273,9 +273,9 @@ def test_arrays_that_are_no_picture_are_refused(session):
 
 
 def test_a_program_that_returns_another_shape_or_nan_is_noticed(session):
-    for run in (lambda x: [x[:, :1]], lambda x: [x * np.float32("nan")]):
+    for wrong in (lambda x: [x[:, :1]], lambda x: [x * np.float32("nan")]):
         with pytest.raises(CheckFailedError, match="the program's output"):
-            Session(session.bundle, run).process(picture(9, 9))
+            Session(session.bundle, wrong).process(picture(9, 9))
 
 
 @pytest.mark.parametrize(
@@ -381,9 +381,7 @@ def save(path, pixels):
 def test_files_come_out_under_their_names_in_their_mode(tmp_path, session):
     images = [save(tmp_path / "a.png", picture(20, 30)), save(tmp_path / "b.tif", picture(40, 20, 1))]
     calls = []
-    results = process_files(
-        session, images, tmp_path / "deep" / "out", progress=lambda *call: calls.append(call)
-    )
+    results = run(session, images, tmp_path / "deep" / "out", progress=lambda *call: calls.append(call))
     assert results == [tmp_path / "deep" / "out" / "a.png", tmp_path / "deep" / "out" / "b.tif"]
     for image, result in zip(images, results, strict=True):
         expected = np.clip(session.process(read_image(image).pixels), 0, 1)
@@ -415,7 +413,7 @@ def test_files_are_refused_before_any_work(tmp_path, session):
     for images, folder, message in cases:
         for force in (False, True):
             with pytest.raises(EdgedynError, match=message):
-                process_files(idle, images, folder, force=force)
+                run(idle, images, folder, force=force)
     assert not out.exists()
 
 
@@ -424,7 +422,7 @@ def test_existing_results_are_kept_unless_forced(tmp_path, session):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "b.png").write_bytes(b"mine")
     with pytest.raises(UsageError, match=r"b\.png exists already"):
-        process_files(session, images, tmp_path / "out")
+        run(session, images, tmp_path / "out")
     assert os.listdir(tmp_path / "out") == ["b.png"]
-    assert len(process_files(session, images, tmp_path / "out", force=True)) == 2
+    assert len(run(session, images, tmp_path / "out", force=True)) == 2
     assert read_image(tmp_path / "out" / "b.png").pixels.shape == (20, 30, 3)

@@ -31,4 +31,5 @@ TARGET = Target(
     preview=deferred("edgedyn.targets.tensorrt.lower", "preview"),
     load=deferred("edgedyn.targets.tensorrt.run", "load"),
     missing=_missing,
+    compile=deferred("edgedyn.targets.tensorrt.compile", "compile_engine"),
 )
