@@ -21,6 +21,7 @@ from edgedyn.cli.calibrate import calibrate
 from edgedyn.cli.check import check
 from edgedyn.cli.compile import compile_engines
 from edgedyn.cli.doctor import doctor
+from edgedyn.cli.init import init
 from edgedyn.cli.inspect import inspect
 from edgedyn.cli.lists import list_things
 from edgedyn.cli.memory import keep_freed_memory
@@ -28,6 +29,7 @@ from edgedyn.cli.native import ops, plugin
 from edgedyn.cli.options import Verbosity
 from edgedyn.cli.report import report
 from edgedyn.cli.run import run
+from edgedyn.cli.schema import schema
 from edgedyn.cli.terminal import ERR, is_verbose, print_json, reset_verbosity, result, set_verbosity
 from edgedyn.errors import EdgedynError
 
@@ -45,6 +47,7 @@ app = typer.Typer(
 )
 app.command()(build)
 app.command()(inspect)
+app.command()(init)
 app.command()(calibrate)
 app.command(name="compile")(compile_engines)
 app.command()(check)
@@ -53,6 +56,7 @@ app.command()(bench)
 app.command()(report)
 app.command()(doctor)
 app.command(name="list")(list_things)
+app.command()(schema)
 app.add_typer(ops, name="ops")
 app.add_typer(plugin, name="plugin")
 

@@ -109,6 +109,13 @@ def list_recipes() -> list[dict[str, Any]]:
     ]
 
 
+def list_keys() -> list[dict[str, Any]]:
+    """List every key of a recipe with type, default and meaning."""
+    from edgedyn.recipe.describe import recipe_keys
+
+    return [key.to_json() for key in recipe_keys()]
+
+
 LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "layers": list_layers,
     "authors": list_authors,
@@ -117,10 +124,22 @@ LISTS: dict[str, Callable[[], list[dict[str, Any]]]] = {
     "networks": list_networks,
     "metrics": list_metrics,
     "recipes": list_recipes,
+    "keys": list_keys,
 }
 
 
-_PROSE = {"paper", "classes", "arguments", "requires", "precisions", "summary", "missing", "meaning"}
+_PROSE = {
+    "paper",
+    "classes",
+    "arguments",
+    "requires",
+    "precisions",
+    "summary",
+    "missing",
+    "meaning",
+    "kind",
+    "default",
+}
 
 
 def list_things(
@@ -128,7 +147,7 @@ def list_things(
     as_json: AsJson = False,
     verbose: Verbosity = None,
 ) -> None:
-    """List layers, authors' classes, ops, targets, networks, metrics or recipes."""
+    """List layers, authors' classes, ops, targets, networks, metrics, recipes or recipe keys."""
     if kind not in LISTS:
         raise UsageError(f"cannot list {kind!r}; {nearest(kind, LISTS)}expected one of {', '.join(LISTS)}.")
     rows = LISTS[kind]()

@@ -75,7 +75,7 @@ def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], width:
     lines = [columns[0].name]
     for row in rows:
         cells = [f"  {c.name}: {cell}" for c, cell in zip(columns[1:], row[1:], strict=True) if cell]
-        lines += [row[0], *(fold(cell, width=width, indent="    ") for cell in cells)]
+        lines += [row[0], *"\n".join(fold(cell, width=width, indent="    ") for cell in cells).split("\n")]
     return lines
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
@@ -21,7 +22,7 @@ RECIPE = "recipes/mallenet-s.phone.fp32.yaml"
 
 
 def edgedyn(*arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "edgedyn.cli.app", *map(str, arguments)]
+    command = [sys.executable, "-m", "edgedyn", *map(str, arguments)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600, check=False)
 
 
@@ -103,7 +104,9 @@ def test_refusals_have_their_exit_code_and_say_what_to_do(arguments, code, messa
     assert not (ROOT / "x").exists()
 
 
-@pytest.mark.parametrize("what", ["layers", "authors", "ops", "targets", "networks", "metrics", "recipes"])
+@pytest.mark.parametrize(
+    "what", ["layers", "authors", "ops", "targets", "networks", "metrics", "recipes", "keys"]
+)
 def test_list_prints_rows(what):
     rows = json.loads(edgedyn("list", what, "--json").stdout)
     assert rows
@@ -186,3 +189,39 @@ def test_row_says_whether_it_was_judged(capsys):
     print_rows([Row("a:b", f"m{k}", 1.0, limit, 1) for k, limit in enumerate(limits)])
     words = [line.split()[-1] for line in capsys.readouterr().out.splitlines()]
     assert words[-3:] == ["reported", "passed", "FAILED"]
+
+
+def test_report_writes_the_same_page_again_and_keeps_its_pictures(bundle, tmp_path):
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    page = (copy / "report.html").read_bytes()
+    assert b"data:image/png" in page
+    done = edgedyn("report", copy, "--json")
+    assert (done.returncode, json.loads(done.stdout)["pictures"]) == (0, True), done.stderr
+    assert (copy / "report.html").read_bytes() == page
+
+
+def test_report_of_a_lost_page_has_the_numbers_and_no_pictures(bundle, tmp_path):
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    (copy / "report.html").unlink()
+    done = edgedyn("report", copy)
+    assert (done.returncode, done.stdout.strip()) == (0, str(copy / "report.html"))
+    assert "has no pictures" in done.stderr
+    page = (copy / "report.html").read_text()
+    assert "data:image/png" not in page
+    for row in json.loads((copy / "report.json").read_text())["rows"]:
+        assert row["metric"].partition("[")[0] in page
+    assert edgedyn("check", copy, "--quiet").stdout.startswith("ok: ")
+
+
+def test_report_does_not_vouch_for_another_damaged_file(bundle, tmp_path):
+    copy = Path(shutil.copytree(bundle, tmp_path / "copy"))
+    (copy / "report.json").write_text("{}")
+    done = edgedyn("report", copy)
+    assert done.returncode == 1
+    assert "report.json" in done.stderr
+
+
+def test_schema_is_the_one_of_recipes():
+    from edgedyn.recipe.describe import recipe_schema
+
+    assert json.loads(edgedyn("schema").stdout) == recipe_schema()

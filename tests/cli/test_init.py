@@ -1,0 +1,99 @@
+"""``edgedyn init`` writes a recipe that loads, for a network of the user's."""
+
+from __future__ import annotations
+
+import json
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from edgedyn.cli import app as command_line
+from edgedyn.cli.init import guess_task
+from edgedyn.errors import ModelError
+from edgedyn.recipe.recipe import load_recipe
+
+NETWORK = """from edgedyn.layers.malleconv import AffineMalleConv
+
+def make():
+    return AffineMalleConv(3, 3, 2)
+"""
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    (tmp_path / "net_of_init.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield tmp_path
+    sys.modules.pop("net_of_init", None)
+
+
+def test_a_recipe_is_written_and_loads(folder, capsys):
+    arguments = ["init", "net_of_init:make", "-o", "mine.yaml", "--shape", "1,3,48,32", "--precision", "fp32"]
+    assert command_line.execute([*arguments, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed["recipe"] == "mine.yaml"
+    assert [layer["class"] for layer in printed["layers"]] == ["AffineMalleConv"]
+    recipe = load_recipe("mine.yaml")
+    assert (recipe.name, recipe.target, recipe.precision, recipe.task) == (
+        "mine",
+        "executorch",
+        "fp32",
+        "denoise",
+    )
+    assert recipe.input.shape == [1, 3, 48, 32]
+    assert recipe.tile.overlap == 8  # the default would leave nothing of a tile of 32
+    assert recipe.calibration == "calib/skimage.yaml"
+    text = (folder / "mine.yaml").read_text()
+    assert "AffineMalleConv, sliced_depthwise2d as banded_shift_mac" in text
+    (folder / "mine.yaml").write_text("my own")
+    assert command_line.execute(arguments) == 2
+    assert "--force" in capsys.readouterr().err
+    assert (folder / "mine.yaml").read_text() == "my own"
+    assert command_line.execute([*arguments, "--force"]) == 0
+    assert (folder / "mine.yaml").read_text() == text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["net_of_init:make", "--target", "executorh"], "did you mean 'executorch'?"),
+        (["net_of_init:make", "--precision", "int9", "--shape", "1,3,32,32"], "did you mean 'int8'?"),
+        (["net_of_init:mak"], "cannot be called"),
+        (["mallenet"], "is no package.module:function"),
+        (["net_of_init:make", "--shape", "1,3"], "expected four sizes"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_what_makes_no_recipe_is_refused_and_nothing_is_written(folder, capsys, arguments, words):
+    assert command_line.execute(["init", *arguments]) == 2
+    assert words in capsys.readouterr().err
+    assert not list(folder.glob("*.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("model", "task"),
+    [
+        (nn.Identity(), "denoise"),
+        (nn.Upsample(scale_factor=2), "upscale"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10)), "classify"),
+        (nn.Conv2d(3, 5, 3, stride=2), "keypoints"),
+    ],
+    ids=["same size", "twice as large", "logits", "heatmaps"],
+)
+def test_the_task_is_guessed_from_the_output(model, task):
+    assert guess_task(model, [1, 3, 8, 8]) == task
+
+
+def test_an_output_of_no_task_is_refused():
+    class Pair(nn.Module):
+        def forward(self, x):
+            return x, x
+
+    with pytest.raises(ModelError, match="returns tuple"):
+        guess_task(Pair(), [1, 3, 8, 8])
+    with pytest.raises(ModelError, match=r"returns \[192\]"):
+        guess_task(nn.Flatten(0), [1, 3, 8, 8])
+    assert torch.is_grad_enabled()
