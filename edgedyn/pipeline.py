@@ -160,6 +160,7 @@ def validate(
     return ValidationReport(tuple(rows)), decided.facts
 
 
+@shared_provenance()
 def lower(
     recipe: Recipe | str | Path,
     out: str | Path,
@@ -181,7 +182,7 @@ def lower(
         calibration: in place of the recipe's calibration set.
         force: use the recipe's calibration table even if its key does not fit.
         trust: allow weights that are a pickle of tensors.
-        progress: called with (task, steps done, steps in all).
+        progress: called with (phase, steps done, steps of the phase).
 
     Raises:
         EdgedynError: the narrowest kind, as ``build``.
