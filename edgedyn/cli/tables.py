@@ -16,7 +16,7 @@ from edgedyn.cli.terminal import detail, fold, line_width, result
 if TYPE_CHECKING:
     from edgedyn.report.rows import Row
 
-_GAP = 2
+_GAPS = (2, 1)  # between columns, the wider where the table fits
 _LEAST_PROSE = 24  # columns; narrower prose reads worse than a line per cell
 
 
@@ -63,14 +63,16 @@ def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], width:
         max(len(line) for cell in (column.name, *(row[i] for row in rows)) for line in cell.split("\n"))
         for i, column in enumerate(columns)
     ]
-    if fitted := _fit(columns, rows, widths, width):
-        return _lines(columns, rows, fitted)
-    rest = _fit(columns[1:], [row[1:] for row in rows], widths[1:], width and width - 2)
+    for gap in _GAPS:
+        if fitted := _fit(columns, rows, widths, width, gap):
+            return _lines(columns, rows, fitted, gap)
+    gap, lower = _GAPS[0], [row[1:] for row in rows]
+    rest = _fit(columns[1:], lower, widths[1:], width and width - 2, gap)
     if rest and len(columns) > 2:
         lines = [columns[0].name]
-        lower = _lines(columns[1:], [row[1:] for row in rows], rest, each=True)
-        for name, block in zip(("", *(row[0] for row in rows)), lower, strict=True):
-            lines += [*([name] if name else []), *(f"  {line}" for line in block.split("\n"))]
+        blocks = _blocks(columns[1:], lower, rest, gap)
+        for name, block in zip(("", *(row[0] for row in rows)), blocks, strict=True):
+            lines += [*([name] if name else []), *(f"  {line}" for line in block)]
         return lines
     lines = [columns[0].name]
     for row in rows:
@@ -80,10 +82,14 @@ def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], width:
 
 
 def _fit(
-    columns: Sequence[Column], rows: Sequence[Sequence[str]], widths: Sequence[int], width: int | None
+    columns: Sequence[Column],
+    rows: Sequence[Sequence[str]],
+    widths: Sequence[int],
+    width: int | None,
+    gap: int,
 ) -> list[int] | None:
     """Return the widths of the columns within ``width``, or None where they do not fit."""
-    excess = 0 if width is None else sum(widths) + _GAP * (len(widths) - 1) - width
+    excess = 0 if width is None else sum(widths) + gap * (len(widths) - 1) - width
     fitted = list(widths)
     for i in sorted(range(len(columns)), key=lambda i: -widths[i]):
         if excess > 0 and columns[i].prose:
@@ -95,23 +101,29 @@ def _fit(
 
 
 def _lines(
-    columns: Sequence[Column], rows: Sequence[Sequence[str]], widths: Sequence[int], *, each: bool = False
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], widths: Sequence[int], gap: int
 ) -> list[str]:
-    """Return the lines of a table, its heading first; with ``each`` one text of lines per row."""
+    """Return the lines of a table, its heading first."""
+    return [line for block in _blocks(columns, rows, widths, gap) for line in block]
+
+
+def _blocks(
+    columns: Sequence[Column], rows: Sequence[Sequence[str]], widths: Sequence[int], gap: int
+) -> list[list[str]]:
+    """Return the lines of the heading and of each row."""
     blocks = []
     for row in ([column.name for column in columns], *rows):
         cells = [fold(cell, width=size).split("\n") for cell, size in zip(row, widths, strict=True)]
         height = max(len(cell) for cell in cells)
-        padded = [[*cell, *[""] * (height - len(cell))] for cell in cells]
         block = []
-        for parts in zip(*padded, strict=True):
+        for parts in zip(*([*cell, *[""] * (height - len(cell))] for cell in cells), strict=True):
             placed = (
                 part.rjust(size) if column.right else part.ljust(size)
                 for part, size, column in zip(parts, widths, columns, strict=True)
             )
-            block.append((" " * _GAP).join(placed).rstrip())
-        blocks.append("\n".join(block))
-    return blocks if each else "\n".join(blocks).split("\n")
+            block.append((" " * gap).join(placed).rstrip())
+        blocks.append(block)
+    return blocks
 
 
 _ROW_COLUMNS = (
