@@ -1,7 +1,7 @@
 """Tables of the command line: names stay whole, prose breaks between words.
 
 one line per row                     where it fits the terminal, prose folded
-first column, the others below it    else, where that fits
+first column, the others below it    else; equal first cells in a row once
 one line per cell                    else
 """
 
@@ -69,10 +69,11 @@ def table_lines(columns: Sequence[Column], rows: Sequence[Sequence[str]], width:
     gap, lower = _GAPS[0], [row[1:] for row in rows]
     rest = _fit(columns[1:], lower, widths[1:], width and width - 2, gap)
     if rest and len(columns) > 2:
-        lines = [columns[0].name]
         blocks = _blocks(columns[1:], lower, rest, gap)
-        for name, block in zip(("", *(row[0] for row in rows)), blocks, strict=True):
-            lines += [*([name] if name else []), *(f"  {line}" for line in block)]
+        names = [columns[0].name, *(row[0] for row in rows)]
+        lines = []
+        for name, previous, block in zip(names, [None, *names], blocks, strict=False):
+            lines += [*([name] if name != previous else []), *(f"  {line}" for line in block)]
         return lines
     lines = [columns[0].name]
     for row in rows:

@@ -298,7 +298,7 @@ def _kernels(facts: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _texts(values: Mapping[str, Any]) -> dict[str, str]:
-    return {name: _text(value) for name, value in values.items()}
+    return {name: _text(values[name]) for name in sorted(values)}  # as a manifest on disk has them
 
 
 def _text(value: Any) -> str:
