@@ -2,14 +2,14 @@
 
     0    ok
     1    a check failed, or a bundle is not as its manifest says
-    2    wrong usage, recipe, weights or image; something is in the way
+    2    wrong usage, recipe, weights or image, or an existing file is in the way
     3    a target, device or package is not available here
     4    the network or a layer is not supported
     5    the calibration images are refused
     130  interrupted; no partial file is left
 
-A message says what is wrong, what was found, what was expected, and what to do next. Any other exception that
-leaves a public function is a bug of edgedyn.
+A message names the fault, the value found, the value expected, and the next step. Any other exception from a
+public function is a bug of edgedyn.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Files that are whole or not there, and JSON that every parser reads. Device side: standard library only.
+"""Files that are whole or absent, and JSON that every parser reads. Device side: standard library only.
 
-A file is written as a part beside its place, synced to the disk, then renamed: beside it, because a rename is
-atomic only inside one file system. Of several that belong together one stands for all and comes last.
+A file is written under a hidden name beside its final one, synced to the disk, then renamed: a rename is
+atomic only inside one file system. Of several files that belong together, the last one marks the set as
+complete.
 """
 
 from __future__ import annotations
@@ -20,30 +21,30 @@ from edgedyn.errors import UsageError
 
 
 def replace_file(path: Path, data: bytes) -> None:
-    """Write ``data`` to ``path`` at once or not at all: a part file beside it, synced, then a rename.
+    """Write ``data`` to ``path`` whole or not at all.
 
     Args:
-        path: the file; what stands there is replaced.
-        data: bytes, or whatever gives its memory as bytes.
+        path: the file; an existing one is replaced.
+        data: bytes, or an object with the buffer protocol.
 
     Raises:
-        UsageError: if the file cannot be written; what was there is untouched.
+        UsageError: if the file cannot be written; an existing one is untouched.
     """
     replace_files({path: data})
 
 
 def replace_files(files: Mapping[Path, bytes]) -> None:
-    """Write files that belong together; the last one stands for all, and readers begin with it.
+    """Write files that belong together; readers open the last one first.
 
-    All are written as part files first. Of several the last one is then taken away, the others are renamed,
-    and it is renamed after them: wherever this is interrupted, the last file is there with the others as it
-    means them, or it is not there.
+    All are written under hidden names first. Then the existing last file is deleted, the others are renamed,
+    and the new last file is renamed after them. So after an interruption the last file is either absent, or
+    present with the others that it was written with.
 
     Args:
-        files: path -> bytes; what stands there is replaced.
+        files: path -> bytes; existing files are replaced.
 
     Raises:
-        UsageError: if a file cannot be written; where that shows before the renames, nothing has changed.
+        UsageError: if a file cannot be written; before the first rename nothing has changed.
     """
     parts = {path: sibling(path, "part") for path in files}
     path = last = list(files)[-1]
@@ -58,14 +59,14 @@ def replace_files(files: Mapping[Path, bytes]) -> None:
         for path, part in parts.items():
             part.replace(path)
     except OSError as error:
-        raise UsageError(f"cannot write {path}: {error}. Choose another place, or make room.") from error
+        raise UsageError(f"cannot write {path}: {error}. Choose another path, or free disk space.") from error
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
 
 
 def sibling(path: Path, suffix: str) -> Path:
-    """Return a new hidden name beside ``path``, for a part or an old version of it."""
+    """Return a new hidden name beside ``path``, for an unfinished or an old version of it."""
     full = Path(os.path.abspath(path))
     return full.with_name(f".{full.name}.{suffix}-{secrets.token_hex(4)}")
 
@@ -74,7 +75,7 @@ def sync(*paths: Path) -> None:
     """Wait until files, or the entries of directories, are on the disk."""
     for path in paths:
         if os.name == "nt" and path.is_dir():
-            continue  # Windows opens no directory, and its renames need no sync of one.
+            continue  # Windows opens no directory, and its renames need no sync.
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -83,7 +84,7 @@ def sync(*paths: Path) -> None:
 
 
 def to_json(values: object) -> str:
-    """Return indented JSON text; infinity and NaN, which JSON does not have, become the strings of Python."""
+    """Return indented JSON; infinity and NaN, which JSON lacks, become ``"inf"``, ``"-inf"``, ``"nan"``."""
     return json.dumps(_finite(values), indent=1, default=str, allow_nan=False) + "\n"
 
 
@@ -98,7 +99,7 @@ def _finite(values: Any) -> Any:
 
 
 def cached_path(file: str, sources: Iterable[Path], *facts: str) -> Path:
-    """Return where a file made of these sources stands or would stand on such a machine."""
+    """Return the path in the cache of a file built from these sources on such a machine."""
     content = hashlib.sha256(" ".join((platform.platform(), *facts)).encode())
     for path in sources:
         content.update(f"\n{path.parent.name}/{path.name}\0".encode() + path.read_bytes())
@@ -106,5 +107,5 @@ def cached_path(file: str, sources: Iterable[Path], *facts: str) -> Path:
 
 
 def cache() -> Path:
-    """Return the folder of what is built or fetched once and used by every checkout."""
+    """Return the folder of files that are built or fetched once and shared by every checkout."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgedyn"

@@ -79,13 +79,12 @@ def test_lower_writes_the_programs_of_the_bundle_and_nothing_else(recipe, bundle
         edgedyn.lower(recipe, str(folder / "programs"))
 
 
-def test_inspect_takes_a_recipe_a_function_and_a_network(recipe):
+def test_inspect_takes_a_recipe_or_a_network(recipe):
     import boundary_net
 
     shape = (1, 3, 32, 48)
     for found in (
         edgedyn.inspect(recipe),
-        edgedyn.inspect("boundary_net:make", shape=shape),
         edgedyn.inspect(boundary_net.make().eval(), shape=shape),
     ):
         assert [layer["path"] for layer in found["layers"]] == ["3"]

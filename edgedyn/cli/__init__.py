@@ -1,1 +1,1 @@
-"""What a user types, one file a command, and how results are printed."""
+"""The command line: one file per command, with the printing of its results."""

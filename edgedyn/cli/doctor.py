@@ -232,7 +232,7 @@ def _targets() -> Iterator[Finding]:
         yield Finding(f"target {name}", state, target.summary, missing is None, missing or "", optional=True)
 
 
-_COLUMNS = (Column(""), Column("what"), Column("found"), Column("needed for, and its fix", prose=True))
+_COLUMNS = (Column(""), Column("name"), Column("found"), Column("needed for, and its fix", prose=True))
 
 
 def doctor(as_json: AsJson = False, verbose: Verbosity = None) -> None:

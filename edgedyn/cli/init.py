@@ -11,7 +11,7 @@ import typer
 from edgedyn.cli.inspect import parse_shape
 from edgedyn.cli.options import AsJson, Replace, Verbosity
 from edgedyn.cli.terminal import detail, library_output, print_json, result, warn
-from edgedyn.errors import ModelError, UsageError
+from edgedyn.errors import ModelError, UsageError, nearest
 
 if TYPE_CHECKING:
     from torch import nn
@@ -46,7 +46,11 @@ def init(
         from edgedyn.files import replace_file
         from edgedyn.recipe.draft import draft_recipe
 
-        targets.load(target)
+        if precision not in (known := sorted(targets.load(target).precisions)):
+            raise UsageError(
+                f"target {target!r} has no precision {precision!r}; {nearest(precision, known)}it has "
+                f"{', '.join(known)}. Pick one with --precision."
+            )
         sizes = parse_shape(shape)
         if not inspection.is_function(network):
             raise UsageError(f"{network!r} is no package.module:function, for instance mynet:make.")

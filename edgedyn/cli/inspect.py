@@ -15,7 +15,7 @@ _COLUMNS = (
     Column("layer"),
     Column("class"),
     Column("primitive"),
-    # multiply-adds of generator and apply, parameters of both, bytes of what is generated
+    # multiply-adds of generator and apply, parameters of both, bytes of the generated tensors
     *(Column(name, right=True) for name in ("gen MMAC", "apply", "K par", "KB")),
 )
 

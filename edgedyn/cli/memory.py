@@ -1,7 +1,8 @@
-"""How the C library keeps memory: feature maps are tens of megabytes, made and dropped once a node.
+"""Freed memory stays with the process: each node allocates and frees feature maps of tens of megabytes.
 
-glibc gives as much back to the system at once, and gets it back page by page, each filled with zeros:
-calibrating mallenet-s spent a third of its processor time there (docs/measurements/calibration-time.json).
+By default glibc returns blocks of that size to the system at once, and gets them back page by page, each
+filled with zeros: calibrating mallenet-s spent a third of its processor time there
+(docs/measurements/calibration-time.json).
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ import ctypes
 import platform
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-_LARGEST_MAP = 2**30  # bytes; what is larger is rare enough to be asked for
+_LARGEST_MAP = 2**30  # bytes; larger blocks are rare and may go back to the system
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep what it frees, for the next tensor; return whether its C library is one that can.
+    """Keep freed memory in this process for the next tensor; return whether its C library can.
 
-    The peak grows a little, 917 to 1068 MiB there. For programs: a library leaves the choice to its user.
+    The peak grows a little, from 917 to 1068 MiB there. For programs only: a library leaves the choice to its
+    user.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

@@ -100,7 +100,7 @@ def fold(text: str, *, width: int | None = None, indent: str = "") -> str:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """Show one bar per task on stderr; none with --quiet, or where stderr is no terminal."""
+    """Show one bar per phase on stderr; none with --quiet, or where stderr is no terminal."""
     bars = Progress(
         TextColumn("{task.description:<16}", markup=False),
         BarColumn(),
@@ -110,13 +110,13 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     )
     tasks: dict[str, Any] = {}
 
-    def advance(what: str, done: int, total: int) -> None:
-        if what not in tasks:
-            tasks[what] = bars.add_task(what, total=total)
-        bars.update(tasks[what], completed=done, total=total)
+    def advance(phase: str, done: int, total: int) -> None:
+        if phase not in tasks:
+            tasks[phase] = bars.add_task(phase, total=total)
+        bars.update(tasks[phase], completed=done, total=total)
 
     if not ERR.is_terminal or not LOG.isEnabledFor(logging.INFO):
-        yield lambda what, done, total: None
+        yield lambda phase, done, total: None
         return
     with bars:
         yield advance

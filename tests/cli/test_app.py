@@ -172,10 +172,10 @@ def test_completion_of_each_shell_completes_verbs(shell, tmp_path):
     script = subprocess.run(command, capture_output=True, text=True, check=True, env=environment).stdout
     assert "_EDGEDYN_COMPLETE" in script
     if shell == "fish":
-        told = {"_TYPER_COMPLETE_FISH_ACTION": "get-args", "_TYPER_COMPLETE_ARGS": "edgedyn cal"}
+        request = {"_TYPER_COMPLETE_FISH_ACTION": "get-args", "_TYPER_COMPLETE_ARGS": "edgedyn cal"}
     else:
-        told = {"COMP_WORDS": "edgedyn cal", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "edgedyn cal"}
-    environment = {**os.environ, "_EDGEDYN_COMPLETE": f"complete_{shell}", **told}
+        request = {"COMP_WORDS": "edgedyn cal", "COMP_CWORD": "1", "_TYPER_COMPLETE_ARGS": "edgedyn cal"}
+    environment = {**os.environ, "_EDGEDYN_COMPLETE": f"complete_{shell}", **request}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert "calibrate" in done.stdout
     assert "doctor" not in done.stdout

@@ -105,10 +105,10 @@ def test_refusals_have_their_exit_code_and_say_what_to_do(arguments, code, messa
 
 
 @pytest.mark.parametrize(
-    "what", ["layers", "authors", "ops", "targets", "networks", "metrics", "recipes", "keys"]
+    "kind", ["layers", "authors", "ops", "targets", "networks", "metrics", "recipes", "keys"]
 )
-def test_list_prints_rows(what):
-    rows = json.loads(edgedyn("list", what, "--json").stdout)
+def test_list_prints_rows(kind):
+    rows = json.loads(edgedyn("list", kind, "--json").stdout)
     assert rows
     assert all(isinstance(row, dict) for row in rows)
 
@@ -125,7 +125,7 @@ def test_inspect_names_each_dynamic_layer():
             "tensorrt": "resize_shift_mac",
         }
     assert {tuple(layer["generated"]["grid"][2:]) for layer in found["layers"]} == {(2, 2)}
-    # the finest level: 5 values sliced and 2 multiply-adds a pixel and channel
+    # the finest level: 5 values sliced and 2 multiply-adds per pixel and channel
     assert found["layers"][-1]["apply_macs"] == 64 * 64 * 16 * (2 * 4 + 1)
     assert 0.2 < found["generator_share"] < 0.6
 

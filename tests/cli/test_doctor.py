@@ -1,4 +1,4 @@
-"""The doctor: what it finds, what is not ok, and that its ranges are the project's own."""
+"""The doctor: its findings, their state, and that its version ranges are the project's own."""
 
 from __future__ import annotations
 
@@ -96,14 +96,14 @@ def test_a_tool_that_is_too_old_is_not_ok_though_optional():
 
 
 def test_ranges_are_those_of_the_project():
-    for wanted in doctor.PACKAGES:
-        name = wanted.name.replace("_", "-")  # as the project spells tensorrt-rtx
-        assert f'"{name}{wanted.versions}"' in PYPROJECT, wanted
+    for required in doctor.PACKAGES:
+        name = required.name.replace("_", "-")  # as the project spells tensorrt-rtx
+        assert f'"{name}{required.versions}"' in PYPROJECT, required
     assert f'requires-python = "{doctor.PYTHON.versions}"' in PYPROJECT
 
 
-def test_extras_named_by_a_mend_exist():
-    extras = {e for wanted in doctor.PACKAGES for e in re.findall(r"edgedyn\[([\w-]+)\]", wanted.fix)}
+def test_extras_named_by_a_fix_exist():
+    extras = {e for required in doctor.PACKAGES for e in re.findall(r"edgedyn\[([\w-]+)\]", required.fix)}
     assert extras == {"nncf", "tensorrt-check", "jetson"}
     for extra in extras:
         assert re.search(rf"^{extra} = \[", PYPROJECT, re.MULTILINE)

@@ -50,7 +50,7 @@ def test_a_draft_loads_with_its_values_and_the_defaults(tmp_path):
 
 def test_every_key_stands_in_a_draft_with_its_default_and_meaning():
     text = draft_recipe(VALUES)
-    switched_on = re.sub(r"^#( *[a-z0-9_]+:)", r"\1", text, flags=re.MULTILINE)
+    switched_on = re.sub(r"^#((?:  )*[a-z0-9_]+:)", r"\1", text, flags=re.MULTILINE)
     values = read_yaml(switched_on)
     keys = {key.key: key for key in recipe_keys() if key.kind != "section"}
     assert set(dotted(values)) == set(keys)
