@@ -97,7 +97,7 @@ def find_dynamic(model: nn.Module) -> list[tuple[str, nn.Module, Layer]]:
 def recognise(model: nn.Module) -> nn.Module:
     """Return a copy of the model with our references, same weights, in place of the authors' dynamic layers.
 
-    Class name and structure identify them. A layer that stands at several places stays one module.
+    Class name and structure identify them. A layer used at several places stays one module.
 
     Raises:
         ModelError: when the model is in training mode; for a layer with hooks; for a dynamic module that has
@@ -131,7 +131,7 @@ def recognise(model: nn.Module) -> nn.Module:
 def canonicalize(model: nn.Module) -> nn.Module:
     """Return a copy of the model in which the canonical counterpart replaces every dynamic layer.
 
-    A layer that stands at several places stays one module. The model itself is not changed. A network that
+    A layer used at several places stays one module. The model itself is not changed. A network that
     chooses its own structure becomes a ``RoutedModel``.
 
     Raises:
@@ -158,7 +158,7 @@ def canonicalize(model: nn.Module) -> nn.Module:
 
 
 def replace_modules(model: nn.Module, make: Callable[[nn.Module, str], nn.Module | None]) -> nn.Module:
-    """Replace modules from the outside in, each once wherever it stands, also inside of replacements.
+    """Replace modules from the outside in, each once wherever it is used, also inside of replacements.
 
     Args:
         model: changed in place.

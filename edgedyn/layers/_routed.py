@@ -19,7 +19,7 @@ from edgedyn.errors import ModelError
 
 
 class RoutedModel(nn.Module):
-    """A routed program; called like the network that it stands for, each sample of a batch by itself.
+    """A routed program; called like the network that it replaces, and routes each sample by itself.
 
     Args:
         router: x -> logits (B, K), or (logits, *carried) where the variants take ``carried`` instead of x;

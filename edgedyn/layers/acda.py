@@ -150,7 +150,7 @@ class ACDAConv(nn.Module):
 
 
 class CanonicalACDAConv(nn.Module):
-    """ACDAConv on ``edgedyn::atom_depthwise2d``; the columns of ``coef`` stand kernel-major."""
+    """ACDAConv on ``edgedyn::atom_depthwise2d``; the columns of ``coef`` are kernel-major."""
 
     bases: Tensor
 
@@ -176,7 +176,7 @@ def _check_arguments(kernel_size: int, stride: int, num_bases: int) -> None:
     if kernel_size < 3 or kernel_size % 2 == 0:
         raise ModelError(
             f"ACDAConv got kernel_size={kernel_size}; expected an odd number >= 3: the Fourier-Bessel bases "
-            "stand on odd grids, and radius 0 has none. Use an ordinary convolution, or retrain."
+            "need odd grids, and radius 0 has none. Use an ordinary convolution, or retrain."
         )
     if stride < 1:
         raise ModelError(f"ACDAConv got stride={stride}; expected a whole number of pixels >= 1.")

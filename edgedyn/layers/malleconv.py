@@ -175,7 +175,7 @@ class MalleConv(nn.Module):
 
 
 class CanonicalMalleConv(nn.Module):
-    """MalleConv on ``edgedyn::sliced_depthwise2d``; the expander's rows stand tap-major."""
+    """MalleConv on ``edgedyn::sliced_depthwise2d``; the expander's rows are tap-major."""
 
     def __init__(self, layer: MalleConv) -> None:
         super().__init__()

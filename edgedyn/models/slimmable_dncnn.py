@@ -29,7 +29,7 @@ class SlimmableDnCNN(nn.Module):
 
     Args:
         configurations: K vectors of output channels, head first, as many numbers as layers before the tail;
-            each holds the one before it, the last is the full width.
+            each contains the one before it, the last is the full width.
         colors: image channels, 3 or 1.
 
     Raises:

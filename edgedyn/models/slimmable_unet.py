@@ -41,8 +41,8 @@ class SlimmableUNet(nn.Module):
     """The denoiser without its gate.
 
     Args:
-        configurations: K vectors of 11 output channels in the order of ``LAYERS``; each holds the one before
-            it, the last is the full width.
+        configurations: K vectors of 11 output channels in the order of ``LAYERS``; each contains the one
+            before it, the last is the full width.
         colors: image channels, 3 or 1.
 
     Raises:

@@ -11,7 +11,7 @@ from PIL import Image
 from small_sets import entry, save_image, write_pairs, write_set
 from torch import nn
 
-from edgedyn import CalibrationSet, pipeline
+from edgedyn import CalibrationSet, extensions, pipeline
 from edgedyn.conversion import evaluation_sets
 from edgedyn.conversion.convert import load_target
 from edgedyn.conversion.evaluation_sets import make_evaluation_sets
@@ -64,7 +64,9 @@ def test_color_augmented_samples_are_neither_fine_tuned_on_nor_evaluated():
     assert len(evaluation.inputs) == calibration.samples
 
 
-def test_cached_measurements_serve_every_limit_of_the_same_method_and_code(tmp_path, monkeypatch):
+def test_cached_measurements_serve_every_limit_of_the_same_method_and_code(
+    tmp_path, tmp_path_factory, monkeypatch
+):
     code = tmp_path / "reconstruct.py"
     code.write_text("nearest")
     monkeypatch.setattr(evaluation_sets, "__file__", str(tmp_path / "conversion/evaluation_sets.py"))
@@ -79,7 +81,13 @@ def test_cached_measurements_serve_every_limit_of_the_same_method_and_code(tmp_p
     assert cache_path(0.2) == first
     assert cache_path(0.1, "reconstruct") != first
     code.write_text("stochastic")
-    assert cache_path(0.1) != first
+    second = cache_path(0.1)
+    assert second != first
+    layer = tmp_path_factory.mktemp("extension") / "layers/blur.py"
+    layer.parent.mkdir()
+    layer.write_text("")
+    monkeypatch.setenv(extensions.VARIABLE, str(layer.parents[1]))
+    assert cache_path(0.1) != second
 
 
 def test_recipe_noise_is_as_strict_as_that_of_a_manifest():

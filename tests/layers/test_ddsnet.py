@@ -176,7 +176,7 @@ def test_configurations_that_do_not_grow_are_refused(configurations, message):
         (lambda: SlimmableGate([4], attn_act_fn="softmax"), "attention 'softmax' is unknown"),
         (lambda: Stage("er", [4], [6], 1, BlockOptions()), "type 'er' and 1 blocks; expected ds or ir"),
         (lambda: Stage("ds", [4], [6], 0, BlockOptions()), "type 'ds' and 0 blocks"),
-        (lambda: DSNet(5, 3, [[[4], 2, 3, 2], GATED, []]), "stem of choices_cfg asks for 2 blocks"),
+        (lambda: DSNet(5, 3, [[[4], 2, 3, 2], GATED, []]), "stem of choices_cfg has 2 blocks"),
         (lambda: DSNet(5, 3, [STEM, []]), r"rows of \[4, 0\] entries; expected 4 \(stem\), 6 for each stage"),
         (lambda: DSNet(5, 3, [STEM, GATED[:5], []]), r"rows of \[4, 5, 0\] entries"),
         (lambda: DSNet(5, 3, []), r"rows of \[\] entries"),

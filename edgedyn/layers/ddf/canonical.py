@@ -70,7 +70,7 @@ class FilterGenerator(nn.Module):
         """Make the filters (B, T * F, h, w), index ``t * F + f``, from features (B, I, H, W)."""
         rows = self.conv(x)
         b, _, h, w = rows.shape
-        if self.filters > 1:  # filters side by side like pixels: T stands alone as the axis of channels
+        if self.filters > 1:  # filters move to the axis of rows, so that the axis of channels is T alone
             rows = rows.reshape(b, self.taps + 1, self.filters * h, w)
         taps, mean = rows[:, : self.taps], rows[:, self.taps :]
         spread = F.conv2d(taps * taps, self.average).sqrt()

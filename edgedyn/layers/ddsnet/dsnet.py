@@ -272,7 +272,7 @@ def _check_choices(choices_cfg: Sequence[Sequence[Any]]) -> None:
         )
     if choices_cfg[0][1] != 1:
         raise ModelError(
-            f"the stem of choices_cfg asks for {choices_cfg[0][1]} blocks; expected 1: the stem is one "
+            f"the stem of choices_cfg has {choices_cfg[0][1]} blocks; expected 1: the stem is one "
             "convolution. Fix choices_cfg."
         )
 
