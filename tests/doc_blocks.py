@@ -13,6 +13,7 @@ A comment in front of a block, ``<!-- test: ... -->``, says how it differs from 
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
@@ -81,7 +82,7 @@ def read_blocks(page: Path) -> Iterator[Block]:
 
 @dataclass
 class Reader:
-    """Does what a page says, in a folder of its own, as a reader would with a checkout at hand.
+    """Follows a page in a folder of its own, as a reader would with a checkout at hand.
 
     ``edgedyn`` lines run in this process, where torch is imported already; other lines in a shell.
     """
@@ -106,6 +107,8 @@ class Reader:
             path = self.folder / block.title
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(block.text, encoding="utf-8")
+            sys.modules.pop(path.stem, None)  # of another page
+            importlib.invalidate_caches()
         elif block.language == "python":
             exec(compile(block.text, f"{block.page}:{block.line}", "exec"), self.names)
         elif block.language == "sh":
