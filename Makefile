@@ -54,7 +54,7 @@ test-long: .venv kernel-tools
 # site/index.html: the pages of docs/ and an API reference; warnings are errors, no page loads from the network
 docs: .venv
 	$(BIN)/pip install --quiet --editable '.[docs]'
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv
 	$(BIN)/python tools/bench.py
