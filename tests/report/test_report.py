@@ -236,8 +236,8 @@ def test_facts_are_shown_where_given_and_only_there(tmp_path):
         "Float layers, and the reason",
         "last tensor 1 node: tail",
         "generated kernels 2 nodes: levels.0 , levels.1",
-        "Check build with TensorRT scratch 335 MB refused 0 ok yes",
-        "Calibration set denoise-16 images 16 noise sigma 25 engine nncf",
+        "Check build with TensorRT ok yes refused 0 scratch 335 MB",
+        "Calibration engine nncf images 16 noise sigma 25 set denoise-16",
         "Generated kernels, their deviation from the mean kernel "
         "levels.0.output 61% of its rms; 20% from image to image",
         "Further facts delegated_nodes 37",
