@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -95,17 +94,14 @@ def list_metrics() -> list[dict[str, Any]]:
 
 
 def list_recipes() -> list[dict[str, Any]]:
-    """List the recipes of a checkout."""
+    """List the shipped recipes; each command that takes a recipe takes these names."""
     from edgedyn.recipe.recipe import load_recipe
+    from edgedyn.recipe.shipped import shipped_recipes
 
-    found = [(path, load_recipe(path)) for path in sorted(Path("recipes").glob("*.yaml"))]
-    if not found:
-        raise UsageError(
-            "there is no folder recipes/ with YAML files here; run this in a checkout of edgedyn."
-        )
+    recipes = {name: load_recipe(path) for name, path in shipped_recipes().items()}
     return [
-        {"recipe": str(p), "network": r.model.network, "target": r.target, "precision": r.precision}
-        for p, r in found
+        {"recipe": name, "network": r.model.network, "target": r.target, "precision": r.precision}
+        for name, r in recipes.items()
     ]
 
 

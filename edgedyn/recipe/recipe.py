@@ -29,6 +29,7 @@ from edgedyn.recipe.keys import (
     RouteSection,
     TileSection,
 )
+from edgedyn.recipe.shipped import find_recipe
 from edgedyn.sections import Section, dump_yaml, explain, read_yaml
 
 if TYPE_CHECKING:
@@ -175,18 +176,18 @@ def find_network(name: str) -> Any:
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
-    """Return a recipe itself, or read the one in a file; errors as ``load_recipe``."""
+    """Return a recipe as it is, or load it by path or name; errors as ``load_recipe``."""
     return recipe if isinstance(recipe, Recipe) else load_recipe(recipe)
 
 
-def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply overrides.
 
     Example:
-        recipe = edgedyn.load_recipe("recipes/mallenet-s.phone.int8.yaml", ["precision=fp32"])
+        recipe = edgedyn.load_recipe("mallenet-s.phone.int8", ["precision=fp32"])
 
     Args:
-        path: YAML file.
+        recipe: YAML file, or the name of a shipped recipe, ``mallenet-s.phone.int8``.
         overrides: ``dotted.key=value`` items; the value is YAML. A relative path given here starts at the
             working directory, unlike one in the file. Other weights drop the file's ``model.sha256``, which
             is of the weights that it names.
@@ -194,13 +195,12 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     Raises:
         RecipeError: for a missing or unreadable file, an unknown key (the nearest is named) or a wrong type.
     """
-    path = Path(path)
+    path = find_recipe(recipe)
     try:
         values = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(
-            f"recipe {path} cannot be read ({error.strerror}); expected a YAML file. "
-            "See: edgedyn list recipes."
+            f"recipe {path} cannot be read ({error.strerror}). Fix its permissions, or name another file."
         ) from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise RecipeError(

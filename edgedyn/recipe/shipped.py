@@ -1,0 +1,53 @@
+"""The recipes that edgedyn ships: found by name, in a checkout and in an installed wheel alike.
+
+    checkout, editable install    edgedyn/../recipes/<name>.yaml
+    wheel                         edgedyn/shipped/recipes/<name>.yaml
+
+Image sets (``calib/``) lie beside the recipes in both, so that their relative paths hold.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+
+from edgedyn.errors import RecipeError
+
+_PACKAGE = Path(__file__).parents[1]
+
+
+def shipped_folder() -> Path:
+    """Return the folder of the shipped recipes: the wheel's, else the checkout's."""
+    installed = _PACKAGE / "shipped" / "recipes"
+    return installed if installed.is_dir() else _PACKAGE.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Return the file of every shipped recipe by its name, ``<network>.<target>.<precision>``."""
+    return {path.stem: path for path in sorted(shipped_folder().glob("*.yaml"))}
+
+
+def find_recipe(recipe: str | Path) -> Path:
+    """Return the file of a recipe: an existing file first, else a shipped recipe of that name.
+
+    Args:
+        recipe: a path, or a plain name such as ``mallenet-s.phone.int8``, with or without ``.yaml``.
+
+    Raises:
+        RecipeError: when neither exists; the nearest shipped name is suggested.
+    """
+    path = Path(recipe)
+    if os.path.isfile(path):  # False, not an error, for a name that no file can have
+        return path
+    shipped = shipped_recipes()
+    name = path.name.removesuffix(".yaml")
+    if path.name == str(recipe) and name in shipped:
+        return shipped[name]
+    found = "is a folder" if os.path.isdir(path) else "does not exist"
+    near = difflib.get_close_matches(name, shipped, n=1)
+    hint = f"Did you mean the shipped recipe {near[0]}? " if near else ""
+    raise RecipeError(
+        f"recipe {recipe} {found}; expected a YAML file, or the name of a shipped recipe. {hint}"
+        "See: edgedyn list recipes."
+    )
