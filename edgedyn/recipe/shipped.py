@@ -8,11 +8,10 @@ Image sets (``calib/``) lie beside the recipes in both, so that their relative p
 
 from __future__ import annotations
 
-import difflib
 import os
 from pathlib import Path
 
-from edgedyn.errors import RecipeError
+from edgedyn.errors import RecipeError, nearest
 
 _PACKAGE = Path(__file__).parents[1]
 
@@ -45,9 +44,7 @@ def find_recipe(recipe: str | Path) -> Path:
     if path.name == str(recipe) and name in shipped:
         return shipped[name]
     found = "is a folder" if os.path.isdir(path) else "does not exist"
-    near = difflib.get_close_matches(name, shipped, n=1)
-    hint = f"Did you mean the shipped recipe {near[0]}? " if near else ""
     raise RecipeError(
-        f"recipe {recipe} {found}; expected a YAML file, or the name of a shipped recipe. {hint}"
-        "See: edgedyn list recipes."
+        f"recipe {recipe} {found}; {nearest(name, shipped)}expected a YAML file, or the name of a shipped "
+        "recipe. See: edgedyn list recipes."
     )

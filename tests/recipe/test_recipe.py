@@ -160,7 +160,7 @@ def test_wrong_key_or_value_is_refused_with_what_is_expected(tmp_path, changes, 
 
 def test_missing_file_says_how_to_list_recipes(tmp_path):
     text = refused(tmp_path / "none.yaml")
-    assert "none.yaml cannot be read (No such file or directory)" in text
+    assert "none.yaml does not exist; expected a YAML file" in text
     assert "edgedyn list recipes" in text
 
 
