@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -61,3 +62,11 @@ def test_schema_refuses_unknown_keys_and_knows_what_a_file_may_leave_out():
     assert quantize["additionalProperties"] is False
     assert quantize["properties"]["rounding"]["enum"] == ["nearest", "reconstruct"]
     assert quantize["properties"]["shift"]["description"] == KEYS["quantize.shift"].meaning
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_first_line_of_a_recipe_names_the_schema_for_editors(path):
+    line = path.read_text(encoding="utf-8").partition("\n")[0]
+    prefix, _, schema = line.partition("=")
+    assert prefix == "# yaml-language-server: $schema"
+    assert json.loads((path.parent / schema).read_text(encoding="utf-8")) == recipe_schema()
