@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -86,5 +86,6 @@ def _keys_at(model: type[BaseModel], location: Sequence[int | str]) -> list[str]
     for part in location:
         field = model.model_fields.get(str(part))
         kinds = [field.annotation, *get_args(field.annotation)] if field else []  # X, and X | None
-        model = next((k for k in kinds if isinstance(k, type) and issubclass(k, BaseModel)), model)
+        classes = [k for k in kinds if isinstance(k, type) and get_origin(k) is None]  # 3.10 counts list[int]
+        model = next((k for k in classes if issubclass(k, BaseModel)), model)
     return [key for key in model.model_fields if key != "folder"]

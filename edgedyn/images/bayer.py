@@ -1,12 +1,12 @@
-"""Raw Bayer frames: headerless files of one sample a photosite, brought to RGB at half the size.
+"""Raw Bayer frames: headerless files of one sample per photosite, demosaiced to RGB of half the size.
 
     v   (H, W) unsigned integers, 8-bit: 1 byte, else 2 bytes, little-endian; row by row, nothing between
     x = (v - black) / (white - black)
-    RGB (H / 2, W / 2, 3): of each 2 x 2 cell the red site, the mean of the two green ones, the blue site
+    RGB (H / 2, W / 2, 3): per 2 x 2 cell the red photosite, the mean of both green ones, the blue one
 
-That is superpixel demosaicing: every value is measured light of its own cell, nothing is interpolated, so
-noise stays independent from pixel to pixel. RGB is linear, in the sensor's colours: no white balance, no
-gamma. Nothing is clipped: noise goes below black.
+This is superpixel demosaicing: no value is interpolated from other cells, so the noise of neighbouring pixels
+stays independent. RGB is linear, in the sensor's colours: no white balance, no gamma. Values are not clipped,
+since noise goes below black.
 """
 
 from __future__ import annotations
@@ -22,16 +22,18 @@ from edgedyn.sections import Section
 
 
 class RawSection(Section):
-    """What a headerless raw file does not say itself; one sensor mode a set."""
+    """Layout and levels of headerless raw files; one sensor mode per set."""
 
-    width: int = Field(ge=2, multiple_of=2, description="photosites a row")
-    height: int = Field(ge=2, multiple_of=2, description="rows")
-    bits: int = Field(ge=8, le=16, description="bit depth; more than 8 are stored as 2 bytes, little-endian")
-    pattern: Literal["RGGB", "BGGR", "GRBG", "GBRG"] = Field(
-        description="colours of the upper left 2 x 2 cell, row by row"
+    width: int = Field(ge=2, multiple_of=2, description="Photosites per row.")
+    height: int = Field(ge=2, multiple_of=2, description="Rows of photosites.")
+    bits: int = Field(
+        ge=8, le=16, description="Bit depth; more than 8 bits are stored as 2 bytes, little-endian."
     )
-    black: float = Field(ge=0, description="black level, in the file's values: 0 in the image")
-    white: float = Field(description="white level, in the file's values: 1 in the image")
+    pattern: Literal["RGGB", "BGGR", "GRBG", "GBRG"] = Field(
+        description="Colours of the upper left 2 x 2 cell, row by row."
+    )
+    black: float = Field(ge=0, description="Black level in the file's values; it becomes 0.")
+    white: float = Field(description="White level in the file's values; it becomes 1.")
 
     @model_validator(mode="after")
     def _white_is_above_black(self) -> RawSection:
@@ -47,23 +49,23 @@ def read_bayer(path: Path, raw: RawSection) -> np.ndarray:
     """Read a raw frame as linear RGB, (height / 2, width / 2, 3) float32, 0 black, 1 white, unclipped.
 
     Raises:
-        CalibrationError: when the file's size or its values do not fit the section.
-        OSError: when it cannot be read.
+        CalibrationError: when the file's size or values contradict ``raw``.
+        OSError: when the file cannot be read.
     """
     dtype = np.dtype("u1" if raw.bits == 8 else "<u2")
     data, expected = path.read_bytes(), raw.width * raw.height * dtype.itemsize
     if len(data) != expected:
         raise CalibrationError(
             f"raw frame {path} has {len(data)} bytes; expected {expected} for {raw.width} x {raw.height} "
-            f"photosites of {raw.bits} bits. Fix raw: in the manifest (packed raw is to be unpacked first)."
+            f"photosites of {raw.bits} bits. Fix raw: in the manifest; unpack packed raw files first."
         )
     values = np.frombuffer(data, dtype).reshape(raw.height, raw.width)
     if int(values.max()) >= 2**raw.bits:
         raise CalibrationError(
-            f"raw frame {path} holds {int(values.max())}; expected less than {2**raw.bits}, of {raw.bits} "
-            "bits. Fix raw.bits in the manifest; samples are little-endian."
+            f"raw frame {path} holds the value {int(values.max())}; expected less than {2**raw.bits} at "
+            f"{raw.bits} bits. Fix raw.bits in the manifest; samples are little-endian."
         )
     light = (values.astype(np.float32) - np.float32(raw.black)) / np.float32(raw.white - raw.black)
-    sites = [light[row::2, column::2] for row in (0, 1) for column in (0, 1)]
-    colours = ([s for s, c in zip(sites, raw.pattern, strict=True) if c == colour] for colour in "RGB")
-    return np.stack([np.mean(found, axis=0, dtype=np.float32) for found in colours], axis=2)
+    planes = [light[row::2, column::2] for row in (0, 1) for column in (0, 1)]
+    colours = ([p for p, c in zip(planes, raw.pattern, strict=True) if c == colour] for colour in "RGB")
+    return np.stack([np.mean(same, axis=0, dtype=np.float32) for same in colours], axis=2)

@@ -19,42 +19,45 @@ _DIGEST = "^[0-9a-f]{64}$"
 class CleanFile(Section):
     """The clean photo that belongs to a noisy one."""
 
-    name: str = Field(description="relative to the folder of the noisy photo")
-    sha256: str = Field(pattern=_DIGEST, description="digest that the file must have")
+    name: str = Field(description="Path, relative to the folder of the noisy photo.")
+    sha256: str = Field(pattern=_DIGEST, description="SHA-256 that the file must have.")
 
 
 class SetFile(Section):
     """One image of a set."""
 
-    name: str = Field(description="relative to its folder; PNG, JPEG, TIFF, .npy, .npz or .raw")
-    root: str | None = Field(default=None, description="its folder, where that is not the manifest's root")
-    sha256: str = Field(pattern=_DIGEST, description="digest that the file must have")
+    name: str = Field(description="Path, relative to its folder: PNG, JPEG, TIFF, .npy, .npz or .raw.")
+    root: str | None = Field(default=None, description="Folder of this file, in place of the set's `root`.")
+    sha256: str = Field(pattern=_DIGEST, description="SHA-256 that the file must have.")
     clean: CleanFile | None = Field(
         default=None,
-        description="noise kind real: the same scene without noise, pixel on pixel; a set to validate on "
-        "needs it, one to calibrate on does not",
+        description="For noise of kind real: the same scene without noise, aligned pixel by pixel. Required "
+        "for validation, not for calibration.",
     )
 
 
 class SetManifest(Section):
-    """The YAML manifest."""
+    """The manifest of an image set."""
 
-    name: str = Field(description="of the set, for reports")
-    licence: str = Field(description="of the files")
+    name: str = Field(description="Name of the set in reports.")
+    licence: str = Field(description="Licence of the files.")
     root: str = Field(
-        description="folder of the files, relative to the manifest; or package:NAME/folder, installed"
+        description="Folder of the files, relative to the manifest, or `package:NAME/folder` of an installed "
+        "Python package."
     )
-    samples: int = Field(default=12, ge=1, description="crops to draw; files are taken in turn")
-    seed: int = Field(default=0, description="of where crops lie, and of the noise")
-    noise: NoiseSection = Field(description="what makes the network's input of a file")
-    raw: RawSection | None = Field(default=None, description="how .raw files are read; one sensor mode a set")
+    samples: int = Field(default=12, ge=1, description="Number of crops; the files are taken in turn.")
+    seed: int = Field(default=0, description="Random seed of the crops' positions and of the noise.")
+    noise: NoiseSection = Field(description="Noise that is added to a crop to make the network's input.")
+    raw: RawSection | None = Field(
+        default=None, description="Layout and levels of .raw files; one sensor mode per set."
+    )
     short_side: int | None = Field(
         default=None,
         ge=1,
-        description="preprocessing: pixels that the shorter side of every image is reduced to, before crops "
-        "and noise; by default images are taken as large as they are",
+        description="Pixels to which the shorter side of every image is reduced, before crops and noise. By "
+        "default images keep their size.",
     )
-    files: list[SetFile] = Field(min_length=1, description="the images")
+    files: list[SetFile] = Field(min_length=1, description="Images of the set.")
 
     @model_validator(mode="after")
     def _clean_files_are_of_real_noise(self) -> SetManifest:
@@ -72,8 +75,8 @@ class SetManifest(Section):
     def _real_noise_keeps_its_size(self) -> SetManifest:
         if self.noise.kind == "real" and self.short_side is not None:
             raise ValueError(
-                f"short_side is {self.short_side}, and the set's noise is 'real', of which resizing takes "
-                "some away; expected no short_side"
+                f"short_side is {self.short_side}, and the set's noise is 'real', which resizing would "
+                "reduce; expected no short_side"
             )
         return self
 
@@ -82,7 +85,7 @@ def read_manifest(path: Path) -> SetManifest:
     """Read a manifest.
 
     Raises:
-        CalibrationError: when it cannot be read, or is none.
+        CalibrationError: when the file cannot be read or is no manifest.
     """
     try:
         return SetManifest(**read_yaml(path.read_text(encoding="utf-8")))
@@ -94,15 +97,15 @@ def read_manifest(path: Path) -> SetManifest:
         raise CalibrationError(f"image set {path}: {explain(error, SetManifest)}") from error
     except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
         raise CalibrationError(
-            f"image set {path} is not a manifest: {error}. See calib/skimage.yaml."
+            f"image set {path} is not a manifest: {error}. For an example see calib/skimage.yaml."
         ) from error
 
 
 def find_folder(root: str, manifest: Path) -> Path:
-    """Return the folder that a root is, a relative one from the manifest's.
+    """Resolve a set's ``root``: relative to the manifest, or inside of an installed package.
 
     Raises:
-        CalibrationError: when it is of a package that is not installed.
+        CalibrationError: when the package is not installed.
     """
     if not root.startswith("package:"):
         return manifest.parent / root

@@ -71,7 +71,9 @@ def _keys_of(section: type[BaseModel], prefix: str) -> Iterator[Key]:
 def _section_of(annotation: Any) -> tuple[type[Section] | None, bool]:
     """Return the section that an annotation names, if it does, and whether null is allowed in its place."""
     options = get_args(annotation) if _is_union(annotation) else (annotation,)
-    sections = [kind for kind in options if isinstance(kind, type) and issubclass(kind, Section)]
+    # Python 3.10 takes list[int] for a type, too
+    classes = [kind for kind in options if isinstance(kind, type) and get_origin(kind) is None]
+    sections = [kind for kind in classes if issubclass(kind, Section)]
     return (sections[0], type(None) in options) if sections else (None, False)
 
 

@@ -1,4 +1,7 @@
-"""The sections of a recipe: what each key means, its default, and what it may be."""
+"""The sections of a recipe: type, default and meaning of each key.
+
+The descriptions are the text of docs/recipe.md, of ``edgedyn list keys`` and of the JSON schema.
+"""
 
 from __future__ import annotations
 
@@ -12,39 +15,59 @@ from edgedyn.sections import Section
 class ModelSection(Section):
     """The network and its weights."""
 
-    network: str = Field(description="a file of edgedyn/models/, or package.module:function of yours")
-    arguments: dict[str, Any] = Field(default={}, description="keyword arguments of the network")
-    weights: str | None = Field(default=None, description="safetensors file; .pth only with --trust")
-    sha256: str | None = Field(default=None, description="digest that the weights file must have")
-    seed: int = Field(default=0, description="of the initial values of a network without weights")
+    network: str = Field(
+        description="Name of a network from `edgedyn list networks`, or `package.module:function` of an "
+        "importable module of yours."
+    )
+    arguments: dict[str, Any] = Field(
+        default={}, description="Keyword arguments of the function that makes the network."
+    )
+    weights: str | None = Field(
+        default=None,
+        description="Trained weights: a safetensors file; a `.pth` file only with `--trust`. Without weights "
+        "the network is initialized from `model.seed`, and its accuracy is reported without a limit.",
+    )
+    sha256: str | None = Field(default=None, description="SHA-256 that the weights file must have.")
+    seed: int = Field(default=0, description="Random seed of the initial values, without weights.")
 
 
 class InputSection(Section):
     """One input of the program: an image of a fixed size."""
 
-    name: str = "image"
+    name: str = Field(default="image", description="Name of the input in the exported program.")
     shape: list[int] = Field(
-        description="B, C, H, W; larger images run in tiles of H x W", min_length=4, max_length=4
+        description="Shape B, C, H, W with B = 1; larger images run in tiles of H x W pixels.",
+        min_length=4,
+        max_length=4,
     )
-    low: float = 0.0
-    high: float = 1.0
-    meaning: str = "sRGB image, RGB order, 0 black, 1 white"
+    low: float = Field(default=0.0, description="Smallest valid value; the bundle's manifest states it.")
+    high: float = Field(default=1.0, description="Largest valid value; the bundle's manifest states it.")
+    meaning: str = Field(
+        default="sRGB image, RGB order, 0 black, 1 white",
+        description="Contents of the input in one phrase, for readers of the bundle's manifest.",
+    )
 
 
 Estimator = Literal["minmax", "percentile", "mse", "entropy"]
 
 
 class RangeSection(Section):
-    """How the INT8 range of a tensor is found, by what the tensor is."""
+    """Estimator of the INT8 range, per kind of tensor."""
 
-    feature: Estimator = Field(default="minmax", description="feature maps")
-    kernel: Estimator = Field(default="minmax", description="generated kernels")
+    feature: Estimator = Field(
+        default="minmax",
+        description="Range estimator of feature maps. minmax: all values; percentile: all but the rarest at "
+        "either end; mse: least squared error of rounding and clipping; entropy: least Kullback-Leibler "
+        "divergence. The last three clip outliers.",
+    )
+    kernel: Estimator = Field(default="minmax", description="Range estimator of generated kernels.")
     weight: Literal["minmax", "percentile", "mse"] = Field(
         default="minmax",
-        description="each output channel by itself, whose values are too few for a distribution (entropy)",
+        description="Range estimator of weights, one range per output channel: too few values for entropy.",
     )
     percentile: float = Field(
-        default=99.99, description="percent of values inside, (50, 100], where an estimator is percentile"
+        default=99.99,
+        description="Percent of the values inside the range, in (50, 100], for the estimator percentile.",
     )
 
     @field_validator("percentile")
@@ -56,28 +79,31 @@ class RangeSection(Section):
 
 
 class CoverageSection(Section):
-    """How often the calibration samples must meet each outcome of what the network decides."""
+    """Required number of calibration samples per outcome of the network's decisions."""
 
     samples: int = Field(
         default=4,
         ge=0,
-        description="that must take each variant, have each mask active, and fall in each band; 0 demands "
-        "nothing, and of a network without weights nothing is demanded",
+        description="Least number of calibration samples that take each variant, activate each mask, and "
+        "fall into each density band; fewer refuse the build. 0 disables the check; a network without "
+        "weights is not checked.",
     )
     own: int = Field(
         default=16,
         ge=1,
-        description="from so many on a variant is calibrated on its own samples, else on all",
+        description="Least number of samples that take a variant for it to be calibrated on these alone; "
+        "with fewer it is calibrated on all samples.",
     )
     bands: list[float] = Field(
         default=[0.0, 1.0],
         min_length=2,
-        description="edges of the mask densities that must be met: low < active share of a sample <= high",
+        description="Edges of the mask density bands: a sample is in a band if low < active share of its "
+        "mask positions <= high.",
     )
     unused: list[str] = Field(
         default=[],
-        description="masks that training left empty, by dotted path, of which nothing is demanded; * matches "
-        "any part",
+        description="Masks that training left empty, which the check passes over: dotted paths, `*` matches "
+        "any part.",
     )
 
     @model_validator(mode="after")
@@ -88,81 +114,97 @@ class CoverageSection(Section):
 
 
 class QuantizeSection(Section):
-    """How INT8 is made."""
+    """Quantization to INT8."""
 
     ranges: RangeSection = RangeSection()
     coverage: CoverageSection = CoverageSection()
     generated: Literal["float", "tensor", "tap"] = Field(
         default="float",
-        description="generated kernels where outputs are INT8: float, a step a tensor, or a step a tap",
+        description="Precision of generated kernels on targets with INT8 outputs (executorch). float: not "
+        "quantized; tensor: INT8, one scale per kernel tensor; tap: INT8, one scale per tap.",
     )
-    equalize: bool = Field(default=True, description="scale channels between convolutions to one range")
+    equalize: bool = Field(
+        default=True,
+        description="Equalize channels: scale the channels between two convolutions to one range, exactly.",
+    )
     equalize_dense: float = Field(
         default=32.0,
         ge=1,
-        description="how many times a channel may be widened for it that a dense layer takes back",
+        description="Largest factor by which equalization scales a channel up if a dense layer undoes it. "
+        "Lower it where equalization costs accuracy: the dense layer's weights share one scale per output.",
     )
     equalize_outputs: bool = Field(
         default=True,
-        description="also of what float operators read, where outputs are INT8; costs a product a map",
+        description="Equalize also layer outputs that float operators consume, on targets with INT8 outputs "
+        "(executorch). Costs one float Mul per feature map.",
     )
     equalize_inputs: bool = Field(
         default=False,
-        description="also of what float operators write for INT8 layers: a gain where those write float "
-        "(on tensorrt, and layers that are dynamic); costs a product a map",
+        description="Equalize also inputs of INT8 layers that float operators produce. Helps on targets with "
+        "float outputs (tensorrt) and at `dynamic` layers. Costs one float Mul per feature map.",
     )
     rounding: Literal["nearest", "reconstruct"] = Field(
         default="reconstruct",
-        description="of weights: each to the nearest, or so that layers keep their outputs",
+        description="Rounding of weights. nearest: each weight to the nearest INT8 value, fast; reconstruct: "
+        "all weights of a layer together, so that its output changes least.",
     )
     bias_correction: Literal["none", "fast", "full"] = Field(
-        default="none", description="NNCF's; reconstruction sets biases itself"
+        default="none",
+        description="Bias correction by NNCF (`pip install edgedyn[nncf]`). With `rounding: reconstruct` not "
+        "needed: reconstruction sets the biases.",
     )
     bn_reestimation: bool = Field(
         default=False,
-        description="of rounded layers: each channel gets the mean and deviation that it had in float",
+        description="Give each channel of a quantized layer the mean and standard deviation that it had in "
+        "float.",
     )
     finetune: int = Field(
         default=0,
         ge=0,
         le=10000,
-        description="steps of quantization-aware fine-tuning, the last resort: each runs one image both ways",
+        description="Steps of quantization-aware fine-tuning, the last resort. Each step runs one image in "
+        "float and fake-quantized; a result that is not better on held-out samples is dropped.",
     )
     finetune_images: str | None = Field(
         default=None,
-        description="set manifest or folder to fine-tune on; else other crops of the calibration set",
+        description="Images for fine-tuning: set manifest or folder. By default other crops of the "
+        "calibration set.",
     )
     keep_float: list[str] = Field(
-        default=[], description="dotted layer paths that stay float; * matches any part"
+        default=[], description="Layers that stay float: dotted paths, `*` matches any part."
     )
     dynamic: list[str] = Field(
         default=[],
-        description="dotted layer paths that take the range of what they read from each image and write "
-        "float, where the target can: dense convolutions and linear layers of rows on executorch",
+        description="Layers whose input range is computed from each image and whose output is float: dotted "
+        "paths, `*` matches any part. Targets: dense convolutions and linear layers on executorch; others "
+        "ignore it.",
     )
     shift: bool = Field(
         default=False,
-        description="where a target's steps have zero point 0 (tensorrt): move maps so that they use all 256 "
-        "codes, not half of them behind a ReLU; costs a pad of each padded map",
+        description="On targets with zero point 0 (tensorrt): add an offset to activations, undone in the "
+        "bias, so that they use all 256 values behind a ReLU instead of half. Costs one pad per padded "
+        "feature map.",
     )
     max_drop_db: float | None = Field(
         default=None,
         gt=0,
-        description="PSNR that INT8 may cost on the calibration images: layers stay float until it does",
+        description="Largest PSNR drop of INT8 on the calibration images, in dB: layers stay float, the "
+        "costliest first, until the drop is below it.",
     )
     samples: int | None = Field(
         default=None,
         ge=1,
-        description="calibration samples, each of another image; by default what the set says",
+        description="Number of calibration samples, each of another image. By default the set's own number.",
     )
     color_augmented: int = Field(
         default=0,
         ge=0,
-        description="more samples for ranges, in exchanged and saturated colours: few photos are of pure "
-        "yellow, and one outside of all ranges is clipped visibly",
+        description="Number of further calibration samples in exchanged and saturated colours. They widen "
+        "ranges: colours missing from the calibration images, such as pure yellow, would be clipped visibly.",
     )
     table: str | None = Field(
-        default=None, description="calibration table, reused where it exists, written where it does not"
+        default=None,
+        description="Calibration table: used if the file exists, in place of calibrating; written if not.",
     )
 
     @model_validator(mode="after")
@@ -176,35 +218,59 @@ class QuantizeSection(Section):
 
 
 class TileSection(Section):
-    """How larger images are cut."""
+    """Tiling of images that are larger than the program's input."""
 
-    overlap: int = Field(default=32, ge=0, description="pixels that neighbouring tiles share")
+    overlap: int = Field(
+        default=32,
+        ge=0,
+        description="Overlap of neighbouring tiles in pixels, across which they are blended; with too little "
+        "seams show. 0 for networks that take whole images.",
+    )
 
 
 class RouteSection(Section):
-    """How a network is split into variants that the host picks from."""
+    """Split of a network into variants between which the host chooses per image."""
 
     capacity: float | None = Field(
         default=None,
         gt=0,
         le=1,
-        description="quantile of active positions on the calibration set that the quick variant holds",
+        description="Size of the capacity variant of a network with masks, as a quantile: with 0.9 each of "
+        "its layers holds the active positions of nine of ten calibration images. Images that do not fit "
+        "run the dense variant. By default the network is not split.",
     )
 
 
 class LimitSection(Section):
-    """What the checks demand."""
+    """Limits of the checks; the build fails where one is not met."""
 
-    exact: float = Field(default=1e-12, description="float64 rewrite error, relative to the largest output")
-    drop_db: float = Field(default=0.25, description="PSNR that the deployed precision may cost")
-    int8_share: float = Field(default=0.8, description="multiply-adds of convolutions that INT8 must reach")
-    device_levels: float = Field(
-        default=0.25, description="fp32, fp16: mean |device - program|, 8-bit grey levels"
+    exact: float = Field(
+        default=1e-12,
+        description="Largest error of the exact rewrites in float64, relative to the largest output.",
     )
-    sqnr_db: float = Field(default=15.0, description="signal to error that a task without truth must keep")
-    predictions: float = Field(default=0.9, description="share of predictions that deployment may not change")
-    gate: float = Field(default=0.995, description="share of images that must keep their variant")
-    mask_flips: float = Field(default=0.005, description="share of mask positions that may change")
+    drop_db: float = Field(
+        default=0.25, description="Largest PSNR drop from float32 to the deployed precision, in dB."
+    )
+    int8_share: float = Field(
+        default=0.8, description="Least share of the convolutions' multiply-adds that runs in INT8."
+    )
+    device_levels: float = Field(
+        default=0.25,
+        description="Largest mean difference between the runtime and the exported program at fp32 and fp16, "
+        "in 8-bit grey levels.",
+    )
+    sqnr_db: float = Field(
+        default=15.0,
+        description="Least signal-to-quantization-noise ratio of outputs without a truth (classify, "
+        "keypoints), in dB.",
+    )
+    predictions: float = Field(
+        default=0.9, description="Least share of predictions (classes, keypoints) that deployment keeps."
+    )
+    gate: float = Field(default=0.995, description="Least share of images that keep their variant.")
+    mask_flips: float = Field(default=0.005, description="Largest share of mask positions that flip.")
     flipped_margin: float = Field(
-        default=0.25, description="largest distance to the other side, in rms, that a decision may cross"
+        default=0.25,
+        description="Largest margin of a flipped decision: distance of its float logit to the threshold, in "
+        "units of the rms distance.",
     )

@@ -39,27 +39,44 @@ if TYPE_CHECKING:
 class Recipe(Section):
     """A parsed recipe; ``folder`` is where its relative paths start."""
 
-    name: str
+    name: str = Field(description="Name of the recipe, `<network>.<target>.<precision>`.")
     model: ModelSection
-    task: Literal["denoise", "upscale", "classify", "keypoints"] = "denoise"
+    task: Literal["denoise", "upscale", "classify", "keypoints"] = Field(
+        default="denoise",
+        description="Task of the network. It selects the samples that are drawn from the images and the "
+        "measures of accuracy: PSNR for denoise and upscale, agreement with float32 for the others.",
+    )
     input: InputSection
-    guide: InputSection | None = Field(default=None, description="second input, of a joint upsampler")
-    target: str
-    precision: Literal["fp32", "fp16", "int8"]
+    guide: InputSection | None = Field(
+        default=None, description="Second input of a joint upsampler: the grey image at full resolution."
+    )
+    target: str = Field(description="Runtime to build for: a name from `edgedyn list targets`.")
+    precision: Literal["fp32", "fp16", "int8"] = Field(
+        description="Precision of the deployed program; int8 needs `calibration`."
+    )
     kernels: Literal["stock", "fused"] = Field(
-        default="stock", description="fused: our own kernels, which a stock runtime does not have"
+        default="stock",
+        description="Kernels of the program. stock: operators of the published runtime alone; fused: kernels "
+        "of edgedyn, which the app's own build of the runtime must include (`edgedyn ops build`, `edgedyn "
+        "plugin build`).",
     )
     forms: dict[str, str] = Field(
-        default={}, description="op -> form, where the target's first is not wanted"
+        default={},
+        description="Form (one way to compute an op) per op, where it is not to be the target's first: "
+        "`edgedyn list ops`.",
     )
     route: RouteSection = RouteSection()
     quantize: QuantizeSection = QuantizeSection()
-    calibration: str | None = Field(default=None, description="set manifest or folder; needed for int8")
-    validation: str = Field(description="set manifest or folder, disjoint from the calibration set")
+    calibration: str | None = Field(
+        default=None, description="Calibration images: set manifest or folder. Required for int8."
+    )
+    validation: str = Field(
+        description="Validation images: set manifest or folder, without any image of the calibration set."
+    )
     noise: NoiseSection | None = Field(
         default=None,
-        description="in place of both sets' own; else their Gaussian noise is at the level that a network is "
-        "told in its argument sigma, where it has one",
+        description="Noise added to both sets, in place of their own. Without it, sets with Gaussian noise "
+        "take the level `model.arguments.sigma` of a network that is conditioned on one.",
     )
     limits: LimitSection = LimitSection()
     tile: TileSection = TileSection()

@@ -92,8 +92,8 @@ def test_samples_of_a_range_have_the_noise_that_they_say(tmp_path):
 @pytest.mark.parametrize(
     ("noise", "words"),
     [
-        ({"sigma": [25.0]}, "has sigma; expected clip, sigma or clip, sigma_range; clip: false leaves"),
-        ({"sigma_range": [5.0, 50.0]}, "has sigma_range; expected .*say which of the two"),
+        ({"sigma": [25.0]}, "has sigma; expected clip, sigma or clip, sigma_range; clip: true clips"),
+        ({"sigma_range": [5.0, 50.0]}, "has sigma_range; expected .*set it as in the network's training"),
         ({"clip": True}, "has clip; expected clip, sigma or clip, sigma_range"),
         ({**NOISE, "sigma_range": [5.0, 50.0]}, "has clip, sigma, sigma_range; expected"),
         ({"kind": "poisson-gaussian", "gain": [0.1], "clip": False}, "has clip, gain; expected clip, gain"),
@@ -113,7 +113,7 @@ def test_noise_that_does_not_say_what_its_kind_needs_is_refused(noise, words):
 
 def test_missing_clipping_rule_is_refused_where_the_manifest_is_read(tmp_path):
     text = refused(open_set, write_set(tmp_path, noise={"sigma": [25.0]}))
-    assert "clip: true cuts them: say which of the two the network was trained with" in text
+    assert "clip: true clips noisy values to [0, 1], clip: false keeps them: set it as in the" in text
 
 
 def test_sets_of_different_clipping_rules_are_refused_naming_both(tmp_path):

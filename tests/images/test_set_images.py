@@ -145,7 +145,7 @@ def test_8_bit_raw_frame_has_a_byte_a_photosite(tmp_path):
     [
         ({"width": 46}, "has 3840 bytes; expected 3680 for 46 x 40 photosites of 10 bits"),
         ({"bits": 8, "black": 0, "white": 200}, "has 3840 bytes; expected 1920 for 48 x 40"),
-        ({"bits": 9, "white": 500}, "holds 1023; expected less than 512, of 9 bits"),
+        ({"bits": 9, "white": 500}, "holds the value 1023; expected less than 512 at 9 bits"),
         ({"width": 47}, "raw.width is 47: Input should be a multiple of 2"),
         ({"white": 30}, "black 64 and white 30; expected 0 <= black < white < 1024"),
         ({"white": 1024}, "black 64 and white 1024; expected"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from edgedyn.images.manifest import SetManifest
 from edgedyn.recipe.describe import recipe_keys, recipe_schema
 from edgedyn.recipe.recipe import Recipe, load_recipe
 
@@ -70,3 +72,17 @@ def test_first_line_of_a_recipe_names_the_schema_for_editors(path):
     prefix, _, schema = line.partition("=")
     assert prefix == "# yaml-language-server: $schema"
     assert json.loads((path.parent / schema).read_text(encoding="utf-8")) == recipe_schema()
+
+
+@pytest.mark.parametrize("model", [Recipe, SetManifest])
+def test_every_key_has_a_description_in_sentences(model):
+    schema = model.model_json_schema()
+    keys = {
+        f"{section.get('title')}.{name}": value
+        for section in (schema, *schema["$defs"].values())
+        for name, value in section["properties"].items()
+        if name != "folder" and "$ref" not in str(value)  # a section, which has keys
+    }
+    assert len(keys) > 15
+    for key, value in keys.items():
+        assert re.fullmatch(r"[A-Z].{14,}\.", value.get("description", "")), key
