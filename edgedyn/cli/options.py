@@ -10,7 +10,8 @@ import typer
 from edgedyn.cli.terminal import set_verbosity
 
 RecipePath = Annotated[
-    Path, typer.Argument(metavar="RECIPE", help="YAML file or name of a shipped recipe: edgedyn list recipes.")
+    Path,
+    typer.Argument(metavar="RECIPE", help="YAML file, or a name of edgedyn list recipes."),
 ]
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory written by edgedyn build.")]
 Set = Annotated[
