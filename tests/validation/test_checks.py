@@ -23,7 +23,7 @@ from edgedyn.validation.runs import Outputs, run_all
 RECIPES = Path(__file__).parents[2] / "recipes"
 SHAPE = (24, 16, 3)
 LIMITS = LimitSection()
-# A float32 value below 1 is rounded by 2**-25 at most: 20 / ln 10 * 2**-25 / 0.01 = 2.6e-5 dB for the smallest
+# A float32 value below 1 is rounded by 2**-25 at most: 20 / ln 10 * 2**-25 / 0.01 = 2.6e-5 dB for the least
 # error of these pictures, and a drop has two.
 ROUNDED_DB = 1e-4
 
