@@ -14,7 +14,7 @@ from edgedyn.recipe.recipe import find_network
     ("name", "known", "hint"),
     [
         ("quantise", ["target", "quantize"], "did you mean 'quantize'? "),
-        ("MalleNet", ["mallenet", "dncnn"], "did you mean 'mallenet'? "),
+        ("MALLENET", ["mallenet", "dncnn"], "did you mean 'mallenet'? "),
         ("conv3", ["body.conv1", "body.conv3"], "did you mean 'body.conv3'? "),
         ("zzz", ["target"], ""),
         ("x", [], ""),

@@ -22,6 +22,7 @@ from edgedyn.errors import BundleError, TargetMissingError, UsageError
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.report import insert_layers
 from edgedyn.report.rows import Row
+from edgedyn.report.stored import rewrite_report
 from edgedyn.report.text import TIMES
 
 ROOT = Path(__file__).parents[2]
@@ -97,6 +98,17 @@ def test_every_int8_layer_is_compared_once(compared):
     head, _, tail = compared.layers
     assert (head.shape, head.multiply_adds) == ((1, 8, 64, 64), 3 * 9 * 8 * 64 * 64)
     assert (tail.layer, tail.is_int8, tail.is_slower) == ("tail", False, False)
+
+
+def test_report_that_is_written_again_keeps_the_comparison(bundle, compared):
+    benchmark.write_comparison(bundle, compared)
+    page = (bundle / "report.html").read_text()
+    assert rewrite_report(bundle)
+    assert (bundle / "report.html").read_text() == page
+    (bundle / "report.html").write_text("damaged")
+    assert not rewrite_report(bundle)
+    section = page[page.index("<!-- layers -->") : page.index("<!-- end of layers -->")]
+    assert section in (bundle / "report.html").read_text()
 
 
 def test_comparison_stands_in_the_bundle_once(bundle, compared):

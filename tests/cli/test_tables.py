@@ -72,6 +72,23 @@ def test_every_word_is_whole_at_every_width(width):
     assert max(map(len, lines)) <= max(width, longest + 6)
 
 
+def test_only_prose_breaks():
+    columns = (Column("metric"), Column("limit"), Column("meaning", prose=True))
+    lines = table_lines(columns, [("psnr_db", "<= 0.0009804", "one sentence of some length for a table")], 50)
+    assert lines[1] == "psnr_db  <= 0.0009804  one sentence of some length"
+    assert lines[2].strip() == "for a table"
+    name = "a file name with blanks, longer than prose at its narrowest.png"
+    for width in (20, 60, 80):
+        lines = table_lines(columns[1:], [(name, "one sentence of some length for a table")], width)
+        assert sum(name in line for line in lines) == 1
+
+
+def test_equal_first_cells_in_a_row_stand_once():
+    lines = table_lines(COLUMNS, [ROWS[1], ROWS[1], ROWS[0]], 50)
+    assert [line for line in lines if not line.startswith(" ")] == ["layer", NAMES[1], NAMES[0]]
+    assert lines.count("  short                                      12.25") == 2
+
+
 def test_an_empty_table_is_its_heading():
     assert table_lines(COLUMNS, [], 80) == ["layer  meaning  ms"]
 
