@@ -2,6 +2,7 @@
 
     docs/recipe.md               every key of a recipe, from the descriptions in edgedyn/recipe/keys.py
     recipes/recipe.schema.json   the same as a JSON schema, for editors
+    recipes/README.md            the recipes by network, with their measured numbers
     docs/extending.md            its code blocks, from the files of tests/extension/ that their titles name
 
 python tools/make_docs.py [--check]
@@ -14,6 +15,7 @@ import re
 from pathlib import Path
 from typing import Annotated
 
+import recipe_tables
 import typer
 
 from edgedyn.recipe.describe import Key, recipe_keys, recipe_schema
@@ -39,6 +41,7 @@ def generated_files() -> dict[Path, str]:
     return {
         ROOT / "docs/recipe.md": recipe_page(recipe_keys()),
         ROOT / "recipes/recipe.schema.json": json.dumps(recipe_schema(), indent=1) + "\n",
+        ROOT / "recipes/README.md": recipe_tables.recipes_page(),
         extending: fill_blocks(extending.read_text(encoding="utf-8"), ROOT / "tests/extension"),
     }
 
