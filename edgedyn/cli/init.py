@@ -122,8 +122,13 @@ def _values(
 
 
 def _image_set(name: str, place: Path) -> str:
-    """Return the path of one of our image sets from the folder of a recipe."""
-    return os.path.relpath(Path("calib", name), place.parent)
+    """Return the path of a shipped image set for a recipe at ``place``: relative in a checkout."""
+    from edgedyn.recipe.shipped import shipped_folder
+
+    own = Path("calib", name)
+    if own.is_file():
+        return Path(os.path.relpath(own, place.parent)).as_posix()
+    return (shipped_folder().parent / own).as_posix()
 
 
 def _notes(network: str, target: str, precision: str, found: dict[str, Any]) -> list[str]:

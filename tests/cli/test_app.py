@@ -78,7 +78,7 @@ def test_help_lists_every_exit_code_and_verb(capsys):
     [
         (["check", "nowhere", "--json"], "BundleError", 1, "no directory"),
         (["list", "recipe", "--json"], "UsageError", 2, "did you mean 'recipes'?"),
-        (["build", "nowhere.yaml", "-o", "x", "--json"], "RecipeError", 2, "cannot be read"),
+        (["build", "nowhere.yaml", "-o", "x", "--json"], "RecipeError", 2, "does not exist"),
         (["build", "--json"], "UsageError", 2, "RECIPE"),
         (["no-such-verb", "--json"], "UsageError", 2, "no-such-verb"),
     ],

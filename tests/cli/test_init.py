@@ -49,7 +49,9 @@ def test_a_recipe_is_written_and_loads(folder, capsys):
     )
     assert recipe.input.shape == [1, 3, 48, 32]
     assert recipe.tile.overlap == 8  # the default would leave nothing of a tile of 32
-    assert recipe.calibration == "calib/skimage.yaml"
+    assert recipe.path(recipe.calibration).name == "skimage.yaml"
+    assert recipe.path(recipe.calibration).is_file()  # of edgedyn itself: the folder has none
+    assert recipe.path(recipe.validation).is_file()
     text = (folder / "mine.yaml").read_text()
     assert "AffineMalleConv, sliced_depthwise2d as banded_shift_mac" in text
 
