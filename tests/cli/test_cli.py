@@ -83,7 +83,7 @@ def test_build_refuses_to_overwrite(bundle):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["build", "nowhere.yaml", "-o", "x"], 2, "cannot be read"),
+        (["build", "nowhere.yaml", "-o", "x"], 2, "does not exist"),
         (["build", RECIPE, "-o", "x", "--set", "quantise.engine=nncf"], 2, "did you mean 'quantize'"),
         (["build", RECIPE, "-o", "x", "--set", "precision=int7"], 2, "precision"),
         (["build", RECIPE, "-o", "x", "--set", "tile.overlap=256"], 2, "leaves nothing of a tile"),
