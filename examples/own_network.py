@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 import edgedyn
+from edgedyn.images.noise import NoiseSection
 from edgedyn.layers.ddf import DDFPack
 
 
@@ -43,7 +44,9 @@ def main() -> None:
 
     recipe = edgedyn.load_recipe(Path(__file__).with_suffix(".yaml"))
     loader = [tile for photo in arguments.photos for tile in crops(photo)]
-    built = edgedyn.build(recipe, arguments.out, calibration=edgedyn.CalibrationSet.of(loader, samples=8))
+    noise = NoiseSection(sigma=[15.0, 25.0, 50.0], clip=False)
+    calibration = edgedyn.CalibrationSet.of(loader, samples=8, noise=noise)
+    built = edgedyn.build(recipe, arguments.out, calibration=calibration)
     print(built.bundle.precision, built.to_json()["forms"])
     print("failed:", [row.metric for row in built.report.rows if not row.passed])
 
