@@ -1,7 +1,7 @@
-"""Crops of images, and what a crop or an image must have to say something about a network: contents.
+"""Crops of images, and the refusal of images without contents, which say nothing about a network.
 
 constant    all values of a crop are the same
-random      neighbouring pixels are not alike; INT8 ranges of random values are wrong for photos
+random      neighbouring pixels are uncorrelated; INT8 ranges of random values are wrong for photos
 """
 
 from __future__ import annotations
@@ -13,17 +13,18 @@ import numpy as np
 
 from edgedyn.errors import CalibrationError
 
-# Random values reach 0.12, also as JPEG of quality 50 to 95 (20 of each, at 16 to 512 pixels a side); photos
-# 0.58 at least (Set12, 568 of BSDS500, 50 of PolyU, 26 of scikit-image), and with noise of sigma 50, 0.19.
+# Least correlation of neighbouring pixels. Random values reach 0.12, also as JPEG of quality 50 to 95 (20 of
+# each, at 16 to 512 pixels per side); photos have at least 0.58 (Set12, 568 of BSDS500, 50 of PolyU, 26 of
+# scikit-image), and 0.19 with noise of sigma 50.
 CORRELATED = 0.2
 _SATURATION = 3.0
-_DRAWS = 64  # of a crop: a photo may have a margin without contents
+_DRAWS = 64  # attempts per crop: a photo may have a margin without contents
 
 
-def random_error(what: str, found: float) -> CalibrationError:
-    """Return the refusal of random values."""
+def random_error(image: str, correlation: float) -> CalibrationError:
+    """Return the refusal of an image of random values."""
     return CalibrationError(
-        f"{what} is random: neighbouring pixels have a correlation of {found:.2f}; expected at least "
+        f"{image} is random: neighbouring pixels have a correlation of {correlation:.2f}; expected at least "
         f"{CORRELATED}, photos have 0.58 to 1. INT8 ranges of random values are wrong for images. Use photos."
     )
 
@@ -36,17 +37,17 @@ def refuse_constant(crop: np.ndarray, path: Path) -> None:
     """
     if _is_constant(crop):
         raise CalibrationError(
-            f"{path} is constant ({crop.mean():.3f}) in each crop drawn from it; a set needs real "
-            "images. Remove the file from the set."
+            f"{path} is constant ({crop.mean():.3f}) in each crop drawn from it; expected a photo. Remove "
+            "the file from the set."
         )
 
 
 def draw_crops(
     images: Sequence[np.ndarray], size: tuple[int, int], rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Return the same crop, (1, C, height, width), of images (H, W, C), which may be smaller than it.
+    """Return the same random crop, (1, C, height, width), of images (H, W, C) of any size.
 
-    It is drawn elsewhere where one of them is constant, a limited number of times.
+    A crop that is constant in one of the images is drawn again, a limited number of times.
     """
     for _ in range(_DRAWS):
         window = choose_window(images[0].shape, size, rng)
@@ -59,8 +60,8 @@ def draw_crops(
 def choose_window(
     shape: tuple[int, ...], size: tuple[int, int], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of a crop of an image (H, W, C), which may be smaller than it."""
-    top, left = (int(rng.integers(max(0, have - want) + 1)) for have, want in zip(shape, size, strict=False))
+    """Return top, left, height and width of a random crop of an image (H, W, C), which may be smaller."""
+    top, left = (int(rng.integers(max(0, full - side) + 1)) for full, side in zip(shape, size, strict=False))
     return top, left, *size
 
 
@@ -74,30 +75,30 @@ def crop(pixels: np.ndarray, window: tuple[int, int, int, int]) -> np.ndarray:
     return np.ascontiguousarray(crop.transpose(2, 0, 1)[None], dtype=np.float32)
 
 
-def make_vivid(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """Return a crop (1, 3, H, W) with its colours exchanged and three times as far from gray, in [0, 1]."""
+def augment_colors(crop: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    """Return a crop (1, 3, H, W) with exchanged channels, three times as far from gray, clipped to [0, 1]."""
     exchanged = crop[:, rng.permutation(crop.shape[1])]
     gray = exchanged.mean(axis=1, keepdims=True)
     return np.ascontiguousarray((gray + _SATURATION * (exchanged - gray)).clip(0, 1), dtype=np.float32)
 
 
 def correlate(pixels: np.ndarray) -> float:
-    """Return how alike neighbouring pixels of (H, W, C) are: about 0 for random values, 1 at most.
+    """Return the correlation of neighbouring pixels of (H, W, C): about 0 for random values, 1 at most.
 
-    It is the largest of four correlations of the gray image with itself shifted by one, down and to the
-    right: of pixels, and of means of 2 x 2, 4 x 4, 8 x 8 pixels, where there are at least 256 of them.
-    Averaging takes noise away from a photo, whose contents reach over many pixels, and leaves random values
-    random. Two shifts of 256 random values are within 0.2 at 4.5 standard deviations.
+    The largest of four correlations of the gray image with itself shifted by one, down and to the right: of
+    pixels, and of means of 2 x 2, 4 x 4 and 8 x 8 pixels where there are at least 256 of them. Averaging
+    removes the noise of a photo, whose contents extend over many pixels, and leaves random values random. For
+    256 random values, two shifts stay within 0.2 at 4.5 standard deviations.
     """
     gray = pixels.mean(axis=2)
-    found = [_neighbours(gray)]
+    correlations = [_neighbours(gray)]
     while gray.size >= 4 * 256:
         height, width = gray.shape[0] // 2 * 2, gray.shape[1] // 2 * 2
-        if len(found) == 4 or not height or not width:
+        if len(correlations) == 4 or not height or not width:
             break
         gray = gray[:height, :width].reshape(height // 2, 2, width // 2, 2).mean(axis=(1, 3))
-        found.append(_neighbours(gray))
-    return max(found)
+        correlations.append(_neighbours(gray))
+    return max(correlations)
 
 
 def _is_constant(crop: np.ndarray) -> bool:

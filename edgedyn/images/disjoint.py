@@ -1,4 +1,4 @@
-"""Two sets that go together: one is calibrated or trained on, the other validated on."""
+"""Rules between two image sets, of which one calibrates or trains a network and the other validates it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def refuse_overlap(calibration: CalibrationSet, validation: CalibrationSet) -> N
     """
     seen = {digest: path for path, digest in calibration.files}
     digests = list(validation.files)
-    if any(image.pixels is not None for image in calibration.images):  # these are known by their pixels
+    if any(image.pixels is not None for image in calibration.images):  # their digests are of pixels
         digests += [(path, digest_pixels(read_pixels(path, validation.raw))) for path, _ in validation.files]
     shared = [f"{path.name} ({seen[digest].name})" for path, digest in digests if digest in seen]
     if shared:
@@ -26,7 +26,7 @@ def refuse_overlap(calibration: CalibrationSet, validation: CalibrationSet) -> N
 
 
 def refuse_other_clipping(calibration: CalibrationSet, validation: CalibrationSet) -> None:
-    """Refuse sets of which one clips its noise and the other does not: a network is trained for one of them.
+    """Refuse a set that clips its noise beside one that does not: a network is trained for one of the two.
 
     Raises:
         CalibrationError: naming both rules.
@@ -35,6 +35,6 @@ def refuse_other_clipping(calibration: CalibrationSet, validation: CalibrationSe
     if len({clip for _, clip in rules}) > 1:
         one, other = (f"{name!r} has clip: {str(clip).lower()}" for name, clip in rules)
         raise CalibrationError(
-            f"calibration set {one}, and validation set {other}; expected one clipping rule, the one that "
-            "the network was trained with. Fix a manifest, or set noise: in the recipe, for both."
+            f"calibration set {one}, and validation set {other}; expected the same for both, as in the "
+            "network's training. Fix a manifest, or set noise: in the recipe, for both."
         )

@@ -1,10 +1,10 @@
-"""Image sets with a noise model: what INT8 is calibrated on, and what everything is validated on.
+"""Image sets with a noise model, for calibration and for validation.
 
     a manifest (calib/<set>.yaml), a folder, or any iterable of images: ``CalibrationSet.of``
     sample = image [resized] -> crop -> shrunk by the task -> noise (``edgedyn.images.noise``)
 
-Every image is known by its sha256, and the same samples are drawn every time. Refused is what proves nothing:
-constant images, random values, and a set that shares an image with the one it is validated on.
+Every image is identified by its sha256, and a set draws the same samples every time. Images that prove
+nothing are refused: constant ones, random values, and images of both calibration and validation.
 """
 
 from __future__ import annotations
@@ -20,26 +20,33 @@ import numpy as np
 
 from edgedyn.errors import CalibrationError
 from edgedyn.images.bayer import RawSection
-from edgedyn.images.crops import CORRELATED, correlate, draw_crops, make_vivid, random_error, refuse_constant
+from edgedyn.images.crops import (
+    CORRELATED,
+    augment_colors,
+    correlate,
+    draw_crops,
+    random_error,
+    refuse_constant,
+)
 from edgedyn.images.manifest import find_folder, read_manifest
 from edgedyn.images.noise import FOLDER_NOISE, NO_NOISE, NoiseSection
 from edgedyn.images.pixels import SUFFIXES, read_pixels, resize, unpack, with_channels
 from edgedyn.images.tasks import TASKS, Task, make_guide, shrink
 
-MOST_SAMPLES = 64  # of a folder, taken evenly; a manifest or a recipe may ask for more
+MOST_SAMPLES = 64  # images of a folder, taken evenly; a manifest or a recipe may set more
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a network is given, made of one crop of a photo.
+    """The inputs of a network with their truth, made of one crop of a photo.
 
     Attributes:
         inputs: the noisy image (1, C, H, W) float32, and the guide of a joint network.
-        truth: the crop, 0 black, 1 white; what the output should be where the task has a truth. Of a noisy
-            photo without a clean one, the noisy crop.
-        sigma: noise level, 0..255 scale; of noise that is no white Gaussian one, its root mean square.
+        truth: the crop, 0 black, 1 white: the ideal output of a task that has a truth. For a noisy photo
+            without a clean one, the noisy crop.
+        sigma: noise level, 0..255 scale; for other noise than white Gaussian, its root mean square.
         source: file name.
-        noise: what rows of a report call samples of this noise; by default by their sigma.
+        noise: condition of these samples in a report's rows; by default ``sigma=...``.
     """
 
     inputs: tuple[np.ndarray, ...]
@@ -55,7 +62,7 @@ class Sample:
 
     @property
     def condition(self) -> str:
-        """What rows of a report are measured on, for instance ``sigma=25``."""
+        """Condition that a report's rows are measured at, for instance ``sigma=25``."""
         return self.noise or f"sigma={self.sigma:g}"
 
 
@@ -64,10 +71,10 @@ class SetImage:
     """One image of a set.
 
     Attributes:
-        path: of the file; a name where the image is in memory.
-        sha256: of the file, or of the pixels of an image in memory.
-        clean: of a noisy photo, the same scene without noise.
-        pixels: of an image in memory, (H, W, C) float32; None where the file has them.
+        path: the file; for an image in memory, a name.
+        sha256: digest of the file, or of the pixels of an image in memory.
+        clean: for a noisy photo, the same scene without noise.
+        pixels: image in memory, (H, W, C) float32; None for a file.
     """
 
     path: Path
@@ -82,12 +89,12 @@ class SetImage:
 
 @dataclass(frozen=True, eq=False)
 class CalibrationSet:
-    """Hashed images, their licence, the noise model and how many crops are drawn.
+    """Hashed images with their licence, noise model and number of samples.
 
     Attributes:
-        samples: crops that are drawn.
-        color_augmented: crops of exchanged and saturated colours that are drawn after these.
-        short_side: pixels that the shorter side of every image is resized to; None leaves images as they are.
+        samples: number of crops to draw.
+        color_augmented: number of further crops, in exchanged and saturated colours.
+        short_side: pixels to which the shorter side of every image is resized; None keeps the images' size.
     """
 
     name: str
@@ -114,16 +121,16 @@ class CalibrationSet:
     ) -> CalibrationSet:
         """Return a set of the first images of an iterable, for instance of a PyTorch DataLoader.
 
-        The images are kept in memory, and the set's digest is of their pixels.
+        The images stay in memory, and the set's digest is the digest of their pixels.
 
         Args:
             images: images, arrays or tensors, or batches (B, C, H, W) of them; see ``edgedyn.images.pixels``.
-            samples: how many images to take, one sample each; no more is asked of the iterable.
-            transform: what makes an image or a batch of an item, for instance ``lambda batch: batch[0]``.
-            noise: what is added to them; by default nothing, they are what the network gets.
-            name: of the set, for reports.
-            licence: of the images.
-            seed: of where crops lie, and of the noise.
+            samples: number of images, one sample each; the iteration stops after them.
+            transform: function from an item to an image or a batch, for instance ``lambda batch: batch[0]``.
+            noise: noise to add; by default none, the images are the network's inputs.
+            name: name of the set in reports.
+            licence: licence of the images.
+            seed: random seed of the crops' positions and of the noise.
 
         Raises:
             CalibrationError: when there are fewer images, or an item is no image.
@@ -136,58 +143,58 @@ class CalibrationSet:
                 break
         if len(taken) < samples or samples < 1:
             raise CalibrationError(
-                f"the set {name!r} gave {len(taken)} images; {samples} samples were asked for. Give more "
-                "images, or ask for fewer, at least one: samples=..."
+                f"the set {name!r} has {len(taken)} images; expected {samples}, one per sample, and at least "
+                "one. Pass more images, or a smaller samples=..."
             )
         return cls(name, licence, tuple(taken[:samples]), noise, samples, seed)
 
     @property
     def files(self) -> tuple[tuple[Path, str], ...]:
-        """Every image with its digest, clean ones included."""
+        """Path and digest of every image, clean ones included."""
         every = (x for image in self.images for x in (image, image.clean) if x is not None)
         return tuple((image.path, image.sha256) for image in every)
 
     @property
     def has_truth(self) -> bool:
-        """Whether what the output should be is known: each noisy photo has a clean one."""
+        """Whether the ideal output is known: each noisy photo has a clean one."""
         return self.noise.kind != "real" or all(image.clean is not None for image in self.images)
 
     def draw(self, shapes: Sequence[tuple[int, ...]], task: Task = TASKS["denoise"]) -> Iterator[Sample]:
-        """Yield inputs of a program, made of crops of the photos, the same ones every time.
+        """Yield the samples of a program, made of crops of the photos; every call yields the same ones.
 
-        Files are taken in turn, or evenly where there are more of them than samples; an image smaller than
-        the crop is reflected at its border.
+        Files are taken in turn, or evenly if there are more of them than samples. An image smaller than the
+        crop is reflected at its border.
 
         Args:
-            shapes: of the program's inputs, (1, C, H, W); a second one is the guide.
-            task: what the program is for.
+            shapes: shapes of the program's inputs, (1, C, H, W); a second one is the guide.
+            task: task of the program.
 
         Raises:
-            CalibrationError: for an image that cannot be read, is constant, or is random: it carries no
-                statistics. Photos with noise of their own are random only where all of them are, since a
-                flat patch with noise is noise.
+            CalibrationError: for an image that cannot be read, is constant, or is random, which carries no
+                statistics. Noisy photos are refused as random only if all of them are: a flat patch with
+                noise is noise.
         """
         _, channels, height, width = shapes[0]
         correlations: dict[Path, float] = {}
         for index in range(self.samples + self.color_augmented):
-            is_vivid = index >= self.samples
+            is_augmented = index >= self.samples
             place, samples = (
-                (index - self.samples, self.color_augmented) if is_vivid else (index, self.samples)
+                (index - self.samples, self.color_augmented) if is_augmented else (index, self.samples)
             )
             image = self._image(place, samples)
             rng = np.random.default_rng([self.seed, index])
-            given, truth = self._pixels(image, channels)
+            photo, truth = self._pixels(image, channels)
             if image.path not in correlations:
                 correlations[image.path] = correlate(truth)
                 self._refuse_random(image, correlations[image.path])
-            if self.short_side is not None:  # no image has a clean one then
-                given = truth = self._reduce(image, truth, self.short_side)
-            given, truth = draw_crops((given, truth), (height * task.scale, width * task.scale), rng)
-            if is_vivid:
-                given = truth = make_vivid(truth, rng)
-            for pixels, source in ((given, image), (truth, image.clean or image)):
+            if self.short_side is not None:  # then no image has a clean one
+                photo = truth = self._reduce(image, truth, self.short_side)
+            photo, truth = draw_crops((photo, truth), (height * task.scale, width * task.scale), rng)
+            if is_augmented:
+                photo = truth = augment_colors(truth, rng)
+            for pixels, source in ((photo, image), (truth, image.clean or image)):
                 refuse_constant(pixels, source.path)
-            clean = shrink(given, task.scale)
+            clean = shrink(photo, task.scale)
             noisy, sigma, name = self.noise.add(clean, index, len(self.images), rng)
             if image.clean is not None:
                 sigma = 255 * float(np.sqrt(np.mean((noisy - shrink(truth, task.scale)) ** 2)))
@@ -201,33 +208,33 @@ class CalibrationSet:
         return self.images[index * count // samples if samples < count else index % count]
 
     def _pixels(self, image: SetImage, channels: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return what noise is added to, and the truth: the same but for noisy photos with a clean one."""
-        given = with_channels(image.read(self.raw), channels)
+        """Return the photo to which noise is added, and the truth; they differ for noisy photos only."""
+        photo = with_channels(image.read(self.raw), channels)
         if image.clean is None:
-            return given, given
+            return photo, photo
         truth = with_channels(image.clean.read(self.raw), channels)
-        if truth.shape != given.shape:
+        if truth.shape != photo.shape:
             raise CalibrationError(
-                f"{image.path} is {_size(given)} and its clean file {image.clean.path} is {_size(truth)}; "
-                "expected the same scene, pixel on pixel. Crop both alike."
+                f"{image.path} is {_size(photo)} and its clean file {image.clean.path} is {_size(truth)}; "
+                "expected the same scene, aligned pixel by pixel. Crop both alike."
             )
-        return given, truth
+        return photo, truth
 
-    def _refuse_random(self, image: SetImage, found: float) -> None:
+    def _refuse_random(self, image: SetImage, correlation: float) -> None:
         is_clean = self.noise.is_added or image.clean is not None
-        if is_clean and found < CORRELATED:
-            raise random_error(str((image.clean or image).path), found)
+        if is_clean and correlation < CORRELATED:
+            raise random_error(str((image.clean or image).path), correlation)
 
     def _reduce(self, image: SetImage, pixels: np.ndarray, short_side: int) -> np.ndarray:
         if min(pixels.shape[:2]) < short_side:
             raise CalibrationError(
                 f"{image.path} is {_size(pixels)}, and short_side of the set {self.name!r} is {short_side}: "
-                "an enlarged photo has no details. Take the file out, or make short_side smaller."
+                "an enlarged photo has no details. Remove the file, or make short_side smaller."
             )
         return resize(pixels, short_side)
 
     def digest(self) -> str:
-        """Return the sha256 over digests of images, noise, numbers of samples, seed and preprocessing."""
+        """Return the sha256 of image digests, noise, numbers of samples, seed and preprocessing."""
         pairs = [[image.sha256, image.clean and image.clean.sha256] for image in self.images]
         raw = self.raw and self.raw.model_dump()
         values = [pairs, self.noise.to_json(), self.samples, self.color_augmented, self.seed, raw]
@@ -260,15 +267,15 @@ class CalibrationSet:
         return adapted.with_color_augmented(color_augmented)
 
     def with_noise(self, noise: NoiseSection) -> CalibrationSet:
-        """Return the set with another noise model; of noisy photos the clean ones are taken then.
+        """Return the set with another noise model; noisy photos are replaced by their clean ones.
 
         Raises:
-            CalibrationError: for real noise on a set of clean photos, other noise on one without these.
+            CalibrationError: for real noise on a set of clean photos, or other noise on a set without them.
         """
         if noise.kind == "real" and self.noise.kind != "real":
             raise CalibrationError(
                 f"the recipe's noise is 'real', and the set {self.name!r} has noise of kind "
-                f"{self.noise.kind!r}: no noisy photos. Name another set, or drop noise: from the recipe."
+                f"{self.noise.kind!r}: no noisy photos. Name another set, or remove noise: from the recipe."
             )
         if noise.kind == self.noise.kind or self.noise.kind != "real":
             return replace(self, noise=noise)
@@ -276,16 +283,16 @@ class CalibrationSet:
         if len(clean) < len(self.images):
             raise CalibrationError(
                 f"the recipe's noise is {noise.kind!r}, and {len(self.images) - len(clean)} noisy photos of "
-                f"the set {self.name!r} have no clean file to add it to. Add clean: to the manifest, or drop "
-                "noise: from the recipe."
+                f"the set {self.name!r} have no clean file to add it to. Add clean: to the manifest, or "
+                "remove noise: from the recipe."
             )
         return replace(self, images=clean, noise=noise)
 
     def with_color_augmented(self, samples: int) -> CalibrationSet:
-        """Return the set with so many samples more, of exchanged and saturated colours.
+        """Return the set with this number of further samples, in exchanged and saturated colours.
 
         Raises:
-            CalibrationError: for a set of noisy photos: their noise would be changed with the colours.
+            CalibrationError: for a set of noisy photos, whose noise would change with the colours.
         """
         if samples and not self.noise.is_added:
             raise CalibrationError(
@@ -295,21 +302,21 @@ class CalibrationSet:
         return replace(self, color_augmented=samples)
 
     def fresh(self, k: int) -> CalibrationSet:
-        """Return the set with other crops and other noise, the k-th others, and in natural colours."""
+        """Return the set with the k-th other crops and other noise, in natural colours."""
         return replace(self, seed=self.seed + k, color_augmented=0)
 
     def take(self, samples: int) -> CalibrationSet:
-        """Return the set with so many samples, each of another image.
+        """Return the set with this number of samples, each of another image.
 
         Raises:
-            CalibrationError: when it has fewer different images.
+            CalibrationError: when the set has fewer different images.
         """
         distinct = tuple({image.sha256: image for image in self.images}.values())
         if len(distinct) < samples:
             raise CalibrationError(
-                f"the recipe asks for {samples} calibration samples, each of another image "
-                f"(quantize.samples), and the set {self.name!r} has {len(distinct)} different images. Add "
-                f"images, or ask for fewer: --set quantize.samples={len(distinct)}."
+                f"the recipe has {samples} calibration samples, each of another image (quantize.samples), "
+                f"and the set {self.name!r} has {len(distinct)} different images. Add images, or take fewer: "
+                f"--set quantize.samples={len(distinct)}."
             )
         return replace(self, images=distinct, samples=samples)
 
@@ -323,11 +330,11 @@ def open_set(
 ) -> CalibrationSet:
     """Open a manifest or a folder of images, with the values of ``CalibrationSet.with_values``.
 
-    A folder has ``FOLDER_NOISE``; of its images, ``MOST_SAMPLES`` or ``samples`` are evenly taken at most.
+    A folder has ``FOLDER_NOISE``; at most ``MOST_SAMPLES`` or ``samples`` of its images are taken, evenly.
 
     Raises:
-        CalibrationError: when it does not exist, is empty, a file is missing or differs from its sha256, or
-            it cannot take the values.
+        CalibrationError: when the set does not exist, is empty or contradicts the values, or a file is
+            missing or differs from its sha256.
     """
     most = max(MOST_SAMPLES, samples or 0)
     opened = _open_folder(path, most) if path.is_dir() else _open_manifest(path)
@@ -352,11 +359,11 @@ def _open_manifest(path: Path) -> CalibrationSet:
         short_side=manifest.short_side,
     )
     for image, expected in opened.files:
-        found = _sha256(image, path)
-        if found != expected:
+        actual = _sha256(image, path)
+        if actual != expected:
             raise CalibrationError(
-                f"image set {path}: {image.name} has sha256 {found}, the manifest says {expected}. "
-                "Fetch the file again, or write the new digest if you mean to use this one."
+                f"image set {path}: {image.name} has sha256 {actual}; expected {expected} as in the manifest."
+                " Fetch the file again, or write its digest into the manifest."
             )
     return opened
 
@@ -384,7 +391,7 @@ def _sha256(file: Path, source: Path) -> str:
 
 
 def digest_pixels(pixels: np.ndarray) -> str:
-    """Return the sha256 of an image in memory, of its shape and its pixels."""
+    """Return the sha256 of an image in memory: of its shape and pixels."""
     return hashlib.sha256(repr(pixels.shape).encode() + pixels.tobytes()).hexdigest()
 
 

@@ -1,11 +1,11 @@
-"""How far apart two images or tensors are, one function a metric, unit in its name.
+"""Metrics: distances between two images or tensors, one function per metric, unit in its name.
 
     psnr_db = 10 log10(high^2 / mean (y - truth)^2)
     sqnr_db = 10 log10(sum reference^2 / sum (y - reference)^2)
 
-Sums run in float64, so that a float32 image of any size loses nothing to accumulation. Nothing is clipped:
-what a program returns outside [0, 1] counts as the error that it is. Every public function of this file
-is a metric, so that a new one edits nothing else. Only numpy at import: a device has no scikit-image.
+Sums are float64, so that a float32 image of any size loses nothing to accumulation. Values are not clipped:
+outputs outside [0, 1] count with their full error. Every public function of this file is a metric, so that a
+new one needs no edit elsewhere. Imports numpy alone: a device has no scikit-image.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _SSIM_WINDOW = 11
 
 
 def psnr_db(y: Array, truth: Array, *, high: float = 1.0) -> float:
-    """Return the peak signal-to-noise ratio; inf where both are identical.
+    """Return the peak signal-to-noise ratio; inf if both are identical.
 
     Args:
         y: any shape, on the scale [0, high].
@@ -48,7 +48,7 @@ def psnr_db(y: Array, truth: Array, *, high: float = 1.0) -> float:
 
 
 def ssim(y: Array, truth: Array) -> float:
-    """Return the mean structural similarity, at most 1, with the window that is published (Wang et al. 2004).
+    """Return the mean structural similarity, at most 1, with the published window (Wang et al. 2004).
 
     Args:
         y: (H, W, C) in [0, 1], H and W at least 11; channels are averaged.
@@ -74,7 +74,7 @@ def ssim(y: Array, truth: Array) -> float:
 
 
 def sqnr_db(y: Array, reference: Array) -> float:
-    """Return the signal-to-quantization-noise ratio: inf where both are identical, -inf for a zero reference.
+    """Return the signal-to-quantization-noise ratio: inf if both are identical, -inf for a zero reference.
 
     Args:
         y: any shape, any scale.
@@ -88,28 +88,27 @@ def sqnr_db(y: Array, reference: Array) -> float:
 
 
 def max_abs(y: Array, reference: Array) -> float:
-    """Return the largest absolute difference, in the unit of the arrays; refuses what ``sqnr_db`` refuses."""
+    """Return the largest absolute difference, in the unit of the arrays; errors as ``sqnr_db``."""
     a, b = _comparable("max_abs", y, reference)
     return float(np.max(np.abs(a - b)))
 
 
 def mean_abs_levels(y: Array, reference: Array) -> float:
-    """Return the mean absolute difference in 8-bit grey levels; refuses what ``sqnr_db`` refuses.
+    """Return the mean absolute difference in 8-bit grey levels; errors as ``sqnr_db``.
 
-    Both arrays are on the scale [0, 1], where a level is 1/255.
+    Both arrays are on the scale [0, 1], where one level is 1/255.
     """
     a, b = _comparable("mean_abs_levels", y, reference)
     return 255 * float(np.mean(np.abs(a - b)))
 
 
 def worst_tile_psnr_db(y: Array, truth: Array, *, tile: int = 64) -> float:
-    """Return the lowest PSNR of all tiles: a defect of one tile shows, where the mean over an image hides it.
+    """Return the lowest PSNR of all tiles; it shows a defect of one tile, which a mean over the image hides.
 
     Args:
         y: (H, W, C) in [0, 1].
         truth: the same shape.
-        tile: side in pixels. Tiles do not overlap; the rests at the right and lower border are tiles of their
-            own.
+        tile: side in pixels. Tiles do not overlap; remainders at the right and lower border are tiles too.
 
     Raises:
         UsageError: as ``psnr_db``, and for an image that is not (H, W, C) or a ``tile`` below 1.
@@ -133,7 +132,7 @@ def _comparable(metric: str, y: Array, reference: Array) -> tuple[Array, Array]:
         )
     if a.size == 0:
         raise UsageError(
-            f"{metric} got empty arrays of shape {a.shape}; nothing compared is no result. Pass data."
+            f"{metric} got empty arrays of shape {a.shape}; expected at least one value. Pass data."
         )
     return _finite(metric, a), _finite(metric, b)
 
@@ -147,7 +146,7 @@ def _finite(metric: str, values: Array) -> Array:
     if count:
         raise UsageError(
             f"{metric} got {count} of {values.size} values that are NaN or infinite; expected finite ones. "
-            "Find the layer that made them before measuring."
+            "Find the layer that produces them before measuring."
         )
     return values.astype(np.float64)
 

@@ -1,14 +1,14 @@
-"""Photographs in and out: pixels as float32 for the network; depth, mode, alpha, profile and EXIF kept.
+"""Reading and writing photos: float32 pixels for the network; depth, mode, alpha, profile and EXIF are kept.
 
     pixels: (H, W, C) float32 in [0, 1], C = 1 (gray) or 3 (R, G, B)        alpha: (H, W) or None
 
 PNG of 8 and 16 bits, JPEG, TIFF of 8 and 16 bits and float32. A palette becomes RGB. Colour profile and EXIF
-are written back; the EXIF orientation is applied to the pixels and its tag dropped, and so is the embedded
-thumbnail, which would show the old picture. TIFF keeps the profile but no EXIF. Print resolution, PNG gamma
-and comments are not kept, nor is EXIF text that is not ASCII.
+are written back. The EXIF orientation is applied to the pixels and its tag removed; the embedded thumbnail,
+which would show the old picture, is removed too. TIFF keeps the profile but no EXIF. Print resolution, PNG
+gamma, comments and EXIF text that is not ASCII are lost.
 
-Device side: numpy, Pillow and tifffile only. Pillow reduces 16-bit colour to 8 bits in silence, so 16-bit PNG
-is decoded in ``_png16_samples`` and written in ``_png16``, and 16-bit TIFF goes through tifffile.
+Device side: numpy, Pillow and tifffile only. Pillow reduces 16-bit colour to 8 bits without a warning, so
+``_png16_samples`` decodes 16-bit PNG, ``_png16`` writes it, and tifffile handles 16-bit TIFF.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from edgedyn.errors import ImageError
 from edgedyn.files import replace_file
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
-# What counts as an image in a folder: also what is refused here, by its name rather than by passing it over.
+# Suffixes of the images in a folder: with unreadable formats, which are refused by name instead of ignored.
 IMAGE_SUFFIXES = frozenset({*SUFFIXES, ".bmp", ".webp"})
 # Twice Pillow's MAX_IMAGE_PIXELS, where it raises DecompressionBombError: 2 GB as float32 RGB.
 MAX_PIXELS = 178_956_970
@@ -38,7 +38,7 @@ MAX_PIXELS = 178_956_970
 _PNG = b"\x89PNG\r\n\x1a\n"
 _SIGNATURES = {_PNG: "PNG", b"\xff\xd8\xff": "JPEG", b"II*\0": "TIFF", b"MM\0*": "TIFF", b"II+\0": "TIFF"}
 _DEPTHS: dict[str, int] = {"uint8": 8, "uint16": 16, "float32": 32}
-# Pillow mode -> the mode whose bands are gray or R G B, then alpha.
+# Pillow mode -> mode with the bands gray or R G B, then alpha.
 _PLAIN_MODES = {"1": "L", "L": "L", "LA": "LA", "P": "RGB", "PA": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}
 # EXIF orientation (CIPA DC-008, tag 274) -> the array turned upright.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
@@ -51,9 +51,9 @@ _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
     8: lambda a: a.swapaxes(0, 1)[::-1],
 }
-# PNG colour type -> how Pillow's decoder, which has no 16-bit colour mode, gives all 16 bits: gray as two
-# 8-bit bands, gray with alpha as four, colour twice: "16B" keeps high bytes; "16L", for the other byte order,
-# low ones. PNG filters depend on the bytes of a pixel, which each of these keeps: 2, 4, 6, 8.
+# PNG colour type -> passes in which Pillow's decoder, which has no 16-bit colour mode, returns all 16 bits:
+# gray as two 8-bit bands, gray with alpha as four, colour twice: "16B" keeps the high bytes; "16L", for the
+# other byte order, the low ones. PNG filters depend on the bytes per pixel; each pass keeps them: 2, 4, 6, 8.
 _PNG16_PASSES = {
     0: [("LA", "LA")],
     4: [("RGBA", "RGBA")],
@@ -63,7 +63,7 @@ _PNG16_PASSES = {
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _PNG_COLOUR = {1: 0, 2: 4, 3: 2, 4: 6}
 
-# What Pillow, tifffile, struct and zlib raise on damaged files, found by cutting and flipping bytes.
+# Exceptions of Pillow, tifffile, struct and zlib on damaged files, found by cutting and flipping bytes.
 _DAMAGE = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error, zlib.error),
     *(Image.DecompressionBombError, tifffile.TiffFileError),
@@ -77,7 +77,7 @@ class Photo:
     Attributes:
         pixels: (H, W, C) float32 in [0, 1]; C is 1 for gray, 3 for R, G, B.
         alpha: (H, W) float32 in [0, 1], or None.
-        depth: bits a sample in the file, 8 or 16, or 32 for float TIFF.
+        depth: bits per sample in the file, 8 or 16, or 32 for float TIFF.
         mode: the file's colour mode in Pillow's letters, ``L``, ``LA``, ``P``, ``RGB``, ``RGBA``...
         format: ``PNG``, ``JPEG`` or ``TIFF``.
         icc: the colour profile, or None.
@@ -94,11 +94,11 @@ class Photo:
 
 
 def read_image(path: Path) -> Photo:
-    """Read an image of one frame; of the pictures in a phone's multi-picture JPEG, the main one.
+    """Read an image of one frame; from a phone's multi-picture JPEG, the main picture.
 
     Raises:
-        ImageError: for anything but a whole PNG, JPEG or TIFF of gray, palette or RGB samples with or without
-            alpha; for a size beyond ``MAX_PIXELS``, and for float samples outside [0, 1].
+        ImageError: when the file is not a whole PNG, JPEG or TIFF of gray, palette or RGB samples with or
+            without alpha, has more than ``MAX_PIXELS`` pixels, or float samples outside [0, 1].
     """
     try:
         data = path.read_bytes()
@@ -115,15 +115,15 @@ def read_image(path: Path) -> Photo:
 
 
 def write_image(photo: Photo, pixels: np.ndarray, path: Path) -> None:
-    """Write ``pixels`` in place of the photo's own, everything else as the photo has it.
+    """Write a photo with other pixels; everything else stays as the photo has it.
 
     Values are clipped to [0, 1] and rounded to the photo's depth. The suffix of ``path`` selects the format;
-    JPEG has quality 95 and full colour resolution (4:4:4). The file appears whole or not at all.
+    JPEG has quality 95 and full colour resolution (4:4:4). No partial file is left on failure.
 
     Raises:
-        ImageError: for another shape than the photo's, values that are not finite, or a format that cannot
-            hold the photo's depth or alpha.
-        UsageError: if the file cannot be written.
+        ImageError: when the shape is not the photo's, values are not finite, or the format cannot hold the
+            photo's depth or alpha.
+        UsageError: when the file cannot be written.
     """
     if pixels.shape != photo.pixels.shape or not np.isfinite(pixels).all():
         raise _refusal(path, f"pixels {pixels.shape}", f"{photo.pixels.shape}, all finite")
@@ -139,13 +139,13 @@ def write_image(photo: Photo, pixels: np.ndarray, path: Path) -> None:
     try:
         data = _encoded(photo, samples, kind)
     except (OSError, ValueError) as error:
-        raise _refusal(path, str(error), f"what {kind} can hold") from error
+        raise _refusal(path, str(error), f"pixels that {kind} can hold") from error
     replace_file(path, data)
 
 
-def _refusal(path: Path, found: str, expected: str) -> ImageError:
+def _refusal(path: Path, actual: str, expected: str) -> ImageError:
     return ImageError(
-        f"image {path}: found {found}, expected {expected}. Check it, or convert it to 8-bit PNG."
+        f"image {path}: found {actual}, expected {expected}. Check it, or convert it to 8-bit PNG."
     )
 
 
@@ -283,7 +283,7 @@ def _encode_tiff(photo: Photo, samples: np.ndarray) -> bytes:
 
 
 def _straight(samples: np.ndarray) -> np.ndarray:
-    """Divide colours that were multiplied by their alpha (associated alpha); black where it is 0."""
+    """Divide colours by their alpha (associated to straight alpha); black where alpha is 0."""
     alpha = samples[:, :, -1:].astype(np.float64)
     full = 1.0 if samples.dtype == np.float32 else float(np.iinfo(samples.dtype).max)
     colours = samples[:, :, :-1] * np.divide(full, alpha, out=np.zeros_like(alpha), where=alpha > 0)

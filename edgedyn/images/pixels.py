@@ -1,12 +1,12 @@
-"""Images of a calibration set as (H, W, C) float32, 0 black, 1 white: files, arrays and tensors.
+"""Images of an image set as (H, W, C) float32, 0 black, 1 white, from files, arrays and tensors.
 
     PNG, JPEG, TIFF    of 8 and 16 bits, float TIFF (``edgedyn.images.photo``)
     .npy, .npz         one array
     .raw               a Bayer frame, described by the manifest's ``raw`` section (``edgedyn.images.bayer``)
 
-An array is (H, W), (H, W, C) or (C, H, W), C 1 or 3; where both ends could be channels, the last is. Integers
-are uint8 or uint16, scaled by their largest value; floats are on the scale of 0 to 1, and noise or a
-normalization may leave it.
+An array is (H, W), (H, W, C) or (C, H, W), C 1 or 3; if both ends could be channels, the last one is.
+Integers are uint8 or uint16, scaled by their largest value. Floats are on the scale of 0 to 1; noise or a
+normalization may exceed it.
 """
 
 from __future__ import annotations
@@ -24,40 +24,40 @@ from edgedyn.images.bayer import RawSection, read_bayer
 from edgedyn.images.photo import IMAGE_SUFFIXES, read_image
 
 _ARRAYS = (".npy", ".npz")
-# what a folder's images are known by; .raw to be refused by name, since it needs a manifest
+# suffixes of the images in a folder; .raw is refused by name, since it needs a manifest
 SUFFIXES = frozenset({*IMAGE_SUFFIXES, *_ARRAYS, ".raw"})
-# Unclipped noise of sigma 255 stays within 6 of the image; what lies beyond is on the scale of 0 to 255.
+# Unclipped noise of sigma 255 stays within 6 of the image; values beyond are on the scale of 0 to 255.
 _LOWEST, _HIGHEST = -6.0, 7.0
-_MEND = "It belongs to an image set: remove it there, or replace it."
+_FIX = "It belongs to an image set: remove it there, or replace it."
 
 
 def read_pixels(path: Path, raw: RawSection | None = None) -> np.ndarray:
     """Read an image file.
 
     Args:
-        path: of a format named above.
-        raw: how a ``.raw`` file is read.
+        path: file of a format named above.
+        raw: layout and levels of a ``.raw`` file.
 
     Raises:
-        CalibrationError: with the file's name, for a file that is damaged, of another format, or that holds
-            values which are not finite or not on the scale of 0 to 1.
+        CalibrationError: naming the file, when it is damaged, of another format, or holds values that are not
+            finite or not on the scale of 0 to 1.
     """
     suffix = path.suffix.lower()
     try:
         if suffix == ".raw":
             if raw is None:
                 raise CalibrationError(
-                    f"{path} is a raw frame, and nothing says its size and levels. Write a manifest with a "
-                    "raw: section (width, height, bits, pattern, black, white)."
+                    f"{path} is a raw frame of unknown size and levels. Write a manifest with a raw: section "
+                    "(width, height, bits, pattern, black, white)."
                 )
             return to_pixels(read_bayer(path, raw), str(path))
         if suffix in _ARRAYS:
             return to_pixels(_read_array(path), str(path))
         return read_image(path).pixels
     except ImageError as error:
-        raise CalibrationError(f"{error} {_MEND}") from error
+        raise CalibrationError(f"{error} {_FIX}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CalibrationError(f"{path} cannot be read ({str(error).splitlines()[0]}). {_MEND}") from error
+        raise CalibrationError(f"{path} cannot be read ({str(error).splitlines()[0]}). {_FIX}") from error
 
 
 def _read_array(path: Path) -> np.ndarray:
@@ -68,13 +68,13 @@ def _read_array(path: Path) -> np.ndarray:
         if len(loaded.files) != 1:
             raise CalibrationError(
                 f"{path} holds {len(loaded.files)} arrays ({', '.join(loaded.files[:5])}); expected one, the "
-                f"image. {_MEND}"
+                f"image. {_FIX}"
             )
         return np.asarray(loaded[loaded.files[0]])
 
 
 def to_pixels(array: np.ndarray, name: str) -> np.ndarray:
-    """Bring an array to (H, W, C) float32; ``name`` is for errors.
+    """Convert an array to (H, W, C) float32; ``name`` is for errors.
 
     Raises:
         CalibrationError: for another shape or type, and for values that are not finite or off the scale.
@@ -85,19 +85,19 @@ def to_pixels(array: np.ndarray, name: str) -> np.ndarray:
         array = array[:, :, None]
     if array.ndim != 3 or not array.size or not {array.shape[0], array.shape[2]} & {1, 3}:
         raise CalibrationError(
-            f"{name} has shape {array.shape}; expected (H, W), (H, W, C) or (C, H, W), C 1 or 3. {_MEND}"
+            f"{name} has shape {array.shape}; expected (H, W), (H, W, C) or (C, H, W), C 1 or 3. {_FIX}"
         )
     if array.shape[2] not in (1, 3):
         array = array.transpose(1, 2, 0)
     if array.dtype not in (np.uint8, np.uint16) and array.dtype.kind != "f":
         raise CalibrationError(
-            f"{name} holds {array.dtype}; expected uint8, uint16, or floats on the scale of 0 to 1. {_MEND}"
+            f"{name} holds {array.dtype}; expected uint8, uint16, or floats on the scale of 0 to 1. {_FIX}"
         )
     pixels = np.ascontiguousarray(array, dtype=np.float32)
     if array.dtype.kind == "u":
         return pixels / np.float32(np.iinfo(array.dtype).max)
     if bad := int((~np.isfinite(pixels)).sum()):
-        raise CalibrationError(f"{name} holds {bad} values that are NaN or infinite. {_MEND}")
+        raise CalibrationError(f"{name} holds {bad} values that are NaN or infinite. {_FIX}")
     if pixels.min() < _LOWEST or pixels.max() > _HIGHEST:
         raise CalibrationError(
             f"{name} holds values from {pixels.min():g} to {pixels.max():g}; expected 0 black to 1 white. "
@@ -107,31 +107,31 @@ def to_pixels(array: np.ndarray, name: str) -> np.ndarray:
 
 
 def unpack(item: Any, name: str) -> Iterator[np.ndarray]:
-    """Yield the images of what an iterable gave: one image, array or tensor, or a batch (B, ...) of them.
+    """Yield the images of an item: of one image, array or tensor, or of a batch (B, ...) of them.
 
     Raises:
-        CalibrationError: for anything else.
+        CalibrationError: when the item is anything else.
     """
     if isinstance(item, Image.Image) and item.mode not in ("L", "RGB"):
         item = item.convert("RGB")
     if isinstance(item, tuple | list | dict):
         raise CalibrationError(
-            f"{name} is a {type(item).__name__} of {len(item)}; expected an image, an array or a tensor. Say "
-            "which part is the image, for instance transform=lambda batch: batch[0]."
+            f"{name} is a {type(item).__name__} of {len(item)}; expected an image, an array or a tensor. "
+            "Select the image, for instance transform=lambda batch: batch[0]."
         )
     try:
         array = np.asarray(item)
     except (TypeError, ValueError, RuntimeError) as error:  # a tensor on a GPU, or one that needs gradients
         raise CalibrationError(
-            f"{name} cannot be made an array ({str(error).splitlines()[0]}). Return one from transform, for "
-            "instance transform=lambda batch: batch[0].detach().cpu()."
+            f"{name} cannot become an array ({str(error).splitlines()[0]}). Convert it in transform, "
+            "for instance transform=lambda batch: batch[0].detach().cpu()."
         ) from error
     for image in array if array.ndim == 4 else [array]:
         yield to_pixels(image, name)
 
 
 def resize(pixels: np.ndarray, short_side: int) -> np.ndarray:
-    """Resize (H, W, C), antialiased: its shorter side has so many pixels then; values stay in their range."""
+    """Resize (H, W, C) so that its shorter side has ``short_side`` pixels; antialiased, without overshoot."""
     height, width, _ = pixels.shape
     scale = short_side / min(height, width)
     size = (round(width * scale), round(height * scale))
@@ -142,7 +142,7 @@ def resize(pixels: np.ndarray, short_side: int) -> np.ndarray:
 
 
 def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Repeat gray, average colour: (H, W, C) to (H, W, channels)."""
+    """Return (H, W, channels) of (H, W, C): gray is repeated, colour averaged."""
     if pixels.shape[2] == channels:
         return pixels
     return pixels.repeat(channels, axis=2) if pixels.shape[2] == 1 else pixels.mean(axis=2, keepdims=True)

@@ -1,4 +1,4 @@
-"""What a network is for: what its inputs are made of, and what its output is judged by.
+"""Tasks of networks: how inputs are made from photos, and how outputs are compared.
 
     denoise     x = truth + noise                                  y and truth: (1, C, H, W)
     upscale     x = 2 x 2 means of truth, + noise [, guide]        y and truth: (1, C, 2 H, 2 W)
@@ -6,7 +6,8 @@
     keypoints   x = a crop of a photo, + noise                     y: heatmaps (1, K, h, w), no truth
 
 The guide of a joint upsampler is the grey truth at full resolution, the same in each of its channels. Photos
-carry no labels: a task without truth is judged by how little deployment changes the output and what it says.
+carry no labels: a task without truth is validated by how little deployment changes the output and the
+predictions.
 """
 
 from __future__ import annotations
@@ -19,14 +20,15 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Task:
-    """One kind of network.
+    """One task.
 
     Attributes:
-        output: one phrase for people: what the output is.
-        scale: how many times higher and wider than the input the truth is.
+        output: description of the output for people, one phrase.
+        scale: height and width of the truth, as a multiple of the input's.
         has_truth: whether the output is a picture whose truth is known.
-        is_residual: whether the output differs from the input by what the network predicts.
-        predictions: what the output says: the class, or the position of each keypoint; None for a picture.
+        is_residual: whether the network predicts the difference of output and input.
+        predictions: function from the output to the class, or to the position of each keypoint; None for a
+            picture.
     """
 
     output: str
@@ -36,12 +38,12 @@ class Task:
     predictions: Callable[[np.ndarray], np.ndarray] | None = None
 
 
-def answer_classes(logits: np.ndarray) -> np.ndarray:
-    """Return the class of each sample; logits (B, K)."""
+def predict_classes(logits: np.ndarray) -> np.ndarray:
+    """Return the class with the largest logit of each sample; logits (B, K), predictions (B,)."""
     return np.asarray(logits.argmax(axis=1))
 
 
-def answer_keypoints(heatmaps: np.ndarray) -> np.ndarray:
+def predict_keypoints(heatmaps: np.ndarray) -> np.ndarray:
     """Return the index of the largest pixel of each heatmap; heatmaps (B, K, h, w), predictions (B, K)."""
     return np.asarray(heatmaps.reshape(*heatmaps.shape[:2], -1).argmax(axis=2))
 
@@ -50,13 +52,13 @@ _IMAGE = "sRGB image, RGB order, 0 black, 1 white"
 TASKS: Mapping[str, Task] = {
     "denoise": Task(_IMAGE, is_residual=True),
     "upscale": Task(_IMAGE, scale=2),
-    "classify": Task("logits, one a class", has_truth=False, predictions=answer_classes),
-    "keypoints": Task("heatmaps, one a keypoint", has_truth=False, predictions=answer_keypoints),
+    "classify": Task("logits, one per class", has_truth=False, predictions=predict_classes),
+    "keypoints": Task("heatmaps, one per keypoint", has_truth=False, predictions=predict_keypoints),
 }
 
 
 def shrink(image: np.ndarray, scale: int) -> np.ndarray:
-    """Return the means of squares of ``scale`` pixels; (1, C, H, W), H and W multiples of it."""
+    """Return the means of squares of scale x scale pixels; (1, C, H, W), H and W multiples of ``scale``."""
     if scale == 1:
         return image
     b, c, h, w = image.shape
@@ -65,5 +67,5 @@ def shrink(image: np.ndarray, scale: int) -> np.ndarray:
 
 
 def make_guide(truth: np.ndarray, channels: int) -> np.ndarray:
-    """Return the grey truth, (1, channels, H, W)."""
+    """Return the mean over the channels of the truth, repeated: (1, channels, H, W)."""
     return np.ascontiguousarray(truth.mean(axis=1, keepdims=True).repeat(channels, axis=1))

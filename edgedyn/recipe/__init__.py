@@ -1,1 +1,1 @@
-"""What a user writes in YAML, and what each key may be."""
+"""Recipes: YAML files that describe a build, with the type, default and meaning of each key."""

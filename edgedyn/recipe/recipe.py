@@ -1,7 +1,7 @@
-"""The recipe: what is built, from which weights and images, for which target, within which limits.
+"""The recipe: network, weights, images, target, precision and limits of a build.
 
-A recipe is a YAML file named ``<model>.<target>.<precision>.yaml``; paths in it are relative to the file.
-Unknown keys and wrong types are refused, the nearest known key is named.
+A recipe is a YAML file named ``<network>.<target>.<precision>.yaml``; paths in it are relative to the file.
+An unknown key or a wrong type is an error, which names the nearest known key.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 class Recipe(Section):
-    """A parsed recipe; ``folder`` is where its relative paths start."""
+    """A parsed recipe; its relative paths start at ``folder``."""
 
     name: str = Field(description="Name of the recipe, `<network>.<target>.<precision>`.")
     model: ModelSection
@@ -93,8 +93,8 @@ class Recipe(Section):
             raise ValueError(f"guide is for the task 'upscale'; the task is {self.task!r}")
         if self.quantize.color_augmented and shape[1] != 3:
             raise ValueError(
-                f"quantize.color_augmented is {self.quantize.color_augmented}, and images of {shape[1]} "
-                "channel have no colours; expected 0"
+                f"quantize.color_augmented is {self.quantize.color_augmented}; expected 0 for images of "
+                f"{shape[1]} channel, which have no colours"
             )
         if overlap >= min(shape[2:]):
             raise ValueError(
@@ -104,15 +104,15 @@ class Recipe(Section):
         return self
 
     def path(self, name: str) -> Path:
-        """Resolve a path of the recipe."""
+        """Resolve a path of the recipe relative to its folder."""
         return Path(self.folder, name)
 
     def to_yaml(self) -> str:
-        """Return the whole recipe, defaults included, as YAML."""
+        """Return the whole recipe as YAML, defaults included."""
         return dump_yaml(self.model_dump(exclude={"folder"}))
 
     def digest(self) -> str:
-        """Return the sha256 of the recipe's values."""
+        """Return the sha256 of the recipe's values, without its folder."""
         text = json.dumps(self.model_dump(exclude={"folder"}), sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -124,13 +124,13 @@ class Recipe(Section):
 
     @property
     def sets_noise(self) -> NoiseSection | float | None:
-        """The noise of both image sets: the recipe's own, or the level that the network is conditioned on.
+        """Noise for both image sets: the recipe's own, or the level on which the network is conditioned.
 
-        None where the recipe has neither: each set keeps its own noise.
+        None if the recipe has neither: each set keeps its own noise.
         """
         level = self.model.arguments.get("sigma")
         if self.noise is not None or not isinstance(level, int | float) or isinstance(level, bool):
-            return self.noise  # true and false are no level
+            return self.noise  # bool is a subclass of int
         return float(level)
 
     @property
@@ -139,23 +139,23 @@ class Recipe(Section):
         return self.model.weights is not None
 
     def input_specs(self) -> tuple[TensorSpec, ...]:
-        """Return the program's inputs."""
+        """Return name, dtype, shape, range and meaning of each input of the program."""
         dtype = "float16" if self.precision == "fp16" else "float32"
-        given = [self.input] if self.guide is None else [self.input, self.guide]
-        return tuple(TensorSpec(i.name, dtype, tuple(i.shape), i.low, i.high, i.meaning) for i in given)
+        inputs = [self.input] if self.guide is None else [self.input, self.guide]
+        return tuple(TensorSpec(i.name, dtype, tuple(i.shape), i.low, i.high, i.meaning) for i in inputs)
 
     def input_shapes(self) -> list[tuple[int, ...]]:
         """Return the shapes of the program's inputs."""
         return [spec.shape for spec in self.input_specs()]
 
     def load_model(self, *, trust: bool = False) -> nn.Module:
-        """Build the network, load its weights and put it in evaluation mode.
+        """Build the network in evaluation mode and load its weights.
 
-        A network without weights has the initial values of ``model.seed``; its BatchNorm statistics are still
-        to be set (``weights.settle_norms``).
+        A network without weights is initialized from ``model.seed``; its BatchNorm statistics are set later
+        (``weights.settle_norms``).
 
         Raises:
-            RecipeError: when the network is unknown or refuses its arguments.
+            RecipeError: when the network is unknown or does not take its arguments.
             WeightsError: when the weights are missing, unsafe, altered, not finite, or do not fit.
         """
         from edgedyn.checkpoints.weights import load_weights
@@ -179,7 +179,7 @@ class Recipe(Section):
 
 
 def find_network(name: str) -> Any:
-    """Find ``NETWORK`` of edgedyn/models/<name>.py, or the function ``package.module:function``."""
+    """Return the function that makes a network of edgedyn/models/, or ``package.module:function``."""
     module_name, _, function = name.partition(":")
     try:
         if function:
@@ -205,9 +205,9 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
 
     Args:
         recipe: YAML file, or the name of a shipped recipe, ``mallenet-s.phone.int8``.
-        overrides: ``dotted.key=value`` items; the value is YAML. A relative path given here starts at the
-            working directory, unlike one in the file. Other weights drop the file's ``model.sha256``, which
-            is of the weights that it names.
+        overrides: ``dotted.key=value`` items; the value is YAML. Relative paths in them start at the working
+            directory, unlike those in the file. Other weights remove the file's ``model.sha256``, the digest
+            of its own weights.
 
     Raises:
         RecipeError: for a missing or unreadable file, an unknown key (the nearest is named) or a wrong type.
@@ -225,10 +225,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         ) from error
     if not isinstance(values, dict):
         raise RecipeError(
-            f"recipe {path} holds {type(values).__name__}; expected keys and values, as in recipes/."
+            f"recipe {path} holds {type(values).__name__}; expected keys and values. See: edgedyn list keys."
         )
     for override in sorted(overrides, key=lambda text: text.startswith("model.sha256=")):
-        _override(values, override)  # the digest last: other weights drop the file's
+        _override(values, override)  # the digest last, since other weights remove the file's
     values.setdefault("name", path.stem)
     try:
         return Recipe(**values, folder=str(path.parent))
@@ -247,7 +247,7 @@ def _override(values: dict[str, Any], override: str) -> None:
     parts = key.split(".")
     if not equals or not all(parts):
         raise RecipeError(
-            f"--set {override!r} is not of the form key=value, for instance quantize.rounding=nearest."
+            f"--set {override!r} is no override; expected key=value, for instance quantize.rounding=nearest."
         )
     try:
         value = read_yaml(text)
@@ -263,6 +263,6 @@ def _override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             raise RecipeError(
-                f"--set {override!r}: {part!r} is a value, not a section. Set it whole, or drop the rest."
+                f"--set {override!r}: {part!r} is a value; expected a section. Set {part!r} itself."
             )
     values[parts[-1]] = value

@@ -122,7 +122,7 @@ def test_sets_of_different_clipping_rules_are_refused_naming_both(tmp_path):
         (tmp_path / name).mkdir()
         path = write_set(tmp_path / name, name=name, noise={**NOISE, "clip": clip})
         made[name] = open_set(path)
-    words = r"calibration set 'a' has clip: false, and validation set 'b' has clip: true; expected one"
+    words = r"calibration set 'a' has clip: false, and validation set 'b' has clip: true; expected the same"
     with pytest.raises(CalibrationError, match=words):
         refuse_other_clipping(made["a"], made["b"])
     refuse_other_clipping(made["a"], made["b"].with_noise(made["a"].noise))

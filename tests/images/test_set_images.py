@@ -159,7 +159,7 @@ def test_raw_frame_that_does_not_fit_its_description_is_refused(tmp_path, raw, w
 
 def test_raw_frame_without_description_is_refused(tmp_path):
     (tmp_path / "frame.raw").write_bytes(bytes(64))
-    assert "frame.raw is a raw frame, and nothing says its size" in refused(open_set, tmp_path)
+    assert "frame.raw is a raw frame of unknown size and levels" in refused(open_set, tmp_path)
 
 
 def images(count: int) -> list[np.ndarray]:
@@ -222,10 +222,10 @@ def test_pillow_image_with_a_palette_is_taken_by_its_colours():
     [
         ([(waves(), 3)], "item 0 of the set 'images' is a tuple of 2; .*transform=lambda batch: batch"),
         ([{"image": waves()}], "item 0 of the set 'images' is a dict of 1"),
-        ([tensors(1).requires_grad_()], "cannot be made an array .*detach"),
+        ([tensors(1).requires_grad_()], "cannot become an array .*detach"),
         (["photo.png"], "item 0 .* has shape"),
         ([waves(), np.full((90, 70), np.nan)], "item 1 .* holds 6300 values that are NaN or infinite"),
-        (images(2), "the set 'images' gave 2 images; 3 samples were asked for"),
+        (images(2), "the set 'images' has 2 images; expected 3, one per sample"),
     ],
 )
 def test_iterable_of_something_else_is_refused(given, words):

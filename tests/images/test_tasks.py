@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from edgedyn.images.image_set import open_set
-from edgedyn.images.tasks import TASKS, answer_classes, answer_keypoints, make_guide, shrink
+from edgedyn.images.tasks import TASKS, make_guide, predict_classes, predict_keypoints, shrink
 from edgedyn.validation.runs import enlarge
 
 SET = Path(__file__).parents[2] / "calib/skimage-clean-validation.yaml"
@@ -38,10 +38,10 @@ def test_guide_has_as_many_channels_as_the_program_takes():
 
 
 def test_answers_are_the_class_and_the_place_of_each_keypoint():
-    assert answer_classes(np.array([[0.1, 0.9, 0.3]])).tolist() == [1]
+    assert predict_classes(np.array([[0.1, 0.9, 0.3]])).tolist() == [1]
     maps = np.zeros((1, 2, 3, 4))
     maps[0, 0, 2, 1], maps[0, 1, 0, 3] = 1, 2
-    assert answer_keypoints(maps).tolist() == [[9, 3]]
+    assert predict_keypoints(maps).tolist() == [[9, 3]]
 
 
 @pytest.mark.parametrize("task", ["classify", "keypoints"])

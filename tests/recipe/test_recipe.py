@@ -139,7 +139,7 @@ def test_recipe_cannot_be_changed(tmp_path):
         ),
         (
             {"quantize": {"color_augmented": 2}, "input": {"shape": [1, 1, 32, 48]}},
-            ["quantize.color_augmented is 2, and images of 1 channel have no colours; expected 0"],
+            ["quantize.color_augmented is 2; expected 0 for images of 1 channel, which have no colours"],
         ),
         ({"tile": {"overlap": -1}}, ["tile.overlap is -1", "greater than or equal to 0"]),
         ({"tile": {"overlap": "32"}}, ["tile.overlap is '32'", "integer"]),
@@ -237,11 +237,14 @@ def test_other_weights_on_the_command_line_are_not_held_to_the_file_s_digest(tmp
 @pytest.mark.parametrize("override", ["quantize.rounding", "=3", "a..b=1", ".a=1", ""])
 def test_set_without_key_or_value_is_refused(tmp_path, override):
     text = refused(write(tmp_path), override)
-    assert f"--set {override!r} is not of the form key=value, for instance quantize.rounding=nearest" in text
+    assert (
+        f"--set {override!r} is no override; expected key=value, for instance quantize.rounding=nearest"
+        in text
+    )
 
 
 def test_set_below_a_plain_value_is_refused(tmp_path):
-    assert "'target' is a value, not a section" in refused(write(tmp_path), "target.name=x")
+    assert "'target' is a value; expected a section" in refused(write(tmp_path), "target.name=x")
 
 
 def test_set_of_an_unknown_key_is_refused_like_one_in_the_file(tmp_path):
