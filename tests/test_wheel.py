@@ -24,7 +24,7 @@ MOST_BYTES = 3 * 2**20
 
 
 def files(folder: Path) -> set[str]:
-    """Return the files under a folder, relative to its parent; what Python compiled is none of them."""
+    """Return the files under a folder, relative to its parent, without compiled Python."""
     found = (path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     return {path.relative_to(folder.parent).as_posix() for path in found}
 
@@ -42,7 +42,7 @@ def run(*command: str | Path, cwd: Path) -> str:
 
 @pytest.fixture(scope="module")
 def sdist(tmp_path_factory) -> Path:
-    """The unpacked source distribution, of a copy without what earlier builds left in the checkout."""
+    """The unpacked source distribution, of a copy without leftovers of earlier builds."""
     where = tmp_path_factory.mktemp("sdist")
     source = where / "source"
     for folder in ("edgedyn", *SHIPPED):

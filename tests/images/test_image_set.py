@@ -138,7 +138,7 @@ def test_folder_of_images_is_a_set_with_the_default_noise(tmp_path):
 
 
 def test_vivid_samples_come_after_the_others_in_exchanged_and_saturated_colours(tmp_path):
-    """Every file is met as evenly as before; what was drawn before stays, to the bit."""
+    """Files are taken as evenly as before; the samples drawn before stay bit-identical."""
     plain = open_set(write_set(tmp_path, noise={**NOISE, "sigma": [25.0]}))
     color_augmented = plain.with_color_augmented(40)
     drawn, before = list(color_augmented.draw([SHAPE])), list(plain.draw([SHAPE]))
@@ -360,8 +360,8 @@ def test_values_of_a_user_take_the_place_of_the_set_s_own(tmp_path):
     own = open_set(path)
     at_level = open_set(path, noise=40.0)
     assert (at_level.noise.sigma, at_level.noise.clip) == ([40.0], False)
-    given = NoiseSection(kind="none")
-    assert open_set(path, noise=given).noise == given
+    noise = NoiseSection(kind="none")
+    assert open_set(path, noise=noise).noise == noise
     made = open_set(path, samples=2, color_augmented=3)
     assert (made.samples, made.color_augmented, made.noise) == (2, 3, own.noise)
     assert made.digest() == own.take(2).with_color_augmented(3).digest()

@@ -1,4 +1,4 @@
-"""Metrics against values by hand, against scikit-image, and against what they must refuse."""
+"""Metrics against values by hand, against scikit-image, and their refusals."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_psnr_equals_scikit_image_in_float64(pair):
     assert metrics.psnr_db(y, truth) == pytest.approx(
         theirs, abs=truth.size * EPS
     )  # worst case of one long sum
-    assert 19.9 < theirs < 20.4  # 20 log10(255 / 25) = 20.17: the noise is what the test says
+    assert 19.9 < theirs < 20.4  # 20 log10(255 / 25) = 20.17: the noise has this level
 
 
 def test_psnr_of_float32_is_summed_in_float64(pair):

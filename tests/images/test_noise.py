@@ -1,4 +1,4 @@
-"""Noise models: their statistics, the levels that samples get, and the clipping rule, always said."""
+"""Noise models: their statistics, the levels that samples get, and the clipping rule, which is required."""
 
 from __future__ import annotations
 
@@ -150,8 +150,8 @@ def test_network_trained_on_unclipped_noise_loses_on_clipped_noise():
 @pytest.mark.parametrize("clip", [False, True])
 @pytest.mark.parametrize("level", [{"sigma": [15.0, 50.0]}, {"sigma_range": [5.0, 50.0]}])
 def test_gaussian_noise_at_a_level_keeps_its_clipping_rule(level, clip):
-    told = NoiseSection(**level, clip=clip).at_level(30.0)
-    assert told == NoiseSection(sigma=[30.0], clip=clip)
+    changed = NoiseSection(**level, clip=clip).at_level(30.0)
+    assert changed == NoiseSection(sigma=[30.0], clip=clip)
 
 
 @pytest.mark.parametrize("values", [SENSOR, {"kind": "real"}, {"kind": "none"}])

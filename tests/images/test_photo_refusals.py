@@ -1,4 +1,4 @@
-"""What is not a picture, is damaged or cannot hold the photo is refused, and nothing else escapes."""
+"""Files that are no picture, damaged, or cannot hold the photo are refused; no other exception escapes."""
 
 from __future__ import annotations
 

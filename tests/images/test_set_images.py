@@ -100,7 +100,7 @@ def test_damaged_array_is_refused(tmp_path, name):
 
 
 def mosaic(rgb: np.ndarray, pattern: str) -> np.ndarray:
-    """Return what a sensor with this pattern sees of (H, W, 3), each photosite its colour."""
+    """Return the frame of a sensor with this pattern for (H, W, 3): the colour of each photosite."""
     sites = np.empty(rgb.shape[:2], rgb.dtype)
     for place, colour in enumerate(pattern):
         row, column = divmod(place, 2)
@@ -199,9 +199,9 @@ def test_endless_iterable_is_asked_for_no_more_than_the_samples():
 def test_digest_of_an_iterable_follows_its_contents_and_order():
     first, second, third = images(3)
     sets = [[first, second], [second, first], [first, third], [first.transpose(1, 0, 2), second]]
-    assert len({CalibrationSet.of(given, samples=2).digest() for given in sets}) == 4
+    assert len({CalibrationSet.of(iterable, samples=2).digest() for iterable in sets}) == 4
     assert CalibrationSet.of(sets[0], samples=2, noise=NoiseSection(**NOISE)).digest() not in {
-        CalibrationSet.of(given, samples=2).digest() for given in sets
+        CalibrationSet.of(iterable, samples=2).digest() for iterable in sets
     }
 
 
@@ -218,7 +218,7 @@ def test_pillow_image_with_a_palette_is_taken_by_its_colours():
 
 
 @pytest.mark.parametrize(
-    ("given", "words"),
+    ("iterable", "words"),
     [
         ([(waves(), 3)], "item 0 of the set 'images' is a tuple of 2; .*transform=lambda batch: batch"),
         ([{"image": waves()}], "item 0 of the set 'images' is a dict of 1"),
@@ -228,9 +228,9 @@ def test_pillow_image_with_a_palette_is_taken_by_its_colours():
         (images(2), "the set 'images' has 2 images; expected 3, one per sample"),
     ],
 )
-def test_iterable_of_something_else_is_refused(given, words):
+def test_iterable_of_something_else_is_refused(iterable, words):
     with pytest.raises(CalibrationError, match=words):
-        CalibrationSet.of(given, samples=3)
+        CalibrationSet.of(iterable, samples=3)
 
 
 def test_iterable_that_holds_a_validation_image_is_refused(tmp_path):
@@ -263,16 +263,16 @@ def test_random_image_among_photos_is_refused_by_name(tmp_path, suffix, size):
 
 @pytest.mark.parametrize("make", [torch.rand, torch.randn])
 def test_random_tensors_are_refused(make):
-    given = CalibrationSet.of(make(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)), samples=8)
+    random = CalibrationSet.of(make(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)), samples=8)
     with pytest.raises(CalibrationError, match="every image of the set 'images' is random"):
-        list(given.draw([SHAPE]))
+        list(random.draw([SHAPE]))
 
 
 def test_flat_patch_with_noise_among_noisy_photos_is_no_refusal():
     rng = np.random.default_rng(0)
     flat = (0.5 + 0.2 * rng.standard_normal((64, 64, 3))).astype(np.float32)
-    given = [flat, FLOATS + 0.2 * rng.standard_normal(FLOATS.shape).astype(np.float32)]
-    assert len(list(CalibrationSet.of(given, samples=2).draw([SHAPE]))) == 2
+    photos = [flat, FLOATS + 0.2 * rng.standard_normal(FLOATS.shape).astype(np.float32)]
+    assert len(list(CalibrationSet.of(photos, samples=2).draw([SHAPE]))) == 2
 
 
 def test_random_clean_file_of_a_pair_is_refused_by_name(tmp_path):

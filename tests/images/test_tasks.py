@@ -1,4 +1,4 @@
-"""What networks are given and judged by, task by task."""
+"""Inputs and measures of networks, task by task."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The list of keys and the JSON schema say of a recipe what the recipe itself accepts."""
+"""The list of keys and the JSON schema agree with the recipes that load."""
 
 from __future__ import annotations
 

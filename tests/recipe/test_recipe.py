@@ -1,4 +1,4 @@
-"""Recipes: what they say, and how the wrong ones are refused."""
+"""Recipes: their values and defaults, and the refusals of wrong ones."""
 
 from __future__ import annotations
 
