@@ -181,7 +181,7 @@ def test_command_says_that_a_table_was_forced_and_that_nothing_was_trained(first
     assert done.exit_code == 0, done.output
     assert "warning: by --force: the calibration table is of another method: ranges was" in done.stderr
     assert "Calibrate again" not in done.stderr
-    assert "no trained weights: picture and decisions are reported, not judged" in done.stdout
+    assert "no trained weights; picture and decisions are reported without limits" in done.stdout
 
 
 def test_place_that_can_hold_no_table_is_refused_before_an_image_is_read(tmp_path, monkeypatch):
