@@ -359,7 +359,7 @@ def test_interrupted_command_says_so_and_leaves_nothing(tmp_path, monkeypatch, v
     command = [verb, str(RECIPES / "mallenet-s.phone.int8.yaml"), "-o", str(tmp_path / "out.json"), *table]
     stopped = stop(tmp_path, monkeypatch, INTERRUPT, *command)
     assert stopped.returncode == 130
-    assert stopped.stderr.strip().startswith("interrupted: every file that stands is whole")
+    assert stopped.stderr.strip().startswith("Interrupted. No partial file was left.")
     assert "Traceback" not in stopped.stderr
     assert stopped.stdout == ""
     assert list(tmp_path.iterdir()) == []
