@@ -30,9 +30,8 @@ def files(folder: Path) -> set[str]:
 
 
 def run(*command: str | Path, cwd: Path) -> str:
-    env = {
-        name: value for name, value in os.environ.items() if name != "PYTHONPATH"
-    }  # it may name a checkout
+    # PYTHONPATH may name a checkout
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     done = subprocess.run(
         list(map(str, command)), cwd=cwd, env=env, capture_output=True, text=True, check=False
     )

@@ -123,7 +123,7 @@ def test_shipped_networks_keep_no_more_in_float_than_their_layers_say(name):
     refuse_more_float(canonicalize(make().eval()), torch.rand(shape))
 
 
-def test_quick_variant_keeps_no_more_in_float_than_its_layers_say():
+def test_capacity_variant_keeps_no_more_in_float_than_its_layers_say():
     net, x = small_denoiser().eval(), torch.rand(1, 3, 16, 24)
     refuse_more_float(with_capacity(net, capacities_of(net, [x], 0.5)), x)
 
