@@ -109,7 +109,8 @@ def test_plugins_that_cannot_be_built_say_what_to_install(tmp_path, capsys, monk
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     monkeypatch.setattr(native.shutil, "which", lambda *a, **k: None)
     code, out, err = run_command(capsys, monkeypatch)
-    assert (code, out) == (3, "")
+    assert code == 3
+    assert json.loads(out)["error"]["type"] == "TargetMissingError"
     assert "TensorRT plugins cannot be built here: there is no cmake." in err
     assert "libnvinfer-dev" in err
     assert not list(tmp_path.rglob("*.so"))

@@ -4,7 +4,7 @@
     conv -> Q -> DQ -> pad -> mul                   conv -> Q -> DQ -> pad -> Q -> DQ -> mul
 
 Each pass names the symptom that it prevents and the last version that shows it. It can go once the cases in
-``tests/targets/test_passes.py`` lower and run without it.
+``tests/targets/test_lowering_passes.py`` lower and run without it.
 """
 
 from __future__ import annotations
