@@ -1,8 +1,9 @@
-"""Layers, ops, networks and targets of a user, found as if their files lay in this package.
+"""Layers, ops, forms, networks and targets of a user, found as if their files lay in this package.
 
     my_extension/
       layers/blur.py                a constant LAYER
       ops/blur2d/__init__.py        a constant OP
+      ops/masked_conv2d/by_rows.py  a constant FORM, for an op that exists
       models/blur_net.py            a constant NETWORK
       targets/printer/__init__.py   a constant TARGET
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import pytest
 
@@ -87,17 +88,24 @@ def test_list_names_what_an_extension_adds(extension, kind, name):
 
 CONFORMANCE = """
 import torch
-from edgedyn import layers, ops
-op, layer = ops.load_all()["gated_mean2d"], layers.load_all()["gated_blur"]
-for args in ([x.double() for x in case] for case in op.examples()):
-    for form in op.forms:
-        torch.testing.assert_close(form.fn(*args), op.overload(*args), rtol=1e-12, atol=1e-12)
+from edgedyn import layers, ops, targets
+known, layer = ops.load_all(), layers.load_all()["gated_blur"]
+for name, form_name in (("gated_mean2d", "average_pool"), ("masked_conv2d", "select_active")):
+    op = known[name]
+    assert op.forms[0].name == form_name
+    assert ops.choose_form(op, targets.load("pooling")).name == form_name
+    assert ops.choose_form(op, targets.load("onnxruntime")).name != form_name
+    for case in op.examples():
+        args = [x.double() if isinstance(x, torch.Tensor) else x for x in case]
+        for form in op.forms:
+            y = (form.fn or op.overload)(*args)
+            torch.testing.assert_close(y, op.overload(*args), rtol=1e-12, atol=1e-12)
 for module, inputs in layer.examples():
     module, inputs = module.double(), [x.double() for x in inputs]
     canonical = layers.canonicalize(module)
     assert type(canonical).__name__ == "CanonicalGatedBlur"
     torch.testing.assert_close(canonical(*inputs), module(*inputs), rtol=1e-12, atol=1e-12)
-print(len(op.forms))
+print(len(known["gated_mean2d"].forms))
 """
 
 
@@ -159,10 +167,10 @@ def test_name_that_exists_already_is_refused(tmp_path, name):
     ("source", "says"),
     [
         ("", r"incomplete\.py has no constant ITEM; expected one"),
-        ("ITEM = 3", r"ITEM of incomplete is int 3; expected Item 'incomplete'"),
+        ("ITEM = 3", r"ITEM of incomplete is int 3; expected PurePosixPath 'incomplete'"),
         (
-            "from test_extending import Item; ITEM = Item('other')",
-            r"is Item 'other'; expected Item 'incomplete'",
+            "from pathlib import PurePosixPath; ITEM = PurePosixPath('other')",
+            r"is PurePosixPath 'other'; expected PurePosixPath 'incomplete'",
         ),
     ],
 )
@@ -171,11 +179,23 @@ def test_file_without_its_constant_is_refused(tmp_path, monkeypatch, source, say
     monkeypatch.syspath_prepend(tmp_path)
     try:
         with pytest.raises(UsageError, match=says):
-            extensions.load_named("incomplete", "ITEM", Item)
+            extensions.load_named("incomplete", "ITEM", PurePosixPath)
     finally:
         sys.modules.pop("incomplete", None)
 
 
-class Item:
-    def __init__(self, name: str) -> None:
-        self.name = name
+@pytest.mark.parametrize(
+    ("file", "source", "says"),
+    [
+        ("forms.py", "", r"has the name of .*edgedyn/ops/masked_conv2d/forms; expected a name of its own"),
+        ("mine.py", "", r"mine\.py has no constant FORM; expected one"),
+        ("mine.py", "FORM = 3", r"FORM of edgedyn\.ops\.masked_conv2d\.mine is int 3; expected Form 'mine'"),
+    ],
+)
+def test_wrong_file_of_a_form_is_refused(tmp_path, file, source, says):
+    (tmp_path / "ops/masked_conv2d").mkdir(parents=True)
+    (tmp_path / "ops/masked_conv2d" / file).write_text(source)
+    done = edgedyn("list", "ops", folders=str(tmp_path))
+    assert done.returncode == UsageError.exit_code
+    assert "Traceback" not in done.stderr
+    assert re.search(says, " ".join(done.stderr.split())), done.stderr

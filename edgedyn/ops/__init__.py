@@ -1,7 +1,8 @@
 """Primitive ops, one folder each: the few operations that the layers of all papers are rewritten to.
 
 A folder adds an op by a constant ``OP`` in its ``__init__.py``, here or in an extension
-(``edgedyn/extensions.py``). The eager body of an op is its definition (the oracle).
+(``edgedyn/extensions.py``); a file ``ops/<op>/<form>.py`` of an extension adds a form to an op by a constant
+``FORM``. The eager body of an op is its definition (the oracle).
 
 A *form* is one way for a runtime to compute an op: a plain function of the op's signature, made of ordinary
 operators, or a kernel of ours. It names the capabilities that it needs, never a target.
@@ -9,15 +10,17 @@ operators, or a kernel of ours. It names the capabilities that it needs, never a
 
 from __future__ import annotations
 
+import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
 from edgedyn.errors import NoFormError, RecipeError, nearest
-from edgedyn.extensions import extend_path, load_named, module_names
+from edgedyn.extensions import extend_path, folders, load_named, module_names
 from edgedyn.graph.constants import fold_constants
 
 __path__ = extend_path(__path__, __name__)
@@ -65,7 +68,8 @@ class Op:
     Attributes:
         name: the folder's name, and the op's in ``torch.ops.edgedyn``.
         overload: the ``torch.library`` overload; its first argument is x (B, C, H, W).
-        forms: its forms, best first; a target takes the first whose capabilities it has.
+        forms: its forms, best first; a target takes the first whose capabilities it has. The last one
+            requires none.
         examples: yields argument tuples of the op that tell a wrong index from a right one: B >= 2, H != W.
         generated: names of the arguments that the network computes from its input: kernels, coefficients,
             masks.
@@ -139,9 +143,19 @@ def is_ours(node: torch.fx.Node) -> bool:
 
 
 def load_all() -> dict[str, Op]:
-    """Return every op by name."""
+    """Return every op by name; a form that an extension adds stands before the op's own."""
     names = module_names(__path__, are_folders=True)
-    return {name: load_named(f"{__name__}.{name}", "OP", Op) for name in names}
+    return {name: _add_forms(load_named(f"{__name__}.{name}", "OP", Op)) for name in names}
+
+
+def _add_forms(op: Op) -> Op:
+    package = importlib.import_module(f"{__name__}.{op.name}")
+    home = package.__path__[0]
+    added = [str(path) for folder in folders() if (path := folder / "ops" / op.name) != Path(home)]
+    package.__path__ = [home, *added]
+    names = sorted(set(module_names(package.__path__)) - set(module_names([home])))
+    forms = [load_named(f"{package.__name__}.{name}", "FORM", Form) for name in names]
+    return replace(op, forms=(*forms, *op.forms)) if forms else op
 
 
 def choose_form(op: Op, target: HasCapabilities, requested: str | None = None) -> Form:
@@ -166,7 +180,7 @@ def choose_form(op: Op, target: HasCapabilities, requested: str | None = None) -
     raise NoFormError(
         f"target {target.name!r} cannot run op {op.name!r} as {requested or 'any form'}: it has "
         f"{sorted(target.capabilities)}, but {others}. Pick another form in the recipe "
-        f"(forms.{op.name}) or add one to edgedyn/ops/{op.name}/."
+        f"(forms.{op.name}), or add one: docs/extending.md."
     )
 
 

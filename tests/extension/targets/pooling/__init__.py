@@ -1,4 +1,4 @@
-"""ONNX Runtime as a target that takes pooling: it shows how a target is added and a form is chosen by it."""
+"""ONNX Runtime as a target with two capabilities more, by which forms are chosen."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from edgedyn.targets import Int8Scheme, Target, deferred
 TARGET = Target(
     name="pooling",
     summary="ONNX on the host's CPU with pooling",
-    capabilities=frozenset({"pooling"}),
+    capabilities=frozenset({"pooling", "select"}),
     kernels=frozenset(),
     precisions=frozenset({"fp32", "int8"}),
     int8=Int8Scheme(symmetric=True, outputs=False),
