@@ -63,7 +63,7 @@ class Lowered(NamedTuple):
 
 
 class Row(NamedTuple):
-    """Two functions that make a program, and the highest ratio of their times to pass, if any."""
+    """Two functions, each making a program, and the limit on the ratio of the programs' times, if any."""
 
     name: str
     limit: float | None

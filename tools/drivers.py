@@ -1,6 +1,7 @@
 """The programs in tools/driver: build them, send them calls of ops, read their results.
 
-They call a kernel directly: a thousand calls take a second or two, and lowering one program a third of one.
+They call a kernel directly: a thousand calls take one or two seconds, while lowering a single program takes a
+third of a second.
 """
 
 from __future__ import annotations

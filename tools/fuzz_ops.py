@@ -103,7 +103,7 @@ def try_round(name: str, seed: int, record: dict[str, Any]) -> None:
 
 
 def failures(calls: Sequence[OpCall], run: Runner) -> list[tuple[int, str]]:
-    """Return the place and the fault of every call that went wrong; one that ends the process hides none."""
+    """Return (index, fault) of every wrong call; after a call that ends the process the others run again."""
     jobs, found, begin = [call.kernel_job() for call in calls], [], 0
     while begin < len(jobs):
         try:

@@ -174,7 +174,7 @@ def workloads() -> Iterator[Workload]:
 
 
 def batch_up(op: ops.Op, case: Case, images: int) -> Case:
-    """Repeat a call's tensors that every image has, along the batch."""
+    """Repeat x and the generated tensors of a call along the batch; all images share the others."""
     names = [a.name for a in op.overload._schema.arguments]
     inputs = [
         t.repeat(images, *[1] * (t.dim() - 1)) if t is not None and name in ("x", *op.generated) else t

@@ -44,13 +44,14 @@ def measure(bundle: Path, *, runs: int) -> dict[str, Any]:
     """Time a bundle's programs on its first vector, in a process of its own.
 
     Returns:
-        ``programs``: name -> ``latency_ms`` {median, p95, runs} of one tile, with its router where there is
-        one, and ``megapixels_per_second``; ``memory_bytes``: ``peak`` of the process, with Python and the
-        runtime's libraries, and ``running``, its rise after loading; None where the system reports neither;
-        ``runtime``.
+        ``programs``: ``forward`` or variant -> ``latency_ms`` {median, p95, runs} of one tile, with its
+        router, and ``megapixels_per_second``; ``memory_bytes``: ``peak`` of the process, with Python and the
+        runtime's libraries, and ``running``, its rise after loading; None where the system does not report
+        both; ``runtime``: name of the runtime.
 
     Raises:
         EdgedynError: as ``session.open_session``.
+        BundleError: for a bundle without validation vectors.
         CheckFailedError: when the process ends badly.
     """
     from edgedyn.device import session
@@ -76,7 +77,7 @@ def compare_with_float(
 
     Raises:
         UsageError: for a bundle of another precision.
-        TargetMissingError: for a target without times by layer.
+        TargetMissingError: for a target without times by layer, or one that is not installed here.
         BundleError: when the bundle does not map its operators to layers.
     """
     bundle = open_bundle(path)

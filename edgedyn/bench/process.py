@@ -1,4 +1,7 @@
-"""The process in which ``edgedyn bench`` runs a bundle, alone in its memory. Device side: numpy."""
+"""The process in which ``edgedyn bench`` runs a bundle, so that its peak memory includes no other work.
+
+Device side: numpy and the target's runtime.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +43,10 @@ def run_bundle(path: Path, runs: int) -> dict[str, Any]:
 
 
 def status_bytes(key: str) -> int | None:
-    """Return a figure of this process, None outside Linux; getrusage's peak includes the parent's."""
+    """Return a memory figure of this process, ``VmRSS`` or ``VmHWM``, in bytes; None outside Linux.
+
+    The peak of ``resource.getrusage`` is no alternative: it includes the parent's.
+    """
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{key}:")), None)

@@ -3,8 +3,8 @@
     INT8 time of a layer = its operator + the conversions between float and INT8 made for it
 
 Both programs run in turns, and the runtime reports the time of each operator. A conversion that several
-layers share counts for each in equal parts. A layer is slower only where the quartiles of its times lie
-apart. Device side: numpy only.
+layers share counts for each in equal parts. A layer counts as slower only where its first quartile in INT8 is
+above its third quartile in float32. Device side: numpy only.
 """
 
 from __future__ import annotations
@@ -48,15 +48,15 @@ class LayerTime:
     """One layer in both programs; medians in milliseconds.
 
     Attributes:
-        program: its name.
-        layer: dotted path; ``#2`` follows where it is called again.
-        shape: of its output.
-        multiply_adds: of one run.
-        float_ms: in float32.
-        int8_ms: in the INT8 program, conversions included.
-        conversion_ms: these alone.
-        is_int8: whether it is INT8 in the INT8 program; the recipe keeps others in float.
-        is_slower: whether INT8 takes longer, the quartiles of both lying apart.
+        program: name of the program.
+        layer: dotted path of the layer; its second call ends in ``#2``.
+        shape: shape of the layer's output.
+        multiply_adds: multiply-adds of one run.
+        float_ms: time in the float32 program.
+        int8_ms: time in the INT8 program, conversions included.
+        conversion_ms: time of these conversions alone.
+        is_int8: whether the layer is INT8 in the INT8 program.
+        is_slower: whether it is INT8 and its first quartile is above the third quartile in float32.
     """
 
     program: str
@@ -81,9 +81,9 @@ class Comparison:
 
     Attributes:
         layers: in the order in which they run.
-        float_ms: median of each whole program in float32, by name.
-        int8_ms: in INT8.
-        runs: of each.
+        float_ms: median time of each whole program in float32, by name.
+        int8_ms: median time of each whole program in INT8, by name.
+        runs: number of timed runs of each program.
     """
 
     layers: tuple[LayerTime, ...]
@@ -137,8 +137,8 @@ class Comparison:
 def attribute(events: Sequence[Events], trace: Trace) -> Times:
     """Attribute the times of every run to layers.
 
-    Between two layers the runtime may compute several conversions as one operator, or none at all: XNNPACK
-    makes a table of ``dequantize -> tanh -> quantize``. Their time is then shared out evenly.
+    Between two layers the runtime may compute several conversions as one operator, or no conversion at all:
+    XNNPACK turns ``dequantize -> tanh -> quantize`` into a table. The conversions then share the time evenly.
 
     Args:
         events: of each run, in the runtime's order.

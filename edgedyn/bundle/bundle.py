@@ -220,7 +220,8 @@ def add_files(bundle: Bundle, files: Sequence[Path]) -> Bundle:
     A power cut in between leaves a bundle that does not open, until the files are added again.
 
     Args:
-        bundle: the bundle, opened with ``rebuilt`` names where these stand in it already.
+        bundle: the bundle. Where it has files of these names already, it must be opened with the names in
+            ``rebuilt``.
         files: on the bundle's file system, made in a ``staging_folder``.
 
     Raises:

@@ -64,8 +64,8 @@ def find_or_calibrate(
         progress: called with (phase, steps done, steps of the phase).
 
     Returns:
-        The table, None for a float precision; and the fields of its key that do not fit, where ``force`` used
-        it all the same.
+        The table, None for a float precision; and a description of the first field of its key that does not
+        fit, empty unless ``force`` used it all the same.
 
     Raises:
         EdgedynError: as ``convert.convert``.

@@ -41,7 +41,7 @@ class Part:
             operators or kept as a node.
         decomposed: its exact rewrite in these forms.
         quantized: the decomposed program at the recipe's precision.
-        program: the program for the target, ops that outlive quantization decomposed, too.
+        program: the program for the target: ``quantized``, with the remaining ops of ours decomposed.
     """
 
     inputs: tuple[Tensor, ...]
@@ -68,7 +68,8 @@ class Converted:
         capacities: layer -> positions that the capacity variant evaluates; None without such a variant.
         dynamic_layers: dotted paths; none in a static network, which deploys as well.
         table: the calibration; None for a float precision.
-        mismatch: fields of the table's key that do not fit the recipe, where ``force`` used it all the same.
+        mismatch: the first field of the table's key that does not fit the recipe, where ``force`` used the
+            table all the same; else empty.
     """
 
     reference: nn.Module
@@ -128,9 +129,13 @@ def convert(
         progress: called with (phase, steps done, steps of the phase).
 
     Raises:
-        CalibrationError: when images to fine-tune on are refused, or are validated on.
-        RecipeError: when a pattern of ``keep_float`` matches no layer of any program.
-        TargetMissingError: when biases are corrected, and NNCF is not installed.
+        CalibrationError: when the fine-tuning images are refused or shared with the validation set, the
+            calibration table does not fit, or the samples do not cover the network's decisions.
+        RecipeError: when a pattern of ``keep_float``, ``dynamic`` or ``coverage.unused`` matches nothing.
+        ModelError: when a layer is not supported, or the network cannot be captured.
+        NoFormError: when an op of ours has no form that the target can run.
+        CheckFailedError: when no choice of float layers meets ``max_drop_db``.
+        TargetMissingError: when the recipe or the ablation corrects biases, and NNCF is not installed.
     """
     if recipe.precision == "int8":  # refused before long work
         quantize.refuse_missing_tools(recipe.quantize, ablates=measure.ablation)
@@ -157,7 +162,7 @@ def apply_precision(
     method = int8_method(network, name, recipe, target)
     quantized = quantize.apply(decomposed, inputs, part_of(table, name), method)
     program = ops.decompose(quantized.program, forms, "after_quantize")
-    share, nodes = quantize.int8_share(program)  # forms that are decomposed only now bring float convolutions
+    share, nodes = quantize.int8_share(program)  # again: forms decomposed just now bring float convolutions
     quantized = replace(quantized, int8_mac_share=share, multiply_add_nodes=nodes)
     return Part(inputs, forms, decomposed, quantized, program)
 

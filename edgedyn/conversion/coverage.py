@@ -4,9 +4,9 @@
     mask      logits reach the threshold at one position at least
     density   active share of all mask positions of a sample, in bands: low < share <= high
 
-The float network decides, before calibration. An outcome that never occurs has no statistics: its INT8 ranges
-would be those of zeros, or of other images. So a recipe of trained weights is refused, and the refusal names
-the samples that come nearest.
+The decisions are those of the float network, before calibration. An outcome that never occurs has no
+statistics: its INT8 ranges would be those of zeros, or of other images. So a recipe with trained weights is
+refused where an outcome has too few samples; the error names the samples that come nearest.
 
 A variant is calibrated on its own samples where there are enough (``own``), else on all: ranges of other
 images are too wide and waste resolution, but ranges of too few images clip, which costs far more.
@@ -64,8 +64,8 @@ class _Met:
     Attributes:
         outcome: with its counts.
         taken: (samples,) booleans, on which samples it occurs.
-        missing: (samples,) distance of each sample from it.
-        distances: the same in words.
+        missing: (samples,) distance of each sample from the outcome.
+        distances: these distances in words, for the error.
         sources: names of the samples.
     """
 
@@ -167,7 +167,10 @@ def _measure_routes(
 def _measure_capacity(
     model: RoutedModel, inputs: Sequence[tuple[Tensor, ...]], sources: Sequence[str]
 ) -> list[_Met]:
-    """Return which samples fit the capacity variant; none is demanded, as both variants compute the same."""
+    """Return two outcomes: a sample fits the capacity variant, or needs the dense one.
+
+    Neither is demanded, because both variants compute the same.
+    """
     capacity, dense = model.variants
     with torch.no_grad():
         overflow = np.array([float(model.variants[capacity](*x)[1].max()) for x in inputs])
@@ -187,7 +190,15 @@ def _measure_masks(
     needed: int,
     prefix: str,
 ) -> tuple[list[_Met], tuple[Entry, ...]]:
-    """Return the outcomes of a program's masks and of their density on named samples, and the logits."""
+    """Return the outcomes of a program's masks and density bands, and the masks' logits.
+
+    Args:
+        program: a float program with masks.
+        samples: (name, inputs) of each sample.
+        section: ``quantize.coverage`` of the recipe.
+        needed: number of samples that each outcome needs.
+        prefix: put before the name of each outcome.
+    """
     module, masks = program.module(check_guards=False), find_decisions(program)[0]
     assert isinstance(module, fx.GraphModule)
     names = _name_masks(masks)
@@ -281,7 +292,7 @@ def _describe(met: _Met) -> str:
 
 
 def rows(outcomes: Sequence[Outcome]) -> list[Row]:
-    """Return the samples of each outcome as rows of the report; of all masks only the rarest."""
+    """Return rows of the report: the number of samples per outcome; of all masks, only the rarest one."""
     masks = [o for o in outcomes if o.decision == "mask"]
     masks.sort(key=lambda o: (not o.needed, o.taken))  # demanded ones first
     shown = [*(o for o in outcomes if o.decision != "mask"), *masks[:1]]

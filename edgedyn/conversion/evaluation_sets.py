@@ -36,7 +36,7 @@ def make_evaluation_sets(
     by_layer: bool = True,
     ablates: bool = False,
 ) -> dict[str, EvaluationSet]:
-    """Return the evaluation set of each program that outputs a picture.
+    """Return the evaluation set of each program but the router.
 
     Calibration images with fresh crops and noise, on which the mixed-precision search is scored; never
     validation images.
@@ -45,7 +45,8 @@ def make_evaluation_sets(
         recipe: its ``max_drop_db`` is the limit.
         images: the calibration set.
         canonical: the network; it computes the inputs of its parts.
-        key: of the calibration table; cached measurements belong to it, whatever the limit.
+        key: key of the calibration table. Cached measurements are valid for this key, with any
+            ``max_drop_db``.
         by_layer: measure the cost of INT8 in each layer.
         ablates: measure the worth of each switch of the method.
 

@@ -30,8 +30,10 @@ def load_sets(
         calibration: in place of the recipe's set.
 
     Raises:
-        CalibrationError: when INT8 has no calibration set, a set is refused or has too few images, or the two
-            share an image or differ in their clipping rule.
+        CalibrationError: when INT8 has no calibration set, a set is refused or has too few images, the two
+            share an image or differ in their clipping rule, or the validation set lacks the clean images that
+            the task needs.
+        RecipeError: when the recipe's noise level is not valid for a set.
     """
     validation = _open(recipe, recipe.validation)
     source = recipe.calibration if calibration is None else calibration

@@ -1,4 +1,4 @@
-"""Calibration caches of a recipe: INT8 for a TensorRT that quantizes by itself, up to version 10.
+"""Calibration caches of a recipe, for TensorRT's implicit INT8 (without Q/DQ nodes), up to version 10.
 
     FOLDER/model.onnx    float; the weights that calibration chose
     FOLDER/model.cache   scales of its values
@@ -53,7 +53,8 @@ def refuse_caches(recipe: Recipe, folder: Path, *, force: bool = False) -> None:
 def write_caches(recipe: Recipe, converted: Converted, folder: Path) -> list[Path]:
     """Write a float ONNX per program and, where it has INT8 layers, its calibration cache; return the files.
 
-    The old cache is deleted first and the new one written last: no cache ever stands beside a foreign ONNX.
+    The old cache is deleted first and the new one written last, so that no cache ever lies beside the ONNX
+    file of another calibration.
     """
     from edgedyn.targets.onnxruntime.lower import file_name, write_models
     from edgedyn.targets.tensorrt.calibration_cache import cache_text, split_pairs

@@ -87,8 +87,8 @@ def load_network(name: str) -> nn.Module:
         network = getattr(importlib.import_module(module_name), function)()
     except (ImportError, AttributeError, TypeError) as error:
         raise RecipeError(
-            f"{name!r} cannot be called ({error}); expected package.module:function, importable from here, "
-            "that returns a network without arguments."
+            f"{name!r} cannot be called ({error}); expected package.module:function, importable from here: a "
+            "function without arguments that returns a network."
         ) from error
     if not isinstance(network, nn.Module):
         raise RecipeError(f"{name!r} returns {type(network).__name__}; expected a torch.nn.Module.")
@@ -109,14 +109,15 @@ def inspect_model(
         model: with our dynamic layers, the authors', or none.
         inputs: example inputs; only the shapes count.
         chosen: target -> {op: form}, as a recipe's ``forms``.
-        instead: replaces the target of its name, for instance by one with our kernels.
+        instead: used in place of the stock target with the same name, for instance one with our kernels.
 
     Returns:
-        ``layers``, a dictionary for each call of an op of ours, in order, and for a routed network whole:
+        ``layers``, a dictionary per call of an op of ours, in order, after one for a routed network itself:
         ``path``, ``class``, ``paper``, ``primitive``, ``program``, ``forms`` {target: {"form", "why"}},
         ``generated`` {argument: shape}, ``kernel_bytes`` of these in float32, ``generator_macs``,
         ``apply_macs``, ``generator_parameters``, ``apply_parameters``;
-        ``targets``: each target's preview of the float program (``targets.Preview``);
+        ``targets``: each target's preview of the float programs, as ``targets.Target.preview`` returns it, or
+        ``missing`` or ``refused`` with a sentence;
         and for the whole network ``shape``, ``parameters``, ``macs``, ``static_macs``,
         ``static_parameters``, ``generator_share``.
 

@@ -1,4 +1,4 @@
-"""A recipe's network on our ops, captured and decomposed for its target: all that no precision changes.
+"""A recipe's network on our ops, captured and decomposed for its target: the steps before any precision.
 
 reference -> canonical -> captured -> decomposed
 """
@@ -37,8 +37,8 @@ class Network:
         inputs: program -> example inputs.
         captured: program -> the exported program, our ops as single nodes.
         decomposed: program -> the chosen form of each op, and the program in these forms.
-        drawn: samples of the calibration set; the last ``color_augmented`` of them only widen ranges.
-        color_augmented: number of these.
+        drawn: samples of the calibration set.
+        color_augmented: number of the last samples that only widen ranges.
     """
 
     reference: nn.Module

@@ -77,7 +77,7 @@ def table_key(
 
 
 def tools(recipe: Recipe) -> tuple[str, ...]:
-    """Return the packages whose versions decide a calibration; NNCF only where it corrects biases."""
+    """Return the packages whose versions influence a calibration; NNCF only where it corrects biases."""
     return _TOOLS if recipe.quantize.bias_correction == "none" else (*_TOOLS, "nncf")
 
 
@@ -92,11 +92,11 @@ def find_table(
         force: use it also where its key differs.
 
     Returns:
-        The table or None, and the fields of its key that do not fit: empty unless forced.
+        The table or None, and the first field of its key that does not fit: empty unless forced.
 
     Raises:
         CalibrationError: when it is damaged, was edited, or has another key; the message names the field.
-        UsageError: when it does not exist and cannot be written.
+        UsageError: when its name does not end in .json, or its folder does not exist.
     """
     if recipe.quantize.table is None:
         return None, ""

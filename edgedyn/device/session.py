@@ -144,7 +144,7 @@ def run(
 ) -> list[Path]:
     """Run image files through a bundle and write them, under their own names, into the folder ``out``.
 
-    Names that are refused are refused before any work. Each file appears whole or not at all.
+    All names are checked before the first image is read. Each file appears whole or not at all.
 
     Example:
         edgedyn.run("out", ["noisy.png"], "denoised")
@@ -296,7 +296,7 @@ def _result_paths(images: list[Path], out: Path, *, force: bool) -> list[Path]:
 
 
 def runtime_name(bundle: Bundle) -> str:
-    """Return the runtime of the bundle's program here: a host's check is never taken for a device's."""
+    """Return the runtime that runs the bundle here, so that nobody takes a host's check for a device's."""
     module = importlib.import_module(f"edgedyn.targets.{bundle.target}.run")
     names = {module.runtime_name(bundle.path / file) for file in bundle.programs.values()}
     return ", ".join(sorted(names))

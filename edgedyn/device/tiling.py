@@ -33,7 +33,8 @@ def tiles(height: int, width: int, tile_h: int, tile_w: int, overlap: int) -> li
     Args:
         height: rows of the image; if fewer than ``tile_h``, one tile from row 0 reaches beyond.
         width: columns of the image, likewise.
-        tile_h: rows of a tile, ``tile_w`` its columns.
+        tile_h: rows of a tile.
+        tile_w: columns of a tile.
         overlap: least number of pixels that neighbours share, from 0 to less than a tile.
 
     Raises:
@@ -42,7 +43,8 @@ def tiles(height: int, width: int, tile_h: int, tile_w: int, overlap: int) -> li
     limit = min(tile_h, tile_w) - 1
     if not 0 <= overlap <= limit:
         raise BundleError(
-            f"tile overlap: found {overlap}, expected 0 to {limit}. Build the bundle with that."
+            f"tile overlap: found {overlap}, expected 0 to {limit}. Set tile.overlap in the recipe and build "
+            "again."
         )
     columns = _spans(width, tile_w, overlap)
     return [Tile(top, left, u, v) for top, u in _spans(height, tile_h, overlap) for left, v in columns]
@@ -53,8 +55,8 @@ def _spans(size: int, tile: int, overlap: int) -> list[tuple[int, np.ndarray]]:
     starts = [i * (size - tile) // (count - 1) for i in range(count)] if count > 1 else [0]
     middles = [(left + tile + right) / 2 for left, right in pairwise(starts)]
     edges = [-np.inf, *middles, np.inf]
-    # Differences of the same ramps: the weights sum to one however many tiles meet in a pixel. A ramp of
-    # 1 pixel is a plain cut.
+    # A tile's weight is the difference of two ramps that it shares with its neighbours, so that the weights
+    # of a pixel sum to one however many tiles meet there. A ramp of 1 pixel is a plain cut.
     ramp = max(overlap / 2, 1.0)
     spans = []
     for start, before, after in zip(starts, edges[:-1], edges[1:], strict=True):

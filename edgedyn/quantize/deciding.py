@@ -3,7 +3,7 @@
     logits >= threshold     a mask     1 or 0 at every position
 
 A decision has no small errors. So the layer that computes the compared values stays float in every precision.
-The graph alone shows the decisions, so that this holds for any network.
+Decisions are found in the graph alone, so that this works for any network.
 """
 
 from __future__ import annotations
@@ -76,8 +76,9 @@ def find_decided(module: fx.GraphModule) -> set[fx.Node]:
 def find_deciding_layers(module: fx.GraphModule, *, is_router: bool = False) -> list[fx.Node]:
     """Return the last convolutions and linear layers in front of every decision of a folded program.
 
-    An activation that is not compared itself and has other readers is a feature map, not logits. So where a
-    residual sum is compared, only the layers that write it stay float, and not those of all sums before.
+    The search goes back from each comparison through float operators to the layers. It stops at an activation
+    that is not compared itself and has other readers: a feature map, not logits. So where a residual sum is
+    compared, only the layers that write this sum stay float, and not those of all earlier sums.
 
     Args:
         module: a folded program.

@@ -21,7 +21,7 @@ from edgedyn.targets import Int8Scheme
 
 SCALE_EPSILON = torch.finfo(torch.float32).eps  # smallest scale of a range taken at run time
 
-# scale and zero point; None: those of the tensor's own range, at run time
+# scale and zero point; None where they come from the tensor's own range at run time
 ActivationQParams = tuple[float, int] | None
 Constants = tuple[Tensor, Tensor | None]  # weight (O, ...) and bias (O,)
 
@@ -101,7 +101,7 @@ class FakeQuantizer(fx.Interpreter):
         return self.compute(n, self.round_input(n, args), dict(kwargs))
 
     def round_input(self, node: fx.Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        """Return the arguments of a call with the first one rounded, where INT8 is computed with it."""
+        """Return the arguments of a call; the first is rounded where the call computes in INT8."""
         if node not in self._inputs:
             return args
         return (self._round(args[0], self._inputs[node]), *args[1:])

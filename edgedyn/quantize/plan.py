@@ -110,8 +110,8 @@ def find_generators(module: fx.GraphModule) -> frozenset[str]:
     """Name the generated kernels: the arguments that our ops declare as such, except masks, which decide.
 
     A kernel that a layer writes straight into the op has the name of that layer's output. A kernel that float
-    operators write, a Tanh or a norm, is named after the module that ends with them, at its last call. It has
-    no name where the op is in the same module.
+    operators write, for instance a Tanh or a norm, is named after the module whose last operator writes it.
+    It has no name where the op is in the same module.
 
     Args:
         module: a folded program with our ops as nodes.
@@ -178,7 +178,7 @@ class QParams:
         """Return scale and zero point of an activation.
 
         Raises:
-            CalibrationError: when it has none: in the table's program no layer reads or writes this tensor.
+            CalibrationError: when the calibration, made for another program, has no such activation.
         """
         if tensor not in self.tensors:
             raise CalibrationError(
@@ -223,8 +223,8 @@ def make_plan(
 ) -> Plan:
     """Choose the INT8 layers of a folded program.
 
-    Where layers have float outputs, the x of an op of ours is quantized only if all readers of its y are INT8
-    layers: else its rounding error would save no float feature map.
+    Where layers have float outputs, the input of an op of ours is quantized only if all readers of its output
+    are INT8 layers. Otherwise a float feature map stays in memory, and the rounding gains nothing.
 
     Args:
         module: a folded program.

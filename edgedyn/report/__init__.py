@@ -166,7 +166,7 @@ def _verdict(ok: bool, rows: list[dict[str, Any]]) -> str:
     limited = [row for row in rows if row["limit"] or not row["passed"]]
     failed = sum(not row["passed"] for row in rows)
     if not rows:
-        return "Nothing was compared, and nothing compared is not a success."
+        return "Nothing was compared. A report without rows is no success."
     if failed:
         return f"{failed} of {len(limited)} checks do not hold."
     if not ok:
@@ -290,7 +290,7 @@ def _sections(manifest: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterable
 
 
 def _kernels(facts: Mapping[str, Any]) -> dict[str, str]:
-    """Return the share of each generated kernel that depends on content."""
+    """Describe how far each generated kernel depends on the image."""
     return {
         name: f"{seen['spread']:.0%} of its rms; {seen['between_images']:.0%} from image to image"
         for name, seen in facts.get("generated_kernels", {}).items()

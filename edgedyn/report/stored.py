@@ -1,7 +1,7 @@
-"""The page of a bundle that is built, written again from its numbers.
+"""Write the report page of an existing bundle again, from the numbers in the bundle.
 
-The bundle holds every number of the page. Pictures stand in the page alone, so they are kept from a page
-that is whole; a damaged or missing one is replaced by a page without them.
+Only the page itself holds the pictures, so they are copied from the old page. Where the old page is damaged
+or missing, the new one has no pictures.
 """
 
 from __future__ import annotations

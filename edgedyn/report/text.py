@@ -9,7 +9,7 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 
 
 def number(value: float, *, digits: int = 4) -> str:
-    """Return a number with that many significant digits, as people write it."""
+    """Return a number with ``digits`` significant digits, as people write it."""
     if math.isnan(value):
         return "not a number"
     if math.isinf(value):

@@ -1,7 +1,7 @@
 """Targets, one folder each; the constant ``TARGET`` in a folder's ``__init__.py`` adds it.
 
 ``lower.py`` is the host side (torch, onnx). ``run.py`` is the device side (numpy and the runtime): its
-``load(path, program)`` returns ``run(*arrays) -> list of arrays``. Importing a target imports neither.
+``load(path, program)`` returns ``run(*arrays) -> list of arrays``. Importing a target imports neither file.
 """
 
 from __future__ import annotations
@@ -90,7 +90,8 @@ class Target:
             ``forward``, or the parts of a routed network. Writes into the existing folder ``out``.
         preview: ``preview(programs)`` lowers float programs and writes nothing. Returns ``delegated``, the
             share of operators that an accelerated backend takes; ``portable``, {operator: count} of the
-            others; ``unsupported``, {operator: count} of those that the runtime cannot run.
+            others; ``unsupported``, {operator or sentence: count} of the parts that the runtime cannot run;
+            ONNX targets also return ``operators``, {operator: count} of all.
         load: ``load(path, program) -> run``; the device side; ``run`` owns all objects of the runtime.
         profile: ``profile(path, program)`` loads a program with its profiler on: ``run(*arrays)``, then
             ``read()`` returns the ``Events`` of every run. ``lower`` then puts ``operators`` into the facts:

@@ -49,7 +49,7 @@ if TYPE_CHECKING:
 
 Limit = dict[str, float]
 
-# Folding BatchNorm moves one float32 rounding per layer: far below 1/16 of an 8-bit level, which nobody sees.
+# Folding BatchNorm changes one float32 rounding per layer: far below the limit, 1/16 of an 8-bit level.
 FOLDING = 1 / 255 / 16
 # float32 programs that add in another order: 1e-4 is about 1700 roundings of 2**-24, all in one direction.
 REORDERING = 1e-4
@@ -58,8 +58,8 @@ INDEPENDENT = math.sqrt(2)
 # The runtime's own INT8 noise in units of the program's: about 1 where it computes the same, 0 where it
 # computes in float; half and double tell these apart.
 SAME_NOISE = {"at_least": 0.5, "at_most": 2.0}
-# Two correct programs are each off by the rounding of float32, and so differ by up to twice that. Where it
-# is 1 % of the output or more, comparing proves nothing, and the limit grows no further.
+# Each of two correct programs has the rounding error of float32, so they differ by up to twice that error.
+# Where the error is 1 % of the output or more, a comparison proves nothing, and the limit grows no further.
 BOTH_PROGRAMS = 2
 PROVABLE = 0.01
 
@@ -128,8 +128,8 @@ def rows(case: Case) -> list[Row]:
 def report_only(rows: Sequence[Row]) -> list[Row]:
     """Take the limits off the cost of deployment, for a network that was never trained.
 
-    Its features have outliers that training removes, and its decisions are random: the cost of 8 bits says
-    nothing. An exact rewrite, and a runtime that computes the exported program, stay demanded.
+    Its features have outliers that training removes, and its decisions are random, so that the cost of 8 bits
+    says nothing. The limits on the rewrite and on the runtime's arithmetic stay.
     """
     return [replace(r, limit={}) if r.metric.partition("[")[0] in _QUALITY else r for r in rows]
 
@@ -145,7 +145,7 @@ def tighten_drop(limits: LimitSection, max_drop_db: float | None) -> LimitSectio
 
 
 def at_least_rounding(limit: float, rounding: float, dtype: type) -> float:
-    """Return a limit on the difference of two programs, or twice the network's own rounding if that is more.
+    """Return a limit on the difference of two programs, or twice the network's float32 rounding if larger.
 
     Args:
         limit: on a relative difference.
@@ -157,12 +157,15 @@ def at_least_rounding(limit: float, rounding: float, dtype: type) -> float:
 
 
 def _share_limit(case: Case) -> Limit:
-    """A router stays float where it decides: its share is only reported."""
+    """Limit the INT8 share; a router's is only reported, because its deciding layers stay float."""
     return {} if ROUTER in case.shares else {"at_least": case.limits.int8_share}
 
 
 def _float16_levels(case: Case) -> Limit:
-    """Two roundings to float16; more than the recipe's limit only where masks turn."""
+    """Limit by the recipe, or by the distance of two independent roundings to float16 if that is larger.
+
+    It is larger only where the rounding changes masks.
+    """
     cost = mean_levels("quantized", "decomposed")(case)
     return {"at_most": max(case.limits.device_levels, INDEPENDENT * cost)}
 
@@ -172,7 +175,7 @@ def _float32_limit(limit: float) -> Callable[[Case], Limit]:
 
 
 def _better_than_input(case: Case) -> Limit:
-    """A network has to be better than its input, where that is not the truth itself."""
+    """Demand an output that is better than the input, unless the input is the truth itself."""
     noisy = psnr_of_input(case)
     return {"at_least": noisy} if math.isfinite(noisy) else {}
 

@@ -58,7 +58,7 @@ def measure(converted: Converted, target: Target, case: Case) -> Measured:
         case: outputs and limits.
     """
     routing = converted.routing
-    # a capacity variant also sorts positions; its routing decides whether they fit
+    # a capacity variant also sorts positions, no decision to measure: its overflow is measured as routing
     capacity, whole = routing.variants if routing and routing.rule == "fallback" else ("", FORWARD)
     unknown, masked = 0, False
     for name, part in converted.parts.items():
@@ -105,7 +105,7 @@ def run_noting(
     """Run a program on samples; return its first output and the logits of its masks per sample, float32.
 
     Args:
-        program: decomposed or quantized; the order of its masks is the same in both.
+        program: decomposed or quantized program of one network; both have their masks in the same order.
         samples: its inputs.
         dtype: of its inputs.
         forced: per sample and mask the booleans that replace the decision.

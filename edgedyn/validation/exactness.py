@@ -36,12 +36,13 @@ def exactness_rows(
 
     Args:
         converted: the network and its decomposed programs.
-        outputs: of the decomposed programs, in float32.
-        precision: fp32 measures float32 on every sample, since it limits every row; others cost far more.
+        outputs: outputs of the decomposed programs, in float32.
+        precision: precision of the recipe. At fp32 the rounding of float32 limits every row, so every sample
+            is measured; the cost of other precisions is far larger, so one sample is enough.
         limit: largest max |difference| / max |output|.
 
     Returns:
-        The relative rounding of float32, and the rows, that of the rounding first.
+        The relative rounding error of float32, and the rows; the first row holds this error.
     """
     reference = copy.deepcopy(converted.reference).double()
     canonical = rewrite(reference, converted.capacities)
@@ -88,8 +89,8 @@ def rewrite_rows(
 
     Args:
         exact: outputs of the reference in float64.
-        canonical: made from the reference in float64: a rewrite that folds weights is only as exact as its
-            arithmetic, and the rows measure the rewrite.
+        canonical: canonical network, made from the float64 reference. A rewrite that folds weights in float32
+            would add the rounding of float32, which is no error of the rewrite.
         decomposed: the programs with the tensors of ``canonical``, see ``to_float64_like``.
         samples: noisy images.
         limit: largest max |difference| / max |output|.

@@ -28,8 +28,8 @@ class Outputs:
     Attributes:
         samples: the validation samples.
         decomposed: outputs (1, ...) float32 of the exact rewrite, in PyTorch.
-        quantized: of the program at the recipe's precision, in PyTorch.
-        device: of the lowered program, in its runtime.
+        quantized: outputs of the program at the recipe's precision, in PyTorch.
+        device: outputs of the lowered program, in its runtime.
         decided: program (decomposed, quantized, device) -> its decision on each sample; None without routing.
         dispatchers: the three programs themselves.
     """

@@ -77,7 +77,7 @@ def choose_qparams(low: float, high: float, *, symmetric: bool) -> tuple[float, 
 
 
 def _candidates(histogram: Histogram, symmetric: bool) -> list[tuple[float, float]]:
-    """Return the full interval with its ends shrunk, together and each by itself."""
+    """Return narrower versions of the full interval: both ends shrunk together, and each end alone."""
     low, high = minmax(histogram, symmetric=symmetric)
     shares = np.linspace(1, 0.5, _CANDIDATES)
     intervals = [(low * share, high * share) for share in shares]

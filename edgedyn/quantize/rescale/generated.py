@@ -23,7 +23,7 @@ from edgedyn.quantize.plan import QuantizableLayer, find_quantizable_layers
 from edgedyn.quantize.rescale.output_rescale import can_scale, scale_output
 from edgedyn.quantize.rescale.place import Place, RescalePass, Scope, always
 
-_LIMIT = 1024.0  # a tap that the samples hardly use keeps a scale that is of some use
+_LIMIT = 1024.0  # largest factor: a tap that the samples hardly use keeps room for larger values
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ _WORTH = 0.5  # share of the rounding error's power, averaged over channels, tha
 
 
 def find_outputs(module: fx.GraphModule, scope: Scope) -> list[Place]:
-    """Return the layers whose output channels can be scaled back by a Mul, but those of generated kernels.
+    """Return the layers whose output channels a Mul can scale back, except those of generated kernels.
 
-    An output of a single position is left alone: a few values do not show the range of a channel, and a
-    channel that is scaled to all of its range clips.
+    An output of a single position is left alone: the samples give only a few values per channel, and a
+    channel that is scaled to fill the INT8 range would clip larger ones.
     """
     places = []
     for layer in find_quantizable_layers(module):
@@ -71,7 +71,7 @@ def can_scale(layer: QuantizableLayer) -> bool:
 
 
 def _meets_layer(node: fx.Node) -> bool:
-    """Whether a layer or an op of ours filters an activation, perhaps padded or moved: it is INT8 there."""
+    """Whether a layer or an op of ours, which may be INT8, reads an activation, perhaps padded or moved."""
     return any(
         user.target in MULTIPLY_ADD_OPS
         or (is_ours(user) and user.args[0] is node)

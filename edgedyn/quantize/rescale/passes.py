@@ -22,8 +22,8 @@ PASSES: tuple[RescalePass, ...] = (EQUALIZE, EQUALIZE_TAPS, RESCALE_OUTPUTS, RES
 1. ``equalize``: two convolutions take all factors, and the program has no more operators than before.
 2. ``equalize_taps``: generated kernels; a Mul on their small grid.
 3. ``rescale_outputs``: a Mul behind the layer, on the whole feature map.
-4. ``rescale_inputs``: a Mul in front of the layers. It weighs channels by the weights that meet them, and
-   these are final only after the passes above.
+4. ``rescale_inputs``: a Mul in front of the layers. Whether it pays depends on the layers' weights, which are
+   final only after the passes above.
 
 All places are found, and all channel maxima measured, before the first rewrite: no two places share an
 activation, and every rewrite is exact, so that none changes the maxima of the next.

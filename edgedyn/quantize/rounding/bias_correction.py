@@ -47,8 +47,8 @@ def correct_biases(
 
     Args:
         module: a folded program with its rounded weights.
-        unrounded: the same with its float weights, for the mean outputs to restore. Layers without a bias get
-            one of 0 where ``module`` has one.
+        unrounded: the same program with its float weights; its mean outputs are the ones to restore. Changed
+            in place: a layer without a bias gets a bias of 0 where ``module`` has one.
         plan: INT8 layers of ``module``.
         qparams: scales and zero points of their tensors.
         scheme: how the target annotates INT8.

@@ -33,7 +33,7 @@ from edgedyn.quantize.fake_quantize import (
 from edgedyn.quantize.plan import Plan, QParams
 from edgedyn.targets import Int8Scheme
 
-_RATE = 0.01  # of Adam, in units of the scales of weight and output: ten times more undoes reconstruction
+_RATE = 0.01  # of Adam, in units of the weight's and the output's scale; 0.1 would undo reconstruction
 _HELD_OUT = 4  # every fourth sample is held out to score the result, the others train
 _TINY = torch.finfo(torch.float32).tiny
 
@@ -55,7 +55,8 @@ def choose_examples(
 
     Args:
         module: a folded program with float weights.
-        samples: inputs; best ones that weights were not rounded on, or the held-out error is too low.
+        samples: inputs, preferably others than those that weights were rounded on: on these, the held-out
+            error is too optimistic.
     """
     program = fx.Interpreter(module)  # runs the graph; the module's code is older
     with torch.no_grad():
@@ -167,7 +168,10 @@ class _TrainableProgram(FakeQuantizer):
 
     @torch.no_grad()
     def spread(self, generator: torch.Generator) -> None:
-        """Move every weight within the interval that rounds to it: else all would leave it at once."""
+        """Move every weight to a random place in its rounding interval.
+
+        Without this all weights would start at the centres and cross to the next values at the same step.
+        """
         for quantized in self.quantized.values():
             quantized += 0.9 * (torch.rand(quantized.shape, generator=generator) - 0.5)
             quantized.clamp_(-127, 127)

@@ -86,7 +86,7 @@ class PairedRun:
         count: int,
         choose: ChooseConstants,
     ) -> list[tuple[Any, Any]]:
-        """Run a node on all samples; free the inputs of which it is the last reader sample by sample."""
+        """Run a node on all samples; after each sample, free those of its inputs that no later node reads."""
         float_values, int8_values = [], []
         waiting: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         unread = [x for x in node.all_input_nodes if self.last_reader[x] is node]

@@ -96,8 +96,8 @@ def _sums(node: fx.Node, x: Tensor, y: Tensor, groups: int) -> list[list[Tensor]
 def _sums_around_means(x: Tensor, y: Tensor) -> list[Tensor]:
     """Return the sums of x x', y x', x and y, for x (A, N) and y (B, N) that may be nearly constant.
 
-    Behind a mask that is never active they are: rounding of float32 products of the means would exceed the
-    spread. So the means are subtracted first, and their products added in float64.
+    They are nearly constant behind a mask that is never active. The float32 rounding of products of the means
+    would then exceed the spread. So the means are subtracted first, and their products are added in float64.
     """
     (off_x, p), (off_y, q) = ((z - z.mean(1, keepdim=True), z.mean(1).double()) for z in (x, y))
     x_sum, y_sum = (z.sum(1, dtype=torch.float64) for z in (x, y))
@@ -200,7 +200,7 @@ def _refit(w: Tensor, moments: Moments) -> Tensor:
 
 
 def _damped(moments: Moments) -> Tensor:
-    """Return H with a ridge: a share of its mean diagonal, and more than float32 rounds a constant input."""
+    """Return H with a ridge: a share of its mean diagonal, and more than float32's rounding of a constant."""
     spread, mean = moments.h.diagonal().mean(), (moments.x**2).mean()
     ridge = _DAMPING * spread + 16 * torch.finfo(torch.float32).eps * mean + 1e-30
     return moments.h + torch.eye(len(moments.h), dtype=moments.h.dtype) * ridge

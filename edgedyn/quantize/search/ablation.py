@@ -46,7 +46,7 @@ def ablate(
     rounded: Rounded,
     progress: Progress = silent,
 ) -> dict[str, float]:
-    """Return the PSNR drop at the worst noise level, of the method and of each with one switch changed, dB.
+    """Return the PSNR drop at the worst noise level, dB: of the method, and with each switch changed alone.
 
     Args:
         module: the folded float program.

@@ -1,6 +1,6 @@
 """Rows of a calibration table: tensors, the precision search, and the network's decisions.
 
-Each row is JSON with the sha256 of its own values, so that the reader finds and names one edited by hand.
+Each row is JSON with the sha256 of its own values, so that the reader finds a row that was edited by hand.
 Standard library and numpy only.
 """
 
@@ -30,8 +30,8 @@ class Entry:
         symmetric: scale for runtimes whose zero point is 0.
         channels: of a weight, one scale per output channel; of a rescaled activation, the per-channel factors
             of its rescale Mul.
-        spread: of a generated kernel: its spread over all positions, and that between images, see
-            ``edgedyn.quantize.rescale.generated``.
+        spread: of a generated kernel, two shares of its rms: the spread over all positions, and the spread
+            between images, see ``edgedyn.quantize.rescale.generated``.
     """
 
     name: str

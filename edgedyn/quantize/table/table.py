@@ -3,9 +3,9 @@
     NAME.json               the key, the image set, and the tensors of each program, one per line
     NAME.json.safetensors   beside it, where calibration changed weights or biases: their new values
 
-A table fits one key: network, graph, forms, images, transform, method and versions. Each tensor has the
-sha256 of its own line, so that the reader finds and names one edited by hand; so have the key and the list of
-all lines. Standard library, numpy and safetensors only.
+A table fits one key: network, graph, forms, images, transform, method and versions. Each tensor's line
+has its own sha256, so that the reader finds and names a tensor that was edited by hand; another sha256 covers
+the key and the list of all lines. Standard library, numpy and safetensors only.
 """
 
 from __future__ import annotations
@@ -89,7 +89,8 @@ class CalibrationTable:
     def write(self, path: Path) -> None:
         """Write the table, and its constants beside it.
 
-        An interruption leaves the old table, the new one, or none: never one with other constants.
+        An interruption leaves the old table, the new one, or none; never a table beside another table's
+        constants.
         """
         weights = save({name: np.ascontiguousarray(x) for name, x in sorted(self.constants.items())})
         beside = _beside(path)
@@ -147,7 +148,7 @@ def read_table(path: Path) -> CalibrationTable:
         if values["sha256"] != whole:
             raise CalibrationError(
                 f"calibration table {path}: its key, its images or its list of tensors was edited: the "
-                f"sha256 of all is {whole}, it says {values['sha256']}. {_AGAIN}."
+                f"sha256 of all is {whole}, the table says {values['sha256']}. {_AGAIN}."
             )
         coverage = tuple(Outcome(**row) for row in values["coverage"])
         constants = _read_constants(_beside(path), values["constants"])
@@ -198,7 +199,7 @@ def _refuse_edited(path: Path, row: dict[str, Any], label: str, instead: str) ->
     stored = row.pop("sha256")
     if digest(row) != stored:
         raise CalibrationError(
-            f"calibration table {path}: {label} was edited: its sha256 is {digest(row)}, it says {stored}. "
+            f"calibration table {path}: {label} was edited: its sha256 is {digest(row)}, expected {stored}. "
             f"{instead}. {_AGAIN}."
         )
 
@@ -224,7 +225,7 @@ def _refuse_constant(name: str) -> float:
 
 
 def _difference(table: Any, recipe: Any) -> str:
-    """Describe the difference of two values of a field; of dictionaries, that of the first part."""
+    """Describe the difference of two values of a field; of dictionaries, only the first key that differs."""
     if isinstance(table, dict) and isinstance(recipe, dict):
         part = next(name for name in {**table, **recipe} if table.get(name) != recipe.get(name))
         return f"{part} was {table.get(part)!r}, now {recipe.get(part)!r}"

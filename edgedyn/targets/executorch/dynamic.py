@@ -3,8 +3,8 @@
 These are linear layers on 2-d inputs and dense convolutions (executorch 1.5.1). A convolution whose input is
 not channels-last yet is excluded and keeps its calibrated range: the delegate's layout pass would change the
 layout of everything back to the network's input, and the program would fail at its first run ("Propagating
-input shapes failed"). For a linear layer the runtime finds one range per row, the exported program one for
-all rows: the runtime is nearer to float.
+input shapes failed"). For a linear layer the runtime computes one range per row, and the exported program one
+range for all rows, so that the runtime is closer to float.
 """
 
 from __future__ import annotations

@@ -182,8 +182,8 @@ def _partitioner() -> XnnpackPartitioner:
 
     The stock partitioner also turns any ``DQ -> op -> Q`` into a quantized operator. Programs then fail to
     load: a max pool between convolutions, because its two scales differ; a product that shares the DQ with a
-    global average pool, because the pool's claim leaves it an int8 operand (executorch 1.5.1). ``quantize``
-    means these operators as float.
+    global average pool, because the partitioner gives the DQ to the pool and leaves the product an int8
+    operand (executorch 1.5.1). ``edgedyn.quantize`` keeps these operators in float.
     """
     partitioner = XnnpackPartitioner()
     for config in partitioner.target_partitioner_configs.values():

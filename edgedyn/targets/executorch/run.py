@@ -34,7 +34,8 @@ def load(path: Path, program: str = FORWARD) -> Run:
         none of them alive, and the process dies without them (executorch 1.5.1).
 
     Raises:
-        BundleError: when the runtime refuses the program, with the runtime's message.
+        BundleError: when the runtime refuses the program, with the runtime's message; from ``run``, when it
+            cannot run the program on these arrays.
     """
     kept = open_method(path, program)
 

@@ -10,11 +10,11 @@ A scale is TensorRT's dynamic range over 127 (NVIDIA, sampleINT8). Both files co
 name in the cache is a value of the float ONNX, whose weights are those of the calibration, equalized and
 rounded by reconstruction.
 
-TensorRT rounds weights again, with a scale of the largest weight of each channel over 127. Where that weight
-is 127 quantized, as after rounding to nearest, TensorRT finds our quantized values; where reconstruction left
-a smaller one, its scale is finer than ours and undoes a part of reconstruction. TensorRT may also run a layer
-of ``keep_float`` in INT8 where neighbours gave both its tensors a scale: exclude such layers with ``trtexec
---layerPrecisions``. Q/DQ nodes have neither problem.
+TensorRT quantizes weights again; its scale is the largest weight of each channel over 127. Where our value of
+that weight is 127, as after rounding to nearest, TensorRT's quantized values equal ours. Where reconstruction
+left a smaller value, TensorRT's scale is finer than ours and undoes a part of reconstruction. TensorRT may
+also run a layer of ``keep_float`` in INT8, if neighbouring layers gave scales to both its tensors: exclude
+such layers with ``trtexec --layerPrecisions``. Q/DQ nodes have neither problem.
 """
 
 from __future__ import annotations

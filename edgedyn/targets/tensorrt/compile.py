@@ -88,7 +88,7 @@ def compile_engine(
 
 
 def create_logger(trt: Any) -> Any:
-    """Return a TensorRT logger that keeps its lines but VERBOSE ones: ``lines``, (severity name, text)."""
+    """Return a TensorRT logger that records ``lines``, (severity name, text), except VERBOSE ones."""
 
     class RecordingLogger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

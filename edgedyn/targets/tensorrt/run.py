@@ -55,7 +55,7 @@ def host_path(path: Path) -> Path:
 
 
 def register_plugins(trt: Any, cuda: Any, path: Path) -> None:
-    """Register our plugins where a model or its engine needs them: it has a decomposed counterpart."""
+    """Register our plugins if a model needs them; such a model has a decomposed counterpart beside it."""
     if decomposed_path(path).is_file():
         from edgedyn.targets.tensorrt import plugin_library
 

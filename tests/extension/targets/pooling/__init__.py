@@ -1,4 +1,4 @@
-"""ONNX Runtime as a target with two capabilities more, by which forms are chosen."""
+"""ONNX Runtime as a target with two more capabilities, which forms may require."""
 
 from __future__ import annotations
 
