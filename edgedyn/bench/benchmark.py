@@ -101,7 +101,7 @@ def compare_with_float(
             f"{sorted(bundle.programs)}. Build it again with this version."
         )
     with tempfile.TemporaryDirectory() as folder:
-        inputs, lowered = lower_in_float(bundle, target, Path(folder), progress)
+        inputs, lowered = lower_in_float(bundle, Path(folder), progress)
         pairs = {
             name: (
                 target.profile(Path(folder) / lowered.programs[name], name),
@@ -118,7 +118,7 @@ def compare_with_float(
 
 
 def lower_in_float(
-    bundle: Bundle, target: targets.Target, folder: Path, progress: Progress
+    bundle: Bundle, folder: Path, progress: Progress
 ) -> tuple[dict[str, list[np.ndarray]], targets.Artifact]:
     """Lower the float32 counterpart of an INT8 bundle; return the inputs of each program and the artifact."""
     from edgedyn import ops, quantize

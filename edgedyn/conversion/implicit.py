@@ -33,7 +33,8 @@ def refuse_caches(recipe: Recipe, folder: Path, *, force: bool = False) -> None:
     """Refuse a recipe without calibration caches, or a folder with other files; call it before long work.
 
     Raises:
-        RecipeError: for another target, or for our kernels, which take explicit INT8 only.
+        RecipeError: for another target, for our kernels, which take explicit INT8 only, or for shifted
+            activations, which the float ONNX file does not have.
         UsageError: when ``folder`` is a file or not empty.
     """
     if (recipe.target, recipe.kernels) != ("tensorrt", "stock"):
@@ -41,6 +42,11 @@ def refuse_caches(recipe: Recipe, folder: Path, *, force: bool = False) -> None:
             f"a calibration cache is for target tensorrt with stock kernels; recipe {recipe.name!r} has "
             f"target {recipe.target!r} and kernels {recipe.kernels!r}. Take the network's Jetson recipe, or "
             "set kernels: stock."
+        )
+    if recipe.quantize.shift:
+        raise RecipeError(
+            f"recipe {recipe.name!r} has quantize.shift: true; expected false for a calibration cache, whose "
+            "float ONNX file has no shifted activations. Pass --set quantize.shift=false."
         )
     if folder.exists() and not folder.is_dir():
         raise UsageError(f"{folder} is no folder; calibration caches go into one. Choose another name.")

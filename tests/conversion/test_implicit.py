@@ -30,7 +30,7 @@ from edgedyn.targets.tensorrt.check import check_build
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = ["model.network=small_networks:small_mallenet", "model.weights=null", "model.arguments={}"]
 SMALL += ["input.shape=[1, 3, 32, 48]", "tile.overlap=0", "quantize.keep_float=[]", "quantize.dynamic=[]"]
-SMALL += ["quantize.generated=tensor"]  # so that every convolution is INT8
+SMALL += ["quantize.shift=false", "quantize.generated=tensor"]  # generated: so that every convolution is INT8
 
 
 def recipe(*overrides: str, name: str = "mallenet-s.jetson.int8") -> Recipe:
@@ -175,6 +175,14 @@ def test_routed_network_has_a_pair_of_files_for_each_program_and_no_old_ones(tmp
 def test_recipe_without_calibration_cache_is_refused_before_any_work(tmp_path, name, override):
     with pytest.raises(RecipeError, match=r"cache is for target tensorrt with stock kernels.*Jetson recipe"):
         pipeline.calibrate(recipe(override, name=name), tmp_path / "t.json", cache=tmp_path / "trt")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shifted_activations_are_refused_for_a_cache_before_any_work(tmp_path):
+    with pytest.raises(
+        RecipeError, match=r"quantize\.shift: true; expected false.*--set quantize\.shift=false"
+    ):
+        pipeline.calibrate(recipe("quantize.shift=true"), tmp_path / "t.json", cache=tmp_path / "trt")
     assert list(tmp_path.iterdir()) == []
 
 
