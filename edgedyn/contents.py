@@ -32,7 +32,8 @@ if TYPE_CHECKING:
     from edgedyn.targets import Artifact
 
 
-# Least limits of a vector: a quarter of an 8-bit level at any pixel, a sixteenth in rms; nobody sees either.
+# The limits of a vector are never below these: a quarter of an 8-bit level at any pixel, a sixteenth in rms,
+# which nobody sees.
 LEAST_MAX_ABS = 1 / 255 / 4
 LEAST_RMS = 1 / 255 / 16
 
@@ -49,11 +50,11 @@ def write_contents(
 
     Args:
         staging: the bundle's folder, with its programs.
-        recipe: that was built.
-        converted: has the calibration table.
-        outputs: of every program.
+        recipe: the recipe of the build.
+        converted: the converted network; its calibration table is written.
+        outputs: the outputs of every program.
         report: rows and verdict.
-        manifest: from ``describe``, with every fact.
+        manifest: the result of ``describe``, with every fact.
     """
     write_vectors(staging, outputs, recipe.input_specs()[0].dtype)
     write_texts(staging, recipe, report, converted.table, manifest["facts"]["latency_ms"])
@@ -97,7 +98,7 @@ def describe(
     latency_ms: dict[str, float],
     ok: bool,
 ) -> dict[str, Any]:
-    """Assemble the manifest; files and digests of files are added when the bundle is written."""
+    """Assemble the manifest; ``write_bundle`` adds the files and their digests."""
     specs, routing = recipe.input_specs(), converted.routing
     facts: dict[str, Any] = {**artifact.facts, "latency_ms": latency_ms, "weights": _origin(recipe)}
     facts["dynamic_layers"] = list(converted.dynamic_layers)
@@ -202,7 +203,7 @@ def _describe_calibration(
 def _describe_vectors(outputs: Outputs) -> list[dict[str, Any]]:
     vectors = []
     for name, index in _vector_indices(outputs).items():
-        # another CPU, compiler or GPU rounds otherwise: allow twice the error of this runtime
+        # another CPU, compiler or GPU rounds differently: allow twice the error of this runtime
         error = np.abs(outputs.device[index].astype(np.float64) - outputs.quantized[index])
         vectors.append(
             {
@@ -235,7 +236,7 @@ def _write_json(path: Path, values: object) -> None:
 
 
 def choose_pictures(outputs: Outputs, most: int = 3) -> list[Picture]:
-    """Choose a sample of each noise level, from different images where the set has them."""
+    """Choose a sample of each noise level, ``most`` at most, from different images where the set has them."""
     chosen: dict[float, int] = {}
     sources: set[str] = set()
     for index, sample in enumerate(outputs.samples):

@@ -49,7 +49,7 @@ class ImageError(EdgedynError):
 
 
 class UsageError(EdgedynError):
-    """A command does not do this, or would overwrite an existing file."""
+    """A command or function is used wrongly, or a file exists already or cannot be written."""
 
 
 class TrainingError(EdgedynError):

@@ -99,7 +99,11 @@ def _finite(values: Any) -> Any:
 
 
 def cached_path(file: str, sources: Iterable[Path], *facts: str) -> Path:
-    """Return the path in the cache of a file built from these sources on such a machine."""
+    """Return where the cache keeps a file that is built from sources.
+
+    The folder's name is a digest of the sources, the platform and ``facts``: a change of any of them, for
+    instance of a compiler's version, gives another path.
+    """
     content = hashlib.sha256(" ".join((platform.platform(), *facts)).encode())
     for path in sources:
         content.update(f"\n{path.parent.name}/{path.name}\0".encode() + path.read_bytes())

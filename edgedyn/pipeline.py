@@ -2,8 +2,8 @@
 
     recipe -> model -> canonical -> captured -> decomposed -> quantized -> lowered -> validated -> bundle
 
-Each line of ``build`` is a function of typed values and can be called alone. Each program of a routed
-network, its router and its variants, goes the same line; all of them share one bundle.
+Each line of ``build`` is a function of typed values and can be called alone. The router and the variants of a
+routed network are programs that pass through the same steps; all of them share one bundle.
 """
 
 from __future__ import annotations
@@ -225,12 +225,15 @@ def calibrate(
         force: replace existing files.
         trust: allow weights that are a pickle of tensors.
         sensitivity: measure the cost of INT8 in each layer, for ``CalibrationTable.precision``.
-        ablation: measure the worth of each switch of the method, for ``CalibrationTable.ablation``.
+        ablation: measure INT8 with each switch of the method set the other way, for
+            ``CalibrationTable.ablation``.
         progress: called with (phase, steps done, steps of the phase).
 
     Raises:
-        RecipeError: for a recipe of another precision, or one that has no calibration cache.
-        UsageError: when ``out`` or ``cache`` exists, or ``out`` can be no table.
+        RecipeError: for another precision than int8; with ``cache``, for another target than tensorrt or for
+            fused kernels.
+        UsageError: when ``out`` exists or ``cache`` is not empty, unless ``force``; when ``out`` is no .json
+            file in an existing folder; when ``cache`` is a file.
     """
     recipe, out = as_recipe(recipe), Path(out)
     if recipe.precision != "int8":

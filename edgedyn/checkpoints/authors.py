@@ -29,9 +29,10 @@ def from_authors(
     """Build our reference of an authors' class and load their weights into it.
 
     Args:
-        class_name: the authors' name, ``DDFPack``, also with a module path before it and text behind it,
-            ``models.resnet32(sparse=True)``. ``arguments["name"]``, ``["cls"]`` or ``["block"]`` override it.
-            The text ``up to layer2`` means the network up to that layer, with the state_dict of that part.
+        class_name: the authors' name, for instance ``DDFPack``. A module path in front of it and text behind
+            it do not count: ``models.resnet32(sparse=True)`` is ``resnet32``. One exception: ``up to layer2``
+            behind it selects the network up to that layer, with the state_dict of that part.
+            ``arguments["name"]``, ``["cls"]`` or ``["block"]`` override the name.
         arguments: the authors' constructor arguments, by keyword.
         state_dict: the authors' state_dict; its dtype becomes the module's.
 
@@ -40,7 +41,7 @@ def from_authors(
 
     Raises:
         ModelError: for an unknown class, or arguments that the authors' class refuses or ignores.
-        WeightsError: when the state_dict does not fit.
+        WeightsError: when the state_dict does not fit, or mixes floating-point types.
     """
     known = load_all()
     name = next((str(arguments[key]) for key in _NAMING_KEYS if key in arguments), bare_name(class_name))

@@ -111,8 +111,8 @@ def settle_norms(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     """Set every BatchNorm to the statistics of its input; for a network without trained ones.
 
     Args:
-        model: in evaluation mode, before and after. A method ``every_path(*inputs)``, where it has one, is
-            called in its place: it runs every path that an input can take.
+        model: in evaluation mode, before and after. If it has a method ``every_path(*inputs)``, which runs
+            every path that an input can take, that method is called instead of ``forward``.
         inputs: a batch of real images, at least two: a feature map of one pixel has no variance.
 
     Returns:

@@ -125,7 +125,7 @@ def execute(arguments: list[str]) -> int:
 
 
 def _fail(kind: str, message: str, exit_code: int, as_json: bool) -> int:
-    """Print an error for programs where they asked for it, and return its exit code."""
+    """Return the exit code of an error; with ``--json``, print the error on stdout first."""
     if as_json:
         print_json({"ok": False, "error": {"type": kind, "message": message, "exit_code": exit_code}})
     return exit_code

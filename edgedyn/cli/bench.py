@@ -19,9 +19,11 @@ def bench(
     bundle: BundlePath,
     per_layer: Annotated[
         bool,
-        typer.Option("--per-layer", help="Compare each INT8 layer with float32, and add it to the report."),
+        typer.Option(
+            "--per-layer", help="Compare each INT8 layer with float32; the report shows the comparison, too."
+        ),
     ] = False,
-    runs: Annotated[int, typer.Option(min=1, help="Timed runs, after two runs that warm up.")] = 20,
+    runs: Annotated[int, typer.Option(min=1, help="Timed runs, after two warm-up runs.")] = 20,
     as_json: AsJson = False,
     verbose: Verbosity = None,
 ) -> None:
@@ -73,7 +75,7 @@ _COLUMNS = (
 
 
 def print_layers(comparison: Comparison) -> None:
-    """Print the layers that INT8 is a choice of, in the order in which they run."""
+    """Print the times of the layers that run in INT8, in their order, and of the same layers in float32."""
     several = len(comparison.int8_ms) > 1
     cells = [
         (
@@ -99,10 +101,10 @@ def print_layers(comparison: Comparison) -> None:
     for name, int8 in comparison.int8_ms.items():
         detail(
             fold(
-                f"{name}: {comparison.float_ms[name]:.2f} ms in float32, {int8:.2f} ms in INT8, in turns, "
-                f"median of {comparison.runs}"
+                f"{name}: {comparison.float_ms[name]:.2f} ms in float32, {int8:.2f} ms in INT8, "
+                f"medians of {comparison.runs} runs each, alternating"
             )
         )
     result(f"{len(comparison.slower)} of {len(layers)} layers are slower in INT8 than in float32")
     if comparison.keep_float:
-        result(f"quantize.keep_float, to add: [{', '.join(comparison.keep_float)}]")
+        result(f"add to quantize.keep_float: [{', '.join(comparison.keep_float)}]")

@@ -34,10 +34,13 @@ def calibrate(
     trust: Trust = False,
     sensitivity: Annotated[
         bool,
-        typer.Option("--sensitivity", help="Measure the cost of INT8 in each layer; resumes."),
+        typer.Option(
+            "--sensitivity", help="Measure the cost of INT8 in each layer; resumes after an interruption."
+        ),
     ] = False,
     ablation: Annotated[
-        bool, typer.Option("--ablation", help="Measure the worth of each switch of the method.")
+        bool,
+        typer.Option("--ablation", help="Measure INT8 with each switch of the method set the other way."),
     ] = False,
     verbose: Verbosity = None,
 ) -> None:

@@ -14,7 +14,7 @@ def compile_engines(
     bundle: BundlePath,
     workspace_mb: Annotated[
         int,
-        typer.Option("--workspace", metavar="MB", help="Scratch memory of a layer at most; 0: no limit."),
+        typer.Option("--workspace", metavar="MB", help="Most scratch memory per layer; 0: no limit."),
     ] = 0,
     force: Replace = False,
     as_json: AsJson = False,

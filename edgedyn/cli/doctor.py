@@ -36,10 +36,10 @@ class Finding:
         name: package, tool, ``CUDA device``, or ``target <name>``.
         found: its version, the device's name, ``available`` for a target; None where it is missing.
         needed_for: its purpose, one phrase.
-        ok: False for a missing requirement, for a version that does not work, and for a target that cannot be
-            lowered to and run here. A missing optional thing is ok.
-        fix: the command or the step that installs it; also set where it is installed.
-        optional: edgedyn works without it. The command fails only for a required thing that is not ok.
+        ok: False for a missing requirement, for a version that does not work, and for a target that lacks a
+            package to lower or to run programs here. A missing optional package, tool or device is ok.
+        fix: the command or the step that installs it; empty only for an available target.
+        optional: edgedyn works without it. ``edgedyn doctor`` fails only where a requirement is not ok.
     """
 
     name: str
@@ -244,7 +244,7 @@ def doctor(as_json: AsJson = False, verbose: Verbosity = None) -> None:
     else:
         print_results(_COLUMNS, [_cells(finding) for finding in findings])
     if broken:
-        message = f"{len(broken)} required things are missing: {', '.join(broken)}. Run the fix of each."
+        message = f"missing, or of a wrong version: {', '.join(broken)}. Run the fix of each."
         if not as_json:
             raise TargetMissingError(message)
         ERR.print(message, soft_wrap=True)  # stdout has its one JSON value

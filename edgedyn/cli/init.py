@@ -53,7 +53,7 @@ def init(
             )
         sizes = parse_shape(shape)
         if not inspection.is_function(network):
-            raise UsageError(f"{network!r} is no package.module:function, for instance mynet:make.")
+            raise UsageError(f"got {network!r}; expected package.module:function, for instance mynet:make.")
         place = out or Path(f"{network.partition(':')[2]}.{target}.{precision}.yaml")
         if place.exists() and not force:
             raise UsageError(f"{place} exists already. Choose another file with -o, or pass --force.")

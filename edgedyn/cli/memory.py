@@ -17,8 +17,8 @@ _LARGEST_MAP = 2**30  # bytes; larger blocks are rare and may go back to the sys
 def keep_freed_memory() -> bool:
     """Keep freed memory in this process for the next tensor; return whether its C library can.
 
-    The peak grows a little, from 917 to 1068 MiB there. For programs only: a library leaves the choice to its
-    user.
+    The peak of that calibration grows from 917 to 1068 MiB. Only programs may call this: a library leaves the
+    choice to its user.
     """
     if platform.libc_ver()[0] != "glibc":
         return False

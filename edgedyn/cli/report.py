@@ -13,7 +13,7 @@ def report(bundle: BundlePath, as_json: AsJson = False, verbose: Verbosity = Non
     has_pictures = rewrite_report(bundle)
     page = bundle / "report.html"
     if not has_pictures:
-        warn(f"{page} has no pictures: only a whole page holds them. Build the bundle again to see them.")
+        warn(f"{page} has no pictures: the old page, which held them, is lost. To see them, build again.")
     if as_json:
         print_json({"ok": True, "report": str(page), "pictures": has_pictures})
     else:

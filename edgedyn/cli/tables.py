@@ -1,8 +1,10 @@
-"""Tables of the command line: names stay whole, prose breaks between words.
+"""Tables of the command line, in the first of three layouts that fits the terminal.
 
-one line per row                     where it fits the terminal, prose folded
-first column, the others below it    else; equal first cells in a row once
-one line per cell                    else
+    one line per row, prose folded
+    first column on a line of its own, the others below it; a repeated first cell is printed once
+    one line per cell
+
+Names stay whole; prose breaks between words.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from edgedyn.cli.terminal import detail, fold, line_width, result
 if TYPE_CHECKING:
     from edgedyn.report.rows import Row
 
-_GAPS = (2, 1)  # between columns, the wider where the table fits
+_GAPS = (2, 1)  # blanks between columns: 2 where the table then fits, else 1
 _LEAST_PROSE = 24  # columns; narrower prose reads worse than a line per cell
 
 

@@ -32,7 +32,7 @@ LOG.setLevel(logging.INFO)
 
 
 def set_verbosity(verbose: bool | None) -> bool | None:
-    """Set how much is printed: True verbose, False quiet, None as it is."""
+    """Set how much is printed: True verbose, False quiet; None changes nothing."""
     if verbose is not None:
         LOG.setLevel(logging.DEBUG if verbose else logging.WARNING)
     return verbose
@@ -65,7 +65,7 @@ def warn(text: str) -> None:
 
 
 def print_json(value: object) -> None:
-    """Print a result for programs."""
+    """Print a value as JSON on stdout."""
     sys.stdout.write(to_json(value))
 
 
@@ -75,7 +75,7 @@ def library_output() -> AbstractContextManager[None]:
 
 
 def line_width() -> int | None:
-    """Return the columns of the terminal, or None where stdout is none and COLUMNS is not set."""
+    """Return the terminal's width in columns; None where stdout is no terminal and COLUMNS is not set."""
     if not sys.stdout.isatty() and "COLUMNS" not in os.environ:
         return None
     return shutil.get_terminal_size().columns

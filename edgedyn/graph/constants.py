@@ -20,11 +20,11 @@ def add_constant(
     value: Tensor | nn.Parameter,
     meta: Mapping[str, Any],
 ) -> fx.Node:
-    """Store a tensor in a module and insert the node that reads it; the module has to be recompiled.
+    """Store a tensor in a module and insert the node that reads it; the caller recompiles the module.
 
     Args:
         module: changed in place.
-        before: the node in front of which it is inserted.
+        before: the new node is inserted in front of this one.
         name: attribute of the module; another tensor of that name is replaced.
         value: a parameter is stored as one, any other tensor as a buffer.
         meta: of the new node, for instance ``{"val": value}``.
@@ -47,7 +47,7 @@ def frozen(value: Tensor) -> nn.Parameter:
 def set_constant(module: fx.GraphModule, node: fx.Node, index: int, value: Tensor) -> None:
     """Replace the weight (1) or bias (2) of a convolution or linear layer; a missing bias is added.
 
-    The old tensor stays in the program that the module was made of, which shares it.
+    The exported program that the module was made from keeps the old tensor.
     """
     old = node.args[index] if len(node.args) > index else None
     name = f"{node.name}_{'weight' if index == 1 else 'bias'}_calibrated"
@@ -72,7 +72,7 @@ def unshare_constants(module: fx.GraphModule, operators: Container[Any]) -> None
 
     Args:
         module: a float program, changed in place.
-        operators: those of convolutions and linear layers.
+        operators: overloads of the convolutions and linear layers to look at.
     """
     seen: set[str] = set()
     for node in [n for n in module.graph.nodes if n.target in operators]:
@@ -97,7 +97,7 @@ def fold_constants(program: ExportedProgram) -> ExportedProgram:
     assert isinstance(module, fx.GraphModule)
     values = _constant_values(module)
     tensors = [node for node in values if node.op == "call_function" and isinstance(values[node], Tensor)]
-    # a factory, as arange, costs nothing to run, but a layer needs a stored weight
+    # a factory such as arange costs nothing at run time and stays, unless a layer takes it as its weight
     computed = [node for node in tensors if node.all_input_nodes or _is_weight(node)]
     stored = [node for node in computed if any(user not in values for user in node.users)]
     if not stored:

@@ -53,7 +53,7 @@ def to_float64(module: fx.GraphModule) -> None:
 
 
 def to_float64_like(program: ExportedProgram, source: nn.Module) -> nn.Module:
-    """Return a program in float64 with the tensors of its source, whose dotted names it keeps."""
+    """Return a program in float64 with the tensors of its source module, which has the same dotted names."""
     module = copy.deepcopy(program.module())
     assert isinstance(module, fx.GraphModule)
     to_float64(module)

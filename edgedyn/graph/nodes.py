@@ -1,8 +1,7 @@
 """Read one node of an exported graph: its layer, shapes, constants and cost.
 
 A node of a captured program (``torch.export``, before or after BatchNorm is folded) calls one operator of
-torch. ``module_path`` also reads the graphs that ExecuTorch makes of such a program, and so does
-``multiply_adds``.
+torch. ``module_path`` and ``multiply_adds`` also read the graphs that ExecuTorch makes of such a program.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ FUSED_ACTIVATIONS = RELUS | {
     torch.ops.aten.hardtanh.default,
     torch.ops.aten.hardtanh_.default,
 }
-# those, and the convolutions that no target has in INT8
+# also the convolutions that no target runs in INT8
 COUNTED_OPS = MULTIPLY_ADD_OPS | {torch.ops.aten.conv2d.padding, torch.ops.aten.conv_transpose2d.input}
 
 
@@ -55,9 +54,10 @@ def belongs_to(node: fx.Node, classes: Collection[str]) -> bool:
 
 
 def fused_activation(node: fx.Node) -> fx.Node | None:
-    """Return the ReLU or clamp that is a layer's only consumer: runtimes compute it with the layer.
+    """Return the ReLU or clamp that is a layer's only consumer: runtimes fuse it into the layer.
 
-    Quantized in front of it, half of the 8-bit range would hold values that it sets to zero.
+    The layer's output is quantized behind it: in front of it, half of the 8-bit range would go to values that
+    the ReLU sets to zero.
     """
     reader = next(iter(node.users)) if len(node.users) == 1 else None
     return reader if reader is not None and reader.target in FUSED_ACTIVATIONS else None

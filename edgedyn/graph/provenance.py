@@ -15,7 +15,7 @@ from torch.fx.traceback import NodeSource
 
 @contextmanager
 def shared_provenance() -> Iterator[None]:
-    """Let copies of a node's history be the history itself. To go when torch shares it (checked: 2.13)."""
+    """Share one history among its copies. Remove this when torch shares it itself (checked: 2.13)."""
     if hasattr(NodeSource, "__deepcopy__"):
         yield
         return

@@ -4,7 +4,7 @@
     sample = image [resized] -> crop -> shrunk by the task -> noise (``edgedyn.images.noise``)
 
 Every image is identified by its sha256, and a set draws the same samples every time. Images that prove
-nothing are refused: constant ones, random values, and images of both calibration and validation.
+nothing are refused: constant ones, random values, and images that calibration and validation share.
 """
 
 from __future__ import annotations
@@ -170,9 +170,9 @@ class CalibrationSet:
             task: task of the program.
 
         Raises:
-            CalibrationError: for an image that cannot be read, is constant, or is random, which carries no
-                statistics. Noisy photos are refused as random only if all of them are: a flat patch with
-                noise is noise.
+            CalibrationError: for an image that cannot be read, is too small for ``short_side``, constant, or
+                random; for a clean photo of another size. Where images may be noisy themselves (kind none, or
+                real without clean photos), random ones are refused only if all are: flat noise looks random.
         """
         _, channels, height, width = shapes[0]
         correlations: dict[Path, float] = {}
@@ -258,7 +258,7 @@ class CalibrationSet:
 
         Raises:
             CalibrationError: as ``with_noise``, ``take`` and ``with_color_augmented``.
-            pydantic.ValidationError: when ``noise`` is no level.
+            pydantic.ValidationError: when the level is negative or not finite.
         """
         if isinstance(noise, float):
             noise = self.noise.at_level(noise)
@@ -302,7 +302,7 @@ class CalibrationSet:
         return replace(self, color_augmented=samples)
 
     def fresh(self, k: int) -> CalibrationSet:
-        """Return the set with the k-th other crops and other noise, in natural colours."""
+        """Return the set with other crops and noise (seed + k), without colour-augmented samples."""
         return replace(self, seed=self.seed + k, color_augmented=0)
 
     def take(self, samples: int) -> CalibrationSet:

@@ -19,7 +19,7 @@ _DIGEST = "^[0-9a-f]{64}$"
 class CleanFile(Section):
     """The clean photo that belongs to a noisy one."""
 
-    name: str = Field(description="Path, relative to the folder of the noisy photo.")
+    name: str = Field(description="Path, relative to the same folder as the `name` of the noisy photo.")
     sha256: str = Field(pattern=_DIGEST, description="SHA-256 that the file must have.")
 
 
@@ -45,9 +45,13 @@ class SetManifest(Section):
         description="Folder of the files, relative to the manifest, or `package:NAME/folder` of an installed "
         "Python package."
     )
-    samples: int = Field(default=12, ge=1, description="Number of crops; the files are taken in turn.")
+    samples: int = Field(
+        default=12,
+        ge=1,
+        description="Number of crops, of the files in turn, or of evenly spaced files where there are more.",
+    )
     seed: int = Field(default=0, description="Random seed of the crops' positions and of the noise.")
-    noise: NoiseSection = Field(description="Noise that is added to a crop to make the network's input.")
+    noise: NoiseSection = Field(description="Noise model: how a crop becomes the network's input.")
     raw: RawSection | None = Field(
         default=None, description="Layout and levels of .raw files; one sensor mode per set."
     )

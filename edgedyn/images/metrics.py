@@ -5,7 +5,7 @@
 
 Sums are float64, so that a float32 image of any size loses nothing to accumulation. Values are not clipped:
 outputs outside [0, 1] count with their full error. Every public function of this file is a metric, so that a
-new one needs no edit elsewhere. Imports numpy alone: a device has no scikit-image.
+new one needs no edit elsewhere. Only ``ssim`` needs scikit-image, which a device does not have.
 """
 
 from __future__ import annotations

@@ -114,8 +114,8 @@ class NoiseSection(Section):
 
         Returns:
             The noisy image, float32; its sigma on the 0..255 scale, of Poisson-Gaussian noise the root mean
-            square over this image; and the condition that rows of a report state: ``sigma=25``,
-            ``sigma=5..50``, ``gain=0.01,read_noise=0.002`` or ``real``.
+            square over this image, 0 where no noise is added; and the condition that rows of a report state:
+            ``sigma=25``, ``sigma=5..50``, ``gain=0.01,read_noise=0.002`` or ``real``.
         """
         turn = index % files + index // files
         if not self.is_added:

@@ -30,7 +30,7 @@ from edgedyn.errors import ImageError
 from edgedyn.files import replace_file
 
 SUFFIXES = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".tif": "TIFF", ".tiff": "TIFF"}
-# Suffixes of the images in a folder: with unreadable formats, which are refused by name instead of ignored.
+# Suffixes of the images in a folder, also of unreadable formats: naming such a file beats ignoring it.
 IMAGE_SUFFIXES = frozenset({*SUFFIXES, ".bmp", ".webp"})
 # Twice Pillow's MAX_IMAGE_PIXELS, where it raises DecompressionBombError: 2 GB as float32 RGB.
 MAX_PIXELS = 178_956_970
@@ -121,8 +121,8 @@ def write_image(photo: Photo, pixels: np.ndarray, path: Path) -> None:
     JPEG has quality 95 and full colour resolution (4:4:4). No partial file is left on failure.
 
     Raises:
-        ImageError: when the shape is not the photo's, values are not finite, or the format cannot hold the
-            photo's depth or alpha.
+        ImageError: when the shape is not the photo's, values are not finite, the suffix is of no format, or
+            the format cannot hold the photo's depth or alpha.
         UsageError: when the file cannot be written.
     """
     if pixels.shape != photo.pixels.shape or not np.isfinite(pixels).all():

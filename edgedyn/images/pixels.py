@@ -4,7 +4,8 @@
     .npy, .npz         one array
     .raw               a Bayer frame, described by the manifest's ``raw`` section (``edgedyn.images.bayer``)
 
-An array is (H, W), (H, W, C) or (C, H, W), C 1 or 3; if both ends could be channels, the last one is.
+An array is (H, W), (H, W, C) or (C, H, W), C 1 or 3, also as a batch of one; if both ends could be channels,
+the last one is.
 Integers are uint8 or uint16, scaled by their largest value. Floats are on the scale of 0 to 1; noise or a
 normalization may exceed it.
 """
@@ -39,8 +40,8 @@ def read_pixels(path: Path, raw: RawSection | None = None) -> np.ndarray:
         raw: layout and levels of a ``.raw`` file.
 
     Raises:
-        CalibrationError: naming the file, when it is damaged, of another format, or holds values that are not
-            finite or not on the scale of 0 to 1.
+        CalibrationError: naming the file, when it is damaged, of another format, a ``.raw`` file without
+            ``raw``, or holds values that are not finite or not on the scale of 0 to 1.
     """
     suffix = path.suffix.lower()
     try:

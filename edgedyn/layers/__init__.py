@@ -1,7 +1,7 @@
 """Dynamic layers, one file per paper: the faithful reference, and its canonical counterpart on our ops.
 
-``canonicalize`` replaces every reference layer of a model by its canonical counterpart, exactly and for no
-target in particular.
+``canonicalize`` replaces every reference layer of a model by its canonical counterpart, which computes the
+same output and is independent of the target.
 
 A file or folder with a constant ``LAYER`` adds a paper; its name does not start with an underscore. It lies
 here, or in the folder ``layers`` of an extension: a folder of the user that the environment variable

@@ -1,7 +1,7 @@
 """Adopt a module of foreign code: prove that it has our structure, then take its weights.
 
-A class name proves nothing: two papers, or two versions of one, share names. Compared are every key and shape
-of the state_dict, and type and options of the convolutions, norms and activations at each path.
+A class name proves nothing: two papers, or two versions of one, may share it. ``adopt`` compares every key
+and shape of the state_dict, and type and options of the convolutions, norms and activations at each path.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def adopt(make: Callable[[Any], nn.Module], foreign: nn.Module) -> nn.Module:
     """Return our module with the weights, types and norm constants of a foreign one of the same structure.
 
     Args:
-        make: makes our module, any weights, from the attributes of the foreign one.
+        make: makes our module from the attributes of the foreign one; its weights do not matter.
         foreign: instance of a class that we do not know.
 
     Raises:

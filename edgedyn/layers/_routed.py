@@ -1,10 +1,10 @@
-"""A router and K static variants: how a network is deployed whose structure depends on its input.
+"""A router and K static variants: the deployed form of a network whose structure depends on its input.
 
     argmax     logits, *carried = router(x)      y = variants[argmax(logits)](*carried, or x where none)
     fallback   y, overflow = variants[0](x)      y = variants[1](x) where overflow > 0; no router
 
 Every variant is an ordinary network of fixed structure, lowered like any other. The host picks one per image
-by the rule in the manifest; it needs no Python code of the network.
+by the rule in the manifest, without Python code of the network.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class RoutedModel(nn.Module):
             0; then the dense variant, which is always exact.
 
     Raises:
-        ModelError: for fewer than 2 variants, or, without a router, more; for a name that no file can have.
+        ModelError: for fewer than 2 variants, or, without a router, more; for a reserved name, or one with
+            other characters than letters and digits.
     """
 
     def __init__(self, router: nn.Module | None, variants: Mapping[str, nn.Module]) -> None:

@@ -36,7 +36,7 @@ class DDFDenoiser(nn.Module):
 
     Args:
         features: channels of every block.
-        blocks: how many.
+        blocks: number of residual blocks.
         colors: image channels, 3 or 1.
         head: spatial filters per DDFPack.
         combine: ``mul`` or ``add``.

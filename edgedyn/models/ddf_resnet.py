@@ -100,7 +100,7 @@ class DDFResNet(nn.Module):
     Args:
         depth: 50, 101 or 152.
         combine: ``mul`` or ``add``.
-        num_classes: logits.
+        num_classes: number of logits.
         in_chans: image channels.
         base_width: DDFPack channels for 64 planes.
         cardinality: factor on the DDFPacks' channels.
@@ -175,7 +175,7 @@ def _make_layer(
     dilation: int,
     options: Mapping[str, Any],
 ) -> nn.Sequential:
-    """Chain the blocks of one layer; the first has the stride and the dilation of the layer before."""
+    """Chain the blocks of one layer; the first has the layer's stride and the previous layer's dilation."""
     expands = stride != 1 or inplanes != planes * _EXPANSION
     first = DDFBottleneck(
         inplanes, planes, stride=stride, dilation=first_dilation, with_downsample=expands, **options

@@ -3,7 +3,8 @@
     logits = fc(pool(layers(stem(x))))        x: (B, 3, H, W)   logits: (B, classes)
 
 Depth 8, 14, 20, 26, 32: three layers of 16, 32, 64 channels, for 32 x 32 pixels. The published pool
-averages only the top-left 8 x 8 positions of the last feature map: larger images lose their right and bottom.
+averages only the top-left 8 x 8 positions of the last feature map: images of 33 to 60 pixels lose their right
+and bottom, and other sizes than 29 to 60 are refused.
 Depth 18, 34, 50, 101: four layers, for 224 x 224 pixels, pooled over the whole feature map.
 """
 
@@ -75,7 +76,7 @@ class ImageNetResNet(nn.Module):
         sparse: whether blocks are gated; the same network without gates otherwise.
         groups: of the 3x3 convolutions of a Bottleneck.
         width_per_group: a Bottleneck's width at 64 planes, divided by groups.
-        replace_stride_with_dilation: whether layer 2, 3 and 4 of Bottlenecks dilate and do not stride.
+        replace_stride_with_dilation: for layers 2, 3 and 4, of Bottlenecks: whether they dilate, not stride.
 
     Raises:
         ModelError: for another depth, or options that a BasicBlock does not have.
@@ -146,7 +147,7 @@ def _layer(
     expansion: int = 1,
     dilations: tuple[int, int] = (1, 1),
 ) -> nn.Sequential:
-    """Chain blocks; the first has the stride, the shortcut and the dilation before this layer's own."""
+    """Chain blocks; the first has the stride, the shortcut, and the previous layer's dilation."""
     options: list[dict[str, int]] = [{}, {}]
     if dilations != (1, 1):
         options = [{"dilation": d} for d in dilations]
@@ -157,7 +158,7 @@ def _layer(
 
 
 def dynconv_resnet(depth: int = 32, **options: Any) -> nn.Module:
-    """Make the ResNet of a depth; options as those of ``CifarResNet`` and ``ImageNetResNet``."""
+    """Make the ResNet of a depth; options and errors as those of ``CifarResNet`` and ``ImageNetResNet``."""
     _check_depth(depth, _CIFAR | _IMAGENET)
     network: nn.Module = (CifarResNet if depth in _CIFAR else ImageNetResNet)(depth, **options)
     return network

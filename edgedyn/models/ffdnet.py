@@ -1,4 +1,4 @@
-"""FFDNet, the static denoiser that a user would pick instead (arXiv 1710.04026); published weights load.
+"""FFDNet, a static denoiser to compare dynamic ones with (arXiv 1710.04026); it loads the published weights.
 
     y = shuffle(convs(cat(unshuffle(x), sigma)))       x, y: (B, 3 or 1, H, W) in [0, 1], sigma a constant map
 

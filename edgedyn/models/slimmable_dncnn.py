@@ -18,7 +18,7 @@ from edgedyn.errors import ModelError
 from edgedyn.layers.ddsnet.networks import GatedNetwork, ImageGate, SlimmableUnit, check_configurations
 from edgedyn.layers.ddsnet.slimmable import SlimmableConv2d
 
-# The ends are wider than the middle until the last: a start for tailoring, not the result of one.
+# In all but the last, both ends are wider than the middle: a starting point, not the result of a search.
 CONFIGURATIONS: tuple[tuple[int, ...], ...] = tuple(
     (ends, *[middle] * 10, ends) for ends, middle in [(24, 16), (32, 24), (48, 40), (56, 56)]
 )
@@ -33,7 +33,8 @@ class SlimmableDnCNN(nn.Module):
         colors: image channels, 3 or 1.
 
     Raises:
-        ModelError: for configurations that are not increasing or not of one length.
+        ModelError: for other colors, or configurations that are not increasing, not of one length, or shorter
+            than 2.
     """
 
     def __init__(self, configurations: Sequence[Sequence[int]] = CONFIGURATIONS, *, colors: int = 3) -> None:

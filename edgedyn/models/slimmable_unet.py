@@ -46,7 +46,7 @@ class SlimmableUNet(nn.Module):
         colors: image channels, 3 or 1.
 
     Raises:
-        ModelError: for configurations that are not increasing or not of that length.
+        ModelError: for other colors, or configurations that are not increasing or not of that length.
     """
 
     def __init__(self, configurations: Sequence[Sequence[int]] = CONFIGURATIONS, *, colors: int = 3) -> None:

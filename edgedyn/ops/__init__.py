@@ -68,8 +68,8 @@ class Op:
     Attributes:
         name: the folder's name, and the op's in ``torch.ops.edgedyn``.
         overload: the ``torch.library`` overload; its first argument is x (B, C, H, W).
-        forms: its forms, best first; a target takes the first whose capabilities it has. The last one
-            requires none.
+        forms: its forms, best first; a target takes the first one whose required capabilities it has. The
+            last one requires none.
         examples: yields argument tuples of the op that tell a wrong index from a right one: B >= 2, H != W.
         generated: names of the arguments that the network computes from its input: kernels, coefficients,
             masks.
@@ -196,7 +196,7 @@ def choose_forms(
 
     Raises:
         RecipeError: when ``requested`` names an op that does not exist, or a form that the op does not have.
-        NoFormError: when no form of an op runs on the target.
+        NoFormError: when no form of an op, or not the requested one, runs on the target.
     """
     known = load_all()
     unknown = sorted(set(requested) - set(known))
@@ -214,9 +214,14 @@ def choose_forms(
 def decompose(
     program: torch.export.ExportedProgram, forms: Mapping[Op, Form], when: str
 ) -> torch.export.ExportedProgram:
-    """Replace the nodes of ops whose forms say ``when``, by the operators of the forms.
+    """Replace the nodes of ops by the operators of their forms.
 
     Operators whose inputs are all constants are computed here, once.
+
+    Args:
+        program: exported program with our ops as single nodes.
+        forms: the form of each op that the program calls.
+        when: ``before_quantize`` or ``after_quantize``; forms with another ``decompose`` keep their nodes.
     """
     table = {op.overload: form.fn for op, form in forms.items() if form.decompose == when and form.fn}
     return fold_constants(program.run_decompositions(table)) if table else program

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-RUN_ELEMENTS = 2**20  # of a feature map of a run: 4 MB, of which a handful stay in a last-level cache
+RUN_ELEMENTS = 2**20  # per feature map of a run: 4 MB; a last-level cache holds a handful of such maps
 MOST_RUNS = 8  # each repeats the graph of the op: some 40 nodes at R = 3, and lowering takes 30 ms per node
 
 
@@ -78,5 +78,5 @@ def cut(channels: int, elements: int, within: int | None = None) -> list[range]:
 
 
 def take(x: Tensor, axis: int, first: int, size: int) -> Tensor:
-    """Return a range of an axis, or x itself for the whole axis: such a slice would be an alias."""
+    """Return a range of an axis, or x itself for the whole axis, whose slice would be an alias."""
     return x if x.shape[axis] == size else x.narrow(axis, first, size)

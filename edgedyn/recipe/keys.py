@@ -28,7 +28,7 @@ class ModelSection(Section):
         "the network is initialized from `model.seed`, and its accuracy is reported without a limit.",
     )
     sha256: str | None = Field(default=None, description="SHA-256 that the weights file must have.")
-    seed: int = Field(default=0, description="Random seed of the initial values, without weights.")
+    seed: int = Field(default=0, description="Random seed of the initial values, where there are no weights.")
 
 
 class InputSection(Section):
@@ -97,8 +97,8 @@ class CoverageSection(Section):
     bands: list[float] = Field(
         default=[0.0, 1.0],
         min_length=2,
-        description="Edges of the mask density bands: a sample is in a band if low < active share of its "
-        "mask positions <= high.",
+        description="Edges of the mask density bands: a sample is in the band (low, high] if low < active "
+        "fraction of its mask <= high.",
     )
     unused: list[str] = Field(
         default=[],
@@ -176,8 +176,8 @@ class QuantizeSection(Section):
     dynamic: list[str] = Field(
         default=[],
         description="Layers whose input range is computed from each image and whose output is float: dotted "
-        "paths, `*` matches any part. Targets: dense convolutions and linear layers on executorch; others "
-        "ignore it.",
+        "paths, `*` matches any part. Only executorch has this, for dense convolutions and linear layers; "
+        "other targets ignore the key.",
     )
     shift: bool = Field(
         default=False,
@@ -223,8 +223,8 @@ class TileSection(Section):
     overlap: int = Field(
         default=32,
         ge=0,
-        description="Overlap of neighbouring tiles in pixels, across which they are blended; with too little "
-        "seams show. 0 for networks that take whole images.",
+        description="Overlap of neighbouring tiles in pixels, across which they are blended; with too "
+        "little, seams show. 0 for networks that take whole images.",
     )
 
 
@@ -267,8 +267,12 @@ class LimitSection(Section):
     predictions: float = Field(
         default=0.9, description="Least share of predictions (classes, keypoints) that deployment keeps."
     )
-    gate: float = Field(default=0.995, description="Least share of images that keep their variant.")
-    mask_flips: float = Field(default=0.005, description="Largest share of mask positions that flip.")
+    gate: float = Field(
+        default=0.995, description="Least share of images whose variant stays the same after deployment."
+    )
+    mask_flips: float = Field(
+        default=0.005, description="Largest share of mask positions that deployment flips."
+    )
     flipped_margin: float = Field(
         default=0.25,
         description="Largest margin of a flipped decision: distance of its float logit to the threshold, in "

@@ -62,8 +62,8 @@ class Recipe(Section):
     )
     forms: dict[str, str] = Field(
         default={},
-        description="Form (one way to compute an op) per op, where it is not to be the target's first: "
-        "`edgedyn list ops`.",
+        description="Forms by op, each in place of the first form that the target can run. A form is one way "
+        "to compute an op; `edgedyn list ops` names both.",
     )
     route: RouteSection = RouteSection()
     quantize: QuantizeSection = QuantizeSection()
@@ -135,7 +135,7 @@ class Recipe(Section):
 
     @property
     def is_trained(self) -> bool:
-        """Whether the network has weights of its own."""
+        """Whether the recipe names trained weights."""
         return self.model.weights is not None
 
     def input_specs(self) -> tuple[TensorSpec, ...]:
@@ -156,6 +156,7 @@ class Recipe(Section):
 
         Raises:
             RecipeError: when the network is unknown or does not take its arguments.
+            ModelError: when the network refuses the value of an argument.
             WeightsError: when the weights are missing, unsafe, altered, not finite, or do not fit.
         """
         from edgedyn.checkpoints.weights import load_weights
@@ -179,7 +180,14 @@ class Recipe(Section):
 
 
 def find_network(name: str) -> Any:
-    """Return the function that makes a network of edgedyn/models/, or ``package.module:function``."""
+    """Return the function that makes a network.
+
+    Args:
+        name: of a network of edgedyn/models/, or ``package.module:function``.
+
+    Raises:
+        RecipeError: when there is no such network, or its module cannot be imported.
+    """
     module_name, _, function = name.partition(":")
     try:
         if function:

@@ -197,9 +197,9 @@ def test_table_marks_the_slower_layers_and_says_what_to_write(compared, capsys):
         "head 8x64x64 0.88 1.000 1.500 1.50 slower",
         "body 8x64x64 2.36 2.000 0.500 0.25",
         "together 3.00 ms in float32, 2.00 ms in INT8, 0.50 ms of it conversions",
-        "forward: 4.00 ms in float32, 3.00 ms in INT8, in turns, median of 7",
+        "forward: 4.00 ms in float32, 3.00 ms in INT8, medians of 7 runs each, alternating",
         "1 of 2 layers are slower in INT8 than in float32",
-        "quantize.keep_float, to add: [head]",
+        "add to quantize.keep_float: [head]",
     ]
 
 

@@ -92,8 +92,8 @@ def _build_norm(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) 
 def _build_up_pack(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> DDFUpPack:
     """Choose the version by the state_dict's keys.
 
-    With a guide the first version has no depthwise convolution and ignores joint_channels, its guide has
-    in_channels channels: this equals the repaired version without joint_channels, called with joint_x.
+    With a guide, the first version has no depthwise convolution and ignores joint_channels: its guide has
+    in_channels channels. It equals the repaired version without joint_channels, called with joint_x.
     """
     known, joint = dict(arguments), arguments.get("joint_channels", -1)
     if _is_first_version(state_dict):

@@ -268,8 +268,8 @@ class DDFUpPack(nn.Module):
         se_ratio: hidden channels of a channel branch as a share of C.
         nonlinearity: activation behind the layer, for FilterNorm's gain.
         gen_kernel_size: odd side of a depthwise convolution in front of each spatial branch; 1 for none.
-        joint_channels: channels of a guide that the spatial branches read instead of x, with a
-            gen_kernel_size of at least 3; below 1 for none.
+        joint_channels: channels of a guide that the spatial branches read instead of x; gen_kernel_size is
+            then raised to at least 3. Below 1 for no guide.
         kernel_combine: ``mul`` or ``add``.
         dw_kernel_size: side of the depthwise convolution of the first published version, which must be
             kernel_size; 0 for the repaired version, which has gen_kernel_size in its place.

@@ -7,7 +7,7 @@
 x: (B, i, H, W)   y: (B, o, H', W')
 
 In a gated block the attention also decides. The gate precedes ``|``: the opening has the width of the block's
-input, the closing already has the chosen one. State_dict keys are the authors'.
+input, the closing already has the chosen one. State_dict keys are the authors'; "theirs" names their class.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class BlockOptions:
     """Options of the authors' blocks; names and defaults are theirs.
 
     ``stride`` and ``dilation`` are of the depthwise convolution, ``exp_ratio`` is the inner width of an
-    inverted residual over its input, ``se_ratio`` the reduced width of the attention over the widest one, and
-    ``gate_outputs`` the logits of the gate, 0 for a block without one.
+    inverted residual divided by its input's, ``se_ratio`` the reduced width of the attention divided by its
+    widest input's, and ``gate_outputs`` the number of logits of the gate, 0 for a block without a gate.
     """
 
     kernel_size: int = 3
@@ -57,10 +57,11 @@ class SlimmableBlock(nn.Module):
     Args:
         in_channels_list: widths of the input.
         out_channels_list: widths of the output.
-        options: the rest.
+        options: the other options.
 
     Raises:
-        ModelError: for width lists that are not increasing.
+        ModelError: for width lists that are not increasing; when called, for a shortcut of another shape than
+            the branch.
     """
 
     gate: SlimmableGate
@@ -82,7 +83,7 @@ class SlimmableBlock(nn.Module):
         self.downsample = nn.Sequential(*layers) if layers else None
 
     def forward(self, x: Tensor, out_channels: int) -> Tensor:
-        """Map (B, i, H, W) to (B, out_channels, H', W'); a gate has no effect."""
+        """Map (B, i, H, W) to (B, out_channels, H', W'); the gate's logits are not computed."""
         y: Tensor = self.gate(self._opening(x))
         for layer in self._closing():
             y = layer(y, out_channels) if isinstance(layer, SlimmableConv2d) else layer(y)
@@ -141,7 +142,7 @@ class SlimmableBlock(nn.Module):
 
 
 class DepthwiseSeparable(SlimmableBlock):
-    """Depthwise, norm, act, attention; pointwise, norm, act; DSDepthwiseSeparable."""
+    """Depthwise, norm, act, attention; pointwise, norm, act. Theirs: DSDepthwiseSeparable."""
 
     def __init__(
         self, in_channels_list: Sequence[int], out_channels_list: Sequence[int], options: BlockOptions
@@ -174,7 +175,7 @@ class DepthwiseSeparable(SlimmableBlock):
 
 
 class InvertedResidual(SlimmableBlock):
-    """Pointwise, norm, act, depthwise, norm, act, attention; pointwise, norm; DSInvertedResidual.
+    """Pointwise, norm, act, depthwise, norm, act, attention; pointwise, norm. Theirs: DSInvertedResidual.
 
     The inner widths are those of the input times ``exp_ratio``, rounded to multiples of 8. Two widths that
     rounding makes equal share the statistics of the first, as in the authors' code.
@@ -268,14 +269,14 @@ BLOCKS: dict[str, type[SlimmableBlock]] = {"ds": DepthwiseSeparable, "ir": Inver
 
 
 class Stage(nn.Module):
-    """Blocks of one type; the first changes width and size, and only it may be gated; DSStage.
+    """Blocks of one type; the first changes width and size, and only it may be gated. Theirs: DSStage.
 
     Args:
         stage_type: ``ds`` or ``ir``.
         in_channels_list: widths of the input.
         out_channels_list: widths of the output.
         layer_num: number of blocks.
-        options: of the first block.
+        options: of the first block; the others have stride 1 and no gate.
 
     Raises:
         ModelError: for an unknown type or no blocks.

@@ -67,13 +67,13 @@ class DSNet(nn.Module):
     """The classifier.
 
     Args:
-        num_classes: scores.
+        num_classes: number of scores.
         in_chans: image channels.
-        choices_cfg: the authors' list: [widths, 1, kernel, stride] of the stem; [widths, blocks, kernel,
-            stride, ``ds`` or ``ir``, gated] a stage; [] or [[channels]] of the head.
-        act_layer: activation, a name.
-        noskip: without shortcuts in the blocks.
-        se_ratio: reduced width of the attention over the widest one.
+        choices_cfg: the authors' list: [widths, 1, kernel, stride] for the stem; [widths, blocks, kernel,
+            stride, ``ds`` or ``ir``, gated] for each stage; [] or [[channels]] for the head.
+        act_layer: name of the activation.
+        noskip: leave out the shortcuts of the blocks.
+        se_ratio: reduced width of an attention, as a share of its widest input.
         norm_kwargs: eps, momentum, affine of the norms.
         bias: whether convolutions have an offset.
         has_head: False leaves the head out.
@@ -301,7 +301,7 @@ def recognise_dsnet(module: nn.Module) -> DSNet | None:
 
 
 def _read_arguments(module: Any) -> dict[str, Any]:
-    """Read the constructor arguments off an instance; blocks that differ in one are no DSNet's."""
+    """Read the constructor arguments off an instance; raise ModelError where its blocks differ in one."""
     stages = list(module.blocks)
     firsts = [stage.first_block for stage in stages]
     blocks = [block for stage in stages for block in (stage.first_block, *stage.residual_blocks)]

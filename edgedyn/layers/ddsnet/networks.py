@@ -6,8 +6,8 @@ x, y: (B, C, H, W), or y (B, classes)   logits: (B, K)
 
 A configuration is a vector of channel numbers, one per slimmable layer: not one ratio for all. Each contains
 the one before it, so that every weight is a prefix. Deployed, a configuration is an ordinary network with the
-weights of its own width, the gate stays in float32, and the host picks by argmax: without noise, and without
-masks at full width as in the authors' evaluation.
+weights of its own width, the gate stays in float32, and the host picks by argmax. No noise is added to the
+logits, and no channels are computed at full width and masked, as the authors' evaluation does.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Configurations = tuple[tuple[int, ...], ...]
 
 
 class SlimmableNetwork(Protocol):
-    """A network of K configurations, from cheap to dear, of which a gate picks one.
+    """A network of K configurations, from cheap to expensive, of which a gate picks one.
 
     ``configurations`` holds the vector of channel numbers of each, ``forward(*features, choice)`` runs number
     ``choice`` on the features that the gate returns (by default the image), and ``static(choice)`` is the
@@ -46,7 +46,7 @@ class SlimmableNetwork(Protocol):
 def check_configurations(
     configurations: Sequence[Sequence[int]], layers: Sequence[str], owner: str
 ) -> Configurations:
-    """Check the K configurations of a network, from cheap to dear, and return them as tuples.
+    """Check the K configurations of a network, from cheap to expensive, and return them as tuples.
 
     Args:
         configurations: K vectors of channel numbers, one number per slimmable layer; the last is the full
@@ -61,8 +61,8 @@ def check_configurations(
     found = tuple(tuple(vector) for vector in configurations)
     if len(found) < 2:
         raise ModelError(
-            f"{owner} got {len(found)} configurations; expected at least 2, from cheap to dear. Add one, or "
-            "deploy an ordinary network."
+            f"{owner} got {len(found)} configurations; expected at least 2, from cheap to expensive. Add "
+            "one, or deploy an ordinary network."
         )
     for k, vector in enumerate(found):
         if len(vector) != len(layers) or any(type(width) is not int or width < 1 for width in vector):
@@ -76,7 +76,7 @@ def check_configurations(
             raise ModelError(
                 f"{owner} got configurations {k} and {k + 1}, {list(narrow)} and {list(wide)}, which are not "
                 f"increasing ({f'{lost[0]} gets narrower' if lost else 'they are equal'}); expected each to "
-                "hold the one before it and more. Sort them from cheap to dear."
+                "hold the one before it and more. Sort them from cheap to expensive."
             )
     return found
 

@@ -7,8 +7,8 @@
 x: (B, i, H, W), or (B, i) for linear   y: (B, o, H', W')
 
 No layer has a mode: its width follows from its input and an argument, and not from earlier calls. ``static``
-returns the ordinary layer of one width, with copies of the weights. State_dict keys
-are those of the authors' DSConv2d, DSBatchNorm2d and DSLinear.
+returns the ordinary layer of one width, with copies of the weights. A call with a width that is not in the
+layer's lists raises ModelError. State_dict keys are those of the authors' DSConv2d, DSBatchNorm2d, DSLinear.
 """
 
 from __future__ import annotations

@@ -6,11 +6,13 @@
 
 x: (B, C, H, W)   mask: (B, 1, h, w), one decision per position of the block's output
 
-F reads neighbours, so its inner convolutions are needed where the mask, dilated by 3 x 3 (at stride s with
-s - 1 zeros between positions first), is set; elsewhere they change nothing. The reference modules follow the
-published code, with its state_dict keys, and compute F everywhere. The canonical modules fold BatchNorm into
-F's convolutions and call ``edgedyn::masked_conv2d`` for each of them: the last ones on the mask, the inner
-ones on the dilated mask.
+F's 3x3 convolution reads neighbours, so the convolution in front of it is needed where the dilated mask is
+set: as far from a position of the mask as the 3x3 convolution reaches (at stride s, after s - 1 zeros are
+inserted between positions). Elsewhere it changes nothing.
+
+The reference modules follow the published code, with its state_dict keys, and compute F everywhere. The
+canonical modules fold BatchNorm into F's convolutions and call ``edgedyn::masked_conv2d`` for each of them:
+the first on the dilated mask, the others on the mask.
 """
 
 from __future__ import annotations
@@ -77,7 +79,11 @@ class SparseBottleneck(Bottleneck):
 
 
 class SparseInvertedResidual(InvertedResidual):
-    """DynConv's InvertedResidual, of stride 1 and as many channels out as in."""
+    """DynConv's InvertedResidual, of stride 1 and as many channels out as in.
+
+    Raises:
+        ModelError: for another stride or number of channels, or an expand_ratio of 1.
+    """
 
     def __init__(self, inp: int, oup: int, stride: int = 1, *, expand_ratio: float = 6) -> None:
         if stride != 1 or inp != oup or expand_ratio == 1:
@@ -180,7 +186,7 @@ def _is_sparse(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -
 
 
 def _block_options(arguments: Mapping[str, Any], refused: Mapping[str, tuple[Any, str]]) -> dict[str, Any]:
-    """Return a block's arguments under our names; ``refused`` holds the only value of an argument and why."""
+    """Return a block's arguments under our names; ``refused``: name -> (the only accepted value, reason)."""
     for name, (expected, reason) in refused.items():
         if arguments.get(name, expected) != expected:
             raise ModelError(

@@ -1,10 +1,10 @@
 """Static capacity: gated blocks that compute at most k positions, and count those that do not fit.
 
     rows       = the first k active positions, row by row                       (k,)
-    y          = identity + scatter(F(gather(x, rows)))
-    overflow   = sum over masks of max(active - k, 0)                           (B,), exact while it is 0
+    y          = identity + scatter(F(gather(x, rows)))                         (1, C, h, w)
+    overflow   = sum over masks of max(active - k, 0)                           (1,); y is exact while it is 0
 
-Shapes are fixed, so that a runtime without a sparse kernel can run it: it counts the active positions and
+Batch 1. All shapes are fixed, so a runtime needs no sparse kernel: the block counts the active positions,
 scatters them into a list of k, gathers patches, multiplies one matrix per convolution, and scatters the rows.
 The inner convolutions of F have a capacity of their own, for the dilated mask. The host runs the dense
 network where overflow is above 0: a routed program of rule ``fallback``.

@@ -183,8 +183,8 @@ class Selection(nn.Module):
         k = min(self.capacity, count)
         place = flat * flat.cumsum(0) + (1 - flat) * (k + 1.0) - 1.0
         slots = place.clamp(max=k).long()
-        # not topk: TensorRT takes 3840 at most, and scatters into nothing shorter than the index; positions
-        # that share slot k are cut off
+        # Not topk: TensorRT takes at most 3840. Nor can it scatter into a tensor shorter than the index:
+        # scatter into all slots, then cut off slot k, which inactive positions share.
         every = torch.arange(count, dtype=flat.dtype, device=flat.device)
         positions = flat.new_zeros(count + 1).scatter(0, slots, every)[:k].long()
         return positions, slots.view(mask.shape), (flat.sum() - float(k)).clamp(min=0)

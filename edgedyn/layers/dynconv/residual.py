@@ -1,4 +1,4 @@
-"""Static residual blocks of ResNet and MobileNetV2: a gated block whose every position is active.
+"""Static residual blocks of ResNet and MobileNetV2; a gated block with all positions active equals them.
 
     y = ReLU(identity + F(x))      BasicBlock, Bottleneck (arXiv 1512.03385)
     y = x + F(x), or F(x)          InvertedResidual (arXiv 1801.04381)
@@ -37,6 +37,9 @@ class BasicBlock(nn.Module):
         planes: channels of y.
         stride: of the first convolution and of the shortcut.
         downsample: whether the shortcut is a 1x1 convolution and BatchNorm.
+
+    Raises:
+        ModelError: without downsample, where a stride or channel numbers keep x from having the shape of y.
     """
 
     expansion = 1
@@ -72,6 +75,9 @@ class Bottleneck(nn.Module):
         groups: of the 3x3 convolution.
         base_width: its width is planes * base_width / 64 * groups.
         dilation: of the 3x3 convolution.
+
+    Raises:
+        ModelError: without downsample, where a stride or channel numbers keep x from having the shape of y.
     """
 
     expansion = 4
@@ -121,6 +127,9 @@ class InvertedResidual(nn.Module):
         oup: channels of y.
         stride: of the depthwise convolution, 1 or 2.
         expand_ratio: hidden channels per channel of x; 1 leaves out the first convolution.
+
+    Raises:
+        ModelError: for another stride.
     """
 
     def __init__(self, inp: int, oup: int, stride: int = 1, *, expand_ratio: float = 6) -> None:

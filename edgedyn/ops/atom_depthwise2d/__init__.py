@@ -92,7 +92,7 @@ def atom_depthwise2d(x: Tensor, alpha: Tensor, bases: Tensor, kernel_size: int, 
         (B, M * C, h, w), index ``m * C + c``, the dtype of x.
 
     Raises:
-        ModelError: for shapes that do not fit together.
+        ModelError: for numbers out of range, or shapes that do not fit together.
     """
     return torch.ops.edgedyn.atom_depthwise2d(x, alpha, bases, kernel_size, stride)  # type: ignore[no-any-return]
 

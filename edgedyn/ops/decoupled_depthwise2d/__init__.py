@@ -144,7 +144,7 @@ def decoupled_depthwise2d(
         (B, C, H // stride, W // stride), the dtype of x.
 
     Raises:
-        ModelError: for shapes that do not fit together.
+        ModelError: for options out of range, or shapes that do not fit together.
     """
     return torch.ops.edgedyn.decoupled_depthwise2d(  # type: ignore[no-any-return]
         x, channel_filter, spatial_filter, kernel_size, stride, dilation, heads, combine

@@ -161,8 +161,8 @@ def masked_conv2d(
         (B, O, h, w), the dtype of x; 0 where the mask is 0.
 
     Raises:
-        ModelError: for shapes or types that do not fit together, and, when computed, for a mask with other
-            values.
+        ModelError: for options out of range, or shapes or types that do not fit together; where the op
+            computes (not in a trace), also for a mask with other values than 0 and 1.
     """
     return torch.ops.edgedyn.masked_conv2d(  # type: ignore[no-any-return]
         x, weight, bias, mask, stride, padding, dilation, groups, activation

@@ -134,7 +134,7 @@ def sliced_depthwise2d(
         (B, C, H, W), the dtype of x.
 
     Raises:
-        ModelError: for shapes that do not fit together.
+        ModelError: for numbers out of range, or shapes that do not fit together.
     """
     return torch.ops.edgedyn.sliced_depthwise2d(x, grid, offset, kernel_size, dilation, align_corners)  # type: ignore[no-any-return]
 

@@ -2,8 +2,9 @@
 
     kernel[t] = rows . grid[t] . columns'        rows, columns: static, (pixels, cells), hats around the cells
 
-Interpolation is linear in the grid, so it is a product with a static matrix from either side. A band of rows
-lies between 2 or 3 rows of the grid and is multiplied with these alone.
+Interpolation is linear in the grid, so it is a product with a static matrix from either side. A band of pixel
+rows reads a few rows of the grid, 3 where a cell is at least as high as the band, and is computed from these
+alone.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ def banded_shift_mac(
 ) -> Tensor:
     """Interpolate by small static matrix products and add taps row by row, one run of channels at a time.
 
-    Exact: only the order of sums differs from the definition. Nothing changes the layout of a feature map, as
-    XNNPACK does for a resize.
+    Exact: only the order of sums differs from the definition. No operator changes the memory layout of a
+    feature map; a resize would, in XNNPACK.
     """
     channels, rows = x.shape[1], grid.shape[1] // kernel_size
     share = channels * kernel_size // rows
@@ -47,7 +48,7 @@ def banded_shift_mac(
 
 
 class _Bands:
-    """The rows of x, zero-padded by ``reach`` and below to whole bands."""
+    """The rows of x, zero-padded by ``reach`` above and below, then below to whole bands."""
 
     def __init__(self, x: Tensor, grid: Tensor, reach: int, align_corners: bool) -> None:
         self.reach, self.align_corners = reach, align_corners
@@ -93,7 +94,7 @@ class _Bands:
 
 
 def _multiply(x: Tensor, matrix: Tensor) -> Tensor:
-    """Multiply the last axis of (B, C, h, n) by (n, w); quantizers would take a linear layer."""
+    """Multiply the last axis of (B, C, h, n) by (n, w), by ``mm``: a linear layer would be quantized."""
     return torch.mm(x.reshape(-1, x.shape[3]), matrix).reshape(*x.shape[:3], matrix.shape[1])
 
 
