@@ -28,8 +28,11 @@ from edgedyn.recipe.recipe import load_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 SMALL = ["input.shape=[1, 3, 64, 64]", "tile.overlap=32"]
-# INT8's error is as large in every picture: a small smooth crop loses more dB than a whole tile does
-DROP_OF_SMALL = {"int8": ["limits.drop_db=0.05"]}
+# On three small crops the drop depends on the order in which the processor sums, since rounding decisions
+# change with it. Five orders (AVX2; MKL_CBWR=COMPATIBLE; ONEDNN_MAX_CPU_ISA=SSE41;
+# ATEN_CPU_CAPABILITY=default; all three together) gave 0.027 to 0.051 dB at sigma 25: mean 0.036, standard
+# deviation 0.010. The limit is 5 standard deviations above the mean; keep_float: [] costs 0.21 dB.
+DROP_OF_SMALL = {"int8": ["limits.drop_db=0.09"]}
 JETSON = [pytest.param(name, marks=NEEDS_RTX) for name in ("jetson.fp16", "jetson.int8")]
 
 
