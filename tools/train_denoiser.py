@@ -21,10 +21,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgedyn.checkpoints.weights import load_weights
-from edgedyn.images import metrics
 from edgedyn.recipe.recipe import find_network
 from edgedyn.training.denoise import TrainingPlan, load_images, plan_card, train
 from edgedyn.training.masks import MaskBudget
+from edgedyn.training.run import psnr
 
 SIGMAS = (15, 25, 50)
 
@@ -105,13 +105,7 @@ def main(
 
 def measure(model: nn.Module, images: list[Tensor], sigma: float) -> float:
     """Return the mean PSNR over whole images with seeded unclipped noise; in float32."""
-    values = []
-    for index, image in enumerate(images):
-        truth = image[None].float() / 255
-        generator = torch.Generator().manual_seed(index)
-        noisy = truth + sigma / 255 * torch.randn(truth.shape, generator=generator)
-        with torch.no_grad():
-            values.append(metrics.psnr_db(model(noisy).numpy(), truth.numpy()))
+    values = [psnr(model, image[None].float() / 255, sigma, seed) for seed, image in enumerate(images)]
     return round(sum(values) / len(values), 3)
 
 

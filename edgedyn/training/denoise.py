@@ -1,9 +1,10 @@
-"""Train a blind Gaussian denoiser: patches, noise, loss and the loop, resumable at any step.
+"""Train a Gaussian denoiser: patches, noise, loss and the loop, resumable at any step.
 
     loss = mean sqrt((net(x + sigma n) - x)^2 + eps^2)        x in [0, 1], sigma ~ U(low, high) / 255
 
 The noise n ~ N(0, 1) is not clipped. Every random choice of step k comes from a generator seeded with
-(seed, k), so a resumed run gets the same patches and noise as an uninterrupted one.
+(seed, k), so a resumed run gets the same patches and noise as an uninterrupted one. A network with a method
+``at_levels(x, sigma)``, such as FFDNet, gets the noise level of each sample; others are blind.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -24,6 +25,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from edgedyn.errors import TrainingError
 from edgedyn.images.photo import IMAGE_SUFFIXES
+from edgedyn.training.augment import halve, recolor
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,9 @@ class TrainingPlan:
     ``warmup`` steps, ``ema`` the decay of the averaged weights that are kept. From step ``freeze_norms`` on
     BatchNorm uses fixed statistics, as a deployed network does: with 8 patches of 64 px the kernel grids are
     2 x 2, their batch statistics rest on 32 values, and a network trained on those alone fails on unusual
-    images.
+    images. ``halve`` is the share of samples from images at half their size, ``recolor`` the probability of
+    each change of colour. Parameters whose names start with a prefix in ``fresh``, those that start without
+    trained values, learn at ``fresh_rate`` times the learning rate.
     """
 
     steps: int = 14000
@@ -48,6 +52,24 @@ class TrainingPlan:
     seed: int = 0
     bfloat16: bool = False
     compile: bool = False
+    halve: float = 0.0
+    recolor: float = 0.0
+    fresh: tuple[str, ...] = ()
+    fresh_rate: float = 1.0
+
+
+class Batch(NamedTuple):
+    """The samples of a step.
+
+    Attributes:
+        noisy: (B, C, H, W), not clipped.
+        clean: (B, C, H, W) in [0, 1].
+        sigma: noise levels, (B,), on the 0..255 scale.
+    """
+
+    noisy: Tensor
+    clean: Tensor
+    sigma: Tensor
 
 
 class Penalty(Protocol):
@@ -82,25 +104,40 @@ def load_images(folder: Path, *, gray: bool = False) -> list[Tensor]:
     return images
 
 
-def patches(images: list[Tensor], plan: TrainingPlan, step: int) -> tuple[Tensor, Tensor]:
-    """Draw the (noisy, clean) batch of a step: image, crop, one of 8 orientations, noise level per sample."""
+def patches(images: list[Tensor], plan: TrainingPlan, step: int) -> Batch:
+    """Draw the batch of a step: image, crop, one of 8 orientations, colours, noise level per sample."""
     rng = np.random.default_rng([plan.seed, step])
     crops = []
     for index in rng.integers(len(images), size=plan.batch):
         image = images[index]
-        top = rng.integers(image.shape[1] - plan.patch + 1)
-        left = rng.integers(image.shape[2] - plan.patch + 1)
-        crop = image[:, top : top + plan.patch, left : left + plan.patch].rot90(int(rng.integers(4)), (1, 2))
-        crops.append(crop.flip(2) if rng.integers(2) else crop)
-    clean = torch.stack(crops).float() / 255
-    sigma = torch.from_numpy(rng.uniform(*plan.sigma, size=plan.batch)).float().view(-1, 1, 1, 1) / 255
+        halved = plan.halve > 0 and min(image.shape[1:]) >= 2 * plan.patch and rng.random() < plan.halve
+        side = 2 * plan.patch if halved else plan.patch
+        top = rng.integers(image.shape[1] - side + 1)
+        left = rng.integers(image.shape[2] - side + 1)
+        crop = image[:, top : top + side, left : left + side].rot90(int(rng.integers(4)), (1, 2))
+        crop = (crop.flip(2) if rng.integers(2) else crop).float() / 255
+        crop = halve(crop) if halved else crop
+        crops.append(recolor(crop, rng, plan.recolor) if plan.recolor else crop)
+    clean = torch.stack(crops)
+    sigma = torch.from_numpy(rng.uniform(*plan.sigma, size=plan.batch)).float()
     noise = torch.from_numpy(rng.standard_normal(tuple(clean.shape), dtype=np.float32))
-    return clean + sigma * noise, clean
+    return Batch(clean + sigma.view(-1, 1, 1, 1) / 255 * noise, clean, sigma)
 
 
 def charbonnier(y: Tensor, target: Tensor, eps: float = 1e-3) -> Tensor:
     """Return the Charbonnier loss, a smooth L1."""
     return ((y - target) ** 2 + eps**2).sqrt().mean()
+
+
+def clean_loss(y: Tensor, batch: Batch) -> Tensor:
+    """Return the Charbonnier loss against the clean images."""
+    return charbonnier(y, batch.clean)
+
+
+def denoise(model: nn.Module, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """Run a denoiser on (B, C, H, W), at levels (B,) on the 0..255 scale if it is conditioned on them."""
+    y: Tensor = model.at_levels(noisy, sigma) if hasattr(model, "at_levels") else model(noisy)  # type: ignore[operator]
+    return y
 
 
 def learning_rate(plan: TrainingPlan, step: int) -> float:
@@ -115,6 +152,7 @@ def train(
     plan: TrainingPlan,
     checkpoint: Path,
     *,
+    criterion: Callable[[Tensor, Batch], Tensor] = clean_loss,
     penalty: Penalty | None = None,
     report: Callable[[int, float, nn.Module], None] = lambda step, loss, averaged: None,
     save_every: int = 250,
@@ -126,6 +164,7 @@ def train(
         images: uint8 (C, H, W), each at least ``plan.patch`` high and wide.
         plan: the settings; a checkpoint may be continued with another number of steps.
         checkpoint: file written every ``save_every`` steps, atomically, and read at the start.
+        criterion: the loss of an output (B, C, H, W) in float32 and its batch, a scalar.
         penalty: a further term of the loss.
         report: called after every step with (step, loss, averaged model).
         save_every: steps between checkpoints.
@@ -135,7 +174,7 @@ def train(
 
     Raises:
         TrainingError: when an image is smaller than a patch, the checkpoint is of another plan, or the loss
-            is not finite.
+            or its gradient is not finite; the checkpoint is then the last good one.
     """
     small = [tuple(i.shape) for i in images if min(i.shape[1:]) < plan.patch]
     if small:
@@ -146,9 +185,9 @@ def train(
     model.to(memory_format=torch.channels_last).train()  # type: ignore[call-overload]
     average = get_ema_multi_avg_fn(plan.ema)  # type: ignore[no-untyped-call]
     averaged = AveragedModel(model, multi_avg_fn=average)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=plan.learning_rate, weight_decay=1e-4, fused=True)
+    optimizer = _optimizer(model, plan)
     start, seconds = _resume(checkpoint, plan, model, averaged, optimizer)
-    forward = torch.compile(model) if plan.compile else model
+    forward = torch.compile(denoise) if plan.compile else denoise
     begin = time.monotonic() - seconds
     for step in range(start, plan.steps):
         if step == max(start, plan.freeze_norms):
@@ -156,30 +195,49 @@ def train(
             _freeze_norms(model, images, plan, measure=switches)
             if switches:
                 averaged.n_averaged.zero_()  # the average starts again from the weights as they are now
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(plan, step)
-        noisy, clean = patches(images, plan, step)
+        batch = patches(images, plan, step)
         torch.manual_seed(int(np.random.default_rng([plan.seed, step, 1]).integers(2**63)))  # Gumbel masks
         if penalty:
             penalty.begin(step / plan.steps)
-        optimizer.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=plan.bfloat16):
-            y = forward(noisy.contiguous(memory_format=torch.channels_last))
-        loss = charbonnier(y.float(), clean)
-        if penalty:
-            loss = loss + penalty.loss()
-        loss.backward()  # type: ignore[no-untyped-call]
-        if not math.isfinite(loss.item()):
-            raise TrainingError(
-                f"the loss is {loss.item()} at step {step}. Lower the learning rate; resume is safe."
-            )
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+            y = forward(model, batch.noisy.contiguous(memory_format=torch.channels_last), batch.sigma)
+            loss = criterion(y.float(), batch)
+        _descend(loss + penalty.loss() if penalty else loss, model, optimizer, plan, step)
         averaged.update_parameters(model)
         report(step, loss.item(), averaged)
         if (step + 1) % save_every == 0 or step + 1 == plan.steps:
             _save(checkpoint, plan, step + 1, time.monotonic() - begin, model, averaged, optimizer)
     return averaged.module.eval(), time.monotonic() - begin
+
+
+def _optimizer(model: nn.Module, plan: TrainingPlan) -> torch.optim.Optimizer:
+    """Return AdamW with a group of trained and one of fresh parameters."""
+    groups: list[list[nn.Parameter]] = [[], []]
+    for name, parameter in model.named_parameters():
+        groups[bool(plan.fresh) and name.startswith(plan.fresh)].append(parameter)
+    factors = [
+        {"params": group, "factor": f} for group, f in zip(groups, (1.0, plan.fresh_rate), strict=True)
+    ]
+    return torch.optim.AdamW(
+        [group for group in factors if group["params"]], lr=plan.learning_rate, weight_decay=1e-4, fused=True
+    )
+
+
+def _descend(
+    loss: Tensor, model: nn.Module, optimizer: torch.optim.Optimizer, plan: TrainingPlan, step: int
+) -> None:
+    """Change the weights by one step; refuse a loss or a gradient that is not finite before that."""
+    for group in optimizer.param_groups:
+        group["lr"] = group["factor"] * learning_rate(plan, step)
+    optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    norm = nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+    for name, value in (("loss", loss.item()), ("gradient's norm", norm.item())):
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the {name} is {value} at step {step}. Lower the learning rate; resume is safe."
+            )
+    optimizer.step()
 
 
 def _freeze_norms(
@@ -189,7 +247,7 @@ def _freeze_norms(
 
     def stream() -> Iterator[Tensor]:
         for k in range(batches):
-            yield patches(images, plan, plan.steps + k)[0].contiguous(memory_format=torch.channels_last)
+            yield patches(images, plan, plan.steps + k).noisy.contiguous(memory_format=torch.channels_last)
 
     if measure:
         update_bn(stream(), model)

@@ -89,7 +89,7 @@ def test_network_learns(tmp_path):
     first, last = sum(losses[:5]) / 5, sum(losses[-5:]) / 5
     assert last < 0.75 * first, (first, last)
     assert not averaged.training
-    noisy, clean = patches(make_images(), PLAN, 99999)
+    noisy, clean, _ = patches(make_images(), PLAN, 99999)
     with torch.no_grad():
         assert charbonnier(averaged(noisy), clean) < 0.75 * charbonnier(noisy, clean)
 
@@ -168,12 +168,13 @@ def test_patches_depend_on_seed_and_step_alone():
 
 
 def test_patches_have_noise_of_the_stated_range_around_clean_crops():
-    noisy, clean = patches(make_images(), replace(PLAN, batch=16), 0)
+    noisy, clean, sigma = patches(make_images(), replace(PLAN, batch=16), 0)
     assert noisy.shape == clean.shape == (16, 3, 16, 16)
     assert clean.min() >= 0
     assert clean.max() <= 1
     assert noisy.min() < 0 or noisy.max() > 1, "the noise is not clipped"
     levels = (noisy - clean).flatten(1).std(1) * 255
+    torch.testing.assert_close(levels, sigma, rtol=0.15, atol=0)
     spread = 5 / math.sqrt(2 * 768)  # five standard errors of a standard deviation from 768 values, relative
     assert (levels > 40 * (1 - spread)).all()
     assert (levels < 50 * (1 + spread)).all()
@@ -181,7 +182,7 @@ def test_patches_have_noise_of_the_stated_range_around_clean_crops():
 
 def test_patch_may_be_the_whole_image():
     images = [torch.arange(3 * 16 * 16).remainder(251).to(torch.uint8).view(3, 16, 16)]
-    _, clean = patches(images, PLAN, 0)
+    _, clean, _ = patches(images, PLAN, 0)
     assert {round(v) for v in (clean[0] * 255).flatten().tolist()} == set(range(251))
 
 
