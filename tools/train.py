@@ -3,7 +3,7 @@
 python tools/train.py recipes/train/malle-ffdnet.yaml --data DIR --out malle-ffdnet.safetensors
 python tools/train.py --queue recipes/train --data DIR --checkpoints DIR
 
-The weights are the averaged ones of the best validation so far, at the end those of the last step. A queue
+The weights are the averaged ones of the last measurement, at the end those of the last step. A queue
 trains one recipe after the other, skips those that are finished, and puts weights beside the checkpoints.
 """
 

@@ -31,7 +31,7 @@ from edgedyn.training.surgery import cut_channels
 
 @dataclass(frozen=True)
 class Result:
-    """Averaged weights that are worth keeping.
+    """The averaged weights of a step.
 
     Attributes:
         step: number of steps that made them.
@@ -99,7 +99,8 @@ class Watch:
         sets: validation images by name, each (1, C, H, W) in [0, 1].
         teacher: the teacher, in evaluation mode.
         folder: folder of the tables.
-        save: called whenever the mean PSNR is the best so far.
+        save: called after every measurement. The validation images choose no weights: they would no longer
+            be held out.
     """
 
     def __init__(
@@ -125,21 +126,14 @@ class Watch:
         seconds = time.monotonic() - self.begin
         self.log.append(done, f"{loss:.6f}", f"{learning_rate(self.plan, step):.4e}", f"{seconds:.1f}")
         if done % self.recipe.validate_every == 0 and done < self.plan.steps:
-            best = max(map(mean_of_row, self.validation.until(done)), default=0.0)
             found = self.measure(done, averaged)
-            if mean_of_row(self.validation.rows[-1]) > best:
-                self.save(Result(done, seconds, averaged, found, self.teacher_db))
+            self.save(Result(done, seconds, averaged, found, self.teacher_db))
 
     def measure(self, step: int, network: nn.Module) -> dict[str, float]:
         """Measure and note the PSNR in dB by set and level."""
         found = measure_sets(network, self.sets, self.recipe.sigmas)
         self.validation.append(step, *(f"{value:.3f}" for value in found.values()))
         return found
-
-
-def mean_of_row(row: Sequence[str]) -> float:
-    """Return the mean of a row's numbers behind its step."""
-    return float(np.mean([float(value) for value in row[1:]]))
 
 
 def measure_sets(
@@ -242,7 +236,7 @@ def run_recipe(
         recipe: the training recipe.
         data: folder at which the recipe's paths start.
         folder: folder of checkpoint and tables, made where there is none.
-        save: called with the best averaged network so far, and with the one of the last step.
+        save: called with the averaged network after every measurement, and with the one of the last step.
         report: called after every step with (step, loss).
 
     Raises:
