@@ -1,4 +1,4 @@
-"""What holds for every test: one thread, because small tensors cost more to share out than to compute."""
+"""Settings of every test: one thread, because small tensors cost more to share out than to compute."""
 
 from __future__ import annotations
 
@@ -12,6 +12,9 @@ import pytest
 # Read when torch is first imported, and by the processes that tests start. On a busy machine two threads wait
 # for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# readline exports the size of the terminal to the processes of pytest-xdist; tests of folding set their own
+os.environ.pop("COLUMNS", None)
 
 
 @pytest.fixture(scope="session", autouse=True)
