@@ -176,7 +176,8 @@ def test_doctor_finds_what_is_installed():
     assert done.returncode == 0
 
 
-def test_rows_fit_80_columns(bundle):
+def test_rows_fit_80_columns(bundle, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     done = edgedyn("check", bundle)
     assert done.returncode == 0
     assert "max_abs[vectors/first.input.npy]" in done.stdout  # neither folded nor taken for markup
