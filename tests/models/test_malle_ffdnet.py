@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
+import skimage
 import torch
 from torch import Tensor, nn
 
 import edgedyn
+from edgedyn.checkpoints.weights import load_weights
 from edgedyn.errors import ModelError
+from edgedyn.images import metrics
 from edgedyn.layers import canonicalize
 from edgedyn.layers.malleconv import CanonicalMalleConv, MalleConv
 from edgedyn.models.ffdnet import FFDNet
 from edgedyn.models.malle_ffdnet import MalleFFDNet, start_as_identity
+
+WEIGHTS = Path(__file__).parents[2] / "recipes/weights/malle-ffdnet.safetensors"
 
 
 def make_net(**arguments) -> MalleFFDNet:
@@ -99,3 +107,17 @@ def test_inspection_finds_the_dynamic_layers():
     found = edgedyn.inspect(make_net(), shape=(1, 3, 32, 32))
     assert [layer["path"] for layer in found["layers"]] == ["malle.0", "malle.1"]
     assert {layer["primitive"] for layer in found["layers"]} == {"sliced_depthwise2d"}
+
+
+@pytest.mark.parametrize(("sigma", "gain_db"), [(15.0, 10), (25.0, 13), (50.0, 16)])
+def test_trained_weights_denoise_at_every_level(sigma, gain_db):
+    net = MalleFFDNet(**json.loads(WEIGHTS.with_suffix(".json").read_text())["arguments"]).eval()
+    load_weights(net, WEIGHTS)
+    photo = torch.from_numpy(skimage.data.coffee()[100:228, 200:328].copy())
+    clean = photo.permute(2, 0, 1)[None].float() / 255
+    noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(0))
+    noisy = clean + sigma / 255 * noise
+    with torch.no_grad():
+        y = net.at_levels(noisy, torch.tensor([sigma]))
+    before, after = (metrics.psnr_db(x.numpy(), clean.numpy()) for x in (noisy, y))
+    assert after - before > gain_db
