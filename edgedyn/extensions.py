@@ -46,13 +46,14 @@ def files() -> list[Path]:
 
 
 def extend_path(path: Iterable[str], package: str) -> list[str]:
-    """Return the search path of a package of ours, followed by the folder of that name in every extension.
+    """Return the search path of a package of ours, followed by the same folder of every extension.
 
-    Called once, when the package is imported; ``module_names`` refuses wrong folders later, when an error can
-    be shown.
+    ``edgedyn.ops`` has ``ops/`` there, ``edgedyn.ops.masked_conv2d`` has ``ops/masked_conv2d/``. Rooms
+    call this when they are imported, so nothing is refused here; ``module_names`` refuses wrong folders later,
+    when an error can be shown.
     """
-    room = package.rpartition(".")[2]
-    return [*path, *(str(folder / room) for folder in folders())]
+    inside = Path(*package.split(".")[1:])
+    return [*path, *(str(folder / inside) for folder in folders())]
 
 
 def module_names(path: Iterable[str], *, are_folders: bool = False) -> list[str]:

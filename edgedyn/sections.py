@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, get_args, get_origin
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from edgedyn.errors import nearest
+from edgedyn.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
     from pydantic_core import ErrorDetails
@@ -19,6 +20,9 @@ class Section(BaseModel):
     """A mapping that refuses unknown keys and values of another type, and never changes."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+AnySection = TypeVar("AnySection", bound=Section)
 
 
 class _Loader(yaml.SafeLoader):
@@ -41,6 +45,48 @@ def read_yaml(text: str) -> Any:
         yaml.YAMLError: if it is not YAML.
     """
     return yaml.load(text, _Loader)
+
+
+def read_recipe(path: Path, kind: str, see: str) -> dict[str, Any]:
+    """Return the keys and values of a YAML file.
+
+    Args:
+        path: the file.
+        kind: noun for messages, ``recipe`` or ``training recipe``.
+        see: where the reader finds the keys, for messages.
+
+    Raises:
+        RecipeError: when the file is missing or unreadable, or holds no keys and values.
+    """
+    try:
+        values = read_yaml(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(
+            f"{kind} {path} cannot be read ({error.strerror}). Fix its permissions, or name another file."
+        ) from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(
+            f"{kind} {path} is not YAML: {str(error).splitlines()[0]}. Fix the file."
+        ) from error
+    if not isinstance(values, dict):
+        raise RecipeError(
+            f"{kind} {path} holds {type(values).__name__}; expected keys and values. See: {see}."
+        )
+    return values
+
+
+def parse_recipe(model: type[AnySection], values: dict[str, Any], path: Path, kind: str) -> AnySection:
+    """Return the section of a file's values, with the file's folder as ``folder``.
+
+    Raises:
+        RecipeError: for an unknown key (the nearest is named), a missing key or a wrong type.
+    """
+    try:
+        return model(**{"name": path.stem, **values}, folder=str(path.parent))  # type: ignore[call-arg]
+    except ValidationError as error:
+        raise RecipeError(f"{kind} {path}: {explain(error, model)}") from error
+    except TypeError as error:  # a key that is not text, or `folder` itself
+        raise RecipeError(f"{kind} {path}: {error}. Keys are plain names.") from error
 
 
 def dump_yaml(values: dict[str, Any]) -> str:

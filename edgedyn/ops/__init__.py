@@ -14,13 +14,12 @@ import importlib
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import torch
 
 from edgedyn.errors import NoFormError, RecipeError, nearest
-from edgedyn.extensions import extend_path, folders, load_named, module_names
+from edgedyn.extensions import extend_path, load_named, module_names
 from edgedyn.graph.constants import fold_constants
 
 __path__ = extend_path(__path__, __name__)
@@ -150,8 +149,9 @@ def load_all() -> dict[str, Op]:
 
 def _add_forms(op: Op) -> Op:
     package = importlib.import_module(f"{__name__}.{op.name}")
-    home = package.__path__[0]
-    added = [str(path) for folder in folders() if (path := folder / "ops" / op.name) != Path(home)]
+    home, *added = dict.fromkeys(extend_path(package.__path__, package.__name__))
+    if not added:
+        return op
     package.__path__ = [home, *added]
     names = sorted(set(module_names(package.__path__)) - set(module_names([home])))
     forms = [load_named(f"{package.__name__}.{name}", "FORM", Form) for name in names]

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from edgedyn import models
 from edgedyn.bundle.tensors import TensorSpec
@@ -30,7 +30,7 @@ from edgedyn.recipe.keys import (
     TileSection,
 )
 from edgedyn.recipe.shipped import find_recipe
-from edgedyn.sections import Section, dump_yaml, explain, read_yaml
+from edgedyn.sections import Section, dump_yaml, parse_recipe, read_recipe, read_yaml
 
 if TYPE_CHECKING:
     from torch import nn
@@ -221,29 +221,10 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: for a missing or unreadable file, an unknown key (the nearest is named) or a wrong type.
     """
     path = find_recipe(recipe)
-    try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(
-            f"recipe {path} cannot be read ({error.strerror}). Fix its permissions, or name another file."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"recipe {path} is not YAML: {str(error).splitlines()[0]}. Fix the file."
-        ) from error
-    if not isinstance(values, dict):
-        raise RecipeError(
-            f"recipe {path} holds {type(values).__name__}; expected keys and values. See: edgedyn list keys."
-        )
+    values = read_recipe(path, "recipe", "edgedyn list keys")
     for override in sorted(overrides, key=lambda text: text.startswith("model.sha256=")):
         _override(values, override)  # the digest last, since other weights remove the file's
-    values.setdefault("name", path.stem)
-    try:
-        return Recipe(**values, folder=str(path.parent))
-    except ValidationError as error:
-        raise RecipeError(f"recipe {path}: {explain(error, Recipe)}") from error
-    except TypeError as error:  # a key that is not text, or `folder` itself
-        raise RecipeError(f"recipe {path}: {error}. Keys are plain names.") from error
+    return parse_recipe(Recipe, values, path, "recipe")
 
 
 _PATH_KEYS = {"model.weights", "calibration", "validation", "quantize.table", "quantize.finetune_images"}

@@ -1,4 +1,4 @@
-"""The loss of a student: mostly what a larger denoiser makes of the noisy image, partly the clean image.
+"""The loss of a student: its distance to the output of a larger denoiser, and to the clean image.
 
     loss = w charbonnier(student(y), teacher(y)) + (1 - w) charbonnier(student(y), x)       y = x + noise
 

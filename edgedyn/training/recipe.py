@@ -11,11 +11,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
-from edgedyn.errors import RecipeError
-from edgedyn.sections import Section, explain, read_yaml
+from edgedyn.sections import Section, parse_recipe, read_recipe
 from edgedyn.training.denoise import TrainingPlan
 
 
@@ -129,24 +127,5 @@ def load_training_recipe(path: Path) -> TrainingRecipe:
     Raises:
         RecipeError: for a missing or unreadable file, an unknown key (the nearest is named) or a wrong type.
     """
-    try:
-        values = read_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(
-            f"training recipe {path} cannot be read ({error.strerror}). Name an existing YAML file."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RecipeError(
-            f"training recipe {path} is not YAML: {str(error).splitlines()[0]}. Fix the file."
-        ) from error
-    if not isinstance(values, dict):
-        raise RecipeError(
-            f"training recipe {path} holds {type(values).__name__}; expected keys and values. See "
-            "recipes/train/ for examples."
-        )
-    try:
-        return TrainingRecipe(**{"name": path.stem, **values, "folder": str(path.parent)})
-    except ValidationError as error:
-        raise RecipeError(f"training recipe {path}: {explain(error, TrainingRecipe)}") from error
-    except TypeError as error:  # a key that is not text
-        raise RecipeError(f"training recipe {path}: {error}. Keys are plain names.") from error
+    values = read_recipe(path, "training recipe", "recipes/train/ has examples")
+    return parse_recipe(TrainingRecipe, values, path, "training recipe")

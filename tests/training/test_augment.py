@@ -1,4 +1,4 @@
-"""Changed colours and halved images: range, repeatability, and what a change leaves as it is."""
+"""Changed colours and halved images: range, repeatability, and cases without any change."""
 
 from __future__ import annotations
 
