@@ -49,8 +49,8 @@ def extend_path(path: Iterable[str], package: str) -> list[str]:
     """Return the search path of a package of ours, followed by the same folder of every extension.
 
     ``edgedyn.ops`` has ``ops/`` there, ``edgedyn.ops.masked_conv2d`` has ``ops/masked_conv2d/``. Rooms
-    call this when they are imported, so nothing is refused here; ``module_names`` refuses wrong folders later,
-    when an error can be shown.
+    call this when they are imported, so nothing is refused here; ``module_names`` refuses wrong folders
+    later, when an error can be shown.
     """
     inside = Path(*package.split(".")[1:])
     return [*path, *(str(folder / inside) for folder in folders())]

@@ -279,6 +279,22 @@ def test_the_queue_resumes_skips_and_goes_on_behind_a_failure(tmp_path, data, mo
     assert capsys.readouterr().out.count("finished: ") == 2
 
 
+def test_weights_of_an_interrupted_run_are_not_taken_for_finished(tmp_path, data, monkeypatch, capsys):
+    recipe, out = load_training_recipe(write(tmp_path / "tiny.yaml")), tmp_path / "tiny.safetensors"
+
+    def stop(step: int, loss: float) -> None:
+        if step == 9:
+            raise StopError
+
+    with pytest.raises(StopError):
+        run_recipe(recipe, data, tmp_path / "out", lambda result: tool.write(recipe, result, out), stop)
+    assert json.loads(out.with_suffix(".json").read_text())["step"] == 10
+    words = (tmp_path / "tiny.yaml", "--data", data, "--out", out, "--checkpoint", tmp_path / "out")
+    assert command(monkeypatch, *words, "--threads", "1") == 0
+    assert "finished" not in capsys.readouterr().out
+    assert json.loads(out.with_suffix(".json").read_text())["step"] == 12
+
+
 def test_a_queue_may_be_a_list_of_paths(tmp_path):
     (tmp_path / "list.txt").write_text("# first the small one\nb.yaml\n\nsub/a.yaml\n")
     assert tool.queued(tmp_path / "list.txt") == [tmp_path / "b.yaml", tmp_path / "sub/a.yaml"]

@@ -322,3 +322,14 @@ def test_budget_without_masks_or_out_of_range_is_refused():
         MaskBudget(make_net(), 0.5)
     with pytest.raises(TrainingError, match=r"a mask budget of 1\.5 for a network with 2"):
         MaskBudget(make_masked(), 1.5)
+
+
+def test_fresh_parameters_learn_at_their_own_rate(tmp_path):
+    plan = replace(PLAN, steps=1, warmup=1, learning_rate=1e-3, fresh=("body.3.",), fresh_rate=4.0)
+    net = make_net()
+    before = {name: p.detach().clone() for name, p in net.named_parameters()}
+    train(net, make_images(), plan, tmp_path / "c.pt")
+    moved = {name: float((p - before[name]).abs().median()) for name, p in net.named_parameters()}
+    # the first step of Adam is the rate itself, whatever the gradient; weight decay adds 1e-4 of a weight
+    assert moved["body.0.weight"] == pytest.approx(1e-3, rel=1e-2)
+    assert moved["body.3.weight"] == pytest.approx(4e-3, rel=1e-2)
