@@ -15,7 +15,10 @@ public function is a bug of edgedyn.
 from __future__ import annotations
 
 import difflib
+import sysconfig
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class EdgedynError(Exception):
@@ -88,3 +91,25 @@ def nearest(name: str, known: Iterable[str]) -> str:
     lowered = {candidate.lower().rpartition(".")[2]: candidate for candidate in reversed(names)} | lowered
     near = difflib.get_close_matches(name.lower(), lowered, n=1)
     return f"did you mean {lowered[near[0]]!r}? " if near else ""
+
+
+def quote(error: BaseException) -> str:
+    """Return type and first line of a foreign exception, and the user's line that it came from.
+
+    ``RuntimeError: my config is missing (at net.py:7: raise RuntimeError("my config is missing"))``. The
+    user's line is the innermost one outside of Python's own library, installed packages and edgedyn; without
+    any, the innermost outside of torch.
+    """
+    first = next(iter(str(error).strip().splitlines()), "")
+    text = f"{type(error).__name__}: {first}" if first else type(error).__name__
+    frames = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError):
+        frames = [(error.filename or "", error.lineno, (error.text or "").strip())]
+        text = f"SyntaxError: {error.msg}"
+    library = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parent), "<"]
+    users = [f for f in frames if not f[0].startswith(tuple(library))]
+    places = users or [f for f in frames if "/torch/" not in f[0].replace("\\", "/") and f[0][0] != "<"]
+    if not places:
+        return text
+    file, number, line = places[-1]
+    return f"{text} (at {file}:{number}: {line})"

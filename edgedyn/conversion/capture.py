@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
-import traceback
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from edgedyn.errors import EdgedynError, ModelError
+from edgedyn.errors import EdgedynError, ModelError, quote
 
 
 def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
@@ -27,11 +25,10 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
             return torch.export.export(model, tuple(x.contiguous() for x in inputs), strict=False)
     except EdgedynError:  # the layer's own refusal says more
         raise
-    except Exception as error:  # torch.export raises its own, dynamo's and the model's exceptions alike
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
+    except (Exception, SystemExit) as error:  # torch.export raises its own, dynamo's and the model's alike
         raise ModelError(
             f"torch.export cannot capture {type(model).__name__} for inputs "
-            f"{[tuple(x.shape) for x in inputs]}: {first}{_culprit(error)}. {_advice(error)}"
+            f"{[tuple(x.shape) for x in inputs]}: {quote(error)}. {_advice(error)}"
         ) from error
 
 
@@ -44,13 +41,3 @@ def _advice(error: BaseException) -> str:
             "(edgedyn.layers.dynconv), of kernels one of: edgedyn list layers."
         )
     return "Does the input shape fit (input.shape)? Has each dynamic layer a canonical form (list layers)?"
-
-
-def _culprit(error: BaseException) -> str:
-    """Return the last line of code outside torch that an error passed through."""
-    outside = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if f"{os.sep}torch{os.sep}" not in frame.filename and frame.filename != __file__
-    ]
-    return f" (at {outside[-1].filename}:{outside[-1].lineno}: {outside[-1].line})" if outside else ""

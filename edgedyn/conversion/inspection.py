@@ -11,7 +11,6 @@ can run.
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,11 +22,12 @@ from torch.export import ExportedProgram
 from edgedyn import ops, targets
 from edgedyn.conversion.capture import capture
 from edgedyn.conversion.convert import load_target
-from edgedyn.errors import EdgedynError, RecipeError
+from edgedyn.errors import EdgedynError
 from edgedyn.graph.nodes import all_multiply_adds, module_path
 from edgedyn.graph.provenance import shared_provenance
 from edgedyn.layers import RoutedModel, canonicalize, load_all, part_inputs, parts, recognise
-from edgedyn.recipe.recipe import Recipe, as_recipe
+from edgedyn.recipe.factory import make_network
+from edgedyn.recipe.recipe import Recipe, as_recipe, find_network
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -80,19 +80,10 @@ def load_network(name: str) -> nn.Module:
     """Call ``package.module:function`` without arguments and return the network, in evaluation mode.
 
     Raises:
-        RecipeError: when there is no such function, or it returns no network.
+        RecipeError: when there is no such function, or it needs arguments.
+        ModelError: when it raises or exits, with the line of its code; when it returns no network.
     """
-    module_name, _, function = name.partition(":")
-    try:
-        network = getattr(importlib.import_module(module_name), function)()
-    except (ImportError, AttributeError, TypeError) as error:
-        raise RecipeError(
-            f"{name!r} cannot be called ({error}); expected package.module:function, importable from here: a "
-            "function without arguments that returns a network."
-        ) from error
-    if not isinstance(network, nn.Module):
-        raise RecipeError(f"{name!r} returns {type(network).__name__}; expected a torch.nn.Module.")
-    return network.eval()
+    return make_network(find_network(name), name, {}).eval()
 
 
 @shared_provenance()

@@ -7,8 +7,6 @@ An unknown key or a wrong type is an error, which names the nearest known key.
 from __future__ import annotations
 
 import hashlib
-import importlib
-import inspect
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +19,7 @@ from edgedyn import models
 from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.errors import RecipeError, nearest
 from edgedyn.images.noise import NoiseSection
+from edgedyn.recipe.factory import import_factory, make_network
 from edgedyn.recipe.keys import (
     InputSection,
     LimitSection,
@@ -156,27 +155,20 @@ class Recipe(Section):
 
         Raises:
             RecipeError: when the network is unknown or does not take its arguments.
-            ModelError: when the network refuses the value of an argument.
+            ModelError: when the network cannot be made, with the line of its code; when it is none.
             WeightsError: when the weights are missing, unsafe, altered, not finite, or do not fit.
         """
         from edgedyn.checkpoints.weights import load_weights
 
         network = find_network(self.model.network)
-        try:
-            inspect.signature(network).bind(**self.model.arguments)
-        except TypeError as error:
-            raise RecipeError(
-                f"model.arguments {sorted(self.model.arguments)} do not fit {self.model.network!r}: {error}; "
-                f"expected {inspect.signature(network)}. Fix the recipe."
-            ) from error
         import torch
 
         with torch.random.fork_rng():
             torch.manual_seed(self.model.seed)
-            model = network(**self.model.arguments)
+            model = make_network(network, self.model.network, self.model.arguments)
         if self.model.weights is not None:
             load_weights(model, self.path(self.model.weights), sha256=self.model.sha256, trust=trust)
-        return model.eval()  # type: ignore[no-any-return]
+        return model.eval()
 
 
 def find_network(name: str) -> Any:
@@ -186,13 +178,12 @@ def find_network(name: str) -> Any:
         name: of a network of edgedyn/models/, or ``package.module:function``.
 
     Raises:
-        RecipeError: when there is no such network, or its module cannot be imported.
+        RecipeError: when there is no such network.
+        ModelError: when its module raises or exits while it is imported, with the line.
     """
     module_name, _, function = name.partition(":")
     try:
-        if function:
-            return getattr(importlib.import_module(module_name), function)
-        return models.load(name)
+        return getattr(import_factory(module_name), function) if function else models.load(name)
     except (ImportError, AttributeError) as error:
         raise RecipeError(
             f"model.network {name!r} cannot be loaded ({error}); {nearest(name, models.names())}expected one "

@@ -21,6 +21,7 @@ from edgedyn.checkpoints.weights import fit_state, load_weights
 from edgedyn.errors import TrainingError
 from edgedyn.images import metrics
 from edgedyn.images.crops import augment_colors
+from edgedyn.recipe.factory import make_network
 from edgedyn.recipe.recipe import find_network
 from edgedyn.training.denoise import TrainingPlan, denoise, learning_rate, load_images, patches, train
 from edgedyn.training.distill import Distillation
@@ -176,7 +177,7 @@ def load_teacher(recipe: TrainingRecipe, data: Path) -> nn.Module:
         WeightsError: when the weights are missing, altered or of another network.
     """
     section = recipe.teacher
-    teacher: nn.Module = find_network(section.network)(**section.arguments)
+    teacher = make_network(find_network(section.network), section.network, section.arguments)
     load_weights(teacher, data / section.weights, sha256=section.sha256, trust=True)  # tensors only
     return speed_up(teacher.eval())
 
@@ -190,7 +191,7 @@ def make_student(recipe: TrainingRecipe, teacher: nn.Module, images: list[Tensor
     """
     plan = recipe.plan.plan()
     torch.manual_seed(plan.seed)
-    student: nn.Module = find_network(recipe.model.network)(**recipe.model.arguments)
+    student = make_network(find_network(recipe.model.network), recipe.model.network, recipe.model.arguments)
     if recipe.start_from is not None:
         load_weights(student, Path(recipe.folder, recipe.start_from))
     elif recipe.cut is not None:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from edgedyn.conversion.inspection import inspect, inspect_model, load_network
+from edgedyn.conversion.inspection import inspect, inspect_model
 from edgedyn.errors import RecipeError
 from edgedyn.layers.malleconv import AffineMalleConv, MalleConv
 from edgedyn.ops.sliced_depthwise2d import sliced_depthwise2d
@@ -178,10 +178,3 @@ def test_routed_network_has_a_row_of_its_own_and_costs_of_every_program():
     assert (row["primitive"], row["class"]) == ("routed program", "GatedNetwork")
     assert row["forms"]["tensorrt"]["form"] == "argmax of 2 variants: w0, w1"
     assert found["macs"] > 0
-
-
-def test_function_that_gives_no_network_is_refused():
-    with pytest.raises(RecipeError, match=r"returns int; expected a torch\.nn\.Module"):
-        load_network("builtins:int")
-    with pytest.raises(RecipeError, match=r"expected package\.module:function"):
-        load_network("nowhere.at.all:make")
