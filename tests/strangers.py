@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import sys
 
+import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
 
 C = 8
 
@@ -71,3 +73,60 @@ class RaisesLater(nn.Module):
 
 def raises_later() -> nn.Module:
     return RaisesLater()
+
+
+# weights that are computed from parameters alone
+
+
+class Doubled(nn.Module):
+    """A parametrization of a user."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return 2 * weight - weight.mean()
+
+
+class Noisy(nn.Module):
+    """A parametrization that draws random numbers."""
+
+    def forward(self, weight: Tensor) -> Tensor:
+        return weight + torch.randn_like(weight)
+
+
+def parametrized(layer: nn.Module, parametrization: nn.Module) -> nn.Module:
+    nn.utils.parametrize.register_parametrization(layer, "weight", parametrization)
+    return layer
+
+
+def hooked(layer: nn.Conv2d) -> nn.Conv2d:
+    """Return a layer whose weight a hook of the user computes, as torch's old ones do."""
+    weight = layer.weight
+    del layer._parameters["weight"]
+    layer.register_parameter("raw", nn.Parameter(weight.data))
+    layer.weight = layer.raw * 2
+
+    def double(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        module.weight = module.raw * 2
+
+    layer.register_forward_pre_hook(double)
+    return layer
+
+
+def pruned(layer: nn.Conv2d) -> nn.Conv2d:
+    prune.l1_unstructured(layer, "weight", amount=0.5)
+    return prune.random_unstructured(layer, "bias", amount=0.5)
+
+
+NORMED = {
+    "weight_norm": lambda: nn.utils.parametrizations.weight_norm(conv(C, C)),
+    "spectral_norm": lambda: nn.utils.parametrizations.spectral_norm(conv(C, C)),
+    "orthogonal": lambda: nn.utils.parametrizations.orthogonal(conv(C, C)),
+    "custom": lambda: parametrized(conv(C, C), Doubled()),
+    "two": lambda: parametrized(nn.utils.parametrizations.weight_norm(conv(C, C)), Doubled()),
+    "weight_norm_hook": lambda: nn.utils.weight_norm(conv(C, C)),
+    "spectral_norm_hook": lambda: nn.utils.spectral_norm(conv(C, C)),
+    "pruned": lambda: pruned(conv(C, C)),
+}
+
+
+def normed(kind: str) -> nn.Module:
+    return around(NORMED[kind]())

@@ -12,7 +12,6 @@ and targets (``targets``, ``TARGET``); its files become modules of this package,
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from edgedyn.errors import ModelError
 from edgedyn.extensions import extend_path, load_named, module_names
 from edgedyn.layers._routed import RoutedModel, part_inputs, parts, routing_of
+from edgedyn.layers._weights import copy_model, store_weights
 
 __all__ = [
     "Layer",
@@ -35,6 +35,7 @@ __all__ = [
     "recognise",
     "replace_modules",
     "routing_of",
+    "store_weights",
 ]
 __path__ = extend_path(__path__, __name__)
 
@@ -97,11 +98,13 @@ def find_dynamic(model: nn.Module) -> list[tuple[str, nn.Module, Layer]]:
 def recognise(model: nn.Module) -> nn.Module:
     """Return a copy of the model with our references, same weights, in place of the authors' dynamic layers.
 
-    Class name and structure identify them. A layer used at several places stays one module.
+    Class name and structure identify them. A layer used at several places stays one module. Weights that the
+    model computes from its parameters alone are stored (``store_weights``).
 
     Raises:
-        ModelError: when the model is in training mode; for a layer with hooks; for a dynamic module that has
-            the name of an authors' layer and another structure; for a class derived from our references.
+        ModelError: when the model is in training mode; for a layer with hooks; for a weight that cannot be
+            stored (``store_weights``); for a dynamic module that has the name of an authors' layer and
+            another structure; for a class derived from our references.
     """
     training = [path or "(the model)" for path, module in model.named_modules() if module.training]
     if training:
@@ -125,7 +128,7 @@ def recognise(model: nn.Module) -> nn.Module:
         make = by_name.get(type(module).__name__)
         return make(module) if make else None
 
-    return replace_modules(copy.deepcopy(model), take_over)
+    return replace_modules(copy_model(model), take_over)
 
 
 def canonicalize(model: nn.Module) -> nn.Module:

@@ -151,7 +151,7 @@ class Recipe(Section):
         """Build the network in evaluation mode and load its weights.
 
         A network without weights is initialized from ``model.seed``; its BatchNorm statistics are set later
-        (``weights.settle_norms``).
+        (``weights.settle_norms``). Weights that it computes from its parameters alone are stored.
 
         Raises:
             RecipeError: when the network is unknown or does not take its arguments.
@@ -159,6 +159,7 @@ class Recipe(Section):
             WeightsError: when the weights are missing, unsafe, altered, not finite, or do not fit.
         """
         from edgedyn.checkpoints.weights import load_weights
+        from edgedyn.layers import store_weights
 
         network = find_network(self.model.network)
         import torch
@@ -168,7 +169,7 @@ class Recipe(Section):
             model = make_network(network, self.model.network, self.model.arguments)
         if self.model.weights is not None:
             load_weights(model, self.path(self.model.weights), sha256=self.model.sha256, trust=trust)
-        return model.eval()
+        return store_weights(model.eval())
 
 
 def find_network(name: str) -> Any:
