@@ -12,7 +12,7 @@ from small_networks import LAYERS, make_input
 from torch import Tensor, fx, nn
 
 from edgedyn import ops, targets
-from edgedyn.errors import BundleError
+from edgedyn.errors import ModelError
 from edgedyn.layers import canonicalize
 from edgedyn.recipe.keys import QuantizeSection
 from edgedyn.targets.executorch import passes
@@ -64,12 +64,23 @@ class PadNet(nn.Module):
 class PadOnly(nn.Module):
     """A pad whose only consumer computes in float."""
 
-    def __init__(self) -> None:
+    def __init__(self, sides: tuple[int, ...] = (1, 2, 0, 1)) -> None:
         super().__init__()
-        self.first, self.second = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
+        self.sides, self.first, self.second = sides, nn.Conv2d(3, 4, 1), nn.Conv2d(4, 3, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.second(torch.sigmoid(F.pad(self.first(x), (1, 2, 0, 1))))
+        return self.second(torch.sigmoid(F.pad(self.first(x), self.sides)))
+
+
+class Crop(nn.Module):
+    """A pad with negative sides, alone."""
+
+    def __init__(self, sides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.sides = sides
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(x, self.sides, value=0.5)
 
 
 class Around(nn.Module):
@@ -91,6 +102,15 @@ def test_zero_pad_of_dequantized_values_is_quantized_again_without_loss(value, p
     changed = passes.apply_passes(program)
     assert len(calls(program, ".quantize_per_tensor")) == 4
     assert len(calls(changed, ".quantize_per_tensor")) == pairs
+    assert_same_function(program, changed)
+
+
+@pytest.mark.parametrize("sides", [(-1, 2), (-1, -1, 2, -3), (0, 0, -1, 0), (-2, -1, -1, -1, 0, -1)], ids=str)
+def test_negative_sides_of_a_pad_become_slices(sides):
+    program = torch.export.export(Crop(sides), (make_input(SHAPE),))
+    changed = passes.apply_passes(program)
+    assert min(calls(program, "pad")[0].args[1]) < 0
+    assert all(min(node.args[1]) >= 0 for node in calls(changed, "pad"))
     assert_same_function(program, changed)
 
 
@@ -142,10 +162,11 @@ def test_float_program_is_returned_as_it_is():
 @pytest.mark.parametrize(
     ("left_out", "net"),
     [
+        (passes.slice_negative_pads, lambda: PadOnly((-1, 2, 0, 1))),
         (passes.quantize_pads, PadOnly),
         (passes.duplicate_dequantize, lambda: Around(LAYERS["kernels"]())),
     ],
-    ids=["quantize_pads", "duplicate_dequantize"],
+    ids=["slice_negative_pads", "quantize_pads", "duplicate_dequantize"],
 )
 def test_xnnpack_still_needs_each_pass(left_out, net, tmp_path, monkeypatch):
     """Where this fails with a newer ExecuTorch, the pass can go."""
@@ -153,6 +174,5 @@ def test_xnnpack_still_needs_each_pass(left_out, net, tmp_path, monkeypatch):
     TARGET.lower({"forward": program}, tmp_path, "int8")
     TARGET.load(tmp_path / "model.pte")(make_input(SHAPE).numpy())
     monkeypatch.setattr(passes, "PASSES", tuple(p for p in passes.PASSES if p is not left_out))
-    TARGET.lower({"forward": program}, tmp_path, "int8")
-    with pytest.raises(BundleError, match=r"ExecuTorch (refuses|cannot run)"):
-        TARGET.load(tmp_path / "model.pte")(make_input(SHAPE).numpy())
+    with pytest.raises(ModelError, match=r"ExecuTorch \S+ refuses program 'forward': \["):
+        TARGET.lower({"forward": program}, tmp_path, "int8")

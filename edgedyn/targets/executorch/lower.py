@@ -17,6 +17,7 @@ from executorch.backends.xnnpack.partition.config.generic_node_configs import (
 from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
 from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
 from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge_transform_and_lower
+from executorch.exir.backend.partitioner import PartitionResult
 from executorch.runtime import Runtime
 from torch.export import ExportedProgram
 
@@ -25,8 +26,9 @@ from edgedyn.graph.nodes import module_path
 from edgedyn.targets import Artifact
 from edgedyn.targets.executorch import kernels
 from edgedyn.targets.executorch.operators import trace_operators
-from edgedyn.targets.executorch.passes import apply_passes
-from edgedyn.targets.executorch.run import quiet_runtime
+from edgedyn.targets.executorch.passes import apply_edge_passes, apply_passes
+from edgedyn.targets.executorch.run import runtime_log
+from edgedyn.targets.executorch.trial import refuse_failing
 from edgedyn.targets.fuse import calls_kernels, fuse_int8
 
 MODEL_NAME = "model.pte"
@@ -46,7 +48,8 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
         also ``methods``, delegates and portable of each, and ``shared_bytes``, saved by shared weights.
 
     Raises:
-        ModelError: for an operator that the stock runtime lacks, with its node and the fix.
+        ModelError: for an operator that the stock runtime lacks, with its node and the fix; where the runtime
+            cannot load the program, or run it on its example inputs, with the runtime's own lines.
     """
     programs = _prepare(programs)
     edge = _to_edge(programs)
@@ -57,6 +60,8 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
         check_operators(lowered.exported_program(name), name)
     with (out / MODEL_NAME).open("wb") as file:
         lowered.write_to_file(file)
+    for name, program in programs.items():
+        refuse_failing(out / MODEL_NAME, name, program, lambda: _to_edge(programs, is_delegated=False))
     facts: dict[str, object] = {
         "delegates": sum(delegates for delegates, _ in counts.values()),
         "portable": dict(sorted(sum((portable for _, portable in counts.values()), Counter()).items())),
@@ -101,12 +106,30 @@ def _prepare(programs: Mapping[str, ExportedProgram]) -> Mapping[str, ExportedPr
     return {name: fuse_int8(program) for name, program in programs.items()}
 
 
-def _to_edge(programs: Mapping[str, ExportedProgram]) -> EdgeProgramManager:
-    return to_edge_transform_and_lower(
-        {name: _with_own_constants(program) for name, program in programs.items()},
-        partitioner=[_partitioner()],
-        # ``check_operators`` compares operators beyond the core set with the runtime's list instead
-        compile_config=EdgeCompileConfig(_check_ir_validity=False),
+def _to_edge(programs: Mapping[str, ExportedProgram], *, is_delegated: bool = True) -> EdgeProgramManager:
+    """Make edge programs, with delegates or without.
+
+    Raises:
+        ModelError: where ExecuTorch fails, with its own line.
+    """
+    partitioner = _partitioner() if is_delegated else _Undelegated()
+    try:
+        return to_edge_transform_and_lower(
+            {name: _with_own_constants(program) for name, program in programs.items()},
+            transform_passes=[apply_edge_passes],
+            partitioner=[partitioner],
+            # ``check_operators`` compares operators beyond the core set with the runtime's list instead
+            compile_config=EdgeCompileConfig(_check_ir_validity=False),
+        )
+    except Exception as error:  # its passes raise runtime, assertion, key and type errors alike
+        raise ModelError(_cannot_lower(error)) from error
+
+
+def _cannot_lower(error: BaseException) -> str:
+    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    return (
+        f"ExecuTorch {version('executorch')} cannot make a program of the network: {line}. Write its layers "
+        "with other operators, or pick another form in the recipe (forms)."
     )
 
 
@@ -130,11 +153,7 @@ def _to_executorch(edge: EdgeProgramManager) -> Any:
     try:
         return edge.to_executorch()
     except RuntimeError as error:
-        raise ModelError(
-            f"ExecuTorch {version('executorch')} cannot make a program of the network: "
-            f"{str(error).strip().splitlines()[0]}. Write its layers with other operators, or pick another "
-            "form in the recipe (forms)."
-        ) from error
+        raise ModelError(_cannot_lower(error)) from error
 
 
 def check_operators(program: ExportedProgram, name: str) -> None:
@@ -157,7 +176,7 @@ def check_operators(program: ExportedProgram, name: str) -> None:
 
 def missing_operators(program: ExportedProgram) -> dict[str, list[str]]:
     """Return the operators that the stock runtime does not have: {operator: ["node of layer", ...]}."""
-    with quiet_runtime():
+    with runtime_log():
         known = set(Runtime.get().operator_registry.operator_names)
     missing: dict[str, list[str]] = {}
     for node in program.graph.nodes:
@@ -177,15 +196,24 @@ def operator_name(target: object) -> str | None:
     return str(schema.name) + (f".{schema.overload_name}" if schema.overload_name else "")
 
 
+class _Undelegated(XnnpackPartitioner):  # type: ignore[misc]
+    """Keeps the operators that XNNPACK takes whole, as the delegates do, and delegates none."""
+
+    def partition(self, exported_program: ExportedProgram) -> PartitionResult:
+        return PartitionResult(exported_program, {})
+
+
 def _partitioner() -> XnnpackPartitioner:
     """Make a partitioner that takes Q/DQ pairs literally: only convolutions and linear layers are INT8.
 
     The stock partitioner also turns any ``DQ -> op -> Q`` into a quantized operator. Programs then fail to
     load: a max pool between convolutions, because its two scales differ; a product that shares the DQ with a
     global average pool, because the partitioner gives the DQ to the pool and leaves the product an int8
-    operand (executorch 1.5.1). ``edgedyn.quantize`` keeps these operators in float.
+    operand (executorch 1.5.1). ``edgedyn.quantize`` keeps these operators in float. It takes any maximum
+    over an axis, too, and then fails on all but rows and columns: "only supports dim == 2 or dim == 3".
     """
     partitioner = XnnpackPartitioner()
+    del partitioner.target_partitioner_configs["max.dim"]
     for config in partitioner.target_partitioner_configs.values():
         converts = isinstance(config, QuantizedPerTensorConfig | DeQuantizedPerTensorConfig)
         if isinstance(config, GenericNodePartitionerConfig) and not converts:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import io
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
@@ -19,11 +21,52 @@ if TYPE_CHECKING:
     from edgedyn.targets import Run
 
 
+_NOISE = "[cpuinfo_utils.cpp"  # about the CPU that the runtime detects
+_SHOWN = 4  # lines of a refusal; the first names the cause
+
+
 @contextlib.contextmanager
-def quiet_runtime() -> Iterator[None]:
-    """Hide the runtime's messages on standard error about the CPU that it detects."""
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
+def runtime_log() -> Iterator[list[str]]:
+    """Hide the runtime's messages on standard error; behind the block the list holds those of refusals.
+
+    The Python binding writes them to ``sys.stderr``, and libraries below it to the file descriptor.
+    """
+    lines: list[str] = []
+    text = io.StringIO()
+    with tempfile.TemporaryFile() as file:
+        before = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            with contextlib.redirect_stderr(text):
+                yield lines
+        finally:
+            os.dup2(before, 2)
+            os.close(before)
+            file.seek(0)
+            written = text.getvalue() + file.read().decode(errors="replace")
+            lines += [x for x in map(_printable, written.splitlines()) if x and not x.startswith(_NOISE)]
+
+
+def _printable(line: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in line).strip()
+
+
+def find_refusal(path: Path, program: str, arrays: Sequence[np.ndarray]) -> str:
+    """Load a program and run it once; return the runtime's own lines where it refuses, else an empty string.
+
+    Args:
+        path: a ``.pte``.
+        program: name of the method.
+        arrays: its inputs.
+    """
+    failure = ""
+    with runtime_log() as lines:
+        try:
+            kept = _open(path, program)
+            kept[2].execute(to_tensors(arrays))
+        except RuntimeError as error:
+            failure = _printable(str(error))
+    return "; ".join([*lines[:_SHOWN], failure]) if failure else ""
 
 
 def load(path: Path, program: str = FORWARD) -> Run:
@@ -45,9 +88,9 @@ def load(path: Path, program: str = FORWARD) -> Run:
         except RuntimeError as error:
             shapes = [array.shape for array in arrays]
             raise BundleError(
-                f"ExecuTorch cannot run {path.name} on inputs {shapes}: {error}. Expected the shapes of its "
-                "build; if these are, build it again with other layers in quantize.keep_float or "
-                "quantize.dynamic."
+                f"ExecuTorch cannot run {path.name} on inputs {shapes}: "
+                f"{find_refusal(path, program, arrays) or error}. Expected the shapes of its build; if these "
+                "are, build it again with other layers in quantize.keep_float or quantize.dynamic."
             ) from error
 
     return run
@@ -64,22 +107,29 @@ def open_method(path: Path, program: str, *, is_traced: bool = False) -> tuple[b
     Raises:
         BundleError: when the runtime refuses the program, with the runtime's message.
     """
+    lines: list[str] = []
+    try:
+        with runtime_log() as lines:
+            return _open(path, program, is_traced=is_traced)
+    except RuntimeError as error:
+        raise BundleError(
+            f"ExecuTorch {version('executorch')} refuses {program!r} of {path.name} "
+            f"({path.stat().st_size} bytes): {'; '.join([*lines[:_SHOWN], _printable(str(error))])}. "
+            "Expected a program built for this runtime version; build the bundle again, `edgedyn doctor` "
+            "prints the versions."
+        ) from error
+
+
+def _open(path: Path, program: str, *, is_traced: bool = False) -> tuple[bytes, Any, Any]:
     from executorch.runtime import Runtime, Verification
 
     data = path.read_bytes()
     if b"edgedyn::" in data:  # a program names the operators that it calls
         kernels.load()
-    try:
-        with quiet_runtime():
-            loaded = Runtime.get().load_program(
-                data, verification=Verification.InternalConsistency, enable_etdump=is_traced
-            )
-            return data, loaded, loaded.load_method(program)
-    except RuntimeError as error:
-        raise BundleError(
-            f"ExecuTorch refuses {program!r} of {path.name} ({len(data)} bytes): {error}. Expected a program "
-            "built for this runtime version; build the bundle again, `edgedyn doctor` prints the versions."
-        ) from error
+    loaded = Runtime.get().load_program(
+        data, verification=Verification.InternalConsistency, enable_etdump=is_traced
+    )
+    return data, loaded, loaded.load_method(program)
 
 
 def to_tensors(arrays: Sequence[np.ndarray]) -> list[Any]:
