@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from edgedyn.checkpoints.authors import from_authors
     from edgedyn.conversion.inspection import inspect
     from edgedyn.device.compile import compile_bundle
-    from edgedyn.device.session import check, open_session, run
+    from edgedyn.device.files import run
+    from edgedyn.device.session import check, open_session
     from edgedyn.errors import EdgedynError
     from edgedyn.images.image_set import CalibrationSet
     from edgedyn.layers import RoutedModel, canonicalize
@@ -61,7 +62,7 @@ _HOMES = {
     "lower": "edgedyn.pipeline",
     "open_bundle": "edgedyn.bundle.bundle",
     "open_session": "edgedyn.device.session",
-    "run": "edgedyn.device.session",
+    "run": "edgedyn.device.files",
 }
 
 

@@ -13,9 +13,10 @@ import math
 import os
 import platform
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from edgedyn.errors import UsageError
 
@@ -63,6 +64,26 @@ def replace_files(files: Mapping[Path, bytes]) -> None:
     finally:
         for part in parts.values():
             part.unlink(missing_ok=True)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[BinaryIO]:
+    """Give an open file to write into; it takes the place of ``path`` where the block raises nothing.
+
+    Raises:
+        UsageError: if the file cannot be written; an existing one is untouched.
+    """
+    part = sibling(path, "part")
+    try:
+        with part.open("xb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error}. Choose another path, or free disk space.") from error
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def sibling(path: Path, suffix: str) -> Path:

@@ -10,7 +10,7 @@ import numpy as np
 import tifffile
 from PIL import ExifTags, Image, ImageCms
 
-from edgedyn.images.photo import _png16
+from edgedyn.images.png16 import encode
 
 ICC = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
@@ -30,7 +30,7 @@ def save(path, array, **options):
     if array.dtype == np.uint8 and path.suffix != ".tif":
         Image.fromarray(array.squeeze()).save(path, **options)
     elif path.suffix == ".png":
-        path.write_bytes(_png16(array, None, None))
+        path.write_bytes(png16(array))
     else:
         bands = array.shape[2]
         extra = ["unassalpha"] if bands in (2, 4) else None
@@ -85,6 +85,10 @@ def exif_of(orientation):
     return exif
 
 
+def png16(array, icc=None, exif=None):
+    return b"".join(encode(array, icc, exif))
+
+
 def encoded(array, form, **options):
     stream = io.BytesIO()
     Image.fromarray(array).save(stream, form, **options)
@@ -95,3 +99,23 @@ def tiff(array, **options):
     stream = io.BytesIO()
     tifffile.imwrite(stream, array, **options)
     return stream.getvalue()
+
+
+def ink_profile(lab_of_corner):
+    """An ICC profile of CMYK: Lab by linear interpolation between the 16 corners of no and full ink.
+
+    lab_of_corner(c, m, y, k) returns L in [0, 100], a and b for inks of 0 or 1 (ICC.1:2001, lut8Type).
+    """
+    corners = [tuple(n >> s & 1 for s in (3, 2, 1, 0)) for n in range(16)]
+    cells = [
+        (round(lab[0] * 2.55), lab[1] + 128, lab[2] + 128) for lab in (lab_of_corner(*c) for c in corners)
+    ]
+    ramp = bytes(range(256))
+    one = [0x10000 * (i % 4 == 0) for i in range(9)]
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0]) + struct.pack(">9I", *one)
+    table += 4 * ramp + bytes(value for cell in cells for value in cell) + 3 * ramp
+    tags = struct.pack(">I4sII", 1, b"A2B0", 144, len(table))
+    size = 144 + len(table)
+    head = struct.pack(">I4sI4s4s4s", size, bytes(4), 0x02400000, b"prtr", b"CMYK", b"Lab ")
+    head = (head + bytes(12) + b"acsp").ljust(68, b"\0") + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)
+    return head.ljust(128, b"\0") + tags + table

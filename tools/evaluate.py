@@ -27,7 +27,8 @@ from rich.progress import track
 
 from edgedyn.bundle.dispatch import Dispatcher
 from edgedyn.images import metrics
-from edgedyn.images.photo import SUFFIXES, read_image
+from edgedyn.images.formats import SUFFIXES
+from edgedyn.images.photo import read_image
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.targets.quiet import quiet_libraries
 

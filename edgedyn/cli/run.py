@@ -2,41 +2,103 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from edgedyn.cli.options import AsJson, BundlePath, Replace, Verbosity
-from edgedyn.cli.terminal import library_output, print_json, progress_bars, result, warn
+from edgedyn.cli.terminal import ERR, exit_unless, library_output, print_json, progress_bars, result, warn
+from edgedyn.errors import UsageError
+
+if TYPE_CHECKING:
+    from edgedyn.device.files import Outcome
 
 
 def run(
     bundle: BundlePath,
     images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE...", help="PNG, JPEG or TIFF files of any size.")
+        list[str],
+        typer.Argument(
+            metavar="IMAGE...",
+            help="Image files of any size, folders, quoted patterns ('photos/*.jpg'), or - (standard input).",
+        ),
     ],
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="DIR", help="Folder for the results.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            "-o",
+            "--out",
+            metavar="OUT",
+            help="Folder for the results; for one image also a file, or - for standard output.",
+        ),
+    ],
+    recursive: Annotated[
+        bool,
+        typer.Option("--recursive", "-r", help="Take the folders in a folder too, and keep their places."),
+    ] = False,
     force: Replace = False,
     as_json: AsJson = False,
     verbose: Verbosity = None,
 ) -> None:
-    """Run images of any size through a bundle, in tiles without seams."""
-    from edgedyn.device import session
+    """Run images of any size through a bundle, in tiles without seams.
 
+    Results that exist are kept, so that the same command continues an interrupted one. A file that cannot be
+    read stops no other one; it is listed at the end, and the exit code is 1.
+    """
+    from edgedyn.device import files
+    from edgedyn.device.session import open_session
+
+    if as_json and out == files.STDIN:
+        raise UsageError("found --json and -o -, which both take standard output. Leave one of them out.")
     with library_output(), progress_bars() as advance:
-        opened = session.open_session(bundle)
+        opened = open_session(bundle)
         if not opened.bundle.ok:
             warn(f"checks of {bundle} failed when it was built; see its report.html")
-        written = session.run(
+        jobs = files.plan(opened, images, out, recursive=recursive)
+        done: list[Outcome] = []
+
+        advance("images", 0, len(jobs))
+
+        def finish(outcome: Outcome) -> None:
+            done.append(outcome)
+            advance("images", len(done), len(jobs))
+
+        files.run_jobs(
             opened,
-            images,
-            out,
+            jobs,
             force=force,
-            progress=lambda image, done, total: advance(image.name, done, total),
+            progress=lambda job, tile, tiles: advance("tiles", tile, tiles),
+            finished=finish,
         )
+    _report(done, as_json=as_json)
+
+
+def _report(outcomes: list[Outcome], *, as_json: bool) -> None:
+    from edgedyn.device.files import STDIN, THERE
+
+    failed = [outcome for outcome in outcomes if outcome.error]
+    if len(outcomes) == 1 and failed and failed[0].error:
+        raise failed[0].error
+    there = [outcome for outcome in outcomes if outcome.state == THERE]
     if as_json:
-        print_json({"ok": True, "files": [str(path) for path in written]})
+        files = [str(outcome.job.result) for outcome in outcomes if not outcome.error]
+        print_json({"ok": not failed, "files": files, "images": [outcome.to_json() for outcome in outcomes]})
     else:
-        for path in written:
-            result(str(path))
+        for outcome in outcomes:
+            if not outcome.error and str(outcome.job.result) != STDIN:
+                result(str(outcome.job.result))
+    for outcome in outcomes:
+        for note in outcome.notes:
+            ERR.print(f"note: {outcome.job.image}: {note}", soft_wrap=True)
+    if there:
+        them = "it" if len(there) == 1 else "them"
+        were = "was" if len(there) == 1 else "were"
+        ERR.print(
+            f"{len(there)} of {len(outcomes)} {were} there already; --force writes {them} again.",
+            soft_wrap=True,
+        )
+    if failed:
+        ERR.print(f"{len(failed)} of {len(outcomes)} images failed:", style="bold red", soft_wrap=True)
+        for outcome in failed:
+            ERR.print(f"  {outcome.error}", soft_wrap=True)
+    exit_unless(not failed)

@@ -12,10 +12,8 @@ Device side: numpy and the target's ``run.py``; Pillow and tifffile only where f
 
 from __future__ import annotations
 
-import functools
 import importlib
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -76,24 +74,72 @@ class Session:
             ImageError: for another array, values that are not finite, or a program that takes no image.
             CheckFailedError: if the program returns another shape, or values that are not finite.
         """
-        spec, scale = _image_spec(self.bundle)
         _check_pixels(pixels)
+        _, scale = _image_spec(self.bundle)
+        height, width, colours = pixels.shape
+        result = np.empty((height * scale, width * scale, colours), np.float32)
+        for top, rows in self.strips(pixels.shape, lambda a, b: pixels[a:b], progress=progress):
+            result[top : top + len(rows)] = rows
+        return result
+
+    @property
+    def scale(self) -> int:
+        """How many times as high and wide as its input the program's output is.
+
+        Raises:
+            ImageError: for a program that takes no image.
+        """
+        return _image_spec(self.bundle)[1]
+
+    def strips(
+        self,
+        shape: tuple[int, ...],
+        read_rows: Callable[[int, int], np.ndarray],
+        *,
+        progress: Progress = silent,
+    ) -> Iterator[tuple[int, np.ndarray]]:
+        """Yield what ``process`` returns from top to bottom, in strips, so that few rows are in memory.
+
+        Rows of the image above the next tiles are not read again: with a scale of 1 the result may take
+        their place while this runs.
+
+        Args:
+            shape: H, W and C of the image, C 1 or 3.
+            read_rows: ``read_rows(top, bottom)`` returns these rows, (rows, W, C), finite.
+            progress: called with (tiles done, tiles in all) after each tile.
+
+        Yields:
+            The first row of a strip, and the strip, (rows, s * W, C) float32.
+
+        Raises:
+            ImageError: as ``process``.
+            CheckFailedError: as ``process``.
+        """
+        spec, scale = _image_spec(self.bundle)
         channels, tile_h, tile_w = spec.shape[1:]
-        height, width = pixels.shape[:2]
-        planes = [padded(plane, tile_h, tile_w) for plane in _planes(pixels, channels)]
-        blended = [np.zeros((len(p), p.shape[1] * scale, p.shape[2] * scale), np.float32) for p in planes]
+        height, width, colours = shape
         grid = tiles(height, width, tile_h, tile_w, self.bundle.overlap)
-        jobs = [(plane, result, tile) for plane, result in zip(planes, blended, strict=True) for tile in grid]
-        for done, (plane, result, tile) in enumerate(jobs, 1):
-            rows, columns = (np.s_[at : at + size] for at, size in ((tile.top, tile_h), (tile.left, tile_w)))
-            weight = tile.rows.repeat(scale)[:, None] * tile.columns.repeat(scale)
-            there = (slice(None), *(slice(s.start * scale, s.stop * scale) for s in (rows, columns)))
-            result[there] += weight * self._run_tile(plane[:, rows, columns], spec, scale)
-            progress(done, len(jobs))
-        joined = np.concatenate(blended)[:, : height * scale, : width * scale].transpose(1, 2, 0)
-        if pixels.shape[2] < channels:
-            joined = joined.mean(axis=2, keepdims=True)
-        return np.ascontiguousarray(joined)
+        tops = sorted({tile.top for tile in grid})
+        planes = 1 if colours <= channels else colours
+        done, total = 0, len(grid) * planes
+        blended = np.zeros((planes, channels, tile_h * scale, max(width, tile_w) * scale), np.float32)
+        for top, following in zip(tops, [*tops[1:], height], strict=True):
+            strip = _planes(read_rows(top, min(top + tile_h, height)), channels)
+            strip = [padded(plane, tile_h, tile_w) for plane in strip]
+            for plane, result in zip(strip, blended, strict=True):
+                for tile in (tile for tile in grid if tile.top == top):
+                    columns = np.s_[tile.left : tile.left + tile_w]
+                    there = np.s_[:, :, tile.left * scale : (tile.left + tile_w) * scale]
+                    weight = tile.rows.repeat(scale)[:, None] * tile.columns.repeat(scale)
+                    result[there] += weight * self._run_tile(plane[:, :, columns], spec, scale)
+                    done += 1
+                    progress(done, total)
+            ready = (following - top) * scale
+            joined = blended[:, :, :ready, : width * scale].reshape(-1, ready, width * scale)
+            rows = joined.transpose(1, 2, 0)
+            yield top * scale, rows.mean(axis=2, keepdims=True) if colours < channels else rows.copy()
+            blended[:, :, :-ready] = blended[:, :, ready:]
+            blended[:, :, -ready:] = 0
 
     def _run_tile(self, tile: np.ndarray, spec: TensorSpec, scale: int) -> np.ndarray:
         outputs = self.run(np.ascontiguousarray(tile[None], dtype=spec.dtype))
@@ -132,58 +178,6 @@ def open_session(path: str | Path) -> Session:
     if lacks := sorted(set(bundle.programs.values()) - set(bundle.manifest["files"])):
         raise UsageError(f"bundle {path} has no {lacks[0]} yet. Make it here: edgedyn compile {path}")
     return Session(bundle, load_programs(target.load, path, bundle.programs, bundle.routing))
-
-
-def run(
-    bundle: Session | str | Path,
-    images: str | Path | Sequence[str | Path],
-    out: str | Path,
-    *,
-    force: bool = False,
-    progress: Callable[[Path, int, int], None] = lambda image, done, total: None,
-) -> list[Path]:
-    """Run image files through a bundle and write them, under their own names, into the folder ``out``.
-
-    All names are checked before the first image is read. Each file appears whole or not at all.
-
-    Example:
-        edgedyn.run("out", ["noisy.png"], "denoised")
-
-    Args:
-        bundle: an open session, or the path of a bundle.
-        images: files, PNG, JPEG or TIFF, of any size; one or several.
-        out: folder for the results, made if need be.
-        force: replace results that exist; never an input.
-        progress: called with (image, tiles done, tiles in all) after each tile.
-
-    Returns:
-        The files written, in the order of ``images``.
-
-    Raises:
-        UsageError: for no images, two of one name, results that exist, or a folder inside the bundle.
-        ImageError: for a file that is no readable image or has a suffix that cannot be written.
-        EdgedynError: as ``open_session``, where ``bundle`` is a path.
-    """
-    # Here, so that checking a bundle on a device needs neither Pillow nor tifffile.
-    from edgedyn.images.photo import SUFFIXES, read_image, write_image
-
-    session = bundle if isinstance(bundle, Session) else open_session(bundle)
-    files = [Path(image) for image in ([images] if isinstance(images, str | Path) else images)]
-    out = Path(out)
-    if out.resolve().is_relative_to(session.bundle.path.resolve()):
-        raise UsageError(f"results in {out} would make the bundle invalid. Choose a folder outside of it.")
-    results = _result_paths(files, out, force=force)
-    if odd := sorted({image.suffix for image in files if image.suffix.lower() not in SUFFIXES}):
-        raise ImageError(f"found suffixes {odd}, expected {list(SUFFIXES)}. Convert these files.")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UsageError(f"cannot make the folder {out}: {error}. Choose another output folder.") from error
-    for image, result in zip(files, results, strict=True):
-        photo = read_image(image)
-        tell = functools.partial(progress, image)
-        write_image(photo, session.process(photo.pixels, progress=tell), result)
-    return results
 
 
 def check(bundle: Session | str | Path) -> ValidationReport:
@@ -274,25 +268,6 @@ def _planes(pixels: np.ndarray, channels: int) -> list[np.ndarray]:
     if len(bands) == channels:
         return [bands]
     return [np.repeat(band[None], channels, axis=0) for band in bands]
-
-
-def _result_paths(images: list[Path], out: Path, *, force: bool) -> list[Path]:
-    if not images:
-        raise UsageError("found no images, expected at least one. Name the files to run.")
-    results = [out / image.name for image in images]
-    names = [result.name.lower() for result in results]
-    if doubled := sorted({name for name in names if names.count(name) > 1}):
-        raise UsageError(
-            f"found images of one name, {doubled}, expected distinct ones in {out}. Run them apart."
-        )
-    for image, result in zip(images, results, strict=True):
-        if not image.is_file():
-            raise ImageError(f"image {image}: found no file, expected PNG, JPEG or TIFF. Check the path.")
-        if result.exists() and result.samefile(image):
-            raise UsageError(f"{image} would be overwritten by its result. Choose another output folder.")
-        if os.path.lexists(result) and not force:
-            raise UsageError(f"{result} exists already. Choose another output folder, or use --force.")
-    return results
 
 
 def runtime_name(bundle: Bundle) -> str:

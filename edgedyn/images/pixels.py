@@ -1,6 +1,6 @@
 """Images of an image set as (H, W, C) float32, 0 black, 1 white, from files, arrays and tensors.
 
-    PNG, JPEG, TIFF    of 8 and 16 bits, float TIFF (``edgedyn.images.photo``)
+    photos             every format of ``edgedyn.images.photo``, the same that ``edgedyn run`` reads
     .npy, .npz         one array
     .raw               a Bayer frame, described by the manifest's ``raw`` section (``edgedyn.images.bayer``)
 
@@ -20,13 +20,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from edgedyn.errors import CalibrationError, ImageError
+from edgedyn.errors import CalibrationError, ImageError, TargetMissingError
+from edgedyn.images import formats
 from edgedyn.images.bayer import RawSection, read_bayer
-from edgedyn.images.photo import IMAGE_SUFFIXES, read_image
+from edgedyn.images.photo import read_image
 
 _ARRAYS = (".npy", ".npz")
 # suffixes of the images in a folder; .raw is refused by name, since it needs a manifest
-SUFFIXES = frozenset({*IMAGE_SUFFIXES, *_ARRAYS, ".raw"})
+SUFFIXES = frozenset({*formats.SUFFIXES, *_ARRAYS, ".raw"})
 # Unclipped noise of sigma 255 stays within 6 of the image; values beyond are on the scale of 0 to 255.
 _LOWEST, _HIGHEST = -6.0, 7.0
 _FIX = "It belongs to an image set: remove it there, or replace it."
@@ -55,7 +56,7 @@ def read_pixels(path: Path, raw: RawSection | None = None) -> np.ndarray:
         if suffix in _ARRAYS:
             return to_pixels(_read_array(path), str(path))
         return read_image(path).pixels
-    except ImageError as error:
+    except (ImageError, TargetMissingError) as error:
         raise CalibrationError(f"{error} {_FIX}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise CalibrationError(f"{path} cannot be read ({str(error).splitlines()[0]}). {_FIX}") from error

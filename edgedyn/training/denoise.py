@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
 from edgedyn.errors import TrainingError
-from edgedyn.images.photo import IMAGE_SUFFIXES
+from edgedyn.images.formats import SUFFIXES
 from edgedyn.training.augment import halve, recolor
 
 
@@ -88,11 +88,9 @@ def load_images(folder: Path, *, gray: bool = False) -> list[Tensor]:
     Raises:
         TrainingError: when the folder holds no image, or one cannot be read.
     """
-    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+    files = sorted(p for p in folder.glob("*") if p.suffix.lower() in SUFFIXES)
     if not files:
-        raise TrainingError(
-            f"no images in {folder}: expected files with a suffix of {sorted(IMAGE_SUFFIXES)}."
-        )
+        raise TrainingError(f"no images in {folder}: expected files with a suffix of {sorted(SUFFIXES)}.")
     images = []
     for file in files:
         try:

@@ -184,7 +184,7 @@ def test_digest_follows_what_is_drawn(tmp_path):
 def test_empty_folder_is_refused(tmp_path):
     (tmp_path / "notes.txt").write_text("x")
     text = refused(open_set, tmp_path)
-    assert "holds no image (1 other entries); expected files with a suffix of .bmp, .jpeg" in text
+    assert "holds no image (1 other entries); expected files with a suffix of .avif, .bmp, .gif" in text
 
 
 def test_missing_set_is_refused(tmp_path):

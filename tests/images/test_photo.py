@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 import tifffile
 from PIL import ExifTags, Image, ImageOps
-from small_images import BANDS, ICC, SIZE, exif_of, png, png_of_every_filter, samples, save, stacked
+from small_images import BANDS, ICC, SIZE, exif_of, png, png16, png_of_every_filter, samples, save, stacked
 
 from edgedyn.errors import ImageError
-from edgedyn.images.photo import _UPRIGHT, _png16, read_image, write_image
+from edgedyn.images.photo import _UPRIGHT, read_image, write_image
 
 FILES = [
     (".png", np.uint8),
@@ -182,7 +182,7 @@ def test_orientation_of_a_tiff_is_applied_once(tmp_path, dtype, orientation):
 
 def test_16_bit_png_keeps_profile_exif_and_orientation(tmp_path):
     exif = exif_of(6).tobytes().removeprefix(b"Exif\0\0")
-    (tmp_path / "in.png").write_bytes(_png16(samples(3, np.uint16), ICC, exif))
+    (tmp_path / "in.png").write_bytes(png16(samples(3, np.uint16), ICC, exif))
     photo = read_image(tmp_path / "in.png")
     assert np.array_equal(np.rint(photo.pixels * 65535), _UPRIGHT[6](samples(3, np.uint16)))
     write_image(photo, photo.pixels, tmp_path / "out.png")

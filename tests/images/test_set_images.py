@@ -9,6 +9,7 @@ import pytest
 import skimage.data
 import torch
 from PIL import Image
+from small_images import png16
 from small_sets import NOISE, RAW, SHAPE, draw, entry, refused, save_image, waves, write_pairs, write_set
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -18,7 +19,7 @@ from edgedyn.images.crops import correlate
 from edgedyn.images.disjoint import refuse_overlap
 from edgedyn.images.image_set import open_set
 from edgedyn.images.noise import NoiseSection
-from edgedyn.images.photo import _png16, read_image
+from edgedyn.images.photo import read_image
 from edgedyn.images.pixels import read_pixels
 
 FLOATS = waves().astype(np.float32) / 255
@@ -63,7 +64,7 @@ def test_16_bit_image_keeps_its_16_bits(tmp_path, suffix):
 
     deep = waves().astype(np.uint16) * 256 + np.arange(70, dtype=np.uint16)[None, :, None]
     if suffix == ".png":
-        (tmp_path / "a.png").write_bytes(_png16(deep, None, None))
+        (tmp_path / "a.png").write_bytes(png16(deep))
     else:
         tifffile.imwrite(tmp_path / "a.tif", deep, photometric="rgb")
     np.testing.assert_allclose(only_truth(tmp_path), deep / 65535, rtol=0, atol=2**-24)

@@ -232,7 +232,9 @@ def test_images_are_read_sorted_as_bytes(tmp_path, gray):
 
 
 def test_folder_without_images_is_refused(tmp_path):
-    with pytest.raises(TrainingError, match=r"no images in .*expected files with a suffix of \['\.bmp'"):
+    with pytest.raises(
+        TrainingError, match=r"no images in .*expected files with a suffix of \['\.avif', '\.bmp'"
+    ):
         load_images(tmp_path)
 
 
