@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from edgedyn.images.image_set import Sample
+from edgedyn.images.sample import Sample
 from edgedyn.layers import RoutedModel, part_inputs, parts
 from edgedyn.recipe.recipe import Recipe
 

@@ -11,7 +11,8 @@ import yaml
 from PIL import Image
 
 from edgedyn.errors import CalibrationError
-from edgedyn.images.image_set import Sample, open_set
+from edgedyn.images.image_set import open_set
+from edgedyn.images.sample import Sample
 
 SHAPE = (1, 3, 32, 48)
 NOISE = {"sigma": [15.0, 25.0, 50.0], "clip": False}

@@ -12,7 +12,8 @@ import pytest
 
 from edgedyn import contents
 from edgedyn.conversion.convert import Converted, Part
-from edgedyn.images.image_set import Sample, open_set
+from edgedyn.images.image_set import open_set
+from edgedyn.images.sample import Sample
 from edgedyn.quantize import Quantized
 from edgedyn.quantize.observe.histogram import Histogram
 from edgedyn.quantize.table.entries import Entry

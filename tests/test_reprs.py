@@ -12,7 +12,7 @@ from edgedyn.bundle.bundle import Bundle
 from edgedyn.conversion.convert import Converted, Part
 from edgedyn.conversion.network import Network
 from edgedyn.device.session import Session
-from edgedyn.images.image_set import Sample
+from edgedyn.images.sample import Sample
 from edgedyn.pipeline import Build
 from edgedyn.quantize import Quantized
 from edgedyn.report.rows import Row, ValidationReport

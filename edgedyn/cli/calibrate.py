@@ -1,4 +1,4 @@
-"""``edgedyn calibrate``: the calibration table alone, and the cost of INT8 by layer and by switch."""
+"""``edgedyn calibrate``: the table alone, the cost of INT8 by layer and by switch; a set manifest."""
 
 from __future__ import annotations
 
@@ -9,44 +9,69 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgedyn.cli.options import AsJson, RecipePath, Replace, Set, Trust, Verbosity
+from edgedyn.cli.options import AsJson, Replace, Set, Trust, Verbosity
+from edgedyn.cli.set_manifest import Beside, ManifestOf, write_manifest
 from edgedyn.cli.tables import Column, print_details
 from edgedyn.cli.terminal import detail, fold, library_output, print_json, progress_bars, result
+from edgedyn.errors import UsageError
 
 if TYPE_CHECKING:
     from edgedyn.quantize.table.entries import Precision
     from edgedyn.quantize.table.table import CalibrationTable
 
 
+Recipe = Annotated[
+    Path | None,
+    typer.Argument(metavar="RECIPE", help="YAML file, or a name of edgedyn list recipes."),
+]
+Out = Annotated[
+    Path,
+    typer.Option("-o", "--out", metavar="FILE", help="The table, a new JSON file; or the set manifest."),
+]
+Cache = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="DIR",
+        help="Also write float ONNX and a calibration cache, for TensorRT up to 10 without Q/DQ.",
+    ),
+]
+Sensitivity = Annotated[
+    bool,
+    typer.Option(
+        "--sensitivity", help="Measure the cost of INT8 in each layer; resumes after an interruption."
+    ),
+]
+Ablation = Annotated[
+    bool,
+    typer.Option("--ablation", help="Measure INT8 with each switch of the method set the other way."),
+]
+
+
 def calibrate(
-    recipe: RecipePath,
-    out: Annotated[Path, typer.Option("-o", "--out", metavar="FILE", help="The table, a new JSON file.")],
-    cache: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="Also write float ONNX and a calibration cache, for TensorRT up to 10 without Q/DQ.",
-        ),
-    ] = None,
+    out: Out,
+    recipe: Recipe = None,
+    cache: Cache = None,
     overrides: Set = None,
     as_json: AsJson = False,
     force: Replace = False,
     trust: Trust = False,
-    sensitivity: Annotated[
-        bool,
-        typer.Option(
-            "--sensitivity", help="Measure the cost of INT8 in each layer; resumes after an interruption."
-        ),
-    ] = False,
-    ablation: Annotated[
-        bool,
-        typer.Option("--ablation", help="Measure INT8 with each switch of the method set the other way."),
-    ] = False,
+    sensitivity: Sensitivity = False,
+    ablation: Ablation = False,
+    manifest_of: ManifestOf = None,
+    beside: Beside = None,
     verbose: Verbosity = None,
 ) -> None:
     """Write only the calibration table, which builds reuse where quantize.table names it."""
     from edgedyn.recipe.recipe import load_recipe
 
+    if recipe is None and manifest_of is not None:
+        write_manifest(manifest_of, out, beside, overrides or [], force=force, as_json=as_json)
+        return
+    if recipe is None or manifest_of is not None or beside is not None:
+        raise UsageError(
+            "expected a RECIPE for a calibration table, or --make-manifest FOLDER, with --clean or --labels "
+            "if need be, for a set manifest. Run: edgedyn calibrate -h"
+        )
     parsed = load_recipe(recipe, overrides or [])
     with library_output(), progress_bars() as advance:
         from edgedyn import pipeline

@@ -24,7 +24,8 @@ from edgedyn.layers import find_dynamic, float32_classes, recognise, routing_of
 from edgedyn.quantize.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from edgedyn.images.image_set import CalibrationSet, Sample
+    from edgedyn.images.image_set import CalibrationSet
+    from edgedyn.images.sample import Sample
     from edgedyn.ops import Form, Op
     from edgedyn.quantize.table.table import CalibrationTable
     from edgedyn.recipe.recipe import Recipe

@@ -36,7 +36,7 @@ from edgedyn.quantize.table.entries import Entry, Outcome
 from edgedyn.report.rows import Row
 
 if TYPE_CHECKING:
-    from edgedyn.images.image_set import Sample
+    from edgedyn.images.sample import Sample
     from edgedyn.recipe.keys import CoverageSection
 
 _NAMED = 3  # outcomes, and samples nearest to each, that a refusal names

@@ -16,7 +16,7 @@ from edgedyn.images.tasks import TASKS
 from edgedyn.sections import explain
 
 if TYPE_CHECKING:
-    from edgedyn.images.image_set import Sample
+    from edgedyn.images.sample import Sample
     from edgedyn.recipe.recipe import Recipe
 
 

@@ -20,7 +20,8 @@ from edgedyn.layers import part_inputs, parts
 from edgedyn.quantize.progress import Progress, silent
 
 if TYPE_CHECKING:
-    from edgedyn.images.image_set import CalibrationSet, Sample
+    from edgedyn.images.image_set import CalibrationSet
+    from edgedyn.images.sample import Sample
     from edgedyn.ops import Form, Op
     from edgedyn.recipe.recipe import Recipe
     from edgedyn.targets import Target

@@ -2,6 +2,7 @@
 
     a manifest (calib/<set>.yaml), a folder, or any iterable of images: ``CalibrationSet.of``
     sample = image [resized] -> crop -> shrunk by the task -> noise (``edgedyn.images.noise``)
+    labelled image, of a task that predicts: resized -> crop around the centre (``edgedyn.images.framing``)
 
 Every image is identified by its sha256, and a set draws the same samples every time. Images that prove
 nothing are refused: constant ones, random values, and images that calibration and validation share.
@@ -12,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,63 +29,15 @@ from edgedyn.images.crops import (
     random_error,
     refuse_constant,
 )
-from edgedyn.images.manifest import find_folder, read_manifest
-from edgedyn.images.noise import FOLDER_NOISE, NO_NOISE, NoiseSection
-from edgedyn.images.pixels import SUFFIXES, read_pixels, resize, unpack, with_channels
+from edgedyn.images.folder import list_folder
+from edgedyn.images.framing import frame, resize
+from edgedyn.images.manifest import SetManifest, find_folder, read_manifest
+from edgedyn.images.noise import NO_NOISE, NoiseSection
+from edgedyn.images.pixels import unpack, with_channels
+from edgedyn.images.sample import Sample, SetImage
 from edgedyn.images.tasks import TASKS, Task, make_guide, shrink
 
 MOST_SAMPLES = 64  # images of a folder, taken evenly; a manifest or a recipe may set more
-
-
-@dataclass(frozen=True)
-class Sample:
-    """The inputs of a network with their truth, made of one crop of a photo.
-
-    Attributes:
-        inputs: the noisy image (1, C, H, W) float32, and the guide of a joint network.
-        truth: the crop, 0 black, 1 white: the ideal output of a task that has a truth. For a noisy photo
-            without a clean one, the noisy crop.
-        sigma: noise level, 0..255 scale; for other noise than white Gaussian, its root mean square.
-        source: file name.
-        noise: condition of these samples in a report's rows; by default ``sigma=...``.
-    """
-
-    inputs: tuple[np.ndarray, ...]
-    truth: np.ndarray
-    sigma: float
-    source: str
-    noise: str = ""
-
-    @property
-    def noisy(self) -> np.ndarray:
-        """The noisy image, (1, C, H, W)."""
-        return self.inputs[0]
-
-    @property
-    def condition(self) -> str:
-        """Condition that a report's rows are measured at, for instance ``sigma=25``."""
-        return self.noise or f"sigma={self.sigma:g}"
-
-
-@dataclass(frozen=True, eq=False)
-class SetImage:
-    """One image of a set.
-
-    Attributes:
-        path: the file; for an image in memory, a name.
-        sha256: digest of the file, or of the pixels of an image in memory.
-        clean: for a noisy photo, the same scene without noise.
-        pixels: image in memory, (H, W, C) float32; None for a file.
-    """
-
-    path: Path
-    sha256: str
-    clean: SetImage | None = None
-    pixels: np.ndarray | None = field(default=None, repr=False)
-
-    def read(self, raw: RawSection | None = None) -> np.ndarray:
-        """Return the pixels, (H, W, C) float32, 0 black, 1 white."""
-        return read_pixels(self.path, raw) if self.pixels is None else self.pixels
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,6 +48,7 @@ class CalibrationSet:
         samples: number of crops to draw.
         color_augmented: number of further crops, in exchanged and saturated colours.
         short_side: pixels to which the shorter side of every image is resized; None keeps the images' size.
+        classes: class names, in the order of the logits; empty where the set gives none.
     """
 
     name: str
@@ -106,6 +60,7 @@ class CalibrationSet:
     raw: RawSection | None = None
     color_augmented: int = 0
     short_side: int | None = None
+    classes: tuple[str, ...] = ()
 
     @classmethod
     def of(
@@ -187,9 +142,7 @@ class CalibrationSet:
             if image.path not in correlations:
                 correlations[image.path] = correlate(truth)
                 self._refuse_random(image, correlations[image.path])
-            if self.short_side is not None:  # then no image has a clean one
-                photo = truth = self._reduce(image, truth, self.short_side)
-            photo, truth = draw_crops((photo, truth), (height * task.scale, width * task.scale), rng)
+            photo, truth = self._crops(image, photo, truth, (height, width), task, rng)
             if is_augmented:
                 photo = truth = augment_colors(truth, rng)
             for pixels, source in ((photo, image), (truth, image.clean or image)):
@@ -199,7 +152,9 @@ class CalibrationSet:
             if image.clean is not None:
                 sigma = 255 * float(np.sqrt(np.mean((noisy - shrink(truth, task.scale)) ** 2)))
             guides = [make_guide(truth, shape[1]) for shape in shapes[1:]]
-            yield Sample((noisy, *guides), truth, sigma, image.path.name, name)
+            has_truth = task.has_truth and (self.noise.kind != "real" or image.clean is not None)
+            facts = (has_truth, image.label, self.classes, self.short_side)
+            yield Sample((noisy, *guides), truth, sigma, image.path.name, name, *facts)
         if max(correlations.values()) < CORRELATED:
             raise random_error(f"every image of the set {self.name!r}", max(correlations.values()))
 
@@ -218,6 +173,25 @@ class CalibrationSet:
                 f"{image.path} is {_size(photo)} and its clean file {image.clean.path} is {_size(truth)}; "
                 "expected the same scene, aligned pixel by pixel. Crop both alike."
             )
+        return photo, truth
+
+    def _crops(
+        self,
+        image: SetImage,
+        photo: np.ndarray,
+        truth: np.ndarray,
+        size: tuple[int, int],
+        task: Task,
+        rng: np.random.Generator,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return the crops of photo and truth: of a labelled image the centre, else a random place."""
+        if image.label is not None and task.predictions is not None:
+            framed = frame(photo, size, self.short_side).pixels
+            is_clean = image.clean is None
+            return framed, framed if is_clean else frame(truth, size, self.short_side).pixels
+        if self.short_side is not None:  # then no image has a clean one
+            photo = truth = self._reduce(image, truth, self.short_side)
+        photo, truth = draw_crops((photo, truth), (size[0] * task.scale, size[1] * task.scale), rng)
         return photo, truth
 
     def _refuse_random(self, image: SetImage, correlation: float) -> None:
@@ -239,6 +213,8 @@ class CalibrationSet:
         raw = self.raw and self.raw.model_dump()
         values = [pairs, self.noise.to_json(), self.samples, self.color_augmented, self.seed, raw]
         values += [self.short_side] if self.short_side is not None else []
+        labels = [image.label for image in self.images]
+        values += [labels] if any(label is not None for label in labels) else []
         return hashlib.sha256(json.dumps(values).encode()).hexdigest()
 
     def with_values(
@@ -330,7 +306,8 @@ def open_set(
 ) -> CalibrationSet:
     """Open a manifest or a folder of images, with the values of ``CalibrationSet.with_values``.
 
-    A folder has ``FOLDER_NOISE``; at most ``MOST_SAMPLES`` or ``samples`` of its images are taken, evenly.
+    A folder has the noise and labels that ``edgedyn.images.folder`` finds; at most ``MOST_SAMPLES`` or
+    ``samples`` of its images are taken, evenly.
 
     Raises:
         CalibrationError: when the set does not exist, is empty or contradicts the values, or a file is
@@ -343,23 +320,9 @@ def open_set(
 
 def _open_manifest(path: Path) -> CalibrationSet:
     manifest = read_manifest(path)
-    images = []
-    for file in manifest.files:
-        folder = find_folder(file.root or manifest.root, path)
-        clean = SetImage(folder / file.clean.name, file.clean.sha256) if file.clean else None
-        images.append(SetImage(folder / file.name, file.sha256, clean))
-    opened = CalibrationSet(
-        manifest.name,
-        manifest.licence,
-        tuple(images),
-        manifest.noise,
-        manifest.samples,
-        manifest.seed,
-        manifest.raw,
-        short_side=manifest.short_side,
-    )
+    opened = _set_of(manifest, path)
     for image, expected in opened.files:
-        actual = _sha256(image, path)
+        actual = hash_file(image, path)
         if actual != expected:
             raise CalibrationError(
                 f"image set {path}: {image.name} has sha256 {actual}; expected {expected} as in the manifest."
@@ -368,20 +331,49 @@ def _open_manifest(path: Path) -> CalibrationSet:
     return opened
 
 
+def _set_of(manifest: SetManifest, path: Path) -> CalibrationSet:
+    images = []
+    for file in manifest.files:
+        folder = find_folder(file.root or manifest.root, path)
+        label = manifest.label_of(file)
+        clean = SetImage(folder / file.clean.name, file.clean.sha256, label=label) if file.clean else None
+        images.append(SetImage(folder / file.name, file.sha256, clean, label=label))
+    return CalibrationSet(
+        manifest.name,
+        manifest.licence,
+        tuple(images),
+        manifest.noise,
+        manifest.drawn,
+        manifest.seed,
+        manifest.raw,
+        short_side=manifest.short_side,
+        classes=tuple(manifest.classes),
+    )
+
+
 def _open_folder(path: Path, most: int) -> CalibrationSet:
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and p.is_file())
-    if not files:
-        raise CalibrationError(
-            f"image folder {path} holds no image ({len(list(path.iterdir()))} other entries); "
-            f"expected files with a suffix of {', '.join(sorted(SUFFIXES))}. "
-            "Put images there or name another folder."
+    listing = list_folder(path)
+    found = listing.images
+    taken = dict.fromkeys(found[i * len(found) // most] for i in range(most))
+    images = tuple(
+        SetImage(
+            image.path,
+            hash_file(image.path, path),
+            SetImage(image.clean, hash_file(image.clean, path)) if image.clean else None,
+            label=image.label,
         )
-    taken = dict.fromkeys(files[i * len(files) // most] for i in range(most))
-    images = tuple(SetImage(file, _sha256(file, path)) for file in taken)
-    return CalibrationSet(path.name, "not stated", images, FOLDER_NOISE, max(12, len(images)))
+        for image in taken
+    )
+    samples = len(images) if images[0].label is not None else max(12, len(images))
+    return CalibrationSet(path.name, "not stated", images, listing.noise, samples, classes=listing.classes)
 
 
-def _sha256(file: Path, source: Path) -> str:
+def hash_file(file: Path, source: Path) -> str:
+    """Return a file's sha256.
+
+    Raises:
+        CalibrationError: naming the set ``source``, when the file cannot be read.
+    """
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError as error:

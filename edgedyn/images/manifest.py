@@ -1,4 +1,4 @@
-"""The manifest of an image set, ``calib/<set>.yaml``: hashed files, licence, noise, samples, seed."""
+"""The manifest of an image set, ``calib/<set>.yaml``: hashed files, licence, noise, labels, samples, seed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from pathlib import Path
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from edgedyn.errors import CalibrationError
+from edgedyn.errors import CalibrationError, nearest
 from edgedyn.images.bayer import RawSection
 from edgedyn.images.noise import NoiseSection
 from edgedyn.sections import Section, explain, read_yaml
 
+MOST_CLASSES = 2**31  # no network has more logits
 _DIGEST = "^[0-9a-f]{64}$"
 
 
@@ -31,8 +32,13 @@ class SetFile(Section):
     sha256: str = Field(pattern=_DIGEST, description="SHA-256 that the file must have.")
     clean: CleanFile | None = Field(
         default=None,
-        description="For noise of kind real: the same scene without noise, aligned pixel by pixel. Required "
-        "for validation, not for calibration.",
+        description="For noise of kind real: the same scene without noise, aligned pixel by pixel. Without "
+        "it validation compares the device with float32, and has no PSNR. For all files, or for none.",
+    )
+    label: int | str | None = Field(
+        default=None,
+        description="Class of the photo, for the accuracy of the task classify: a name of `classes`, or the "
+        "index of its logit, from 0. For all files, or for none.",
     )
 
 
@@ -48,7 +54,8 @@ class SetManifest(Section):
     samples: int = Field(
         default=12,
         ge=1,
-        description="Number of crops, of the files in turn, or of evenly spaced files where there are more.",
+        description="Number of crops, of the files in turn, or of evenly spaced files where there are more. "
+        "With labels every file by default, and at most one sample per file.",
     )
     seed: int = Field(default=0, description="Random seed of the crops' positions and of the noise.")
     noise: NoiseSection = Field(description="Noise model: how a crop becomes the network's input.")
@@ -60,6 +67,9 @@ class SetManifest(Section):
         ge=1,
         description="Pixels to which the shorter side of every image is reduced, before crops and noise. By "
         "default images keep their size.",
+    )
+    classes: list[str] = Field(
+        default=[], description="Names of all classes, in the order of the network's logits."
     )
     files: list[SetFile] = Field(min_length=1, description="Images of the set.")
 
@@ -83,6 +93,41 @@ class SetManifest(Section):
                 "reduce; expected no short_side"
             )
         return self
+
+    @model_validator(mode="after")
+    def _labels_are_classes(self) -> SetManifest:
+        if doubled := sorted({name for name in self.classes if self.classes.count(name) > 1}):
+            raise ValueError(f"classes names {', '.join(doubled[:5])} twice; expected each class once")
+        lacks = [file.name for file in self.files if file.label is None]
+        if 0 < len(lacks) < len(self.files):
+            raise ValueError(
+                f"{len(lacks)} of {len(self.files)} files have no label ({', '.join(lacks[:3])}); expected a "
+                "label for all files, or for none"
+            )
+        for file in self.files:
+            known = self.classes if isinstance(file.label, str) else range(len(self.classes) or MOST_CLASSES)
+            if file.label is not None and file.label not in known:
+                hint = nearest(file.label, self.classes) if isinstance(file.label, str) else ""
+                raise ValueError(
+                    f"{file.name} has the label {file.label!r}; {hint}expected one of the "
+                    f"{len(self.classes)} names of classes, or the index of a logit, from 0"
+                )
+        if not lacks and "samples" in self.model_fields_set and self.samples > len(self.files):
+            raise ValueError(
+                f"samples is {self.samples}, and {len(self.files)} labelled files give one sample each; "
+                "expected at most that many"
+            )
+        return self
+
+    @property
+    def drawn(self) -> int:
+        """Number of samples: every file by default where files have labels."""
+        is_labelled = self.files[0].label is not None
+        return len(self.files) if is_labelled and "samples" not in self.model_fields_set else self.samples
+
+    def label_of(self, file: SetFile) -> int | None:
+        """Return the index of a file's class among the logits; None without a label."""
+        return self.classes.index(file.label) if isinstance(file.label, str) else file.label
 
 
 def read_manifest(path: Path) -> SetManifest:

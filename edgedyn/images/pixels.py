@@ -132,17 +132,6 @@ def unpack(item: Any, name: str) -> Iterator[np.ndarray]:
         yield to_pixels(image, name)
 
 
-def resize(pixels: np.ndarray, short_side: int) -> np.ndarray:
-    """Resize (H, W, C) so that its shorter side has ``short_side`` pixels; antialiased, without overshoot."""
-    height, width, _ = pixels.shape
-    scale = short_side / min(height, width)
-    size = (round(width * scale), round(height * scale))
-    planes = (
-        Image.fromarray(plane).resize(size, Image.Resampling.BILINEAR) for plane in np.moveaxis(pixels, 2, 0)
-    )
-    return np.stack([np.asarray(plane, np.float32) for plane in planes], axis=2)
-
-
 def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
     """Return (H, W, channels) of (H, W, C): gray is repeated, colour averaged."""
     if pixels.shape[2] == channels:

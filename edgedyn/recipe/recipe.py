@@ -215,15 +215,19 @@ def load_recipe(recipe: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     path = find_recipe(recipe)
     values = read_recipe(path, "recipe", "edgedyn list keys")
     for override in sorted(overrides, key=lambda text: text.startswith("model.sha256=")):
-        _override(values, override)  # the digest last, since other weights remove the file's
+        apply_override(values, override)  # the digest last, since other weights remove the file's
     return parse_recipe(Recipe, values, path, "recipe")
 
 
 _PATH_KEYS = {"model.weights", "calibration", "validation", "quantize.table", "quantize.finetune_images"}
 
 
-def _override(values: dict[str, Any], override: str) -> None:
-    """Set ``a.b=c`` in nested dictionaries."""
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set ``a.b=c`` in nested dictionaries; the value is YAML.
+
+    Raises:
+        RecipeError: for a text that is no override.
+    """
     key, equals, text = override.partition("=")
     parts = key.split(".")
     if not equals or not all(parts):

@@ -32,7 +32,7 @@ from edgedyn.validation.runs import psnr_db
 if TYPE_CHECKING:
     from edgedyn.bundle.manifest import Routing
     from edgedyn.conversion.convert import Converted, Part
-    from edgedyn.images.image_set import Sample
+    from edgedyn.images.sample import Sample
     from edgedyn.targets import Target
 
 _BINS = 20  # of the margin histograms, up to 2 rms of the logits

@@ -24,7 +24,7 @@ from edgedyn.validation.runs import Outputs, in_torch
 
 if TYPE_CHECKING:
     from edgedyn.conversion.convert import Converted
-    from edgedyn.images.image_set import Sample
+    from edgedyn.images.sample import Sample
 
 _SAMPLES = 1  # float64 runs of whole networks; the rewrite does not depend on the image
 

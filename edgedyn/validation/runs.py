@@ -16,7 +16,7 @@ from edgedyn.images import metrics
 
 if TYPE_CHECKING:
     from edgedyn.conversion.convert import Converted
-    from edgedyn.images.image_set import Sample
+    from edgedyn.images.sample import Sample
     from edgedyn.quantize.progress import Progress
     from edgedyn.targets import Run
 

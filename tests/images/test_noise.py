@@ -14,8 +14,9 @@ from small_sets import NOISE, draw, entry, refused, save_image, write_pairs, wri
 from edgedyn.errors import CalibrationError
 from edgedyn.images import metrics
 from edgedyn.images.disjoint import refuse_other_clipping
-from edgedyn.images.image_set import Sample, open_set
+from edgedyn.images.image_set import open_set
 from edgedyn.images.noise import NoiseSection
+from edgedyn.images.sample import Sample
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.validation.runs import group_by_condition, to_hwc
 

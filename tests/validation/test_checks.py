@@ -11,7 +11,7 @@ import pytest
 
 from edgedyn.bundle.dispatch import Dispatcher
 from edgedyn.errors import CheckFailedError
-from edgedyn.images.image_set import Sample
+from edgedyn.images.sample import Sample
 from edgedyn.images.tasks import TASKS
 from edgedyn.recipe.keys import LimitSection
 from edgedyn.recipe.recipe import load_recipe

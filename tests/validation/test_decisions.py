@@ -15,7 +15,7 @@ from edgedyn import targets
 from edgedyn.bundle.dispatch import Decision, Dispatcher
 from edgedyn.bundle.manifest import Routing
 from edgedyn.conversion.convert import Part
-from edgedyn.images.image_set import Sample
+from edgedyn.images.sample import Sample
 from edgedyn.images.tasks import TASKS
 from edgedyn.quantize import Quantized
 from edgedyn.report.rows import Row

@@ -12,7 +12,7 @@ from torch import nn
 
 from edgedyn import ops
 from edgedyn.graph.dtypes import to_float64_like
-from edgedyn.images.image_set import Sample
+from edgedyn.images.sample import Sample
 from edgedyn.layers import canonicalize
 from edgedyn.targets import load
 from edgedyn.validation import exactness
