@@ -56,6 +56,7 @@ def write_contents(
         report: rows and verdict.
         manifest: the result of ``describe``, with every fact.
     """
+    task = TASKS[recipe.task].measured_on(outputs.samples)
     write_vectors(staging, outputs, recipe.input_specs()[0].dtype)
     write_texts(staging, recipe, report, converted.table, manifest["facts"]["latency_ms"])
     files = sorted(set(manifest["programs"].values()))
@@ -65,7 +66,7 @@ def write_contents(
         ok=report.ok,
         rows=[row.to_json() for row in report.rows],
         manifest=manifest,
-        pictures=choose_pictures(outputs) if TASKS[recipe.task].has_truth else [],
+        pictures=choose_pictures(outputs) if task.has_truth else [],
         facts={**manifest["facts"], "programs": {n: (staging / n).stat().st_size for n in files}},
     )
 
@@ -113,6 +114,12 @@ def describe(
             facts["ablation"] = {name: dict(measured) for name, measured in table.ablation.items()}
         facts["calibration"] = _describe_calibration(recipe.quantize, calibration, converted.mismatch)
         facts["generated_kernels"] = _generated_kernels(converted)
+    task = TASKS[recipe.task]
+    if task.has_truth and not task.measured_on(outputs.samples).has_truth:
+        facts["truth"] = (
+            "The validation photos are noisy and have no clean ones: no truth was there, so that no PSNR is "
+            "known. The device is compared with the float network."
+        )
     if converted.capacities is not None:
         facts["capacities"] = converted.capacities
     meaning = TASKS[recipe.task].output

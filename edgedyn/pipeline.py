@@ -148,7 +148,7 @@ def validate(
         outputs,
         converted.int8_shares,
         recipe.precision,
-        TASKS[recipe.task],
+        TASKS[recipe.task].measured_on(outputs.samples),
         checks.tighten_drop(recipe.limits, recipe.quantize.max_drop_db),
         rounding,
     )

@@ -31,8 +31,8 @@ def load_sets(
 
     Raises:
         CalibrationError: when INT8 has no calibration set, a set is refused or has too few images, the two
-            share an image or differ in their clipping rule, or the validation set lacks the clean images that
-            the task needs.
+            share an image or differ in their clipping rule, or only some noisy photos of the validation set
+            have a clean one.
         RecipeError: when the recipe's noise level is not valid for a set.
     """
     validation = _open(recipe, recipe.validation)
@@ -46,11 +46,14 @@ def load_sets(
         method = recipe.quantize
         calibration = _open(recipe, source, method.samples, method.color_augmented)
         _refuse_unfit(calibration, validation)
-    if TASKS[recipe.task].has_truth and not validation.has_truth:
+    task = TASKS[recipe.task]
+    lacks = [image.path.name for image in validation.images if image.clean is None]
+    if task.has_truth and validation.noise.kind == "real" and 0 < len(lacks) < len(validation.images):
         raise CalibrationError(
-            f"validation set {validation.name!r} has noisy photos without a clean file; a task "
-            f"{recipe.task!r} is measured against the clean one. Add clean: to the manifest, or name another "
-            "set."
+            f"validation set {validation.name!r} has {len(lacks)} noisy photos without a clean file, such as "
+            f"{lacks[0]}, and {len(validation.images) - len(lacks)} with one; expected one for all, to "
+            "measure PSNR, or for none, to compare with the float network. Complete the manifest, or split "
+            "the set."
         )
     return calibration, draw(recipe, validation)
 

@@ -13,9 +13,12 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgedyn import ops
+from edgedyn.bundle.manifest import ROUTER
 from edgedyn.conversion.capture import capture
 from edgedyn.conversion.image_sets import draw, to_tensors
 from edgedyn.conversion.reference import count_capacities, load_reference, rewrite
+from edgedyn.errors import CalibrationError
+from edgedyn.images.tasks import TASKS, predict_classes
 from edgedyn.layers import part_inputs, parts
 from edgedyn.quantize.progress import Progress, silent
 
@@ -86,9 +89,28 @@ def rewrite_network(
     canonical = rewrite(reference, capacities)
     inputs = part_inputs(canonical, to_tensors(example))
     captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
+    refuse_other_classes(recipe, captured, example)
     decomposed = {name: decompose_part(program, target, recipe) for name, program in captured.items()}
     progress("rewrite layers", 1, 1)
     return Network(reference, canonical, capacities, inputs, captured, decomposed, drawn, color_augmented)
+
+
+def refuse_other_classes(recipe: Recipe, captured: dict[str, ExportedProgram], example: Sample) -> None:
+    """Refuse class names of a set that are more or fewer than the network's logits.
+
+    Raises:
+        CalibrationError: with both numbers.
+    """
+    for name, program in captured.items():
+        shape = next(iter(program.graph.output_node().args[0])).meta["val"].shape
+        if TASKS[recipe.task].predictions is not predict_classes or name == ROUTER or not example.classes:
+            continue
+        if shape[1] != len(example.classes):
+            raise CalibrationError(
+                f"the validation set names {len(example.classes)} classes, such as {example.classes[0]!r}, "
+                f"and the network has {shape[1]} logits. List all classes in the order of the logits: "
+                "classes: in the manifest (edgedyn calibrate --make-manifest FOLDER --set classes=FILE)."
+            )
 
 
 def decompose_part(

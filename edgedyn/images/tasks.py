@@ -5,17 +5,21 @@
     classify    x = a crop of a photo, + noise                     y: logits (1, K), no truth
     keypoints   x = a crop of a photo, + noise                     y: heatmaps (1, K, h, w), no truth
 
-The guide of a joint upsampler is the grey truth at full resolution, the same in each of its channels. Photos
-carry no labels: a task without truth is validated by how little deployment changes the output and the
-predictions.
+The guide of a joint upsampler is the grey truth at full resolution, the same in each of its channels. A task
+without truth is validated by how little deployment changes the output and the predictions; where photos carry
+labels, also by the accuracy of the classes. Noisy photos without clean ones leave a picture without a truth.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from edgedyn.images.sample import Sample
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,7 @@ class Task:
         is_residual: whether the network predicts the difference of output and input.
         predictions: function from the output to the class, or to the position of each keypoint; None for a
             picture.
+        is_labelled: whether the class of each sample is known.
     """
 
     output: str
@@ -36,6 +41,13 @@ class Task:
     has_truth: bool = True
     is_residual: bool = False
     predictions: Callable[[np.ndarray], np.ndarray] | None = None
+    is_labelled: bool = False
+
+    def measured_on(self, samples: Sequence[Sample]) -> Task:
+        """Return the task as the samples can measure it: with labels or not, with a truth or not."""
+        has_truth = self.has_truth and all(sample.has_truth for sample in samples)
+        is_labelled = self.predictions is predict_classes and all(s.label is not None for s in samples)
+        return replace(self, has_truth=has_truth, is_labelled=is_labelled)
 
 
 def predict_classes(logits: np.ndarray) -> np.ndarray:

@@ -262,10 +262,15 @@ class LimitSection(Section):
     sqnr_db: float = Field(
         default=15.0,
         description="Least signal-to-quantization-noise ratio of outputs without a truth (classify, "
-        "keypoints), in dB.",
+        "keypoints, noisy photos without clean ones), in dB. Of a denoiser also of output minus input.",
     )
     predictions: float = Field(
         default=0.9, description="Least share of predictions (classes, keypoints) that deployment keeps."
+    )
+    accuracy_drop: float = Field(
+        default=0.02,
+        description="Largest drop of top-1 and of top-5 accuracy from float32 to the deployed precision, as "
+        "a share of the validation photos (0.02: two of a hundred). Measured where the photos have labels.",
     )
     gate: float = Field(
         default=0.995, description="Least share of images whose variant stays the same after deployment."

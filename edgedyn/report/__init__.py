@@ -29,7 +29,9 @@ QUESTIONS = {
     "quantized:decomposed": "How much quality does the precision cost?",
     "device:quantized": "Does the runtime compute the exported program?",
     "float:truth": "How good is the network before deployment?",
-    "device:float": "Does the device predict the same as the float network?",
+    "device:float": "Does the device compute the same as the float network?",
+    "float:labels": "How many labelled photos does the network classify right before deployment?",
+    "device:labels": "How many does the device classify right?",
     "device:truth": "How good is the network on the device?",
     "int8:float": "Is INT8 faster than float, layer by layer?",
     "decisions": "Do gates and masks still decide the same?",
@@ -53,6 +55,7 @@ _FACTS_SHOWN = frozenset(
         "precision",
         "ablation",
         "operators",
+        "truth",
     }
 )
 
@@ -80,11 +83,11 @@ def write_report(
         facts: measurements besides the rows. Each may be absent: ``programs`` {file: bytes},
             ``latency_ms`` {median, p95, runs}, ``int8_mac_share`` (a fraction), ``float_nodes``
             [{node, reason}], ``dynamic_ranges`` [layer], ``check_build`` and ``calibration`` {name: value},
-            ``weights`` (where they are from), ``precision`` and ``ablation`` (of a calibration table:
-            {program: measurements}), ``generated_kernels`` {name: {spread, between_images}} (shares of a
-            kernel's rms, see ``quantize.rescale.generated``), ``decisions`` and ``routes`` (histograms of
-            margins: ``edges``, ``all``, ``changed``). The page lists others at its end, except
-            ``operators``, which ``edgedyn bench --per-layer`` uses.
+            ``weights`` (where they are from), ``truth`` (a notice where none is known), ``precision`` and
+            ``ablation`` (of a calibration table: {program: measurements}), ``generated_kernels`` {name:
+            {spread, between_images}} (shares of a kernel's rms, see ``quantize.rescale.generated``),
+            ``decisions`` and ``routes`` (histograms of margins: ``edges``, ``all``, ``changed``). The page
+            lists others at its end, except ``operators``, which ``edgedyn bench --per-layer`` uses.
 
     Raises:
         UsageError: for a verdict that the rows contradict, a row or a manifest without a required key, a
@@ -96,7 +99,7 @@ def write_report(
         place_of_layers=f"{OPENS}{CLOSES}",
         title=title,
         ok=ok,
-        notice=_notice(str(facts.get("weights", ""))),
+        notice=" ".join(filter(None, (_notice(str(facts.get("weights", ""))), facts.get("truth", "")))),
         histograms=list(_histograms(facts)),
         target=manifest["target"],
         precision=precision,

@@ -12,7 +12,8 @@ class Row:
 
     Attributes:
         between: ``canonical:reference``, ``decomposed:canonical``, ``quantized:decomposed``,
-            ``device:quantized``, ``float:truth``, ``device:truth``, ``device:float``, ``int8:float``,
+            ``device:quantized``, ``float:truth``, ``device:truth``, ``device:float``, ``float:labels``,
+            ``device:labels``, ``int8:float``,
             ``device:vectors``, ``build:report``, ``decisions``, or a check of a toolchain.
         metric: name with its unit, ``psnr_db``; a condition follows in brackets, ``psnr_db[sigma=25]``.
         value: the measurement.

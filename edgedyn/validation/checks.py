@@ -18,10 +18,24 @@ import numpy as np
 from edgedyn.bundle.manifest import ROUTER
 from edgedyn.images.tasks import Task
 from edgedyn.report.rows import Row
+from edgedyn.validation.applies import (
+    LOSSY,
+    labelled,
+    no_truth,
+    on,
+    other_picture,
+    picture,
+    predicts,
+    residual,
+    truth,
+)
 from edgedyn.validation.measurements import (
     Case,
     Measure,
+    accuracy,
+    accuracy_drop,
     agreement,
+    at_worst_tile,
     by_condition,
     by_program,
     cost_ratio,
@@ -31,6 +45,7 @@ from edgedyn.validation.measurements import (
     int8_share,
     largest,
     largest_relative,
+    largest_tile_rms,
     mean_drop,
     mean_levels,
     mean_relative,
@@ -39,6 +54,7 @@ from edgedyn.validation.measurements import (
     residual_sqnr,
     sqnr,
     ssim,
+    where_more_than_five,
     whole,
     worst_drop,
     worst_tile,
@@ -70,6 +86,8 @@ _QUALITY = (
     "residual_sqnr_db",
     "sqnr_db",
     "prediction_agreement",
+    "top1_drop",
+    "top5_drop",
     "mask_flip_rate",
     "gate_agreement",
     "largest_flipped_margin",
@@ -184,32 +202,17 @@ def _drop_limit(case: Case) -> Limit:
     return {"at_most": case.limits.drop_db}
 
 
+def _drop_of_accuracy_limit(case: Case) -> Limit:
+    return {"at_most": case.limits.accuracy_drop}
+
+
+def _sqnr_without_truth(case: Case) -> Limit:
+    """Limit the error of a picture by its SQNR only where no truth limits its cost in dB."""
+    return {} if case.task.has_truth else {"at_least": case.limits.sqnr_db}
+
+
 def _agreement_limit(case: Case) -> Limit:
     return {"at_least": case.limits.predictions}
-
-
-_LOSSY = ("fp16", "int8")
-
-
-def _on(*precisions: str) -> Callable[[str, Task], bool]:
-    return lambda precision, task: precision in precisions
-
-
-def _picture(*precisions: str) -> Callable[[str, Task], bool]:
-    """The task has a truth, at one of these precisions, or at any."""
-    return lambda precision, task: task.has_truth and precision in (precisions or (precision,))
-
-
-def _no_picture(*precisions: str) -> Callable[[str, Task], bool]:
-    return lambda precision, task: not task.has_truth and precision in (precisions or (precision,))
-
-
-def _residual(precision: str, task: Task) -> bool:
-    return task.is_residual and precision in _LOSSY
-
-
-def _other_picture(precision: str, task: Task) -> bool:
-    return task.has_truth and not task.is_residual and precision in _LOSSY
 
 
 CHECKS = (
@@ -217,7 +220,7 @@ CHECKS = (
     Check(
         "quantized:decomposed",
         "int8_mac_share",
-        _on("int8"),
+        on("int8"),
         int8_share,
         _share_limit,
         by_program,
@@ -226,23 +229,35 @@ CHECKS = (
     Check(
         "quantized:decomposed",
         "max_abs",
-        _on("fp32"),
+        on("fp32"),
         largest_relative("quantized", "decomposed"),
         _float32_limit(FOLDING),
     ),
-    Check("quantized:decomposed", "residual_sqnr_db", _residual, residual_sqnr("quantized", "decomposed")),
-    Check("quantized:decomposed", "sqnr_db", _other_picture, sqnr("quantized", "decomposed")),
+    Check(
+        "quantized:decomposed",
+        "residual_sqnr_db",
+        residual,
+        residual_sqnr("quantized", "decomposed"),
+        _sqnr_without_truth,
+    ),
     Check(
         "quantized:decomposed",
         "sqnr_db",
-        _no_picture(*_LOSSY),
+        other_picture,
+        sqnr("quantized", "decomposed"),
+        _sqnr_without_truth,
+    ),
+    Check(
+        "quantized:decomposed",
+        "sqnr_db",
+        predicts(*LOSSY),
         sqnr("quantized", "decomposed"),
         lambda case: {"at_least": case.limits.sqnr_db},
     ),
     Check(
         "quantized:decomposed",
         "psnr_drop_db",
-        _picture(*_LOSSY),
+        truth(*LOSSY),
         mean_drop("quantized"),
         _drop_limit,
         by_condition,
@@ -253,54 +268,89 @@ CHECKS = (
     Check(
         "device:quantized",
         "mean_abs_levels",
-        _picture("fp32"),
+        picture("fp32"),
         mean_levels("device", "quantized"),
         lambda case: {"at_most": case.limits.device_levels},
     ),
     Check(
         "device:quantized",
         "mean_abs_levels",
-        _picture("fp16"),
+        picture("fp16"),
         mean_levels("device", "quantized"),
         _float16_levels,
     ),
-    Check("device:quantized", "mean_abs_levels", _picture("int8"), mean_levels("device", "quantized")),
+    Check("device:quantized", "mean_abs_levels", picture("int8"), mean_levels("device", "quantized")),
     Check(
         "device:quantized",
         "mean_relative",
-        _no_picture("fp32"),
+        predicts("fp32"),
         mean_relative("device", "quantized"),
         _float32_limit(REORDERING),
     ),
-    Check("device:quantized", "mean_relative", _no_picture(*_LOSSY), mean_relative("device", "quantized")),
-    Check("device:quantized", "max_abs", _on("fp32", *_LOSSY), largest("device", "quantized")),
+    Check("device:quantized", "mean_relative", predicts(*LOSSY), mean_relative("device", "quantized")),
+    Check("device:quantized", "max_abs", on("fp32", *LOSSY), largest("device", "quantized")),
     Check(
         "device:quantized",
         "rms_ratio",
-        lambda precision, task: precision == "int8" or (precision == "fp16" and not task.has_truth),
+        lambda precision, task: on("int8")(precision, task) or predicts("fp16")(precision, task),
         cost_ratio("device", "quantized"),
         lambda case: {"at_most": INDEPENDENT},
     ),
     Check(
         "device:quantized",
         "noise_ratio",
-        _on("int8"),
+        on("int8"),
         cost_ratio("device", "decomposed"),
         lambda case: dict(SAME_NOISE),
     ),
     # the truth
-    Check("float:truth", "psnr_db", _picture(), psnr("decomposed"), _better_than_input, by_condition),
-    Check("float:truth", "ssim", _picture(), ssim("decomposed"), alternates=True),
-    Check("device:truth", "psnr_db", _picture(), psnr("device"), _better_than_input, by_condition),
-    Check("device:truth", "ssim", _picture(), ssim("device"), alternates=True),
-    Check("device:truth", "psnr_drop_db", _picture(), mean_drop("device"), _drop_limit, by_condition),
-    Check("device:truth", "worst_image_psnr_drop_db", _picture(), worst_drop("device")),
-    Check("device:truth", "worst_tile_psnr_db", _picture(), worst_tile("device")),
+    Check("float:truth", "psnr_db", truth(), psnr("decomposed"), _better_than_input, by_condition),
+    Check("float:truth", "ssim", truth(), ssim("decomposed"), alternates=True),
+    Check("device:truth", "psnr_db", truth(), psnr("device"), _better_than_input, by_condition),
+    Check("device:truth", "ssim", truth(), ssim("device"), alternates=True),
+    Check("device:truth", "psnr_drop_db", truth(), mean_drop("device"), _drop_limit, by_condition),
+    Check("device:truth", "worst_image_psnr_drop_db", truth(), worst_drop("device")),
+    Check("device:truth", "worst_tile_psnr_db", truth(), worst_tile("device")),
+    # noisy photos without clean ones: no truth is known, the float network is the reference
+    Check("float:truth", "images_without_truth", no_truth, count_samples),
+    Check(
+        "device:float",
+        "residual_sqnr_db",
+        lambda precision, task: no_truth(precision, task) and task.is_residual,
+        residual_sqnr("device", "decomposed"),
+        _sqnr_without_truth,
+        by_condition,
+    ),
+    Check(
+        "device:float", "sqnr_db", no_truth, sqnr("device", "decomposed"), _sqnr_without_truth, by_condition
+    ),
+    Check("device:float", "max_abs", no_truth, largest("device", "decomposed")),
+    Check(
+        "device:float",
+        "worst_tile_rms_levels",
+        no_truth,
+        largest_tile_rms("device", "decomposed"),
+        split=at_worst_tile("device", "decomposed"),
+    ),
+    # labels
+    Check("float:labels", "top1_accuracy", labelled, accuracy("decomposed", 1)),
+    Check("float:labels", "top5_accuracy", labelled, accuracy("decomposed", 5), split=where_more_than_five),
+    Check("device:labels", "top1_accuracy", labelled, accuracy("device", 1)),
+    Check("device:labels", "top5_accuracy", labelled, accuracy("device", 5), split=where_more_than_five),
+    Check("device:labels", "top1_drop", labelled, accuracy_drop("device", 1), _drop_of_accuracy_limit),
+    Check(
+        "device:labels",
+        "top5_drop",
+        labelled,
+        accuracy_drop("device", 5),
+        _drop_of_accuracy_limit,
+        where_more_than_five,
+    ),
     # predictions, where no truth is known
     Check(
         "quantized:decomposed",
         "prediction_agreement",
-        _no_picture(),
+        predicts(),
         agreement("quantized", "decomposed"),
         _agreement_limit,
         count=count_predictions,
@@ -308,10 +358,10 @@ CHECKS = (
     Check(
         "device:float",
         "prediction_agreement",
-        _no_picture(),
+        predicts(),
         agreement("device", "decomposed"),
         _agreement_limit,
         count=count_predictions,
     ),
-    Check("device:float", "sqnr_db", _no_picture(), sqnr("device", "decomposed")),
+    Check("device:float", "sqnr_db", predicts(), sqnr("device", "decomposed")),
 )

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from edgedyn.bundle.manifest import FORWARD
+from edgedyn.errors import CalibrationError
 from edgedyn.images import metrics
 from edgedyn.validation.runs import Outputs, enlarge, group_by_condition, psnr_db, to_hwc
 
@@ -150,6 +151,76 @@ def cost_ratio(y: str, reference: str) -> Measure:
 def _rms(pairs: Sequence[tuple[np.ndarray, np.ndarray]]) -> float:
     squares = [np.mean((a.astype(np.float64) - b) ** 2) for a, b in pairs]
     return float(np.sqrt(np.mean(squares)))
+
+
+# ---- the largest error of a place, where no truth is known
+
+_TILE = 64  # pixels per side, as ``metrics.worst_tile_psnr_db`` has it
+
+
+def at_worst_tile(y: str, reference: str) -> Callable[[Case], dict[str, Case]]:
+    """Return the split of a case into itself, under the file and the upper left pixel of the worst tile."""
+
+    def split(case: Case) -> dict[str, Case]:
+        _, file, column, row = _worst_tile(case, y, reference)
+        return {f"{file} x={column} y={row}": case}
+
+    return split
+
+
+def largest_tile_rms(y: str, reference: str) -> Measure:
+    """Return the largest root mean square difference of a tile of any image, in 8-bit grey levels."""
+    return lambda case: _worst_tile(case, y, reference)[0]
+
+
+def _worst_tile(case: Case, y: str, reference: str) -> tuple[float, str, int, int]:
+    """Return rms difference, file, column and row of the tile with the largest one."""
+    worst = (-1.0, "", 0, 0)
+    for (a, b), sample in zip(case.pairs(y, reference), case.outputs.samples, strict=True):
+        error = (a.astype(np.float64) - b) ** 2
+        for row in range(0, error.shape[2], _TILE):
+            for column in range(0, error.shape[3], _TILE):
+                rms = 255 * float(np.sqrt(error[:, :, row : row + _TILE, column : column + _TILE].mean()))
+                if rms > worst[0]:
+                    worst = (rms, sample.source, column, row)
+    return worst
+
+
+# ---- accuracy, where photos have labels
+
+
+def where_more_than_five(case: Case) -> dict[str, Case]:
+    """Return the case where there are more than five classes; the top 5 of five are always right."""
+    return {"": case} if case.outputs.decomposed[0].shape[1] > 5 else {}
+
+
+def accuracy(y: str, most: int) -> Measure:
+    """Return the share of photos whose class is among the ``most`` largest logits.
+
+    Raises:
+        CalibrationError: by the measure, for a label beyond the logits.
+    """
+    return lambda case: float(np.mean(_hits(case, y, most)))
+
+
+def accuracy_drop(y: str, most: int) -> Measure:
+    """Return the accuracy of the decomposed program minus that of another one."""
+    return lambda case: float(np.mean(_hits(case, "decomposed", most)) - np.mean(_hits(case, y, most)))
+
+
+def _hits(case: Case, y: str, most: int) -> list[bool]:
+    hits = []
+    for logits, sample in zip(getattr(case.outputs, y), case.outputs.samples, strict=True):
+        classes, label = logits[0].ravel(), sample.label
+        if label is None or label >= len(classes):
+            raise CalibrationError(
+                f"{sample.source} has the label {label}, and the network has {len(classes)} logits, 0 to "
+                f"{len(classes) - 1}. Fix the label; classes: names all classes in the order of the logits."
+            )
+        # of equal logits the first one wins, as in argmax
+        rank = int((classes > classes[label]).sum() + (classes[:label] == classes[label]).sum())
+        hits.append(rank < most)
+    return hits
 
 
 # ---- predictions, of a task without truth

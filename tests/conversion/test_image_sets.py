@@ -115,11 +115,15 @@ def test_sets_of_different_clipping_rules_are_refused(tmp_path):
         pipeline.load_sets(recipe(f"calibration={path}"))
 
 
-def test_validation_needs_a_clean_file_for_each_noisy_photo(tmp_path):
+def test_validation_needs_a_clean_file_for_each_noisy_photo_or_for_none(tmp_path):
     noisy = [entry(save_image(tmp_path / f"{k}.png", seed=k)) for k in range(2)]
     path = write_set(tmp_path, names=(), noise={"kind": "real"}, files=noisy)
+    _, samples = pipeline.load_sets(recipe(f"validation={path}"))
+    assert not any(s.has_truth for s in samples)
+    mixed = [noisy[0], {**noisy[1], "clean": entry(save_image(tmp_path / "c.png", seed=2))}]
+    path = write_set(tmp_path, names=(), noise={"kind": "real"}, files=mixed)
     with pytest.raises(
-        CalibrationError, match="'waves' has noisy photos without a clean file; a task 'denoise'"
+        CalibrationError, match=r"'waves' has 1 noisy photos .* such as 0\.png, and 1 with one"
     ):
         pipeline.load_sets(recipe(f"validation={path}"))
     _, samples = pipeline.load_sets(recipe(f"validation={write_pairs(tmp_path)}"))

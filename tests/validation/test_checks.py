@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from edgedyn.bundle.dispatch import Dispatcher
-from edgedyn.errors import CheckFailedError
+from edgedyn.errors import CalibrationError, CheckFailedError
 from edgedyn.images.sample import Sample
 from edgedyn.images.tasks import TASKS
 from edgedyn.recipe.keys import LimitSection
@@ -339,7 +339,10 @@ def test_checks_of_predictions_by_precision(precision, more):
 
 
 def test_every_check_applies_to_some_precision_and_task():
-    pairs = [(precision, task) for precision in ("fp32", "fp16", "int8") for task in TASKS.values()]
+    labelled = dataclasses.replace(TASKS["classify"], is_labelled=True)
+    noisy = dataclasses.replace(TASKS["denoise"], has_truth=False)
+    tasks = [*TASKS.values(), labelled, noisy]
+    pairs = [(precision, task) for precision in ("fp32", "fp16", "int8") for task in tasks]
     for check in checks.CHECKS:
         assert any(check.applies(*pair) for pair in pairs), check
 
@@ -353,3 +356,124 @@ def test_agreement_counts_predictions_that_stay():
     assert (found["quantized:decomposed"].value, found["quantized:decomposed"].passed) == (1.0, True)
     assert (found["device:float"].value, found["device:float"].passed) == (0.75, False)
     assert {row.samples for row in found.values()} == {4}
+
+
+def photo_without_truth(**errors: float) -> Outputs:
+    outputs = make_outputs(**errors)
+    samples = [
+        dataclasses.replace(s, has_truth=False, source=f"{k}.png") for k, s in enumerate(outputs.samples)
+    ]
+    return dataclasses.replace(outputs, samples=samples)
+
+
+def rows_without_truth(outputs: Outputs, precision: str = "int8", task: str = "denoise") -> list[Row]:
+    measured = TASKS[task].measured_on(outputs.samples)
+    return checks.rows(Case(outputs, {"forward": (1.0, 3)}, precision, measured, LIMITS))
+
+
+def test_without_a_truth_the_device_is_compared_with_the_float_network():
+    outputs = photo_without_truth(decomposed=0.05, quantized=0.06, device=0.06)
+    rows = by_name(rows_without_truth(outputs))
+    assert not any("psnr" in name or "ssim" in name for name in rows)
+    missing = rows["float:truth images_without_truth"]
+    assert (missing.value, missing.limit, missing.samples) == (4, {}, 4)
+    # energies: of the output 0.25 + 0.05^2, of output minus input 0.05^2, of the error 0.01^2
+    error = pytest.approx(10 * math.log10((0.25 + 0.0025) / 1e-4), abs=1e-3)
+    residual = pytest.approx(20 * math.log10(5), abs=1e-3)
+    for sigma in (15, 25):
+        assert rows[f"device:float sqnr_db[sigma={sigma}]"].value == error
+        row = rows[f"device:float residual_sqnr_db[sigma={sigma}]"]
+        assert (row.value, row.limit, row.passed) == (residual, {"at_least": 15.0}, False)
+    assert not rows["quantized:decomposed residual_sqnr_db"].passed
+    assert rows["device:float max_abs"].value == pytest.approx(0.01, rel=1e-4)
+
+
+def test_the_worst_tile_is_named_by_its_file_and_place():
+    outputs = photo_without_truth()
+    far = np.pad(outputs.decomposed[2], ((0, 0), (0, 0), (0, 100), (0, 180)))
+    near = far.copy()
+    near[0, :, 70, 130] += 0.5
+    for program, y in (("decomposed", far), ("quantized", near), ("device", near)):
+        getattr(outputs, program)[2] = y
+    outputs.samples[2] = dataclasses.replace(outputs.samples[2], inputs=(far + np.float32(0.1),))
+    (worst,) = (r for r in rows_without_truth(outputs) if "worst_tile" in r.metric)
+    assert worst.metric == "worst_tile_rms_levels[2.png x=128 y=64]"
+    assert worst.value == pytest.approx(255 * 0.5 / math.sqrt(60 * 64))
+    assert (worst.limit, worst.samples) == ({}, 4)
+
+
+def test_an_enlarging_network_without_a_truth_is_limited_by_its_sqnr():
+    rows = by_name(rows_without_truth(photo_without_truth(quantized=0.3, device=0.3), task="upscale"))
+    assert rows["quantized:decomposed sqnr_db"].limit == {"at_least": 15.0}
+    assert rows["device:float sqnr_db[sigma=15]"].limit == {"at_least": 15.0}
+    assert not any("residual" in name for name in rows)
+    with_truth = checks.rows(Case(make_outputs(), {"forward": (1.0, 3)}, "int8", TASKS["upscale"], LIMITS))
+    assert by_name(with_truth)["quantized:decomposed sqnr_db"].limit == {}
+
+
+def labelled(labels: list[int], classes: int = 8, device: dict[int, list[int]] | None = None) -> Outputs:
+    """Give four photos whose logits fall from class 0 on; the device's order of some of them is given."""
+
+    def logits(order: list[int]) -> np.ndarray:
+        y = np.zeros((1, classes), np.float32)
+        y[0, order] = -np.arange(classes)
+        return y
+
+    float_ = [logits(list(range(classes))) for _ in labels]
+    on_device = [logits((device or {}).get(k, list(range(classes)))) for k in range(len(labels))]
+    outputs = make_outputs()
+    samples = [dataclasses.replace(s, label=k) for s, k in zip(outputs.samples, labels, strict=True)]
+    return Outputs(samples, float_, float_, on_device)
+
+
+def test_accuracy_counts_labels_among_the_largest_logits():
+    outputs = labelled([0, 0, 4, 5], device={1: [1, 2, 3, 4, 5, 0, 6, 7]})
+    rows = by_name(rows_without_truth(outputs, "fp16", "classify"))
+    values = {name: row.value for name, row in rows.items() if ":labels" in name}
+    assert values == {
+        "float:labels top1_accuracy": 0.5,
+        "float:labels top5_accuracy": 0.75,
+        "device:labels top1_accuracy": 0.25,
+        "device:labels top5_accuracy": 0.5,
+        "device:labels top1_drop": 0.25,
+        "device:labels top5_drop": 0.25,
+    }
+    drop = rows["device:labels top1_drop"]
+    assert (drop.limit, drop.passed, drop.samples) == ({"at_most": 0.02}, False, 4)
+    assert not rows["device:labels top5_drop"].passed
+
+
+def test_better_than_float_is_no_drop():
+    outputs = labelled([1, 0, 0, 0], device={0: [1, 0, 2, 3, 4, 5, 6, 7]})
+    drop = by_name(rows_without_truth(outputs, "int8", "classify"))["device:labels top1_drop"]
+    assert (drop.value, drop.passed) == (-0.25, True)
+
+
+def test_five_classes_have_no_top_five():
+    rows = by_name(rows_without_truth(labelled([0, 1, 2, 3], classes=5), "int8", "classify"))
+    assert [name for name in rows if "top5" in name] == []
+    assert rows["float:labels top1_accuracy"].value == 0.25
+
+
+def test_of_equal_logits_the_first_is_the_class():
+    outputs = labelled([0, 1, 2, 5])
+    equal = [np.zeros((1, 8), np.float32)] * 4
+    outputs = dataclasses.replace(outputs, decomposed=equal, quantized=equal, device=equal)
+    rows = by_name(rows_without_truth(outputs, "fp32", "classify"))
+    assert rows["float:labels top1_accuracy"].value == 0.25
+    assert rows["float:labels top5_accuracy"].value == 0.75
+
+
+def test_a_label_beyond_the_logits_is_refused_by_its_file():
+    with pytest.raises(
+        CalibrationError, match=r"a\.png has the label 8, and the network has 8 logits, 0 to 7"
+    ):
+        rows_without_truth(labelled([0, 1, 2, 8]), "fp32", "classify")
+
+
+def test_photos_without_labels_and_keypoints_have_no_accuracy():
+    partial = labelled([0, 1, 2, 3])
+    some = [dataclasses.replace(partial.samples[0], label=None), *partial.samples[1:]]
+    assert not TASKS["classify"].measured_on(some).is_labelled
+    assert not TASKS["keypoints"].measured_on(partial.samples).is_labelled
+    assert TASKS["classify"].measured_on(partial.samples).is_labelled
