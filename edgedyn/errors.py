@@ -6,7 +6,7 @@
     3    a target, device or package is not available here
     4    the network or a layer is not supported
     5    the calibration images are refused
-    130  interrupted; no partial file is left
+    130  interrupted by Ctrl-C, 129 and 143 by SIGHUP and SIGTERM; no partial file is left
 
 A message names the fault, the value found, the value expected, and the next step. Any other exception from a
 public function is a bug of edgedyn.
@@ -15,16 +15,34 @@ public function is a bug of edgedyn.
 from __future__ import annotations
 
 import difflib
+import re
+import reprlib
 import sysconfig
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
 
+MAX_LINE = 2000  # characters of a line of a message; longer ones hold data, not words
+_UNSAFE = re.compile(  # what moves a cursor, hides text, turns its direction, or cannot be encoded
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+)
+
 
 class EdgedynError(Exception):
-    """A refusal with its reason; ``exit_code`` is the exit status of the command line."""
+    """A refusal with its reason; ``exit_code`` is the exit status of the command line.
+
+    Its text is safe to print: control characters are escaped, a long line is cut.
+    """
 
     exit_code = 2
+
+    def __str__(self) -> str:
+        """Return the message, safe to print."""
+        lines = printable(super().__str__()).split("\n")
+        return "\n".join(
+            line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}... ({len(line)} characters)"
+            for line in lines
+        )
 
 
 class CheckFailedError(EdgedynError):
@@ -81,12 +99,32 @@ class CalibrationError(EdgedynError):
     exit_code = 5
 
 
+def printable(text: str) -> str:
+    r"""Return text with control characters escaped as Python does, ``\x1b``; line breaks and tabs stay."""
+    return _UNSAFE.sub(lambda found: found[0].encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+def shown(value: object, most: int = 80) -> str:
+    """Return the ``repr`` of a value of a user for a message, cut to about ``most`` characters.
+
+    Of large lists and mappings only the first entries are read, so that nothing grows with the value.
+    """
+    short = reprlib.Repr()
+    short.maxstring = short.maxother = short.maxlong = most
+    short.maxlist = short.maxtuple = short.maxset = short.maxdict = 20
+    try:
+        text = short.repr(value)
+    except ValueError:  # an integer of more digits than Python prints
+        text = f"a {type(value).__name__} of too many digits"
+    return text if len(text) <= most else f"{text[: most - 3]}..."
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return ``did you mean 'x'? `` for the known name most like ``name``, or the empty string.
 
     Case does not count, and the last part of a dotted name is enough: ``conv3`` finds ``body.conv3``.
     """
-    names = list(known)
+    name, names = name[:200], list(known)  # the search is quadratic
     lowered = {candidate.lower(): candidate for candidate in reversed(names)}
     lowered = {candidate.lower().rpartition(".")[2]: candidate for candidate in reversed(names)} | lowered
     near = difflib.get_close_matches(name.lower(), lowered, n=1)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedyn.bench.speed import time_runs
-from edgedyn.bundle.bundle import Bundle, refuse_existing, staging_folder, write_bundle
+from edgedyn.bundle.bundle import Bundle, refuse_existing, write_bundle
 from edgedyn.bundle.dispatch import load_programs
 from edgedyn.contents import describe, write_contents
 from edgedyn.conversion import coverage, implicit
@@ -22,6 +22,7 @@ from edgedyn.conversion.capture import capture
 from edgedyn.conversion.convert import convert, load_target
 from edgedyn.conversion.image_sets import load_sets
 from edgedyn.errors import RecipeError, UsageError
+from edgedyn.files import refuse_unwritable, staging_folder
 from edgedyn.graph.provenance import shared_provenance
 from edgedyn.images.tasks import TASKS
 from edgedyn.quantize.progress import Progress, silent
@@ -116,6 +117,7 @@ def build(
     """
     recipe, out = as_recipe(recipe), Path(out)
     refuse_existing(out, force=force)
+    refuse_unwritable(out, is_folder=True)
     target = load_target(recipe)
     calibration, samples = load_sets(recipe, calibration)
     converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
@@ -189,6 +191,7 @@ def lower(
     """
     recipe, out = as_recipe(recipe), Path(out)
     refuse_existing(out)
+    refuse_unwritable(out, is_folder=True)
     target = load_target(recipe)
     calibration, samples = load_sets(recipe, calibration)
     converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
@@ -244,6 +247,7 @@ def calibrate(
     refuse_place(out)
     if out.exists() and not force:
         raise UsageError(f"{out} exists. Choose another name, or pass --force to replace it.")
+    refuse_unwritable(out)
     if cache is not None:
         implicit.refuse_caches(recipe, Path(cache), force=force)
     fresh = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"table": None})})

@@ -43,6 +43,7 @@ sys.meta_path.insert(0, Blocked())
 # from the ground up; a file imports files of its own room and of the floors below
 FLOORS = (
     ("errors",),
+    ("reading",),
     ("files", "sections", "extensions"),
     ("bundle",),
     ("images",),
@@ -179,6 +180,7 @@ DEVICE_SIDE = [
     "edgedyn.files",
     "edgedyn.images.metrics",
     "edgedyn.images.photo",
+    "edgedyn.reading",
     "edgedyn.report.rows",
     "edgedyn.targets.executorch.kernels",
     "edgedyn.targets.executorch.profile",

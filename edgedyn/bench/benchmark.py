@@ -24,11 +24,12 @@ import numpy as np
 
 from edgedyn import targets
 from edgedyn.bench.speed import Comparison, Trace, attribute, compare, run_in_turns
-from edgedyn.bundle.bundle import Bundle, add_files, open_bundle, staging_folder
+from edgedyn.bundle.bundle import Bundle, add_files, open_bundle
 from edgedyn.errors import BundleError, CheckFailedError, TargetMissingError, UsageError
-from edgedyn.files import to_json
+from edgedyn.files import refuse_unwritable, staging_folder, to_json
 from edgedyn.report import insert_layers
 from edgedyn.report.rows import Row
+from edgedyn.report.stored import read_values
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -73,14 +74,15 @@ def measure(bundle: Path, *, runs: int) -> dict[str, Any]:
 def compare_with_float(
     path: Path, *, runs: int, progress: Progress = lambda phase, done, total: None
 ) -> Comparison:
-    """Compare an INT8 bundle with its float32 counterpart, layer by layer; nothing is written.
+    """Compare an INT8 bundle with its float32 counterpart, layer by layer, for ``write_comparison``.
 
     Raises:
-        UsageError: for a bundle of another precision.
+        UsageError: for a bundle of another precision, or one that cannot be written.
         TargetMissingError: for a target without times by layer, or one that is not installed here.
         BundleError: when the bundle does not map its operators to layers.
     """
     bundle = open_bundle(path)
+    refuse_unwritable(path, is_folder=True)
     if bundle.precision != "int8":
         raise UsageError(
             f"bundle {path} is {bundle.precision}; expected int8, whose layers are compared with float32. "
@@ -174,7 +176,7 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     """
     bundle = open_bundle(path)
     row = Row("int8:float", "slower_layers", len(comparison.slower), {}, len(comparison.int8_layers))
-    report = json.loads((path / "report.json").read_text(encoding="utf-8"))
+    report = read_values(path, "report.json")
     rows = [entry for entry in report["rows"] if entry["between"] != row.between]
     values = {**comparison.to_json(), "machine": machine()}
     page = insert_layers((path / "report.html").read_text(encoding="utf-8"), values, row.to_json())

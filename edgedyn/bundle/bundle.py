@@ -12,8 +12,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -148,26 +147,6 @@ def engine_names(path: Path) -> set[str]:
     return {name for name in names | listed if name.endswith(".engine")}
 
 
-@contextmanager
-def staging_folder(out: Path) -> Iterator[Path]:
-    """Make a hidden empty folder to build a bundle in, and remove its remains at the end.
-
-    Beside ``out``, because a rename is atomic only inside one file system. Parents of ``out`` are made.
-
-    Raises:
-        UsageError: if the folder cannot be made.
-    """
-    staging = sibling(out, "part")
-    try:
-        staging.mkdir(parents=True)
-    except OSError as error:
-        raise UsageError(f"cannot write beside {out}: {error}. Choose another place.") from error
-    try:
-        yield staging
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
 def refuse_existing(out: Path, *, force: bool = False) -> None:
     """Refuse to write over ``out``. Call it before long work; ``write_bundle`` calls it again.
 
@@ -240,12 +219,12 @@ def add_files(bundle: Bundle, files: Sequence[Path]) -> Bundle:
 
 def _publish(staging: Path, out: Path) -> None:
     old = sibling(out, "old")
-    if out.exists():
-        out.rename(old)
     try:
+        if out.exists():
+            out.rename(old)
         staging.rename(out)
-    except OSError:
-        if old.exists():
+    except BaseException:  # an interruption, too
+        if old.exists() and not out.exists():
             old.rename(out)
         raise
     sync(staging.parent)

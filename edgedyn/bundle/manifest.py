@@ -20,6 +20,7 @@ from typing import Any
 
 from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.errors import BundleError
+from edgedyn.reading import TextError, parse_json, read_bytes
 
 FORMAT = 3
 MANIFEST = "manifest.json"
@@ -29,8 +30,7 @@ ROUTER = "router"
 FORWARD = "forward"  # the one program of a bundle without routing
 _PLAIN_NAME = re.compile(rf"({VECTORS}/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 _MAX_MANIFEST_BYTES = 16 * 2**20
-# The integers that every JSON reader agrees on (RFC 8259, section 6).
-_MAX_NUMBER = 2**53
+_MAX_QUOTED = 300  # characters of a value that a message quotes
 _NUMBER = (int, float)
 _DTYPES = ("float16", "float32")
 _MANIFEST_KEYS: dict[str, tuple[type, ...]] = {
@@ -184,39 +184,28 @@ def tensor_specs(entries: list[dict[str, Any]]) -> list[TensorSpec]:
 
 def refusal(path: Path, part: str, actual: str, expected: str, fix: str = "Build it again.") -> BundleError:
     """Return the error for a bundle in which a part is not as expected, to be raised."""
-    return BundleError(f"bundle {path}: {part}: found {actual}, expected {expected}. {fix}")
+    short = actual if len(actual) <= _MAX_QUOTED else f"{actual[:_MAX_QUOTED]}..."
+    return BundleError(f"bundle {path}: {part}: found {short}, expected {expected}. {fix}")
 
 
 def _manifest_bytes(path: Path) -> bytes:
     file = path / MANIFEST
     if file.is_symlink() or not file.is_file():
         raise refusal(path, MANIFEST, "no such plain file", "the manifest of a bundle", "Check the path.")
-    if file.stat().st_size > _MAX_MANIFEST_BYTES:
-        raise refusal(path, MANIFEST, f"{file.stat().st_size} bytes", f"at most {_MAX_MANIFEST_BYTES}")
-    return file.read_bytes()
+    try:
+        return read_bytes(file, _MAX_MANIFEST_BYTES)
+    except OSError as error:
+        raise refusal(path, MANIFEST, str(error.strerror), "a readable file", "Check it.") from error
 
 
 def _parse(path: Path, data: bytes) -> dict[str, Any]:
     try:
-        manifest = json.loads(data, object_pairs_hook=_distinct, parse_int=_number, parse_float=_number)
-    except (ValueError, RecursionError) as error:
+        manifest = parse_json(data)
+    except TextError as error:
         raise refusal(path, MANIFEST, str(error), "strict JSON in ASCII") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise refusal(path, MANIFEST, "no object with the key 'files'", "the manifest of a bundle")
     return manifest
-
-
-def _distinct(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) != len(pairs):
-        raise ValueError(f"a key twice among {sorted(key for key, _ in pairs)}")
-    return values
-
-
-def _number(text: str) -> int | float:
-    if not abs(float(text)) <= _MAX_NUMBER:
-        raise ValueError(f"number {text[:24]}, which is not finite or beyond 2**53")
-    return int(text) if text.lstrip("-").isdigit() else float(text)
 
 
 def _check_values(path: Path, manifest: dict[str, Any]) -> None:

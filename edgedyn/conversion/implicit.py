@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from edgedyn import ops, quantize
 from edgedyn.errors import RecipeError, UsageError
-from edgedyn.files import replace_files
+from edgedyn.files import make_folder, refuse_unwritable, replace_files
 from edgedyn.layers import float32_classes
 from edgedyn.targets import Int8Scheme
 
@@ -54,6 +54,7 @@ def refuse_caches(recipe: Recipe, folder: Path, *, force: bool = False) -> None:
         raise UsageError(
             f"{folder} is not empty. Choose another folder, or pass --force to replace its files."
         )
+    refuse_unwritable(folder / "model.onnx")
 
 
 def write_caches(recipe: Recipe, converted: Converted, folder: Path) -> list[Path]:
@@ -68,7 +69,7 @@ def write_caches(recipe: Recipe, converted: Converted, folder: Path) -> list[Pat
     programs = {name: _with_outputs(recipe, part) for name, part in converted.parts.items()}
     with tempfile.TemporaryDirectory() as scratch:
         models = write_models(programs, Path(scratch), "int8")
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder)
     written: list[Path] = []
     for name, model in models.items():
         made, scales = split_pairs(model)

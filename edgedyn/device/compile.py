@@ -11,8 +11,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgedyn import targets
-from edgedyn.bundle.bundle import add_files, engine_names, open_bundle, staging_folder
+from edgedyn.bundle.bundle import add_files, engine_names, open_bundle
 from edgedyn.errors import UsageError
+from edgedyn.files import refuse_unwritable, staging_folder
 
 
 def compile_bundle(
@@ -58,6 +59,7 @@ def compile_bundle(
         raise UsageError(
             f"{path / present[0]} exists already. Pass --force to build it again on this machine."
         )
+    refuse_unwritable(path, is_folder=True)
     with staging_folder(path) as staging:
         facts = {
             engine: build(path / source, staging / engine, workspace_bytes=workspace_bytes, progress=progress)

@@ -5,13 +5,13 @@ from __future__ import annotations
 from importlib.util import find_spec
 from pathlib import Path
 
-import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from edgedyn.errors import CalibrationError, nearest
 from edgedyn.images.bayer import RawSection
 from edgedyn.images.noise import NoiseSection
-from edgedyn.sections import Section, explain, read_yaml
+from edgedyn.reading import TextError
+from edgedyn.sections import Section, Seed, explain, read_yaml_file
 
 MOST_CLASSES = 2**31  # no network has more logits
 _DIGEST = "^[0-9a-f]{64}$"
@@ -54,10 +54,11 @@ class SetManifest(Section):
     samples: int = Field(
         default=12,
         ge=1,
+        le=1_000_000,
         description="Number of crops, of the files in turn, or of evenly spaced files where there are more. "
         "With labels every file by default, and at most one sample per file.",
     )
-    seed: int = Field(default=0, description="Random seed of the crops' positions and of the noise.")
+    seed: Seed = Field(default=0, description="Random seed of the crops' positions and of the noise.")
     noise: NoiseSection = Field(description="Noise model: how a crop becomes the network's input.")
     raw: RawSection | None = Field(
         default=None, description="Layout and levels of .raw files; one sensor mode per set."
@@ -137,14 +138,14 @@ def read_manifest(path: Path) -> SetManifest:
         CalibrationError: when the file cannot be read or is no manifest.
     """
     try:
-        return SetManifest(**read_yaml(path.read_text(encoding="utf-8")))
+        return SetManifest(**read_yaml_file(path))
     except OSError as error:
         raise CalibrationError(
             f"image set {path} cannot be read ({error.strerror}); expected a manifest or a folder of images."
         ) from error
     except ValidationError as error:
         raise CalibrationError(f"image set {path}: {explain(error, SetManifest)}") from error
-    except (yaml.YAMLError, UnicodeDecodeError, TypeError) as error:
+    except TextError as error:
         raise CalibrationError(
             f"image set {path} is not a manifest: {error}. For an example see calib/skimage.yaml."
         ) from error

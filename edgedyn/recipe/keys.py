@@ -5,11 +5,16 @@ The descriptions are the text of docs/recipe.md, of ``edgedyn list keys`` and of
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, JsonValue, WithJsonSchema, field_validator, model_validator
 
-from edgedyn.sections import Section
+from edgedyn.sections import Section, Seed
+
+# values that JSON holds; its schema would name itself
+Arguments = Annotated[dict[str, JsonValue], WithJsonSchema({"additionalProperties": True, "type": "object"})]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_FromZero = Annotated[float, Field(ge=0)]
 
 
 class ModelSection(Section):
@@ -19,7 +24,7 @@ class ModelSection(Section):
         description="Name of a network from `edgedyn list networks`, or `package.module:function` of an "
         "importable module of yours."
     )
-    arguments: dict[str, Any] = Field(
+    arguments: Arguments = Field(
         default={}, description="Keyword arguments of the function that makes the network."
     )
     weights: str | None = Field(
@@ -28,7 +33,9 @@ class ModelSection(Section):
         "the network is initialized from `model.seed`, and its accuracy is reported without a limit.",
     )
     sha256: str | None = Field(default=None, description="SHA-256 that the weights file must have.")
-    seed: int = Field(default=0, description="Random seed of the initial values, where there are no weights.")
+    seed: Seed = Field(
+        default=0, description="Random seed of the initial values, where there are no weights."
+    )
 
 
 class InputSection(Section):
@@ -67,6 +74,7 @@ class RangeSection(Section):
     )
     percentile: float = Field(
         default=99.99,
+        allow_inf_nan=True,  # the rule below says more
         description="Percent of the values inside the range, in (50, 100], for the estimator percentile.",
     )
 
@@ -244,17 +252,17 @@ class RouteSection(Section):
 class LimitSection(Section):
     """Limits of the checks; the build fails where one is not met."""
 
-    exact: float = Field(
+    exact: _FromZero = Field(
         default=1e-12,
         description="Largest error of the exact rewrites in float64, relative to the largest output.",
     )
     drop_db: float = Field(
         default=0.25, description="Largest PSNR drop from float32 to the deployed precision, in dB."
     )
-    int8_share: float = Field(
+    int8_share: _Share = Field(
         default=0.8, description="Least share of the convolutions' multiply-adds that runs in INT8."
     )
-    device_levels: float = Field(
+    device_levels: _FromZero = Field(
         default=0.25,
         description="Largest mean difference between the runtime and the exported program at fp32 and fp16, "
         "in 8-bit grey levels.",
@@ -264,21 +272,21 @@ class LimitSection(Section):
         description="Least signal-to-quantization-noise ratio of outputs without a truth (classify, "
         "keypoints, noisy photos without clean ones), in dB. Of a denoiser also of output minus input.",
     )
-    predictions: float = Field(
+    predictions: _Share = Field(
         default=0.9, description="Least share of predictions (classes, keypoints) that deployment keeps."
     )
-    accuracy_drop: float = Field(
+    accuracy_drop: _Share = Field(
         default=0.02,
         description="Largest drop of top-1 and of top-5 accuracy from float32 to the deployed precision, as "
         "a share of the validation photos (0.02: two of a hundred). Measured where the photos have labels.",
     )
-    gate: float = Field(
+    gate: _Share = Field(
         default=0.995, description="Least share of images whose variant stays the same after deployment."
     )
-    mask_flips: float = Field(
+    mask_flips: _Share = Field(
         default=0.005, description="Largest share of mask positions that deployment flips."
     )
-    flipped_margin: float = Field(
+    flipped_margin: _FromZero = Field(
         default=0.25,
         description="Largest margin of a flipped decision: distance of its float logit to the threshold, in "
         "units of the rms distance.",

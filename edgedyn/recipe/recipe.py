@@ -12,13 +12,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
 from pydantic import Field, model_validator
 
 from edgedyn import models
 from edgedyn.bundle.tensors import TensorSpec
-from edgedyn.errors import RecipeError, nearest
+from edgedyn.errors import RecipeError, nearest, shown
 from edgedyn.images.noise import NoiseSection
+from edgedyn.reading import TextError
 from edgedyn.recipe.factory import import_factory, make_network
 from edgedyn.recipe.keys import (
     InputSection,
@@ -232,13 +232,14 @@ def apply_override(values: dict[str, Any], override: str) -> None:
     parts = key.split(".")
     if not equals or not all(parts):
         raise RecipeError(
-            f"--set {override!r} is no override; expected key=value, for instance quantize.rounding=nearest."
+            f"--set {shown(override)} is no override; expected key=value, for instance "
+            "quantize.rounding=nearest."
         )
     try:
         value = read_yaml(text)
-    except yaml.YAMLError as error:
+    except TextError as error:
         raise RecipeError(
-            f"--set {override!r}: the value is not YAML. Quote it, or close its brackets."
+            f"--set {shown(override)}: the value is not YAML: {error}. Quote it, or close its brackets."
         ) from error
     if key in _PATH_KEYS and isinstance(value, str):
         value = str(Path(value).absolute())
@@ -248,6 +249,6 @@ def apply_override(values: dict[str, Any], override: str) -> None:
         values = values.setdefault(part, {})
         if not isinstance(values, dict):
             raise RecipeError(
-                f"--set {override!r}: {part!r} is a value; expected a section. Set {part!r} itself."
+                f"--set {shown(override)}: {shown(part)} is a value; expected a section. Set it itself."
             )
     values[parts[-1]] = value

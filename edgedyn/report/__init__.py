@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from edgedyn.errors import UsageError
+from edgedyn.errors import UsageError, printable
 from edgedyn.report.curves import ablation_rows, precision_sections
 from edgedyn.report.layers import CLOSES, OPENS, describe_layers, replace_layers
 from edgedyn.report.pictures import Picture, panels
@@ -160,7 +160,12 @@ def _template(name: str) -> Any:
 
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=folder,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value,  # not Markup
     )
     return environment.get_template(name)
 

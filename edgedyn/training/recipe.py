@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, model_validator
 
-from edgedyn.sections import Section, parse_recipe, read_recipe
+from edgedyn.recipe.keys import Arguments
+from edgedyn.sections import Section, Seed, parse_recipe, read_recipe
 from edgedyn.training.denoise import TrainingPlan
 
 
@@ -23,7 +23,7 @@ class NetworkSection(Section):
     network: str = Field(
         description="Name of a network from `edgedyn list networks`, or package.module:name."
     )
-    arguments: dict[str, Any] = Field(default={}, description="Keyword arguments of the network.")
+    arguments: Arguments = Field(default={}, description="Keyword arguments of the network.")
 
 
 class TeacherSection(NetworkSection):
@@ -67,7 +67,7 @@ class PlanSection(Section):
     warmup: int = Field(default=200, ge=1)
     ema: float = Field(default=0.999, ge=0, lt=1)
     freeze_norms: int = Field(default=2000, ge=0, description="0 also for a network without BatchNorm.")
-    seed: int = 0
+    seed: Seed = 0
     bfloat16: bool = Field(default=False, description="Faster only on a CPU with bfloat16 instructions.")
     compile: bool = False
     halve: float = Field(default=0.5, ge=0, le=1)

@@ -11,7 +11,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from edgedyn import targets
-from edgedyn.bundle.bundle import Bundle, staging_folder, write_bundle
+from edgedyn.bundle.bundle import Bundle, write_bundle
 from edgedyn.bundle.manifest import FORMAT
 from edgedyn.device.session import Session, check, open_session, run
 from edgedyn.device.tiling import tiles
@@ -23,6 +23,7 @@ from edgedyn.errors import (
     TargetMissingError,
     UsageError,
 )
+from edgedyn.files import staging_folder
 from edgedyn.images.photo import read_image
 
 RADIUS = 2

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import math
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from pydantic import ValidationError
 from torch import nn
 
 from edgedyn import models, targets
-from edgedyn.errors import RecipeError
-from edgedyn.recipe.recipe import load_recipe
+from edgedyn.errors import EdgedynError, RecipeError
+from edgedyn.recipe.recipe import Recipe, load_recipe
 
 SMALLEST = {
     "model": {"network": "mallenet", "arguments": {"width": 4}},
@@ -104,6 +107,15 @@ def test_recipe_cannot_be_changed(tmp_path):
         ({"input": {"shape": [1, 3, 32]}}, ["input.shape is [1, 3, 32]", "at least 4 items"]),
         ({"input": {"shape": "1x3x32x32"}}, ["input.shape is '1x3x32x32'", "list"]),
         ({"input": {}}, ["the key 'input.shape' is missing. Add it."]),
+        ({"limits": {"drop_db": math.nan}}, ["limits.drop_db is nan", "finite number"]),
+        ({"limits": {"sqnr_db": math.inf}}, ["limits.sqnr_db is inf", "finite number"]),
+        ({"limits": {"int8_share": 1.5}}, ["limits.int8_share is 1.5", "less than or equal to 1"]),
+        ({"limits": {"mask_flips": -0.1}}, ["limits.mask_flips is -0.1", "greater than or equal to 0"]),
+        ({"quantize": {"max_drop_db": math.inf}}, ["quantize.max_drop_db is inf", "finite number"]),
+        ({"model": {"network": "x", "seed": -1}}, ["model.seed is -1", "greater than or equal to 0"]),
+        ({"model": {"network": "x", "seed": 2**63}}, ["model.seed is 9223372036854775808", "less than"]),
+        ({"model": {"network": "x", "arguments": {"a": [1, math.nan]}}}, ["arguments.a", "finite number"]),
+        ({"noise": {"sigma": [math.inf], "clip": True}}, ["noise.sigma.0 is inf", "finite number"]),
         ({"precision": "int4"}, ["precision is 'int4'", "'fp32', 'fp16' or 'int8'"]),
         ({"quantize": {"rounding": "up"}}, ["quantize.rounding is 'up'", "'nearest' or 'reconstruct'"]),
         (
@@ -312,3 +324,32 @@ def test_every_recipe_of_the_project_is_valid():
 def test_one_table_serves_both_targets(phone):
     jetson = phone.with_name(phone.name.replace("phone", "jetson"))
     assert load_recipe(phone).quantize == load_recipe(jetson).quantize
+
+
+@pytest.mark.parametrize("value", [{1, 2}, b"bytes", datetime.date(2024, 1, 1), object(), {"a": {2: 3}}])
+def test_arguments_that_json_cannot_hold_are_refused_from_python_too(value):
+    with pytest.raises(ValidationError, match=r"model\.arguments"):
+        Recipe(
+            name="net",
+            model={"network": "x", "arguments": {"a": value}},
+            input={"shape": [1, 3, 32, 32]},
+            target="executorch",
+            precision="fp32",
+            validation="photos",
+        )
+
+
+@pytest.mark.parametrize("arguments", ["{channels: [1]}", "{channels: -5}", "{channels: text}"])
+def test_a_network_that_fails_on_its_arguments_is_refused_with_its_own_words(tmp_path, arguments):
+    recipe = load_recipe(write(tmp_path), ["model.network=mallenet", f"model.arguments={arguments}"])
+    with pytest.raises(EdgedynError, match=r"channels|Error"):
+        recipe.load_model()
+
+
+def test_an_override_that_is_no_yaml_or_a_bomb_is_refused_and_cut(tmp_path):
+    path = write(tmp_path)
+    bomb = "[" + ", ".join(["&a [1, 2, 3]", *["*a"] * 5000]) + "]"
+    for override in (f"model.arguments={bomb}", "model.seed=" + "[" * 10_000, "limits.drop_db={a: 1, a: 2}"):
+        with pytest.raises(RecipeError, match="the value is not YAML: line 1") as caught:
+            load_recipe(path, [override])
+        assert len(str(caught.value)) < 400

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from edgedyn.files import cached_path, replace_file
+from edgedyn.files import cached_path, make_folder, replace_file
+from edgedyn.reading import read_json
 
 Values = dict[str, float]
 
@@ -27,13 +28,13 @@ class MeasurementCache:
         known = self._read()
         if name not in known:
             known[name] = measure()
-            self.path.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path.parent)
             replace_file(self.path, json.dumps(known).encode())
         return known[name]
 
     def _read(self) -> dict[str, Values]:
         try:
-            known = json.loads(self.path.read_text(encoding="utf-8"))
+            known = read_json(self.path)
         except (OSError, ValueError):  # nothing measured yet, or a damaged file: measure again
             return {}
         return known if isinstance(known, dict) else {}

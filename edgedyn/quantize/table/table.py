@@ -24,8 +24,10 @@ from safetensors.numpy import load, save
 from edgedyn.errors import CalibrationError, UsageError
 from edgedyn.files import replace_files
 from edgedyn.quantize.table.entries import Entry, Outcome, Precision, digest, sealed
+from edgedyn.reading import read_bytes, read_json
 
 FORMAT = 4
+_MAX_BYTES = 2**31  # of weights
 _AGAIN = "Calibrate again: edgedyn calibrate RECIPE -o FILE"
 
 
@@ -124,7 +126,7 @@ def read_table(path: Path) -> CalibrationTable:
         CalibrationError: when it is missing, damaged, of another format, or edited, naming the tensor.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        values = read_json(path)
         if values["format"] != FORMAT:
             raise CalibrationError(
                 f"calibration table {path} has format {values['format']}; this version reads {FORMAT}. "
@@ -207,7 +209,7 @@ def _refuse_edited(path: Path, row: dict[str, Any], label: str, instead: str) ->
 def _read_constants(path: Path, expected: str) -> dict[str, np.ndarray]:
     if not expected:
         return {}
-    data = path.read_bytes()
+    data = read_bytes(path, _MAX_BYTES)
     actual = hashlib.sha256(data).hexdigest()
     if actual != expected:
         raise CalibrationError(
@@ -218,10 +220,6 @@ def _read_constants(path: Path, expected: str) -> dict[str, np.ndarray]:
         return dict(load(data))
     except SafetensorError as error:
         raise CalibrationError(f"{path} is not a safetensors file: {error}. {_AGAIN}.") from error
-
-
-def _refuse_constant(name: str) -> float:
-    raise ValueError(f"the value {name} is not a number")
 
 
 def _difference(table: Any, recipe: Any) -> str:
