@@ -6,6 +6,7 @@
     3    a target, device or package is not available here
     4    the network or a layer is not supported
     5    the calibration images are refused
+    70   a fault of edgedyn
     130  interrupted by Ctrl-C, 129 and 143 by SIGHUP and SIGTERM; no partial file is left
 
 A message names the fault, the value found, the value expected, and the next step. Any other exception from a

@@ -6,9 +6,12 @@ This file assembles the commands, one file each, and turns every refusal into a 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
+import signal
 import sys
 import traceback
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,10 +33,13 @@ from edgedyn.cli.options import Verbosity
 from edgedyn.cli.report import report
 from edgedyn.cli.run import run
 from edgedyn.cli.schema import schema
+from edgedyn.cli.signals import interruptible
 from edgedyn.cli.terminal import ERR, is_verbose, print_json, reset_verbosity, result, set_verbosity
-from edgedyn.errors import EdgedynError
+from edgedyn.errors import EdgedynError, UsageError, printable
 
 INTERRUPTED = 130
+UNEXPECTED = 70
+PIPE_CLOSED = 141  # 128 and SIGPIPE, as the shell counts
 _PACKAGES = ("edgedyn", "torch", "executorch", "onnxruntime")
 _EXIT_CODES = (errors.__doc__ or "").partition("\n\n")[2].partition("\n\n")[0]
 
@@ -92,7 +98,13 @@ def main() -> None:
     """Run the command line; every refusal becomes one message and its exit code."""
     keep_freed_memory()
     sys.path.append(str(Path.cwd()))  # model.network may name a module that lies here
-    sys.exit(execute(sys.argv[1:]))
+    code = execute(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its end
+        code = _refuse_disk(error, as_json=False)
+    sys.exit(code)
 
 
 def execute(arguments: list[str]) -> int:
@@ -101,33 +113,61 @@ def execute(arguments: list[str]) -> int:
     With ``--json`` an error is printed on stdout too: {"ok": false, "error": {type, message, exit_code}}.
     """
     as_json = "--json" in arguments
-    try:
-        code = app(arguments, prog_name="edgedyn", standalone_mode=False) or 0
-    except EdgedynError as error:
-        if is_verbose():
-            traceback.print_exc()
-        ERR.print(f"error {type(error).__name__}: ", style="bold red", end="")
-        ERR.print(str(error), soft_wrap=True)
-        return _fail(type(error).__name__, str(error), error.exit_code, as_json)
-    except typer.Abort:
-        code = INTERRUPTED
-    except Exception as error:
-        if not hasattr(error, "format_message"):  # typer's errors of usage, whose class has no public name
-            raise
-        usage: Any = error
-        usage.show()
-        return _fail("UsageError", usage.format_message(), usage.exit_code, as_json)
+    with interruptible() as interruption:
+        try:
+            code = app(arguments, prog_name="edgedyn", standalone_mode=False) or 0
+        except EdgedynError as error:
+            return _refuse(type(error).__name__, str(error), error.exit_code, as_json)
+        except (typer.Abort, KeyboardInterrupt):
+            code = INTERRUPTED
+        except OSError as error:
+            return _refuse_disk(error, as_json)
+        except Exception as error:
+            if not hasattr(error, "format_message"):  # those of typer have it; their class is not public
+                return _refuse(type(error).__name__, _unexpected(error), UNEXPECTED, as_json)
+            usage: Any = error
+            usage.message = printable(str(usage.message))
+            usage.show()
+            return _fail("UsageError", printable(usage.format_message()), usage.exit_code, as_json)
     if code == INTERRUPTED:
-        message = "Interrupted. No partial file was left. Run the same command again to continue."
+        code = 128 + (interruption.number or signal.SIGINT)
+        name = "" if code == INTERRUPTED else f" by {signal.Signals(interruption.number).name}"
+        message = f"Interrupted{name}. No partial file was left. Run the same command again to continue."
         ERR.print(message, soft_wrap=True)
         return _fail("Interrupted", message, code, as_json)
     return int(code)
 
 
+def _refuse_disk(error: OSError, as_json: bool) -> int:
+    """Return the exit code of a full disk or closed permissions; of a pipe without reader, say nothing."""
+    if isinstance(error, BrokenPipeError):
+        return PIPE_CLOSED
+    name = "" if error.filename is None else f"{os.fsdecode(error.filename)}: "
+    message = f"{name}{error.strerror or error}. Check the path, its permissions and the space on the disk."
+    return _refuse("UsageError", printable(message), UsageError.exit_code, as_json)
+
+
+def _unexpected(error: Exception) -> str:
+    """Describe an error that no public function should raise."""
+    if isinstance(error, MemoryError):
+        return "there is not enough memory. Close other programs, or use smaller images or tiles."
+    return printable(f"{error}. This is a fault of edgedyn. Report it with the traceback, which -v prints.")
+
+
+def _refuse(kind: str, message: str, exit_code: int, as_json: bool) -> int:
+    """Print an error, with its traceback where asked, and return its exit code."""
+    if is_verbose():
+        traceback.print_exc()
+    ERR.print(f"error {kind}: ", style="bold red", end="")
+    ERR.print(message, soft_wrap=True)
+    return _fail(kind, message, exit_code, as_json)
+
+
 def _fail(kind: str, message: str, exit_code: int, as_json: bool) -> int:
     """Return the exit code of an error; with ``--json``, print the error on stdout first."""
     if as_json:
-        print_json({"ok": False, "error": {"type": kind, "message": message, "exit_code": exit_code}})
+        with suppress(OSError):  # stdout itself may be what cannot be written
+            print_json({"ok": False, "error": {"type": kind, "message": message, "exit_code": exit_code}})
     return exit_code
 
 

@@ -5,6 +5,7 @@
     warn     stderr, always
 
 Prose breaks between words only, so that a name can be copied whole; into a pipe it does not break at all.
+Control characters in names are shown escaped.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from edgedyn.errors import printable
 from edgedyn.files import to_json
 from edgedyn.targets.quiet import quiet_libraries
 
@@ -50,18 +52,18 @@ def is_verbose() -> bool:
 
 def result(text: str = "", *, style: str | None = None) -> None:
     """Print a line of the result; never broken, for it may be a path."""
-    OUT.print(text, soft_wrap=True, style=style)
+    OUT.print(printable(text), soft_wrap=True, style=style)
 
 
 def detail(text: str = "", *, style: str | None = None) -> None:
     """Print a line that --quiet leaves out; never broken, for it may hold a path."""
     if LOG.isEnabledFor(logging.INFO):
-        OUT.print(text, soft_wrap=True, style=style)
+        OUT.print(printable(text), soft_wrap=True, style=style)
 
 
 def warn(text: str) -> None:
     """Print a warning on stderr."""
-    ERR.print(f"warning: {text}", style="yellow", soft_wrap=True)
+    ERR.print(f"warning: {printable(text)}", style="yellow", soft_wrap=True)
 
 
 def print_json(value: object) -> None:
@@ -112,7 +114,7 @@ def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
 
     def advance(phase: str, done: int, total: int) -> None:
         if phase not in tasks:
-            tasks[phase] = bars.add_task(phase, total=total)
+            tasks[phase] = bars.add_task(printable(phase), total=total)
         bars.update(tasks[phase], completed=done, total=total)
 
     if not ERR.is_terminal or not LOG.isEnabledFor(logging.INFO):
