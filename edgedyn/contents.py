@@ -135,6 +135,7 @@ def describe(
         "routing": routing.to_json() if routing else {},
         "inputs": [{**asdict(spec), "shape": list(spec.shape)} for spec in specs],
         "outputs": [{**asdict(output), "shape": list(output.shape)}],
+        **({"predictions": _predictions(recipe.task, outputs)} if task.predictions is not None else {}),
         "forms": {op.name: form.name for op, form in converted.forms.items()},
         "tile": {"overlap": recipe.tile.overlap},
         "versions": {name: version(name) for name in _tools(recipe)},
@@ -146,6 +147,12 @@ def describe(
         "facts": facts,
         "vectors": _describe_vectors(outputs),
     }
+
+
+def _predictions(task: str, outputs: Outputs) -> dict[str, Any]:
+    """Return how an app frames a photo, as validation did, and the names of the classes."""
+    sample = outputs.samples[0]
+    return {"task": task, "short_side": sample.short_side or 0, "classes": list(sample.classes)}
 
 
 def _origin(recipe: Recipe) -> str:

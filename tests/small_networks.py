@@ -147,6 +147,37 @@ def coarse_identity() -> nn.Module:
     return net.eval()
 
 
+class ColourClasses(nn.Module):
+    """Logits of seven classes, of which 1, 3 and 5 are the mean red, green and blue behind a convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Conv2d(3, 8, 1)
+        self.last = nn.Conv2d(8, 7, 1)
+        with torch.no_grad():
+            self.first.weight.zero_()[:3, :, 0, 0] = torch.eye(3)
+            self.first.bias.zero_()
+            self.last.weight.zero_()[[1, 3, 5], [0, 1, 2]] = 20.0
+            self.last.bias.copy_(torch.tensor([-1.0, 0, -2, 0, -3, 0, -4]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.relu(self.first(x))).mean((2, 3))
+
+
+class BrightSpots(nn.Module):
+    """Heatmaps of a quarter of the size: where red, green and blue are brightest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 3, 1, bias=False)
+        with torch.no_grad():
+            self.first.weight.copy_(torch.eye(3)[:, :, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.avg_pool2d(self.first(x), 4)
+
+
 class ColourGate(nn.Module):
     """Logits of two variants: the mean of the first colour, and that of the second."""
 

@@ -115,6 +115,11 @@ class Bundle:
         return int(self.manifest["tile"]["overlap"])
 
     @property
+    def predictions(self) -> dict[str, Any]:
+        """Task, shorter side and class names of a bundle that predicts; empty for one of pictures."""
+        return dict(self.manifest.get("predictions", {}))
+
+    @property
     def vectors(self) -> list[Vector]:
         """The validation vectors."""
         known = [{key: vector[key] for key in VECTOR_KEYS} for vector in self.manifest["vectors"]]

@@ -32,6 +32,7 @@ _PLAIN_NAME = re.compile(rf"({VECTORS}/)?[A-Za-z0-9][A-Za-z0-9._-]*")
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _MAX_QUOTED = 300  # characters of a value that a message quotes
 _NUMBER = (int, float)
+_LONGEST_SIDE = 2**14  # pixels of a photo that is resized for a network that predicts
 _DTYPES = ("float16", "float32")
 _MANIFEST_KEYS: dict[str, tuple[type, ...]] = {
     "format": (int,),
@@ -45,6 +46,8 @@ _TENSOR_KEYS: dict[str, tuple[type, ...]] = {
     "shape": (list,),
     **dict.fromkeys(("low", "high"), _NUMBER),
 }
+_PREDICTION_KEYS: dict[str, tuple[type, ...]] = {"task": (str,), "short_side": (int,), "classes": (list,)}
+PREDICTING = ("classify", "keypoints")
 _ROUTING_KEYS: dict[str, tuple[type, ...]] = {"rule": (str,), "router": (str,), "variants": (list,)}
 VECTOR_KEYS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("inputs",), (list,)),
@@ -230,9 +233,19 @@ def _check_values(path: Path, manifest: dict[str, Any]) -> None:
         fits = listed and len(vector["inputs"]) == len(manifest["inputs"])
         fits = fits and min(vector["max_abs"], vector["rms"]) >= 0
         rules.append(("a vector", vector, "listed files, one per input, max_abs and rms from 0", fits))
+    if "predictions" in manifest:  # absent in a bundle of pictures
+        _check_types(path, "predictions", manifest["predictions"], _PREDICTION_KEYS)
+        expected = f"one of {PREDICTING}, short_side from 0 to {_LONGEST_SIDE}, class names"
+        rules.append(("predictions", manifest["predictions"], expected, _predicts(manifest["predictions"])))
     for part, actual, expected, holds in rules:
         if not holds:
             raise refusal(path, part, repr(actual), expected)
+
+
+def _predicts(predictions: dict[str, Any]) -> bool:
+    """Whether a photo can be framed as the contract of a network that predicts says."""
+    named = all(isinstance(name, str) for name in predictions["classes"])
+    return named and predictions["task"] in PREDICTING and 0 <= predictions["short_side"] <= _LONGEST_SIDE
 
 
 def _are_programs(programs: dict[str, Any]) -> bool:

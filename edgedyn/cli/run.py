@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from edgedyn.cli.options import AsJson, BundlePath, Replace, Verbosity
+from edgedyn.cli.predictions import print_predictions
 from edgedyn.cli.terminal import ERR, exit_unless, library_output, print_json, progress_bars, result, warn
 from edgedyn.errors import UsageError
 
@@ -24,14 +25,15 @@ def run(
         ),
     ],
     out: Annotated[
-        str,
+        str | None,
         typer.Option(
             "-o",
             "--out",
             metavar="OUT",
-            help="Folder for the results; for one image also a file, or - for standard output.",
+            help="Folder for the results; for one image also a file, or - for standard output. Not for a "
+            "bundle that predicts.",
         ),
-    ],
+    ] = None,
     recursive: Annotated[
         bool,
         typer.Option("--recursive", "-r", help="Take the folders in a folder too, and keep their places."),
@@ -44,16 +46,28 @@ def run(
 
     Results that exist are kept, so that the same command continues an interrupted one. A file that cannot be
     read stops no other one; it is listed at the end, and the exit code is 1.
+
+    A bundle of the task classify prints the five most probable classes of each image; one of keypoints prints
+    their positions in the image's pixels.
     """
     from edgedyn.device import files
+    from edgedyn.device.predictions import makes_predictions
     from edgedyn.device.session import open_session
 
     if as_json and out == files.STDIN:
         raise UsageError("found --json and -o -, which both take standard output. Leave one of them out.")
-    with library_output(), progress_bars() as advance:
+    with library_output():
         opened = open_session(bundle)
-        if not opened.bundle.ok:
-            warn(f"checks of {bundle} failed when it was built; see its report.html")
+    if not opened.bundle.ok:
+        warn(f"checks of {bundle} failed when it was built; see its report.html")
+    if makes_predictions(opened.bundle):
+        if out is not None:
+            raise UsageError(f"bundle {bundle} predicts, and writes no images. Leave -o out.")
+        print_predictions(opened, images, recursive=recursive, as_json=as_json)
+        return
+    if out is None:
+        raise UsageError(f"bundle {bundle} returns images. Name a folder for them: -o DIR.")
+    with library_output(), progress_bars() as advance:
         jobs = files.plan(opened, images, out, recursive=recursive)
         done: list[Outcome] = []
 

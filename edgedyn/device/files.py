@@ -118,11 +118,7 @@ def plan(
         UsageError: for no images, two of one name, a result in place of an input, or inside the bundle.
         ImageError: for a file that is missing or has a suffix of no format.
     """
-    found = [pair for source in sources for pair in _expand(str(source), Path(out), recursive=recursive)]
-    found = list({os.path.abspath(image): (image, name) for image, name in found}.values())
-    if not found:
-        raise UsageError("found no images, expected at least one. Name the files to run.")
-    jobs = _place(found, Path(out))
+    jobs = _place(find_images(sources, Path(out), recursive=recursive), Path(out))
     for job in jobs:
         inside = job.result.resolve().is_relative_to(session.bundle.path.resolve())
         if inside and str(job.result) != STDIN:
@@ -132,6 +128,22 @@ def plan(
             )
     _refuse_doubled(jobs, Path(out))
     return jobs
+
+
+def find_images(
+    sources: Sequence[str | Path], out: Path, *, recursive: bool = False
+) -> list[tuple[Path, Path]]:
+    """Return the images that sources name, once each, with their paths relative to the output folder ``out``.
+
+    Raises:
+        UsageError: for no images.
+        ImageError: for a file that is missing or has a suffix of no format.
+    """
+    found = [pair for source in sources for pair in _expand(str(source), out, recursive=recursive)]
+    found = list({os.path.abspath(image): (image, name) for image, name in found}.values())
+    if not found:
+        raise UsageError("found no images, expected at least one. Name the files to run.")
+    return found
 
 
 def run_jobs(
@@ -177,7 +189,7 @@ def _run_one(session: Session, job: Job, progress: Progress, *, force: bool) -> 
     if not force and str(job.result) != STDIN and os.path.lexists(job.result):
         return Outcome(job, THERE)
     try:
-        data = _read_stdin() if str(job.image) == STDIN else None
+        data = read_stdin() if str(job.image) == STDIN else None
         photo = photos.read_image(job.image, data)
         del data
         if str(job.result) != STDIN:
@@ -198,7 +210,12 @@ def _run_one(session: Session, job: Job, progress: Progress, *, force: bool) -> 
     return Outcome(job, WRITTEN, notes=photo.notes)
 
 
-def _read_stdin() -> bytes:
+def read_stdin() -> bytes:
+    """Return the bytes of an image on standard input.
+
+    Raises:
+        ImageError: when no image stands there.
+    """
     from edgedyn.images.formats import NAMES, identify
 
     stream: BinaryIO = sys.stdin.buffer

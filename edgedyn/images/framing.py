@@ -17,6 +17,8 @@ from PIL import Image
 
 from edgedyn.images.crops import crop
 
+_LONGEST = 32
+
 
 @dataclass(frozen=True)
 class Frame:
@@ -27,21 +29,29 @@ class Frame:
         top: first row of the crop in the resized photo.
         left: first column.
         scale: resized height and width per height and width of the photo.
+        start: first row and column of the photo that were resized.
     """
 
     pixels: np.ndarray
     top: int
     left: int
     scale: tuple[float, float]
+    start: tuple[int, int] = (0, 0)
 
     def to_photo(self, x: float, y: float) -> tuple[float, float]:
         """Return a position in the crop as a position in the photo; 0, 0 is the centre of the first pixel."""
-        (down, across), half = self.scale, 0.5
-        return (x + self.left + half) / across - half, (y + self.top + half) / down - half
+        (down, across), (row, column), half = self.scale, self.start, 0.5
+        return (x + self.left + half) / across - half + column, (y + self.top + half) / down - half + row
 
 
 def frame(photo: np.ndarray, size: tuple[int, int], short_side: int | None = None) -> Frame:
-    """Resize a photo (h, w, C) and crop ``size`` = (H, W) around its centre."""
+    """Resize a photo (h, w, C) and crop ``size`` = (H, W) around its centre.
+
+    Of a photo more than 32 times as long as wide only the middle is resized, which bounds the memory.
+    """
+    longest = _LONGEST * min(photo.shape[:2])
+    start = tuple(max(0, side - longest) // 2 for side in photo.shape[:2])
+    photo = photo[start[0] : start[0] + longest, start[1] : start[1] + longest]
     height, width = photo.shape[:2]
     if short_side is None:
         covering = max(size[0] / height, size[1] / width)
@@ -49,7 +59,7 @@ def frame(photo: np.ndarray, size: tuple[int, int], short_side: int | None = Non
     resized = photo if min(height, width) == short_side else resize(photo, short_side)
     top, left = (max(0, full - side) // 2 for full, side in zip(resized.shape, size, strict=False))
     scale = (resized.shape[0] / height, resized.shape[1] / width)
-    return Frame(crop(resized, (top, left, *size)), top, left, scale)
+    return Frame(crop(resized, (top, left, *size)), top, left, scale, (start[0], start[1]))
 
 
 def resize(pixels: np.ndarray, short_side: int) -> np.ndarray:
