@@ -9,7 +9,6 @@ All of it comes from measurements of the build; no program runs here.
 
 from __future__ import annotations
 
-from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +17,6 @@ import numpy as np
 
 from edgedyn.bundle.manifest import FORMAT, FORWARD, ROUTER
 from edgedyn.files import to_json
-from edgedyn.images.tasks import TASKS
 from edgedyn.report import Picture, write_report
 from edgedyn.report.rows import ValidationReport
 from edgedyn.validation.runs import Outputs, enlarge, to_hwc
@@ -56,8 +54,8 @@ def write_contents(
         report: rows and verdict.
         manifest: the result of ``describe``, with every fact.
     """
-    task = TASKS[recipe.task].measured_on(outputs.samples)
-    write_vectors(staging, outputs, recipe.input_specs()[0].dtype)
+    task = recipe.sampling.measured_on(outputs.samples)
+    write_vectors(staging, outputs, recipe.dtype)
     write_texts(staging, recipe, report, converted.table, manifest["facts"]["latency_ms"])
     files = sorted(set(manifest["programs"].values()))
     write_report(
@@ -77,12 +75,21 @@ def write_vectors(staging: Path, outputs: Outputs, dtype: str) -> None:
     for name, index in _vector_indices(outputs).items():
         for file, x in zip(_input_names(name, outputs), outputs.samples[index].inputs, strict=True):
             np.save(staging / file, x.astype(dtype))
-        np.save(staging / f"vectors/{name}.output.npy", outputs.quantized[index].astype(dtype))
+        returned = outputs.returned["quantized"][index]
+        for file, y in zip(_output_names(name, outputs), returned, strict=True):
+            np.save(staging / file, y.astype(dtype))
 
 
 def _input_names(vector: str, outputs: Outputs) -> list[str]:
-    count = len(outputs.samples[0].inputs)
-    return [f"vectors/{vector}.input{'' if count == 1 else i}.npy" for i in range(count)]
+    return _numbered(f"vectors/{vector}.input", len(outputs.samples[0].inputs))
+
+
+def _output_names(vector: str, outputs: Outputs) -> list[str]:
+    return _numbered(f"vectors/{vector}.output", len(outputs.specs))
+
+
+def _numbered(stem: str, count: int) -> list[str]:
+    return [f"{stem}{'' if count == 1 else i}.npy" for i in range(count)]
 
 
 def _vector_indices(outputs: Outputs) -> dict[str, int]:
@@ -100,7 +107,7 @@ def describe(
     ok: bool,
 ) -> dict[str, Any]:
     """Assemble the manifest; ``write_bundle`` adds the files and their digests."""
-    specs, routing = recipe.input_specs(), converted.routing
+    routing = converted.routing
     facts: dict[str, Any] = {**artifact.facts, "latency_ms": latency_ms, "weights": _origin(recipe)}
     facts["dynamic_layers"] = list(converted.dynamic_layers)
     if recipe.precision == "int8" and calibration is not None:
@@ -114,7 +121,7 @@ def describe(
             facts["ablation"] = {name: dict(measured) for name, measured in table.ablation.items()}
         facts["calibration"] = _describe_calibration(recipe.quantize, calibration, converted.mismatch)
         facts["generated_kernels"] = _generated_kernels(converted)
-    task = TASKS[recipe.task]
+    task = recipe.sampling
     if task.has_truth and not task.measured_on(outputs.samples).has_truth:
         facts["truth"] = (
             "The validation photos are noisy and have no clean ones: no truth was there, so that no PSNR is "
@@ -122,8 +129,6 @@ def describe(
         )
     if converted.capacities is not None:
         facts["capacities"] = converted.capacities
-    meaning = TASKS[recipe.task].output
-    output = replace(specs[0], name="output", shape=outputs.device[0].shape, meaning=meaning)
     return {
         "format": FORMAT,
         "ok": ok,
@@ -133,8 +138,8 @@ def describe(
         "precision": recipe.precision,
         "programs": dict(artifact.programs),
         "routing": routing.to_json() if routing else {},
-        "inputs": [{**asdict(spec), "shape": list(spec.shape)} for spec in specs],
-        "outputs": [{**asdict(output), "shape": list(output.shape)}],
+        "inputs": [spec.to_json() for spec in recipe.input_specs()],
+        "outputs": [spec.to_json() for spec in outputs.specs],
         **({"predictions": _predictions(recipe.task, outputs)} if task.predictions is not None else {}),
         "forms": {op.name: form.name for op, form in converted.forms.items()},
         "tile": {"overlap": recipe.tile.overlap},
@@ -218,13 +223,21 @@ def _describe_vectors(outputs: Outputs) -> list[dict[str, Any]]:
     vectors = []
     for name, index in _vector_indices(outputs).items():
         # another CPU, compiler or GPU rounds differently: allow twice the error of this runtime
-        error = np.abs(outputs.device[index].astype(np.float64) - outputs.quantized[index])
+        pairs = zip(outputs.returned["device"][index], outputs.returned["quantized"][index], strict=True)
+        errors = [np.abs(y.astype(np.float64) - reference) for y, reference in pairs]
+        units = [float(spec.scale_and_offset(np.dtype(float))[0].max()) for spec in outputs.specs]
         vectors.append(
             {
                 "inputs": _input_names(name, outputs),
-                "output": f"vectors/{name}.output.npy",
-                "max_abs": max(2 * float(error.max()), LEAST_MAX_ABS),
-                "rms": max(2 * float(np.sqrt(np.mean(error**2))), LEAST_RMS),
+                "outputs": _output_names(name, outputs),
+                "max_abs": [
+                    max(2 * float(error.max()), LEAST_MAX_ABS * unit)
+                    for error, unit in zip(errors, units, strict=True)
+                ],
+                "rms": [
+                    max(2 * float(np.sqrt(np.mean(error**2))), LEAST_RMS * unit)
+                    for error, unit in zip(errors, units, strict=True)
+                ],
             }
         )
     return vectors

@@ -19,18 +19,19 @@ from edgedyn.contents import describe, write_contents
 from edgedyn.conversion import coverage, implicit
 from edgedyn.conversion.calibration import Measurements
 from edgedyn.conversion.capture import capture
+from edgedyn.conversion.contract import load_network
 from edgedyn.conversion.convert import convert, load_target
 from edgedyn.conversion.image_sets import load_sets
 from edgedyn.errors import RecipeError, UsageError
 from edgedyn.files import refuse_unwritable, staging_folder
 from edgedyn.graph.provenance import shared_provenance
-from edgedyn.images.tasks import TASKS
 from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.table.table import refuse_place
 from edgedyn.recipe.recipe import Recipe, as_recipe
 from edgedyn.report.rows import ValidationReport
 from edgedyn.validation import checks, decisions
 from edgedyn.validation.exactness import exactness_rows
+from edgedyn.validation.further import further_rows
 from edgedyn.validation.measurements import Case
 from edgedyn.validation.runs import Outputs, run_samples
 
@@ -119,6 +120,7 @@ def build(
     refuse_existing(out, force=force)
     refuse_unwritable(out, is_folder=True)
     target = load_target(recipe)
+    recipe = load_network(recipe, trust=trust).recipe
     calibration, samples = load_sets(recipe, calibration)
     converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
     with staging_folder(out) as staging:
@@ -150,12 +152,13 @@ def validate(
         outputs,
         converted.int8_shares,
         recipe.precision,
-        TASKS[recipe.task].measured_on(outputs.samples),
+        recipe.sampling.measured_on(outputs.samples),
         checks.tighten_drop(recipe.limits, recipe.quantize.max_drop_db),
         rounding,
     )
     decided = decisions.measure(converted, target, case)
     rows += checks.rows(case)
+    rows += further_rows(case)
     rows += coverage.rows(converted.table.coverage) if converted.table else []
     rows += [*decided.rows, *artifact.rows]
     rows = rows if recipe.is_trained else checks.report_only(rows)
@@ -193,6 +196,7 @@ def lower(
     refuse_existing(out)
     refuse_unwritable(out, is_folder=True)
     target = load_target(recipe)
+    recipe = load_network(recipe, trust=trust).recipe
     calibration, samples = load_sets(recipe, calibration)
     converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
     with staging_folder(out) as staging:
@@ -251,8 +255,9 @@ def calibrate(
     if cache is not None:
         implicit.refuse_caches(recipe, Path(cache), force=force)
     fresh = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"table": None})})
-    calibration, samples = load_sets(fresh, calibration)
     target = load_target(fresh)
+    fresh = load_network(fresh, trust=trust).recipe
+    calibration, samples = load_sets(fresh, calibration)
     converted = convert(
         fresh,
         target,

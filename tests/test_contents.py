@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edgedyn import contents
+from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.conversion.convert import Converted, Part
 from edgedyn.images.image_set import open_set
 from edgedyn.images.sample import Sample
@@ -39,7 +40,9 @@ def make_outputs(*samples: tuple[float, str], device_error: float = 0.0) -> Outp
     device = [image.copy() for image in images]
     for image in device:
         image[0, 0, 1, 2] += device_error
-    return Outputs(made, images, images, device)
+    spec = TensorSpec("output", "float32", (1, 3, 4, 6), "")
+    returned = {name: [[y] for y in ys] for name, ys in (("quantized", images), ("device", device))}
+    return Outputs(made, images, images, device, specs=(spec,), returned=returned)
 
 
 def describe(outputs: Outputs, *overrides: str, ok: bool = True, converted: Converted = CONVERTED) -> dict:
@@ -93,11 +96,11 @@ def test_vectors_allow_twice_what_this_runtime_was_off_and_a_quarter_level_at_le
         ["vectors/noisiest.input.npy"],
     ]
     # the error is added to a float32 value below 1: one rounding of 2**-24
-    assert [vector["max_abs"] * 255 for vector in vectors] == pytest.approx(
+    assert [limit * 255 for vector in vectors for limit in vector["max_abs"]] == pytest.approx(
         [levels] * 2, abs=255 * 2 * 2**-24
     )
     # 1 of 72 values is off
-    assert [vector["rms"] * 255 for vector in vectors] == pytest.approx(
+    assert [limit * 255 for vector in vectors for limit in vector["rms"]] == pytest.approx(
         [max(levels / 72**0.5, 1 / 16) if device_error else 1 / 16] * 2, rel=1e-5
     )
 

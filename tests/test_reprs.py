@@ -9,6 +9,7 @@ import torch
 
 from edgedyn.bench.speed import Comparison, LayerTime
 from edgedyn.bundle.bundle import Bundle
+from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.conversion.convert import Converted, Part
 from edgedyn.conversion.network import Network
 from edgedyn.device.session import Session
@@ -21,7 +22,7 @@ from edgedyn.validation.runs import Outputs
 PASSED = Row("device:truth", "psnr_drop_db[sigma=25]", 0.0312, {"at_most": 0.25}, 2)
 FAILED = Row("device:quantized", "noise_ratio", 2.00001, {"at_least": 0.5, "at_most": 2.0}, 4)
 REPORTED = Row("device:truth", "worst_tile_psnr_db", 28.0, {}, 4)
-TENSOR = {"name": "x", "dtype": "float32", "low": 0, "high": 1, "meaning": ""}
+TENSOR = TensorSpec("x", "float32", (1,), "").to_json()
 BUNDLE = Bundle(
     Path("out/small"),
     {

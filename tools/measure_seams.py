@@ -21,6 +21,7 @@ import typer
 from make_noisy import add_noise
 
 from edgedyn.bundle.bundle import Bundle
+from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.device.session import Session
 from edgedyn.device.tiling import tiles
 from edgedyn.images import metrics
@@ -47,8 +48,7 @@ def main(
     photos = [read_image(path).pixels for path, _ in open_set(recipe.path(recipe.validation)).files]
     rows = []
     for overlap in map(int, overlaps.split(",")):
-        shape = [1, 3, tile, tile]
-        spec = {"name": "image", "dtype": "float32", "shape": shape, "low": 0, "high": 1, "meaning": ""}
+        spec = TensorSpec("image", "float32", (1, 3, tile, tile), "").to_json()
         manifest = {"inputs": [spec], "outputs": [spec], "tile": {"overlap": overlap}}
         session = Session(Bundle(Path(), manifest), run)
         rows.append({"overlap": overlap, **compare(session, photos, tile, overlap, sigma)})

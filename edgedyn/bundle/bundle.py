@@ -43,15 +43,15 @@ class Vector:
 
     Attributes:
         inputs: for each input the name of a ``.npy`` in the bundle, of its shape and dtype.
-        output: name of a ``.npy`` in the bundle, of the first output's shape and dtype.
-        max_abs: largest allowed difference at any element, in units of the output.
-        rms: largest allowed root mean square of the differences.
+        outputs: for each output the name of such a file.
+        max_abs: per output, the largest allowed difference at any element, in units of the output.
+        rms: per output, the largest allowed root mean square of the differences.
     """
 
     inputs: tuple[str, ...]
-    output: str
-    max_abs: float
-    rms: float
+    outputs: tuple[str, ...]
+    max_abs: tuple[float, ...]
+    rms: tuple[float, ...]
 
 
 @dataclass(frozen=True)
@@ -122,8 +122,8 @@ class Bundle:
     @property
     def vectors(self) -> list[Vector]:
         """The validation vectors."""
-        known = [{key: vector[key] for key in VECTOR_KEYS} for vector in self.manifest["vectors"]]
-        return [Vector(**{**vector, "inputs": tuple(vector["inputs"])}) for vector in known]
+        vectors = self.manifest["vectors"]
+        return [Vector(**{key: tuple(vector[key]) for key in VECTOR_KEYS}) for vector in vectors]
 
 
 def open_bundle(path: str | Path, *, rebuilt: Collection[str] = ()) -> Bundle:

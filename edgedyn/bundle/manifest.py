@@ -18,11 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgedyn.bundle.tensors import TensorSpec
+from edgedyn.bundle.tensors import ORDERS, ROLES, TensorSpec, contract_keys
 from edgedyn.errors import BundleError
 from edgedyn.reading import TextError, parse_json, read_bytes
 
-FORMAT = 3
+FORMAT = 4  # 4: role, range, mean, std and order of tensors; several outputs per vector
 MANIFEST = "manifest.json"
 VECTORS = "vectors"
 RULES = ("argmax", "fallback")
@@ -42,17 +42,19 @@ _MANIFEST_KEYS: dict[str, tuple[type, ...]] = {
     **dict.fromkeys(("programs", "routing", "forms", "tile", "versions", "digests", "facts"), (dict,)),
 }
 _TENSOR_KEYS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("name", "dtype", "meaning"), (str,)),
+    **dict.fromkeys(("name", "dtype", "meaning", "role"), (str,)),
     "shape": (list,),
-    **dict.fromkeys(("low", "high"), _NUMBER),
+}
+_CONTRACT_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("range", "mean", "std"), (list,)),
+    "order": (str,),
+    "value": _NUMBER,
 }
 _PREDICTION_KEYS: dict[str, tuple[type, ...]] = {"task": (str,), "short_side": (int,), "classes": (list,)}
 PREDICTING = ("classify", "keypoints")
 _ROUTING_KEYS: dict[str, tuple[type, ...]] = {"rule": (str,), "router": (str,), "variants": (list,)}
 VECTOR_KEYS: dict[str, tuple[type, ...]] = {
-    **dict.fromkeys(("inputs",), (list,)),
-    **dict.fromkeys(("output",), (str,)),
-    **dict.fromkeys(("max_abs", "rms"), _NUMBER),
+    **dict.fromkeys(("inputs", "outputs", "max_abs", "rms"), (list,)),
 }
 
 
@@ -181,8 +183,7 @@ def describe_file(path: Path) -> dict[str, Any]:
 
 def tensor_specs(entries: list[dict[str, Any]]) -> list[TensorSpec]:
     """Return the tensors that a checked manifest lists under ``inputs`` or ``outputs``."""
-    known = [{key: entry[key] for key in _TENSOR_KEYS} for entry in entries]
-    return [TensorSpec(**{**entry, "shape": tuple(entry["shape"])}) for entry in known]
+    return [TensorSpec.from_json(entry) for entry in entries]
 
 
 def refusal(path: Path, part: str, actual: str, expected: str, fix: str = "Build it again.") -> BundleError:
@@ -226,13 +227,12 @@ def _check_values(path: Path, manifest: dict[str, Any]) -> None:
         sized = all(type(size) is int and 0 < size < 2**31 for size in tensor["shape"])
         rules.append(("shape", tensor["shape"], "sizes from 1", sized))
         rules.append(("dtype", tensor["dtype"], f"one of {_DTYPES}", tensor["dtype"] in _DTYPES))
+        rules.append(("role", tensor["role"], f"one of {ROLES}", tensor["role"] in ROLES))
+        rules.append(("a tensor", tensor, "the keys of its role, with values that fit", _is_contract(tensor)))
     for vector in manifest["vectors"]:
         _check_types(path, "a vector", vector, VECTOR_KEYS)
-        names = [*vector["inputs"], vector["output"]]
-        listed = all(isinstance(name, str) and name in manifest["files"] for name in names)
-        fits = listed and len(vector["inputs"]) == len(manifest["inputs"])
-        fits = fits and min(vector["max_abs"], vector["rms"]) >= 0
-        rules.append(("a vector", vector, "listed files, one per input, max_abs and rms from 0", fits))
+        expected = "listed files, one per input and output, max_abs and rms from 0 per output"
+        rules.append(("a vector", vector, expected, _is_vector(vector, manifest)))
     if "predictions" in manifest:  # absent in a bundle of pictures
         _check_types(path, "predictions", manifest["predictions"], _PREDICTION_KEYS)
         expected = f"one of {PREDICTING}, short_side from 0 to {_LONGEST_SIDE}, class names"
@@ -246,6 +246,35 @@ def _predicts(predictions: dict[str, Any]) -> bool:
     """Whether a photo can be framed as the contract of a network that predicts says."""
     named = all(isinstance(name, str) for name in predictions["classes"])
     return named and predictions["task"] in PREDICTING and 0 <= predictions["short_side"] <= _LONGEST_SIDE
+
+
+def _is_contract(tensor: dict[str, Any]) -> bool:
+    """Whether a tensor has the keys of its role, and pixels can be converted by them and back."""
+    if tensor["role"] not in ROLES:
+        return False
+    values: dict[str, Any] = {key: tensor.get(key) for key in contract_keys(tensor["role"])}
+    if any(type(value) not in _CONTRACT_TYPES[key] for key, value in values.items()):
+        return False
+    numbers = [number for value in values.values() if isinstance(value, list) for number in value]
+    if "range" not in values or any(type(number) not in _NUMBER for number in numbers):
+        return not numbers
+    channels = tensor["shape"][1] if len(tensor["shape"]) == 4 else 0
+    per_channel = all(len(values[key]) in (1, channels) for key in ("mean", "std"))
+    ordered = values["order"] in ORDERS and (values["order"] == ORDERS[0] or channels == 3)
+    increases = len(values["range"]) == 2 and values["range"][0] < values["range"][1]
+    return per_channel and ordered and increases and min(values["std"]) > 0
+
+
+def _is_vector(vector: dict[str, Any], manifest: dict[str, Any]) -> bool:
+    """Whether a vector has one listed file per tensor, and one limit of each kind per output."""
+    names, limits = [*vector["inputs"], *vector["outputs"]], [*vector["max_abs"], *vector["rms"]]
+    counts = [len(vector[key]) for key in ("outputs", "max_abs", "rms")]
+    return (
+        all(isinstance(name, str) and name in manifest["files"] for name in names)
+        and len(vector["inputs"]) == len(manifest["inputs"])
+        and counts == [len(manifest["outputs"])] * 3
+        and all(type(limit) in _NUMBER and limit >= 0 for limit in limits)
+    )
 
 
 def _are_programs(programs: dict[str, Any]) -> bool:

@@ -24,6 +24,7 @@ from edgedyn.layers import find_dynamic, float32_classes, recognise, routing_of
 from edgedyn.quantize.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from edgedyn.bundle.tensors import TensorSpec
     from edgedyn.images.image_set import CalibrationSet
     from edgedyn.images.sample import Sample
     from edgedyn.ops import Form, Op
@@ -71,6 +72,7 @@ class Converted:
         table: the calibration; None for a float precision.
         mismatch: the first field of the table's key that does not fit the recipe, where ``force`` used the
             table all the same; else empty.
+        outputs: the tensors that the programs return.
     """
 
     reference: nn.Module
@@ -80,6 +82,7 @@ class Converted:
     dynamic_layers: tuple[str, ...] = ()
     table: CalibrationTable | None = None
     mismatch: str = ""
+    outputs: tuple[TensorSpec, ...] = ()
 
     def __repr__(self) -> str:
         """Return one line: programs, nodes of each, and the number of dynamic layers."""
@@ -148,7 +151,16 @@ def convert(
     finished = {name: apply_precision(network, name, recipe, target, table) for name in network.decomposed}
     dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(network.reference)))
     routing = routing_of(network.canonical)
-    return Converted(network.reference, finished, routing, network.capacities, dynamic, table, mismatch)
+    return Converted(
+        network.reference,
+        finished,
+        routing,
+        network.capacities,
+        dynamic,
+        table,
+        mismatch,
+        network.outputs,
+    )
 
 
 def apply_precision(

@@ -12,9 +12,8 @@ from torch import nn
 
 from edgedyn import extensions
 from edgedyn.bundle.manifest import ROUTER
-from edgedyn.conversion.image_sets import to_tensors
+from edgedyn.conversion.image_sets import draw_each, to_tensors
 from edgedyn.errors import CalibrationError, RecipeError
-from edgedyn.images.tasks import TASKS
 from edgedyn.layers import part_inputs, parts
 from edgedyn.quantize import EvaluationSet
 from edgedyn.quantize.search.measurement_cache import MeasurementCache
@@ -54,9 +53,8 @@ def make_evaluation_sets(
         CalibrationError: for a set without truth.
         RecipeError: for a task without truth.
     """
-    task = TASKS[recipe.task]
     cost = "the cost of INT8 (quantize.max_drop_db, --sensitivity, --ablation) is PSNR lost against the truth"
-    if not task.has_truth:
+    if not recipe.sampling.has_truth:
         raise RecipeError(
             f"{cost}, and the task {recipe.task!r} has none. Choose float layers by quantize.keep_float; "
             "limits.sqnr_db limits the error of the outputs."
@@ -66,8 +64,7 @@ def make_evaluation_sets(
             f"{cost}, and calibration set {images.name!r} has noisy photos without clean ones. Add clean: to "
             "the manifest, or choose by quantize.keep_float."
         )
-    fresh = images.fresh(1).draw(recipe.input_shapes(), task)
-    drawn = list(itertools.islice(fresh, _SAMPLES))
+    drawn = list(itertools.islice(draw_each(recipe, images.fresh(1)), _SAMPLES))
     inputs = [part_inputs(canonical, to_tensors(sample)) for sample in drawn]
     method = {**key["method"], "max_drop_db": None}
     facts = json.dumps({**key, "method": method, "target": recipe.target, "kernels": recipe.kernels})
@@ -82,6 +79,7 @@ def make_evaluation_sets(
             by_layer,
             ablates,
             MeasurementCache(name + facts, sources),
+            recipe.output_spec("output", drawn[0].truth.shape).decode,
         )
         for name in parts(canonical)
         if name != ROUTER

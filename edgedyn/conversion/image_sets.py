@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from edgedyn.bundle.tensors import GUIDE, NOISE_LEVEL, PICTURE, encode_inputs
 from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.images.disjoint import refuse_other_clipping, refuse_overlap
 from edgedyn.images.image_set import CalibrationSet, open_set
 from edgedyn.images.noise import NoiseSection
-from edgedyn.images.tasks import TASKS
 from edgedyn.sections import explain
 
 if TYPE_CHECKING:
@@ -46,7 +48,7 @@ def load_sets(
         method = recipe.quantize
         calibration = _open(recipe, source, method.samples, method.color_augmented)
         _refuse_unfit(calibration, validation)
-    task = TASKS[recipe.task]
+    task = recipe.sampling
     lacks = [image.path.name for image in validation.images if image.clean is None]
     if task.has_truth and validation.noise.kind == "real" and 0 < len(lacks) < len(validation.images):
         raise CalibrationError(
@@ -86,8 +88,29 @@ def _open(
 
 
 def draw(recipe: Recipe, images: CalibrationSet) -> list[Sample]:
-    """Draw the samples of a set for the recipe's inputs."""
-    return list(images.draw(recipe.input_shapes(), TASKS[recipe.task]))
+    """Draw the samples of a set, with the values that the recipe's network takes."""
+    return list(draw_each(recipe, images))
+
+
+def draw_each(recipe: Recipe, images: CalibrationSet) -> Iterator[Sample]:
+    """Yield the samples of a set one by one.
+
+    Raises:
+        CalibrationError: as ``CalibrationSet.draw``; for photos of an unknown noise level, where an input of
+            the network is that level.
+    """
+    specs = recipe.input_specs()
+    levels = [spec.name for spec in specs if spec.role == NOISE_LEVEL]
+    if levels and images.noise.kind == "real" and not images.has_truth:
+        raise CalibrationError(
+            f"the input {levels[0]!r} is the noise level, and the set {images.name!r} has noisy photos "
+            "without clean ones, whose level is unknown. Add clean: to the manifest, or give the input a "
+            "value: in the recipe's inputs:."
+        )
+    pictures = [spec.shape for spec in specs if spec.role in (PICTURE, GUIDE)]
+    for sample in images.draw(pictures, recipe.sampling):
+        inputs = encode_inputs(specs, sample.inputs, sample.sigma)
+        yield replace(sample, inputs=inputs, picture=sample.noisy)
 
 
 def draw_more(recipe: Recipe, images: CalibrationSet) -> list[Sample]:

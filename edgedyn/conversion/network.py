@@ -17,12 +17,14 @@ from edgedyn.bundle.manifest import ROUTER
 from edgedyn.conversion.capture import capture
 from edgedyn.conversion.image_sets import draw, to_tensors
 from edgedyn.conversion.reference import count_capacities, load_reference, rewrite
-from edgedyn.errors import CalibrationError
+from edgedyn.errors import CalibrationError, ModelError
 from edgedyn.images.tasks import TASKS, predict_classes
-from edgedyn.layers import part_inputs, parts
+from edgedyn.layers import RoutedModel, part_inputs, parts
 from edgedyn.quantize.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from edgedyn.bundle.tensors import TensorSpec
+    from edgedyn.conversion.contract import Loaded
     from edgedyn.images.image_set import CalibrationSet
     from edgedyn.images.sample import Sample
     from edgedyn.ops import Form, Op
@@ -43,6 +45,7 @@ class Network:
         decomposed: program -> the chosen form of each op, and the program in these forms.
         drawn: samples of the calibration set.
         color_augmented: number of the last samples that only widen ranges.
+        outputs: the tensors that the network returns.
     """
 
     reference: nn.Module
@@ -53,6 +56,7 @@ class Network:
     decomposed: dict[str, tuple[dict[Op, Form], ExportedProgram]]
     drawn: Sequence[Sample] = ()
     color_augmented: int = 0
+    outputs: tuple[TensorSpec, ...] = ()
 
     def __repr__(self) -> str:
         """Return one line: the network, its programs and the calibration samples."""
@@ -84,15 +88,38 @@ def rewrite_network(
     drawn = draw(recipe, calibration) if calibration and needed else []
     color_augmented = calibration.color_augmented if calibration and drawn else 0
     tensors = [to_tensors(sample) for sample in drawn[: len(drawn) - color_augmented]]
-    reference = load_reference(recipe, tensors, trust=trust)
+    loaded = load_reference(recipe, tensors, trust=trust)
+    reference = loaded.model
     capacities = count_capacities(reference, tensors, recipe.route.capacity)
     canonical = rewrite(reference, capacities)
+    _refuse_routed(canonical, loaded)
     inputs = part_inputs(canonical, to_tensors(example))
     captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
     refuse_other_classes(recipe, captured, example)
     decomposed = {name: decompose_part(program, target, recipe) for name, program in captured.items()}
     progress("rewrite layers", 1, 1)
-    return Network(reference, canonical, capacities, inputs, captured, decomposed, drawn, color_augmented)
+    return Network(
+        reference,
+        canonical,
+        capacities,
+        inputs,
+        captured,
+        decomposed,
+        drawn,
+        color_augmented,
+        loaded.outputs,
+    )
+
+
+def _refuse_routed(canonical: nn.Module, loaded: Loaded) -> None:
+    """Refuse a routed network with several inputs or outputs: its rule passes one of each on."""
+    counts = len(loaded.recipe.input_specs()), len(loaded.outputs)
+    if isinstance(canonical, RoutedModel) and (max(counts) > 1 or loaded.model._forward_hooks):
+        raise ModelError(
+            f"{type(loaded.model).__name__} is a routed program with {counts[0]} inputs and {counts[1]} "
+            "outputs; expected one input, and a plain tensor as output. Remove inputs: and outputs:, or "
+            "route.capacity."
+        )
 
 
 def refuse_other_classes(recipe: Recipe, captured: dict[str, ExportedProgram], example: Sample) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgedyn.checkpoints.weights import settle_norms
+from edgedyn.conversion.contract import Loaded, load_network
 from edgedyn.errors import CalibrationError, ModelError
 from edgedyn.layers import RoutedModel, canonicalize
 
@@ -26,16 +27,18 @@ def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Modul
     return RoutedModel(None, {"capacity": with_capacity(canonical, capacities), "dense": canonical})
 
 
-def load_reference(recipe: Recipe, drawn: Sequence[tuple[Tensor, ...]], *, trust: bool = False) -> nn.Module:
+def load_reference(recipe: Recipe, drawn: Sequence[tuple[Tensor, ...]], *, trust: bool = False) -> Loaded:
     """Return the recipe's network; without weights, its BatchNorm statistics come from real images.
 
     Raises:
         CalibrationError: when it needs images and the recipe names no set.
+        EdgedynError: as ``contract.load_network``.
     """
-    reference = recipe.load_model(trust=trust)
+    loaded = load_network(recipe, trust=trust)
+    reference = loaded.model
     has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in reference.modules())
     if recipe.is_trained or not has_norms:
-        return reference
+        return loaded
     if not drawn:
         raise CalibrationError(
             f"recipe {recipe.name!r} has no weights, so its BatchNorm takes its statistics from images, and "
@@ -48,7 +51,7 @@ def load_reference(recipe: Recipe, drawn: Sequence[tuple[Tensor, ...]], *, trust
             f"{type(reference).__name__} cannot run on inputs {[tuple(x.shape) for x in drawn[0]]}: "
             f"{str(error).splitlines()[0]}. Does the input shape fit (input.shape, model.arguments)?"
         ) from error
-    return reference
+    return loaded
 
 
 def count_capacities(

@@ -4,7 +4,7 @@
     graph       operators and shapes of each program, our ops as single nodes
     forms       of our ops, where they add convolutions
     data        digest of the image set: files, noise, samples, seed
-    transform   task and shapes, which turn an image into an input
+    transform   task, scale, shapes and values, which turn an image into an input
     method      the recipe's quantize section
     finetuning  digest of the fine-tuning images, where the recipe names a set for them
     versions    of the tools that calibrate
@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
+from edgedyn.bundle.tensors import TensorSpec, contract_keys
 from edgedyn.graph.nodes import shape_of
 from edgedyn.quantize import Calibrated
 from edgedyn.quantize.plan import find_quantizable_layers
@@ -67,7 +68,12 @@ def table_key(
         "graph": {name: _graph(program) for name, program in captured.items()},
         "forms": forms,
         "data": images.digest(),
-        "transform": {"task": recipe.task, "shapes": [list(shape) for shape in recipe.input_shapes()]},
+        "transform": {
+            "task": recipe.task,
+            "scale": recipe.sampling.scale,
+            "shapes": [list(shape) for shape in recipe.input_shapes()],
+            "values": [_values(spec) for spec in recipe.input_specs()],
+        },
         "method": recipe.quantize.model_dump(
             exclude={"table", "samples", "color_augmented", "finetune_images"}
         ),
@@ -150,6 +156,10 @@ def part_of(table: CalibrationTable, program: str) -> Calibrated:
     constants = {n.removeprefix(prefix): x for n, x in table.constants.items() if n.startswith(prefix)}
     precision, ablation = table.precision.get(program), table.ablation.get(program, {})
     return Calibrated(table.programs.get(program, ()), constants, precision, ablation)
+
+
+def _values(spec: TensorSpec) -> dict[str, Any]:
+    return {key: value for key, value in spec.to_json().items() if key in contract_keys(spec.role)}
 
 
 def _layers(module: fx.GraphModule) -> str:

@@ -59,7 +59,7 @@ def predict(session: Session, image: Path, data: bytes | None = None) -> dict[st
     contract, spec = session.bundle.predictions, session.bundle.inputs[0]
     expected = session.bundle.outputs[0].shape
     ranks = {"classify": 2, "keypoints": 4}
-    fits = len(session.bundle.inputs) == 1 and len(spec.shape) == 4 and spec.shape[:2] in ((1, 1), (1, 3))
+    fits = len(spec.shape) == 4 and spec.shape[:2] in ((1, 1), (1, 3))
     if not fits or ranks.get(contract.get("task", "")) != len(expected):
         raise BundleError(
             f"bundle {session.bundle.path} takes {[s.shape for s in session.bundle.inputs]} and returns "
@@ -68,7 +68,7 @@ def predict(session: Session, image: Path, data: bytes | None = None) -> dict[st
         )
     pixels = _with_channels(read_image(image, data).pixels, spec.shape[1])
     framed = frame(pixels, (spec.shape[2], spec.shape[3]), contract["short_side"] or None)
-    y = np.asarray(session.run(np.ascontiguousarray(framed.pixels, dtype=spec.dtype))[0], np.float64)
+    y = np.asarray(session.run(*session.make_inputs(framed.pixels))[0], np.float64)
     if y.shape != expected or not np.isfinite(y).all():
         raise CheckFailedError(
             f"bundle {session.bundle.path}, {image}: found {y.shape} of the program, "

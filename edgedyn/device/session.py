@@ -13,6 +13,7 @@ Device side: numpy and the target's ``run.py``; Pillow and tifffile only where f
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +23,7 @@ import numpy as np
 from edgedyn import targets
 from edgedyn.bundle.bundle import Bundle, open_bundle
 from edgedyn.bundle.dispatch import Run, load_programs
-from edgedyn.bundle.tensors import TensorSpec
+from edgedyn.bundle.tensors import CONSTANT, NOISE_LEVEL, TensorSpec
 from edgedyn.device.tiling import padded, tiles
 from edgedyn.errors import (
     BundleError,
@@ -58,27 +59,36 @@ class Session:
         shapes = [tuple(spec.shape) for spec in (self.bundle.inputs[0], self.bundle.outputs[0])]
         return f"Session({self.bundle.summary}, {shapes[0]} -> {shapes[1]})"
 
-    def process(self, pixels: np.ndarray, *, progress: Progress = silent) -> np.ndarray:
+    def process(
+        self, pixels: np.ndarray, *, noise_level: float | None = None, progress: Progress = silent
+    ) -> np.ndarray:
         """Run an image of any size through the program, denoising or enlarging it, tile by tile.
 
         Args:
-            pixels: (H, W, C) floating-point, in the range of the bundle's input. A program of 3 channels gets
-                a gray image (C = 1) as three equal channels, and the result is their mean. A program of 1
-                channel runs on each channel of a colour image.
+            pixels: (H, W, C) floating-point, 0 black, 1 white, R, G, B; the values that the program takes are
+                made of them. A program of 3 channels gets a gray image (C = 1) as three equal channels, and
+                the result is their mean. A program of 1 channel runs on each channel of a colour image. A
+                program of 4 channels takes packed Bayer images of 4.
+            noise_level: standard deviation of the image's noise, 0..255 scale, for a program that takes it.
             progress: called with (tiles done, tiles in all) after each tile.
 
         Returns:
-            (H, W, C) float32, not clipped; s times as high and wide for a program that enlarges s times.
+            (H, W, C) float32, 0 black, 1 white, not clipped; s times as high and wide for a program that
+            enlarges s times. Of a program with several outputs, the first.
 
         Raises:
             ImageError: for another array, values that are not finite, or a program that takes no image.
+            UsageError: for a noise level that is missing, not from 0, or not taken by the program.
             CheckFailedError: if the program returns another shape, or values that are not finite.
         """
-        _check_pixels(pixels)
-        _, scale = _image_spec(self.bundle)
+        spec, scale = _image_spec(self.bundle)
+        _check_pixels(pixels, spec)
         height, width, colours = pixels.shape
         result = np.empty((height * scale, width * scale, colours), np.float32)
-        for top, rows in self.strips(pixels.shape, lambda a, b: pixels[a:b], progress=progress):
+        strips = self.strips(
+            pixels.shape, lambda a, b: pixels[a:b], noise_level=noise_level, progress=progress
+        )
+        for top, rows in strips:
             result[top : top + len(rows)] = rows
         return result
 
@@ -96,6 +106,7 @@ class Session:
         shape: tuple[int, ...],
         read_rows: Callable[[int, int], np.ndarray],
         *,
+        noise_level: float | None = None,
         progress: Progress = silent,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield what ``process`` returns from top to bottom, in strips, so that few rows are in memory.
@@ -104,8 +115,9 @@ class Session:
         their place while this runs.
 
         Args:
-            shape: H, W and C of the image, C 1 or 3.
+            shape: H, W and C of the image, C 1 or 3; 4 for packed Bayer.
             read_rows: ``read_rows(top, bottom)`` returns these rows, (rows, W, C), finite.
+            noise_level: as ``process``.
             progress: called with (tiles done, tiles in all) after each tile.
 
         Yields:
@@ -113,9 +125,13 @@ class Session:
 
         Raises:
             ImageError: as ``process``.
+            UsageError: as ``process``.
             CheckFailedError: as ``process``.
         """
         spec, scale = _image_spec(self.bundle)
+        self.make_inputs(
+            np.zeros(spec.shape, np.float32), noise_level
+        )  # refuses before the first row is read
         channels, tile_h, tile_w = spec.shape[1:]
         height, width, colours = shape
         grid = tiles(height, width, tile_h, tile_w, self.bundle.overlap)
@@ -131,7 +147,7 @@ class Session:
                     columns = np.s_[tile.left : tile.left + tile_w]
                     there = np.s_[:, :, tile.left * scale : (tile.left + tile_w) * scale]
                     weight = tile.rows.repeat(scale)[:, None] * tile.columns.repeat(scale)
-                    result[there] += weight * self._run_tile(plane[:, :, columns], spec, scale)
+                    result[there] += weight * self._run_tile(plane[:, :, columns], scale, noise_level)
                     done += 1
                     progress(done, total)
             ready = (following - top) * scale
@@ -141,9 +157,37 @@ class Session:
             blended[:, :, :-ready] = blended[:, :, ready:]
             blended[:, :, -ready:] = 0
 
-    def _run_tile(self, tile: np.ndarray, spec: TensorSpec, scale: int) -> np.ndarray:
-        outputs = self.run(np.ascontiguousarray(tile[None], dtype=spec.dtype))
-        y, (h, w) = np.asarray(outputs[0]), spec.shape[2:]
+    def make_inputs(self, pixels: np.ndarray, noise_level: float | None = None) -> list[np.ndarray]:
+        """Return the inputs of the program for one picture of its size.
+
+        Args:
+            pixels: (1, C, H, W) floating-point, 0 black, 1 white, R, G, B.
+            noise_level: standard deviation of the picture's noise, 0..255 scale, for a program that takes it.
+
+        Raises:
+            UsageError: for a noise level that is missing, not from 0, or not taken by the program.
+        """
+        first, *others = self.bundle.inputs
+        takes = [spec.name for spec in others if spec.role == NOISE_LEVEL]
+        if takes and noise_level is None:
+            raise UsageError(
+                f"bundle {self.bundle.path} takes the noise level of the image ({takes[0]}); found none. "
+                "Pass its standard deviation on the scale of 0 to 255: --noise-level 25, or noise_level=25 "
+                "in Python."
+            )
+        if noise_level is not None and (not takes or not 0 <= noise_level < math.inf):
+            expected = "a number from 0 to 255" if takes else "none: the program takes no noise level"
+            raise UsageError(
+                f"bundle {self.bundle.path}: found the noise level {noise_level:g}, expected {expected}. Fix "
+                "--noise-level."
+            )
+        arrays = [first.encode(pixels), *(spec.filled(noise_level or 0.0) for spec in others)]
+        return [np.ascontiguousarray(array, dtype=first.dtype) for array in arrays]
+
+    def _run_tile(self, tile: np.ndarray, scale: int, noise_level: float | None) -> np.ndarray:
+        inputs = self.make_inputs(tile[None], noise_level)
+        y, spec = np.asarray(self.run(*inputs)[0]), self.bundle.inputs[0]
+        h, w = spec.shape[2:]
         expected = (*spec.shape[:2], h * scale, w * scale)
         if y.shape != expected or not np.isfinite(y).all():
             actual = f"{y.shape}, {int((~np.isfinite(y)).sum())} values not finite"
@@ -151,8 +195,7 @@ class Session:
                 f"bundle {self.bundle.path}: the program's output: found {actual}, expected {expected}. "
                 "Run edgedyn check on it."
             )
-        result: np.ndarray = y[0].astype(np.float32, copy=False)
-        return result
+        return self.bundle.outputs[0].decode(y[0].astype(np.float32, copy=False))
 
 
 def open_session(path: str | Path) -> Session:
@@ -190,12 +233,13 @@ def check(bundle: Session | str | Path) -> ValidationReport:
         bundle: an open session, or the path of a bundle, whose files are verified first.
 
     Returns:
-        Two rows per vector, ``device:vectors``, with the largest and the root mean square difference from the
-        expected output, and one row with the verdict of the build. A bundle without vectors is not ok.
+        Two rows per vector and output, ``device:vectors``, with the largest and the root mean square
+        difference from the expected output, and one row with the verdict of the build. A bundle without
+        vectors is not ok.
 
     Raises:
         BundleError: if a vector is no array of the shape and dtype that the manifest gives.
-        CheckFailedError: if the program returns another shape.
+        CheckFailedError: if the program returns another shape, or another number of outputs.
         EdgedynError: as ``open_session``, where ``bundle`` is a path.
     """
     session = bundle if isinstance(bundle, Session) else open_session(bundle)
@@ -205,20 +249,21 @@ def check(bundle: Session | str | Path) -> ValidationReport:
     for vector in vectors:
         specs = zip(vector.inputs, session.bundle.inputs, strict=True)
         arrays = [_read_array(session.bundle, name, spec) for name, spec in specs]
-        expected = _read_array(session.bundle, vector.output, session.bundle.outputs[0])
-        actual = np.asarray(session.run(*arrays)[0])
-        name = vector.inputs[0]
-        if actual.shape != expected.shape:
-            where = f"bundle {session.bundle.path}, {name}"
-            raise CheckFailedError(
-                f"{where}: found {actual.shape}, expected {expected.shape}. Build it again."
-            )
-        error = np.abs(actual.astype(np.float64) - expected.astype(np.float64))
-        worst, rms = float(error.max()), float(np.sqrt(np.mean(error**2)))
-        rows += [
-            Row("device:vectors", f"max_abs[{name}]", worst, {"at_most": vector.max_abs}, 1),
-            Row("device:vectors", f"rms[{name}]", rms, {"at_most": vector.rms}, 1),
-        ]
+        returned = [np.asarray(y) for y in session.run(*arrays)]
+        outputs = zip(vector.outputs, session.bundle.outputs, strict=True)
+        expected = [_read_array(session.bundle, name, spec) for name, spec in outputs]
+        shapes = [[y.shape for y in ys] for ys in (returned, expected)]
+        if shapes[0] != shapes[1]:
+            where = f"bundle {session.bundle.path}, {vector.inputs[0]}"
+            raise CheckFailedError(f"{where}: found {shapes[0]}, expected {shapes[1]}. Build it again.")
+        for index, (y, reference) in enumerate(zip(returned, expected, strict=True)):
+            error = np.abs(y.astype(np.float64) - reference.astype(np.float64))
+            worst, rms = float(error.max()), float(np.sqrt(np.mean(error**2)))
+            name = vector.inputs[0] if len(expected) == 1 else vector.outputs[index]
+            rows += [
+                Row("device:vectors", f"max_abs[{name}]", worst, {"at_most": vector.max_abs[index]}, 1),
+                Row("device:vectors", f"rms[{name}]", rms, {"at_most": vector.rms[index]}, 1),
+            ]
     return ValidationReport(tuple(rows))
 
 
@@ -239,23 +284,32 @@ def _read_array(bundle: Bundle, name: str, spec: TensorSpec) -> np.ndarray:
 
 def _image_spec(bundle: Bundle) -> tuple[TensorSpec, int]:
     """Return the input of an image-to-image bundle, and how many times larger its output is."""
-    spec, shapes = bundle.inputs[0], [s.shape for s in bundle.inputs + bundle.outputs]
-    if len(shapes) == 2 and len(spec.shape) == 4 and spec.shape[:2] in ((1, 1), (1, 3)):
-        scale = shapes[1][2] // spec.shape[2] if len(shapes[1]) == 4 else 0
-        if scale and shapes[1] == (*spec.shape[:2], spec.shape[2] * scale, spec.shape[3] * scale):
+    spec, output = bundle.inputs[0], bundle.outputs[0]
+    others = [other.role for other in bundle.inputs[1:]]
+    shapes = [s.shape for s in bundle.inputs + bundle.outputs]
+    pictured = len(spec.shape) == 4 and spec.shape[:2] in ((1, 1), (1, 3), (1, 4))
+    if pictured and set(others) <= {CONSTANT, NOISE_LEVEL}:
+        scale = output.shape[2] // spec.shape[2] if len(output.shape) == 4 else 0
+        if scale and output.shape == (*spec.shape[:2], spec.shape[2] * scale, spec.shape[3] * scale):
             return spec, scale
     raise ImageError(
-        f"bundle {bundle.path} takes and returns {shapes}; expected one (1, C, H, W) image, C 1 or 3, and an "
-        "image of a whole multiple of its size. Call its program through Session.run."
+        f"bundle {bundle.path} takes and returns {shapes}; expected one (1, C, H, W) image, C 1, 3 or 4, and "
+        "an image of a whole multiple of its size. Call its program through Session.run."
     )
 
 
-def _check_pixels(pixels: np.ndarray) -> None:
-    shaped = pixels.ndim == 3 and pixels.shape[2] in (1, 3) and pixels.size > 0
+def _check_pixels(pixels: np.ndarray, spec: TensorSpec) -> None:
+    channels = (4,) if spec.shape[1] == 4 else (1, 3)
+    shaped = pixels.ndim == 3 and pixels.shape[2] in channels and pixels.size > 0
     if not shaped or pixels.dtype.kind != "f":
+        expected, fix = (
+            ("4, packed Bayer", "Read a raw frame with edgedyn.images.bayer.read_packed_bayer")
+            if channels == (4,)
+            else ("1 or 3", "Read the file with edgedyn.images.photo.read_image")
+        )
         raise ImageError(
-            f"found pixels {pixels.dtype} {pixels.shape}, expected floating-point (H, W, C), C 1 or 3. "
-            "Read the file with edgedyn.images.photo.read_image."
+            f"found pixels {pixels.dtype} {pixels.shape}, expected floating-point (H, W, C), C {expected}. "
+            f"{fix}."
         )
     if not np.isfinite(pixels).all():
         count = int((~np.isfinite(pixels)).sum())

@@ -16,7 +16,8 @@ class Sample:
     """The inputs of a network with their truth, made of one crop of a photo.
 
     Attributes:
-        inputs: the noisy image (1, C, H, W) float32, and the guide of a joint network.
+        inputs: the noisy image (1, C, H, W) float32, and the guide of a joint network; for a recipe's
+            network, every input with the values that it takes.
         truth: the crop, 0 black, 1 white: the ideal output of a task that has a truth. For a noisy photo
             without a clean one, the noisy crop.
         sigma: noise level, 0..255 scale; for other noise than white Gaussian, its root mean square.
@@ -27,6 +28,7 @@ class Sample:
         classes: class names of the set, in the order of the logits; empty where it gives none.
         short_side: pixels to which the photo's shorter side was resized; None for a photo of its own size, or
             for a labelled one that was resized to cover the input.
+        picture: the noisy image, 0 black, 1 white, where the first input has other values.
     """
 
     inputs: tuple[np.ndarray, ...]
@@ -38,11 +40,12 @@ class Sample:
     label: int | None = None
     classes: tuple[str, ...] = ()
     short_side: int | None = None
+    picture: np.ndarray | None = None
 
     @property
     def noisy(self) -> np.ndarray:
-        """The noisy image, (1, C, H, W)."""
-        return self.inputs[0]
+        """The noisy image, (1, C, H, W), 0 black, 1 white."""
+        return self.inputs[0] if self.picture is None else self.picture
 
     @property
     def condition(self) -> str:

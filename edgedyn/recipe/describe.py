@@ -94,6 +94,8 @@ def _kind(annotation: Any) -> str:
         return f"list of {_kind(arguments[0])}"
     if origin is dict:
         return "mapping"
+    if issubclass(annotation, Section):
+        return "mapping"
     names = {str: "text", int: "integer", float: "number", bool: "boolean", type(None): "null"}
     return names[annotation]
 

@@ -38,23 +38,6 @@ class ModelSection(Section):
     )
 
 
-class InputSection(Section):
-    """One input of the program: an image of a fixed size."""
-
-    name: str = Field(default="image", description="Name of the input in the exported program.")
-    shape: list[int] = Field(
-        description="Shape B, C, H, W with B = 1; larger images run in tiles of H x W pixels.",
-        min_length=4,
-        max_length=4,
-    )
-    low: float = Field(default=0.0, description="Smallest valid value; the bundle's manifest states it.")
-    high: float = Field(default=1.0, description="Largest valid value; the bundle's manifest states it.")
-    meaning: str = Field(
-        default="sRGB image, RGB order, 0 black, 1 white",
-        description="Contents of the input in one phrase, for readers of the bundle's manifest.",
-    )
-
-
 Estimator = Literal["minmax", "percentile", "mse", "entropy"]
 
 

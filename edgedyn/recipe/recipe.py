@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -18,10 +19,18 @@ from edgedyn import models
 from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.errors import RecipeError, nearest, shown
 from edgedyn.images.noise import NoiseSection
+from edgedyn.images.tasks import TASKS, Task
 from edgedyn.reading import TextError
 from edgedyn.recipe.factory import import_factory, make_network
-from edgedyn.recipe.keys import (
+from edgedyn.recipe.inputs import (
+    FurtherInputSection,
     InputSection,
+    OutputSection,
+    input_specs,
+    output_spec,
+    picture_contract,
+)
+from edgedyn.recipe.keys import (
     LimitSection,
     ModelSection,
     QuantizeSection,
@@ -48,6 +57,25 @@ class Recipe(Section):
     input: InputSection
     guide: InputSection | None = Field(
         default=None, description="Second input of a joint upsampler: the grey image at full resolution."
+    )
+    inputs: list[FurtherInputSection] = Field(
+        default=[],
+        description="Inputs of the network after these, in order: a list of sections with `name`, `shape`, "
+        "and either `value`, a constant, or `noise_level`, a factor: the input then holds the standard "
+        "deviation of the picture's noise on the scale of 0 to 1, times the factor (`noise_level: 255` for "
+        "0 to 255).",
+    )
+    output: OutputSection = OutputSection()
+    outputs: list[str | int] = Field(
+        default=[],
+        description="Outputs of the network that the program has, by key, attribute or index; `aux.0` is the "
+        "first inside of `aux`. The first of the list is measured against the truth, the others against "
+        "float. Required where the network returns several tensors.",
+    )
+    scale: int | None = Field(
+        default=None,
+        ge=2,
+        description="Enlargement of the task upscale, for instance 4. By default the network's own.",
     )
     target: str = Field(description="Runtime to build for: a name from `edgedyn list targets`.")
     precision: Literal["fp32", "fp16", "int8"] = Field(
@@ -84,16 +112,24 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _values_fit_together(self) -> Recipe:
         shape, overlap = self.input.shape, self.tile.overlap
-        if shape[0] != 1 or shape[1] not in (1, 3) or min(shape) < 1:
-            raise ValueError(f"input.shape is {shape}; expected [1, C, H, W] with C 1 or 3")
+        if shape[0] != 1 or shape[1] not in (1, 3, 4) or min(shape) < 1:
+            raise ValueError(f"input.shape is {shape}; expected [1, C, H, W], C 1, 3 or 4 (packed Bayer)")
         if self.guide is not None and self.guide.shape[0] != 1:
             raise ValueError(f"guide.shape is {self.guide.shape}; expected [1, C, H, W]")
         if (self.guide is not None) and self.task != "upscale":
             raise ValueError(f"guide is for the task 'upscale'; the task is {self.task!r}")
+        if self.scale is not None and self.task != "upscale":
+            raise ValueError(f"scale is for the task 'upscale'; the task is {self.task!r}")
+        names = [spec.name for spec in self.input_specs()]
+        if len(set(names)) != len(names):
+            raise ValueError(f"the inputs have the names {names}; expected another one for each")
+        if len(set(map(str, self.outputs))) != len(self.outputs):
+            raise ValueError(f"outputs are {self.outputs}; expected each once")
+        picture_contract(self.output, self.input)
         if self.quantize.color_augmented and shape[1] != 3:
             raise ValueError(
                 f"quantize.color_augmented is {self.quantize.color_augmented}; expected 0 for images of "
-                f"{shape[1]} channel, which have no colours"
+                f"{shape[1]} channel{'s' * (shape[1] > 1)}, which have no colours"
             )
         if overlap >= min(shape[2:]):
             raise ValueError(
@@ -137,11 +173,24 @@ class Recipe(Section):
         """Whether the recipe names trained weights."""
         return self.model.weights is not None
 
+    @property
+    def sampling(self) -> Task:
+        """The task with the recipe's own scale: how samples are drawn, and what their truth is."""
+        task = TASKS[self.task]
+        return task if self.scale is None else replace(task, scale=self.scale)
+
+    @property
+    def dtype(self) -> str:
+        """Type of the program's inputs and outputs, ``float32`` or ``float16``."""
+        return "float16" if self.precision == "fp16" else "float32"
+
     def input_specs(self) -> tuple[TensorSpec, ...]:
-        """Return name, dtype, shape, range and meaning of each input of the program."""
-        dtype = "float16" if self.precision == "fp16" else "float32"
-        inputs = [self.input] if self.guide is None else [self.input, self.guide]
-        return tuple(TensorSpec(i.name, dtype, tuple(i.shape), i.low, i.high, i.meaning) for i in inputs)
+        """Return every input of the program: the picture, its guide, constants and noise levels."""
+        return input_specs(self.input, self.guide, self.inputs, self.dtype)
+
+    def output_spec(self, name: str, shape: Sequence[int]) -> TensorSpec:
+        """Return an output of the program; where the task has a truth, one of its shape is a picture."""
+        return output_spec(name, shape, self.dtype, task=self.sampling, image=self.input, section=self.output)
 
     def input_shapes(self) -> list[tuple[int, ...]]:
         """Return the shapes of the program's inputs."""

@@ -125,10 +125,10 @@ class Check:
         return Row(self.between, metric, self.measure(case), self.limit(case), self.count(case))
 
 
-def rows(case: Case) -> list[Row]:
-    """Return the rows of every check that applies, in the order of ``CHECKS``."""
+def rows(case: Case, checks: Sequence[Check] = ()) -> list[Row]:
+    """Return the rows of every check that applies, in order; by default of ``CHECKS``."""
     groups: list[list[Check]] = []
-    for check in CHECKS:
+    for check in checks or CHECKS:
         if not check.applies(case.precision, case.task):
             continue
         if check.alternates:
@@ -188,7 +188,8 @@ def _float16_levels(case: Case) -> Limit:
     return {"at_most": max(case.limits.device_levels, INDEPENDENT * cost)}
 
 
-def _float32_limit(limit: float) -> Callable[[Case], Limit]:
+def float32_limit(limit: float) -> Callable[[Case], Limit]:
+    """Return a limit on the difference of two float32 programs, see ``at_least_rounding``."""
     return lambda case: {"at_most": at_least_rounding(limit, case.rounding, np.float32)}
 
 
@@ -231,7 +232,7 @@ CHECKS = (
         "max_abs",
         on("fp32"),
         largest_relative("quantized", "decomposed"),
-        _float32_limit(FOLDING),
+        float32_limit(FOLDING),
     ),
     Check(
         "quantized:decomposed",
@@ -285,7 +286,7 @@ CHECKS = (
         "mean_relative",
         predicts("fp32"),
         mean_relative("device", "quantized"),
-        _float32_limit(REORDERING),
+        float32_limit(REORDERING),
     ),
     Check("device:quantized", "mean_relative", predicts(*LOSSY), mean_relative("device", "quantized")),
     Check("device:quantized", "max_abs", on("fp32", *LOSSY), largest("device", "quantized")),

@@ -164,6 +164,7 @@ def measure_masks(part: Part, target: Target, case: Case) -> Measured:
     rows.append(Row("decisions", "active_fraction", float(active.mean()), {}, active.size))
     forced = run_noting(part.program, samples, dtype, expected)
     before, after, kept = ([y for y, _ in results] for results in (float_, quantized, forced))
+    before, after, kept = ([case.outputs.decode(y) for y in ys] for ys in (before, after, kept))
     rows += _cost_rows(before, after, kept, case)
     return Measured(rows, {"decisions": facts})
 
@@ -235,7 +236,7 @@ def measure_routes(routing: Routing, case: Case) -> Measured:
         rows.append(Row("decisions", "smallest_gate_margin", float(margins.min()), {}, len(margins)))
     run = outputs.dispatchers["quantized"].run
     forced = [
-        np.asarray(run(*s.inputs, forced=int(k))[0][0], np.float32)
+        outputs.decode(np.asarray(run(*s.inputs, forced=int(k))[0][0], np.float32))
         for s, k in zip(samples, picked, strict=True)
     ]
     rows += _cost_rows(outputs.decomposed, outputs.quantized, forced, case, "[gate]")

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from edgedyn.conversion.convert import Converted
     from edgedyn.images.sample import Sample
 
+_TINY = 1e-30  # an output that is zero everywhere has no relative error
 _SAMPLES = 1  # float64 runs of whole networks; the rewrite does not depend on the image
 
 
@@ -53,9 +54,10 @@ def exactness_rows(
         decomposed[name] = in_torch(to_float64_like(program, module), torch.float64)
     samples = outputs.samples if precision == "fp32" else outputs.samples[:_SAMPLES]
     exact = run_float64(in_torch(reference, torch.float64), samples)
-    rounding = rounding_row(exact, outputs.decomposed[: len(exact)])
+    float32 = [y for ys in outputs.returned["decomposed"][: len(samples)] for y in ys]
+    rounding = rounding_row(exact, float32)
     rewritten = rewrite_rows(
-        exact[:_SAMPLES],
+        exact[: _SAMPLES * len(converted.outputs)],
         in_torch(canonical, torch.float64),
         Dispatcher(decomposed, converted.routing),
         outputs.samples[:_SAMPLES],
@@ -75,7 +77,7 @@ def rounding_row(exact: Sequence[np.ndarray], float32: Sequence[np.ndarray]) -> 
 
 def _max_relative(expected: Sequence[np.ndarray], actual: Sequence[np.ndarray]) -> float:
     pairs = zip(expected, actual, strict=True)
-    return max(metrics.max_abs(y, x) / float(np.abs(x).max()) for x, y in pairs)
+    return max(metrics.max_abs(y, x) / max(float(np.abs(x).max()), _TINY) for x, y in pairs)
 
 
 def rewrite_rows(
@@ -88,7 +90,7 @@ def rewrite_rows(
     """Compare reference, canonical and decomposed networks in float64 on real noisy images.
 
     Args:
-        exact: outputs of the reference in float64.
+        exact: outputs of the reference in float64, all of one sample after those of another.
         canonical: canonical network, made from the float64 reference. A rewrite that folds weights in float32
             would add the rounding of float32, which is no error of the rewrite.
         decomposed: the programs with the tensors of ``canonical``, see ``to_float64_like``.
@@ -105,5 +107,5 @@ def rewrite_rows(
 
 
 def run_float64(program: Callable[..., list[np.ndarray]], samples: Sequence[Sample]) -> list[np.ndarray]:
-    """Return the first output of a float64 program for every sample."""
-    return [program(*(x.astype(np.float64) for x in sample.inputs))[0] for sample in samples]
+    """Return every output of a float64 program for every sample."""
+    return [y for sample in samples for y in program(*(x.astype(np.float64) for x in sample.inputs))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from edgedyn.errors import CheckFailedError
 from edgedyn.images import metrics
 
 if TYPE_CHECKING:
+    from edgedyn.bundle.tensors import TensorSpec
     from edgedyn.conversion.convert import Converted
     from edgedyn.images.sample import Sample
     from edgedyn.quantize.progress import Progress
@@ -27,11 +28,13 @@ class Outputs:
 
     Attributes:
         samples: the validation samples.
-        decomposed: outputs (1, ...) float32 of the exact rewrite, in PyTorch.
-        quantized: outputs of the program at the recipe's precision, in PyTorch.
-        device: outputs of the lowered program, in its runtime.
+        decomposed: first output (1, ...) of the exact rewrite, in PyTorch; float32, pixels of a picture.
+        quantized: that of the program at the recipe's precision, in PyTorch.
+        device: that of the lowered program, in its runtime.
         decided: program (decomposed, quantized, device) -> its decision on each sample; None without routing.
         dispatchers: the three programs themselves.
+        specs: the tensors that the programs return; none where the first one's values are pixels.
+        returned: program -> per sample, every output with the values that the program gave it, float32.
     """
 
     samples: Sequence[Sample]
@@ -40,6 +43,8 @@ class Outputs:
     device: Sequence[np.ndarray]
     decided: Mapping[str, list[Decision | None]] = field(default_factory=dict)
     dispatchers: Mapping[str, Dispatcher] = field(default_factory=dict)
+    specs: Sequence[TensorSpec] = ()
+    returned: Mapping[str, Sequence[Sequence[np.ndarray]]] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Return one line: the number of samples and the shape of an output."""
@@ -54,7 +59,18 @@ class Outputs:
             quantized=[self.quantized[i] for i in indices],
             device=[self.device[i] for i in indices],
             decided={name: [decided[i] for i in indices] for name, decided in self.decided.items()},
+            returned={name: [values[i] for i in indices] for name, values in self.returned.items()},
         )
+
+    def decode(self, values: np.ndarray) -> np.ndarray:
+        """Return the pixels of a first output; of one that is no picture, its values."""
+        return self.specs[0].decode(values) if self.specs else values
+
+    def of(self, index: int) -> Outputs:
+        """Return the outputs with another one, decoded, in the first one's place."""
+        decode = self.specs[index].decode
+        chosen: dict[str, Any] = {n: [decode(ys[index]) for ys in v] for n, v in self.returned.items()}
+        return replace(self, **chosen)
 
 
 def run_samples(
@@ -76,35 +92,51 @@ def run_samples(
         "quantized": Dispatcher(quantized, converted.routing),
         "device": device,
     }
-    outputs: dict[str, list[np.ndarray]] = {}
+    returned: dict[str, list[list[np.ndarray]]] = {}
     decided: dict[str, list[Decision | None]] = {}
     for done, (name, dispatcher) in enumerate(dispatchers.items(), 1):
         kind = np.float16 if half and name == "device" else np.float32
-        results = run_all(dispatcher, samples, name, kind)
-        outputs[name], decided[name] = [y for y, _ in results], [d for _, d in results]
+        results = run_all(dispatcher, samples, name, kind, outputs=len(converted.outputs))
+        returned[name], decided[name] = [ys for ys, _ in results], [d for _, d in results]
         progress("validate", done, len(dispatchers))
-    return Outputs(samples, **outputs, decided=decided, dispatchers=dispatchers)
+    decode = converted.outputs[0].decode
+    first = {name: [decode(ys[0]) for ys in values] for name, values in returned.items()}
+    return Outputs(
+        samples,
+        **first,
+        decided=decided,
+        dispatchers=dispatchers,
+        specs=converted.outputs,
+        returned=returned,
+    )
 
 
 def run_all(
-    run: Dispatcher, samples: Sequence[Sample], program: str, dtype: type = np.float32
-) -> list[tuple[np.ndarray, Decision | None]]:
-    """Run a program on every sample; return its first output (1, ...) in float32, and its decision.
+    run: Dispatcher, samples: Sequence[Sample], program: str, dtype: type = np.float32, *, outputs: int = 1
+) -> list[tuple[list[np.ndarray], Decision | None]]:
+    """Run a program on every sample; return its outputs (1, ...) in float32, and its decision.
 
     Raises:
-        CheckFailedError: for an output that is not finite, with program, image and noise level.
+        CheckFailedError: for an output that is not finite, with program, image and noise level; for another
+            number of outputs.
     """
     results = []
     for sample in samples:
-        outputs, decision = run.run(*(x.astype(dtype) for x in sample.inputs))
-        y = np.asarray(outputs[0], dtype=np.float32)
-        if broken := int((~np.isfinite(y)).sum()):
+        values, decision = run.run(*(x.astype(dtype) for x in sample.inputs))
+        ys = [np.asarray(y, dtype=np.float32) for y in values]
+        if len(ys) != outputs:
             raise CheckFailedError(
-                f"the {program} program: found {broken} of {y.size} values that are NaN or infinite for "
+                f"the {program} program: found {len(ys)} outputs, expected {outputs}, as the network "
+                "returns. This is a defect of edgedyn: choose fewer by outputs: in the recipe."
+            )
+        if broken := sum(int((~np.isfinite(y)).sum()) for y in ys):
+            raise CheckFailedError(
+                f"the {program} program: found {broken} of {sum(y.size for y in ys)} values that are NaN or "
+                "infinite for "
                 f"{sample.source} with noise of sigma {sample.sigma:g}; expected finite ones. A float16 "
                 "overflow? Try precision fp32."
             )
-        results.append((y, decision))
+        results.append((ys, decision))
     return results
 
 

@@ -18,7 +18,8 @@ from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.errors import BundleError, UsageError
 from edgedyn.files import staging_folder
 
-IMAGE = {"name": "x", "dtype": "float32", "shape": (1, 3, 8, 16), "low": 0.0, "high": 1, "meaning": "RGB"}
+SPEC = TensorSpec("x", "float32", (1, 3, 8, 16), "RGB", mean=(0.5,), std=(0.2, 0.3, 0.4))
+IMAGE = SPEC.to_json()
 
 
 def manifest(**changes):
@@ -41,9 +42,9 @@ def manifest(**changes):
         "vectors": [
             {
                 "inputs": ["vectors/0.input.npy"],
-                "output": "vectors/0.output.npy",
-                "max_abs": 1e-5,
-                "rms": 1e-6,
+                "outputs": ["vectors/0.output.npy"],
+                "max_abs": [1e-5],
+                "rms": [1e-6],
             }
         ],
         **changes,
@@ -86,9 +87,11 @@ def test_a_written_bundle_opens_with_everything_in_it(tmp_path):
     assert opened == written
     assert (opened.target, opened.precision) == ("onnxruntime", "fp32")
     assert (opened.programs, opened.routing) == ({"forward": "model.onnx"}, None)
-    assert opened.inputs == [TensorSpec("x", "float32", (1, 3, 8, 16), 0.0, 1, "RGB")]
+    assert opened.inputs == [SPEC]
     assert [spec.name for spec in opened.outputs] == ["y"]
-    assert opened.vectors == [bundles.Vector(("vectors/0.input.npy",), "vectors/0.output.npy", 1e-5, 1e-6)]
+    assert opened.vectors == [
+        bundles.Vector(("vectors/0.input.npy",), ("vectors/0.output.npy",), (1e-5,), (1e-6,))
+    ]
     assert opened.overlap == 4
     assert sorted(os.listdir(tmp_path / "deep")) == ["out"]
 
@@ -203,7 +206,7 @@ def test_a_huge_manifest_is_refused_before_it_is_read(path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format=2, edgedyn="0.0"), r"found 2 \(written by edgedyn 0.0\), expected 3"),
+        (lambda m: m.update(format=2, edgedyn="0.0"), r"found 2 \(written by edgedyn 0.0\), expected 4"),
         (lambda m: m.update(format=True), "format: found True"),
         (lambda m: m.pop("target"), "key 'target'.*found 'nothing'"),
         (lambda m: m.update(inputs={}), "key 'inputs'"),
@@ -226,15 +229,37 @@ def test_a_huge_manifest_is_refused_before_it_is_read(path):
         (lambda m: m["inputs"][0].update(shape=[1, 0]), "shape"),
         (lambda m: m["inputs"][0].update(shape=[2**31]), "shape"),
         (lambda m: m["inputs"][0].update(shape=[1.0]), "shape"),
-        (lambda m: m["inputs"][0].pop("low"), "'low'"),
-        (lambda m: m["inputs"][0].update(low=True), "'low'.*found True"),
+        (lambda m: m["inputs"][0].pop("role"), "'role'"),
+        (lambda m: m["inputs"][0].update(role="photo"), "role"),
+        *(
+            (lambda m, wrong=wrong: m["inputs"][0].update(wrong), "the keys of its role")
+            for wrong in (
+                {"range": [1, 0]},
+                {"range": [0, 1, 2]},
+                {"range": 255},
+                {"mean": [0.5, 0.5]},
+                {"mean": [True]},
+                {"mean": []},
+                {"std": [0]},
+                {"std": ["0.2"]},
+                {"order": "GBR"},
+                {"order": 3},
+                {"shape": [1, 4, 8, 16], "std": [0.2], "order": "BGR"},
+                {"role": "constant"},
+                {"role": "noise_level", "value": "25"},
+            )
+        ),
+        (lambda m: m["inputs"][0].pop("std"), "the keys of its role"),
         (lambda m: m["vectors"][0].update(max_abs=True), "'max_abs'.*found True"),
+        (lambda m: m["vectors"][0].update(max_abs=[True]), "max_abs and rms from 0"),
+        (lambda m: m["vectors"][0].update(rms=[1e-6] * 2), "max_abs and rms from 0"),
+        (lambda m: m["vectors"][0].update(outputs=[]), "one per input and output"),
         (lambda m: m.update(inputs=["x"]), "a tensor"),
         (lambda m: m["vectors"][0].update(inputs=["vectors/9.npy"]), "listed files"),
-        (lambda m: m["vectors"][0].update(max_abs=-1), "max_abs and rms from 0"),
+        (lambda m: m["vectors"][0].update(max_abs=[-1]), "max_abs and rms from 0"),
         (lambda m: m["vectors"][0].pop("max_abs"), "'max_abs'"),
         (lambda m: m["vectors"][0].pop("rms"), "'rms'"),
-        (lambda m: m["vectors"][0].update(rms=-1), "rms from 0"),
+        (lambda m: m["vectors"][0].update(rms=[-1]), "rms from 0"),
         (lambda m: m.pop("ok"), "key 'ok'.*found 'nothing'"),
         (lambda m: m.update(ok=1), "key 'ok'.*found 1"),
         (lambda m: m["files"].update({"../model.onnx": {}}), r"\.\./model"),

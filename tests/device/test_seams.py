@@ -11,6 +11,7 @@ import torch
 from measure_seams import compare
 
 from edgedyn.bundle.bundle import Bundle
+from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.device.session import Session
 from edgedyn.recipe.recipe import load_recipe
 
@@ -31,14 +32,7 @@ def run():
 
 def figures(run, overlap: int) -> dict[str, float]:
     photo = skimage.data.coffee().astype(np.float32) / 255
-    spec = {
-        "name": "image",
-        "dtype": "float32",
-        "shape": [1, 3, TILE, TILE],
-        "low": 0,
-        "high": 1,
-        "meaning": "",
-    }
+    spec = TensorSpec("image", "float32", (1, 3, TILE, TILE), "").to_json()
     session = Session(
         Bundle(Path(), {"inputs": [spec], "outputs": [spec], "tile": {"overlap": overlap}}), run
     )

@@ -33,7 +33,7 @@ def test_keys_are_those_of_a_whole_recipe():
     written = leaves(recipe.model_dump(exclude={"folder"}))
     optional = {key for key in KEYS if key.startswith(("guide.", "noise."))}
     assert written == set(KEYS) - optional
-    assert {key.partition(".")[2] for key in optional} >= {"sigma", "clip", "shape", "low"}
+    assert {key.partition(".")[2] for key in optional} >= {"sigma", "clip", "shape", "range"}
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)

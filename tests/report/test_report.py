@@ -258,7 +258,7 @@ def test_facts_are_shown_where_given_and_only_there(tmp_path):
 
 
 def test_the_manifest_is_shown(tmp_path):
-    spec = {"name": "x", "dtype": "float32", "shape": [1, 3, 64, 96], "low": 0, "high": 1, "meaning": "noisy"}
+    spec = {"name": "x", "dtype": "float32", "shape": [1, 3, 64, 96], "meaning": "noisy"}
     shape = TIMES.join(["1", "3", "64", "96"])
     manifest = {
         **MANIFEST,

@@ -246,8 +246,8 @@ def test_run_all_gives_float32_as_the_program_does():
     samples = make_outputs().samples
     results = run_all(Dispatcher({"forward": run}), samples, "device", np.float16)
     assert seen == [((1, 3, 24, 16), np.float16)] * 4
-    assert all(y.dtype == np.float32 and decision is None for y, decision in results)
-    assert np.abs(results[0][0] - 2 * samples[0].noisy).max() < 1e-3
+    assert all(y.dtype == np.float32 and decision is None for (y,), decision in results)
+    assert np.abs(results[0][0][0] - 2 * samples[0].noisy).max() < 1e-3
 
 
 def test_output_that_is_not_finite_names_program_image_and_noise():

@@ -54,6 +54,7 @@ class EvaluationSet:
         by_layer: whether to measure the cost of each layer; otherwise no layer becomes float for a limit.
         ablates: whether to run the ablation of the method.
         remember: ``remember(name, measure)`` returns a measurement from before an interruption, or measures.
+        decode: returns the pixels of an output, 0 black, 1 white.
     """
 
     inputs: Sequence[tuple[Tensor, ...]]
@@ -64,12 +65,13 @@ class EvaluationSet:
     by_layer: bool = True
     ablates: bool = False
     remember: Callable[[str, Callable[[], Measured]], Measured] = lambda name, measure: measure()
+    decode: Callable[[np.ndarray], np.ndarray] = lambda values: values
 
     def psnr_db(self, outputs: Sequence[Tensor]) -> Measured:
         """Return the mean PSNR of outputs at each noise level, dB."""
         by_level: dict[str, list[float]] = {}
         for level, y, truth in zip(self.levels, outputs, self.truths, strict=True):
-            by_level.setdefault(level, []).append(metrics.psnr_db(y.numpy(), truth))
+            by_level.setdefault(level, []).append(metrics.psnr_db(self.decode(y.numpy()), truth))
         return {level: float(np.mean(values)) for level, values in by_level.items()}
 
     @torch.no_grad()
