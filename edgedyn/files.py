@@ -8,15 +8,13 @@ complete. The writer holds a lock on the hidden name; without its writer, the ne
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import math
 import os
-import platform
 import re
 import secrets
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -266,27 +264,3 @@ def _finite(values: Any) -> Any:
     if isinstance(values, float) and not math.isfinite(values):
         return str(values)
     return values
-
-
-def cached_path(file: str, sources: Iterable[Path], *facts: str) -> Path:
-    """Return where the cache keeps a file that is built from sources.
-
-    The folder's name is a digest of the sources, the platform and ``facts``: a change of any of them, for
-    instance of a compiler's version, gives another path.
-    """
-    content = hashlib.sha256(" ".join((platform.platform(), *facts)).encode())
-    for path in sources:
-        content.update(f"\n{path.parent.name}/{path.name}\0".encode() + path.read_bytes())
-    return cache() / f"{Path(file).stem}-{content.hexdigest()[:16]}" / file
-
-
-def cache() -> Path:
-    """Return the folder of files that are built or fetched once and shared by every checkout.
-
-    Raises:
-        UsageError: where neither XDG_CACHE_HOME nor a home folder is known.
-    """
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "edgedyn"
-    except RuntimeError as error:
-        raise UsageError("there is no home folder for a cache. Set XDG_CACHE_HOME to a folder.") from error

@@ -22,6 +22,8 @@ from edgedyn.conversion.capture import capture
 from edgedyn.conversion.contract import load_network
 from edgedyn.conversion.convert import convert, load_target
 from edgedyn.conversion.image_sets import load_sets
+from edgedyn.device import programs
+from edgedyn.device.session import runtime_name
 from edgedyn.errors import RecipeError, UsageError
 from edgedyn.files import refuse_unwritable, staging_folder
 from edgedyn.graph.provenance import shared_provenance
@@ -110,7 +112,7 @@ def build(
         out: the bundle's directory; refused when it exists, unless ``force``.
         calibration: in place of the recipe's calibration set, for instance ``CalibrationSet.of(loader)``.
         force: replace a bundle at ``out``.
-        trust: allow weights that are a pickle of tensors.
+        trust: allow a network from anywhere, and weights that are a pickle of tensors.
         progress: called with (phase, steps done, steps of the phase).
 
     Raises:
@@ -136,6 +138,7 @@ def build(
         manifest["facts"] |= margins
         write_contents(staging, recipe, converted, outputs, report, manifest)
         bundle = write_bundle(out, staging, manifest, force=force)
+    programs.remember(bundle, runtime_name(bundle))
     return Build(bundle, report, latency_ms)
 
 
@@ -186,7 +189,7 @@ def lower(
         out: a folder that does not exist.
         calibration: in place of the recipe's calibration set.
         force: use the recipe's calibration table even if its key does not fit.
-        trust: allow weights that are a pickle of tensors.
+        trust: allow a network from anywhere, and weights that are a pickle of tensors.
         progress: called with (phase, steps done, steps of the phase).
 
     Raises:
@@ -230,7 +233,7 @@ def calibrate(
         calibration: in place of the recipe's calibration set.
         cache: folder for TensorRT's calibration cache and its float ONNX, see ``conversion.implicit``.
         force: replace existing files.
-        trust: allow weights that are a pickle of tensors.
+        trust: allow a network from anywhere, and weights that are a pickle of tensors.
         sensitivity: measure the cost of INT8 in each layer, for ``CalibrationTable.precision``.
         ablation: measure INT8 with each switch of the method set the other way, for
             ``CalibrationTable.ablation``.

@@ -7,7 +7,7 @@ import pytest
 from edgedyn import targets
 from edgedyn.errors import EdgedynError, RecipeError, nearest
 from edgedyn.ops import choose_form, choose_forms, load_all
-from edgedyn.recipe.recipe import find_network
+from edgedyn.recipe.networks import find_network
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ sys.meta_path.insert(0, Blocked())
 FLOORS = (
     ("errors",),
     ("reading",),
-    ("files", "sections", "extensions"),
+    ("files", "sections", "extensions", "cache", "children"),
     ("bundle",),
     ("images",),
     ("graph",),
@@ -175,6 +175,8 @@ DEVICE_SIDE = [
     *(name for name in FILES if name.startswith("edgedyn.targets.") and name.endswith(".run")),
     "edgedyn",
     "edgedyn.bench.process",
+    "edgedyn.cache",
+    "edgedyn.children",
     "edgedyn.errors",
     "edgedyn.extensions",
     "edgedyn.files",

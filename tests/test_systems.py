@@ -119,7 +119,7 @@ def test_every_int8_layer_is_compared_with_float_in_every_program(built):
     system, _, build = built
     if build.bundle.precision != "int8":
         pytest.skip("layers are compared where they are INT8, by the runtime of the phone")
-    found = benchmark.compare_with_float(build.bundle.path, runs=1)
+    found = benchmark.compare_with_float(build.bundle.path, runs=1, trust=True)
     assert set(found.int8_ms) == set(build.bundle.programs)
     named = [(row.program, row.layer) for row in found.int8_layers]
     assert len(set(named)) == len(named) >= 4, system

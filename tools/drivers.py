@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from edgedyn.files import cached_path
+from edgedyn.cache import build_cached, cached_path
 from edgedyn.targets import native
 from edgedyn.targets.executorch import kernels
 
@@ -93,14 +93,13 @@ def build_formula_driver(sanitize: str = "") -> Path:
     flags = ["-std=c++17", "-O1", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror"]
     flags += [f"-fsanitize={sanitize}", "-fno-sanitize-recover=all"] if sanitize else []
     program = cached_path("run_formulas", _sources(), *flags)
-    if not program.is_file():
-        program.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=program.parent) as place:
-            built = Path(place) / program.name
-            sources = ["-I", native.SOURCES, SOURCES / "run_formulas.cpp", "-o", built]
-            subprocess.run(["g++", *flags, *sources], check=True)
-            built.replace(program)
-    return program
+
+    def make(folder: Path) -> Path:
+        sources = ["-I", native.SOURCES, SOURCES / "run_formulas.cpp", "-o", folder / program.name]
+        subprocess.run(["g++", *flags, *sources], check=True)
+        return folder / program.name
+
+    return build_cached(program, make)
 
 
 def _sources() -> tuple[Path, ...]:

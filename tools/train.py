@@ -22,6 +22,7 @@ from safetensors.torch import save
 
 from edgedyn.errors import EdgedynError, UsageError
 from edgedyn.files import replace_files, to_json
+from edgedyn.recipe.networks import find_network
 from edgedyn.training.denoise import plan_card
 from edgedyn.training.recipe import TrainingRecipe, load_training_recipe
 from edgedyn.training.run import Result, run_recipe
@@ -48,14 +49,15 @@ def main(
         Path | None, typer.Option(help="in place of RECIPE: a folder of recipes, or a text file of paths")
     ] = None,
     checkpoints: Annotated[Path | None, typer.Option(help="with --queue: a folder per recipe in it")] = None,
+    trust: Annotated[bool, typer.Option(help="run the code of networks from anywhere")] = False,
     threads: int = 2,
 ) -> None:
     torch.set_num_threads(threads)
     try:
         if queue is None and recipe is not None and out is not None:
-            train_one(recipe, data, out, checkpoint or out.with_suffix(".training"), start_from)
+            train_one(recipe, data, out, checkpoint or out.with_suffix(".training"), start_from, trust=trust)
         elif queue is not None and checkpoints is not None and recipe is None:
-            sys.exit(train_queue(queue, data, checkpoints))
+            sys.exit(train_queue(queue, data, checkpoints, trust=trust))
         else:
             raise UsageError("expected RECIPE and --out, or --queue and --checkpoints.")
     except EdgedynError as error:
@@ -63,15 +65,21 @@ def main(
         sys.exit(error.exit_code)
 
 
-def train_queue(queue: Path, data: Path, checkpoints: Path) -> int:
-    """Train every recipe; one that fails does not stop the others. Return the exit code."""
+def train_queue(queue: Path, data: Path, checkpoints: Path, *, trust: bool = False) -> int:
+    """Train every recipe; one that fails does not stop the others. Return the exit code.
+
+    Nobody named these recipes one by one: without ``trust`` their networks are edgedyn's own.
+    """
     failed = 0
     for path in queued(queue):
         print(f"{path.name}:", flush=True)
         try:
+            recipe = load_training_recipe(path)
+            for section in (recipe.model, recipe.teacher):
+                find_network(section.network, trust=trust, is_named=False)
             folder = checkpoints / path.stem
             folder.mkdir(parents=True, exist_ok=True)
-            train_one(path, data, folder / f"{path.stem}.safetensors", folder)
+            train_one(path, data, folder / f"{path.stem}.safetensors", folder, trust=trust)
         except EdgedynError as error:
             print(f"error: {error}", file=sys.stderr, flush=True)
             failed = error.exit_code
@@ -94,7 +102,9 @@ def queued(queue: Path) -> list[Path]:
     return found
 
 
-def train_one(path: Path, data: Path, out: Path, folder: Path, start_from: Path | None = None) -> None:
+def train_one(
+    path: Path, data: Path, out: Path, folder: Path, start_from: Path | None = None, *, trust: bool = False
+) -> None:
     """Train by a recipe unless its card says that it is finished."""
     recipe = load_training_recipe(path)
     if start_from is not None:
@@ -110,7 +120,7 @@ def train_one(path: Path, data: Path, out: Path, folder: Path, start_from: Path 
         if (step + 1) % 100 == 0:
             print(step + 1, f"{sum(losses[-100:]) / len(losses[-100:]):.5f}", flush=True)
 
-    run_recipe(recipe, data, folder, lambda result: write(recipe, result, out), report)
+    run_recipe(recipe, data, folder, lambda result: write(recipe, result, out), report, trust=trust)
 
 
 def is_finished(recipe: TrainingRecipe, out: Path, card: Path) -> bool:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from edgedyn.checkpoints.weights import load_weights
-from edgedyn.recipe.recipe import find_network
+from edgedyn.recipe.networks import find_network
 from edgedyn.training.denoise import TrainingPlan, load_images, plan_card, train
 from edgedyn.training.masks import MaskBudget
 from edgedyn.training.run import psnr
@@ -69,7 +69,7 @@ def main(
     started = json.loads(start_from.with_suffix(".json").read_text()) if start_from else None
     torch.manual_seed(seed)
     options = {**json.loads(arguments), "colors": colors}
-    model = find_network(network)(**options)
+    model = find_network(network, options)(**options)
     penalty = MaskBudget(model, budget, keep=keep) if budget else None
     if start_from:
         load_weights(model, start_from)

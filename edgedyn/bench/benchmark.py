@@ -13,8 +13,6 @@ from __future__ import annotations
 import json
 import os
 import platform
-import subprocess
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -24,7 +22,10 @@ import numpy as np
 
 from edgedyn import targets
 from edgedyn.bench.speed import Comparison, Trace, attribute, compare, run_in_turns
+from edgedyn.bundle.arrays import read_array
 from edgedyn.bundle.bundle import Bundle, add_files, open_bundle
+from edgedyn.children import python_command, run_tool
+from edgedyn.device import session
 from edgedyn.errors import BundleError, CheckFailedError, TargetMissingError, UsageError
 from edgedyn.files import refuse_unwritable, staging_folder, to_json
 from edgedyn.report import insert_layers
@@ -55,13 +56,10 @@ def measure(bundle: Path, *, runs: int) -> dict[str, Any]:
         BundleError: for a bundle without validation vectors.
         CheckFailedError: when the process ends badly.
     """
-    from edgedyn.device import session
-
     opened = session.open_session(bundle)  # refuses here, with its own error
     if not opened.bundle.vectors:
         raise BundleError(f"bundle {bundle} has no vectors; expected one to run. Build it again.")
-    command = [sys.executable, "-m", "edgedyn.bench.process", str(bundle), str(runs)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = run_tool(python_command("edgedyn.bench.process", bundle, runs))
     if done.returncode:
         raise CheckFailedError(
             f"bundle {bundle}: the process that runs it ended with {done.returncode}: "
@@ -72,16 +70,27 @@ def measure(bundle: Path, *, runs: int) -> dict[str, Any]:
 
 
 def compare_with_float(
-    path: Path, *, runs: int, progress: Progress = lambda phase, done, total: None
+    path: Path,
+    *,
+    runs: int,
+    trust: bool = False,
+    progress: Progress = lambda phase, done, total: None,
 ) -> Comparison:
     """Compare an INT8 bundle with its float32 counterpart, layer by layer, for ``write_comparison``.
 
+    Args:
+        path: the bundle. Its recipe names the counterpart's network: one of edgedyn, unless ``trust``.
+        runs: counted runs of each program.
+        trust: run the code of a network from anywhere.
+        progress: called with (phase, steps done, steps in all).
+
     Raises:
         UsageError: for a bundle of another precision, or one that cannot be written.
+        RecipeError: for a network that is not trusted.
         TargetMissingError: for a target without times by layer, or one that is not installed here.
         BundleError: when the bundle does not map its operators to layers.
     """
-    bundle = open_bundle(path)
+    bundle = session.open_tried(path)
     refuse_unwritable(path, is_folder=True)
     if bundle.precision != "int8":
         raise UsageError(
@@ -103,7 +112,7 @@ def compare_with_float(
             f"{sorted(bundle.programs)}. Build it again with this version."
         )
     with tempfile.TemporaryDirectory() as folder:
-        inputs, lowered = lower_in_float(bundle, Path(folder), progress)
+        inputs, lowered = lower_in_float(bundle, Path(folder), progress, trust=trust)
         pairs = {
             name: (
                 target.profile(Path(folder) / lowered.programs[name], name),
@@ -120,7 +129,7 @@ def compare_with_float(
 
 
 def lower_in_float(
-    bundle: Bundle, folder: Path, progress: Progress
+    bundle: Bundle, folder: Path, progress: Progress, *, trust: bool = False
 ) -> tuple[dict[str, list[np.ndarray]], targets.Artifact]:
     """Lower the float32 counterpart of an INT8 bundle; return the inputs of each program and the artifact."""
     from edgedyn import ops, quantize
@@ -134,7 +143,7 @@ def lower_in_float(
     target = targets.load(recipe.target, recipe.kernels)
     with shared_provenance():
         progress("float32", 0, 1)
-        reference = load_reference(recipe, samples).model
+        reference = load_reference(recipe, samples, trust=trust).model
         canonical = rewrite(reference, bundle.manifest["facts"].get("capacities"))
         inputs = part_inputs(canonical, samples[0])
         programs = {}
@@ -160,7 +169,10 @@ def stored_inputs(bundle: Bundle) -> list[tuple[Tensor, ...]]:
     import torch
 
     return [
-        tuple(torch.from_numpy(np.load(bundle.path / name, allow_pickle=False)) for name in vector.inputs)
+        tuple(
+            torch.from_numpy(read_array(bundle.path, name, spec).copy())
+            for name, spec in zip(vector.inputs, bundle.inputs, strict=True)
+        )
         for vector in bundle.vectors
     ]
 
@@ -180,7 +192,7 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
     rows = [entry for entry in report["rows"] if entry["between"] != row.between]
     values = {**comparison.to_json(), "machine": machine()}
     page = insert_layers((path / "report.html").read_text(encoding="utf-8"), values, row.to_json())
-    with staging_folder(path) as staging:
+    with staging_folder(path.resolve()) as staging:
         (staging / FILE).write_text(to_json(values), encoding="utf-8")
         (staging / "report.json").write_text(
             to_json({**report, "rows": [*rows, row.to_json()]}), encoding="utf-8"

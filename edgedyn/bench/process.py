@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from edgedyn.bench.speed import time_runs
+from edgedyn.bundle.arrays import read_array
 from edgedyn.bundle.dispatch import Dispatcher
 from edgedyn.device import session
 from edgedyn.targets.quiet import quiet_libraries
@@ -23,7 +24,8 @@ def run_bundle(path: Path, runs: int) -> dict[str, Any]:
     """Load and run a bundle's programs; return the values of ``benchmark.measure``."""
     with quiet_libraries():
         opened = session.open_session(path)
-        arrays = [np.load(path / name, allow_pickle=False) for name in opened.bundle.vectors[0].inputs]
+        pairs = zip(opened.bundle.vectors[0].inputs, opened.bundle.inputs, strict=True)
+        arrays = [read_array(path, name, spec) for name, spec in pairs]
         loaded = status_bytes("VmRSS")
         assert isinstance(opened.run, Dispatcher)
         routing = opened.run.routing

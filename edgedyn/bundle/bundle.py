@@ -13,6 +13,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +35,7 @@ from edgedyn.bundle.manifest import (
 )
 from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.errors import BundleError, UsageError
-from edgedyn.files import replace_file, sibling, sync
+from edgedyn.files import replace_file, sibling, staging_folder, sync
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,8 @@ class Bundle:
 def open_bundle(path: str | Path, *, rebuilt: Collection[str] = ()) -> Bundle:
     """Verify the bundle in the directory ``path``, every byte of it, and open it.
 
+    Files that an interrupted ``add_files`` left beside it are moved in first.
+
     Args:
         path: the directory.
         rebuilt: names of files that the caller is about to replace with ``add_files``; they may be missing,
@@ -136,10 +139,12 @@ def open_bundle(path: str | Path, *, rebuilt: Collection[str] = ()) -> Bundle:
 
     Raises:
         BundleError: if it is no bundle, or anything in it is not as its manifest says.
+        UsageError: if an interrupted addition cannot be finished, for instance on a read-only disk.
     """
     path = Path(path)
     if not path.is_dir():
         raise refusal(path, "the path", "no directory", "the directory of a bundle", "Check the path.")
+    _finish_adding(path)
     manifest = read_manifest(path)
     check_files(path, manifest["files"], rebuilt=rebuilt)
     return Bundle(path, manifest)
@@ -201,7 +206,9 @@ def write_bundle(out: Path, staging: Path, manifest: dict[str, Any], *, force: b
 def add_files(bundle: Bundle, files: Sequence[Path]) -> Bundle:
     """Move files into the bundle, under their own names, and list them in the manifest.
 
-    A power cut in between leaves a bundle that does not open, until the files are added again.
+    They are complete in a hidden folder beside the bundle, with the new manifest, before the first one moves;
+    whoever opens the bundle after an interruption moves the rest. So a power cut at any time leaves the old
+    bundle or one that opens as the new one.
 
     Args:
         bundle: the bundle. Where it has files of these names already, it must be opened with the names in
@@ -210,16 +217,60 @@ def add_files(bundle: Bundle, files: Sequence[Path]) -> Bundle:
 
     Raises:
         BundleError: if a name is not plain, or the rest of the bundle is not as it was.
+        UsageError: if they cannot be written.
     """
     added = {file.name: describe_file(file) for file in files}
     listed = {**bundle.manifest["files"], **added}
     check_files(bundle.path, listed, rebuilt=added)
     manifest = seal({**bundle.manifest, "files": listed})
-    sync(*files)
-    for file in files:
-        file.replace(bundle.path / file.name)
-    replace_file(bundle.path / MANIFEST, canonical(manifest))
+    with staging_folder(bundle.path.resolve()) as staging:
+        for file in files:
+            file.replace(staging / file.name)
+        (staging / MANIFEST).write_bytes(canonical(manifest))
+        sync(*staging.iterdir(), staging)
+        shutil.rmtree(_addition(bundle.path), ignore_errors=True)
+        staging.rename(_addition(bundle.path))  # from here on the files are added, whatever happens
+    _finish_adding(bundle.path)
     return replace(bundle, manifest=manifest)
+
+
+def _addition(path: Path) -> Path:
+    """Return the hidden folder beside a bundle whose files are being moved into it."""
+    real = Path(os.path.realpath(path))
+    return real.with_name(f".{real.name[:200]}.adding")
+
+
+def _finish_adding(path: Path) -> None:
+    """Move the files of an addition into the bundle, the manifest last; drop one that does not fit it."""
+    folder = _addition(path)
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    try:
+        names = list_files(folder) - {MANIFEST}
+        fits = all(
+            _is_file_of(entry, folder / name)
+            or (not (folder / name).exists() and _is_file_of(entry, path / name))
+            for name, entry in read_manifest(folder)["files"].items()
+        )
+        for name in [*sorted(names), MANIFEST] if fits else []:
+            with suppress(FileNotFoundError):  # another process moves them, too
+                (folder / name).replace(path / name)
+        sync(path)
+        shutil.rmtree(folder, ignore_errors=True)
+    except BundleError:  # of another bundle that stood here, or moved already
+        shutil.rmtree(folder, ignore_errors=True)
+    except OSError as error:
+        raise UsageError(
+            f"an interrupted addition of files to {path} cannot be finished: {error}. Make {path} and the "
+            f"folder around it writable, or remove {folder}."
+        ) from error
+
+
+def _is_file_of(entry: object, path: Path) -> bool:
+    try:
+        return describe_file(path) == entry
+    except OSError:
+        return False
 
 
 def _publish(staging: Path, out: Path) -> None:

@@ -1,7 +1,8 @@
 """The manifest of a bundle: its one serialization, its rules, and the digests of the files.
 
     manifest.json   canonical JSON (sorted keys, indent 1, newline at the end) with its own sha256 inside
-    files           {name: {size, sha256}} of every other file; plain names, one folder ``vectors/``
+    files           {name: {size, sha256}} of every other file; plain names, one folder ``vectors/``;
+                    kinds of data only, so that nothing in a bundle is ever code to import or start
 
 A manifest that passes these checks is complete: later reads need no further check. Device side: standard
 library only.
@@ -28,7 +29,12 @@ VECTORS = "vectors"
 RULES = ("argmax", "fallback")
 ROUTER = "router"
 FORWARD = "forward"  # the one program of a bundle without routing
-_PLAIN_NAME = re.compile(rf"({VECTORS}/)?[A-Za-z0-9][A-Za-z0-9._-]*")
+_KINDS = ("pte", "onnx", "engine", "npy", "json", "yaml", "html", "safetensors", "bin", "txt")
+_PLAIN_NAME = re.compile(
+    rf"({VECTORS}/[A-Za-z0-9][A-Za-z0-9._-]*\.npy|[A-Za-z0-9][A-Za-z0-9._-]*\.({'|'.join(_KINDS)}))"
+)
+_PROGRAM = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_NAMES = f"letters, digits, . _ - and an ending of {', '.join(_KINDS)}; {VECTORS}/ holds npy"
 _MAX_MANIFEST_BYTES = 16 * 2**20
 _MAX_QUOTED = 300  # characters of a value that a message quotes
 _NUMBER = (int, float)
@@ -137,7 +143,7 @@ def check_files(path: Path, files: dict[str, Any], *, rebuilt: Collection[str] =
     """
     for name in files:
         if not _PLAIN_NAME.fullmatch(name):
-            raise refusal(path, "a listed name", repr(name), f"letters, digits, . _ - and only {VECTORS}/")
+            raise refusal(path, "a listed name", repr(name), _NAMES)
     taken = [name.lower() for name in (MANIFEST, VECTORS, *files)]
     if len(set(taken)) != len(taken):
         raise refusal(path, "listed names", str(sorted(files)), f"distinct ones in any case, no {MANIFEST}")
@@ -166,8 +172,10 @@ def list_files(path: Path) -> set[str]:
         kind = entry.lstat().st_mode
         if name == VECTORS and stat.S_ISDIR(kind):
             continue
-        if not stat.S_ISREG(kind) or not _PLAIN_NAME.fullmatch(name):
-            raise refusal(path, f"entry {name!r}", "a link, folder or odd name", "plain files", "Remove it.")
+        if not stat.S_ISREG(kind):
+            raise refusal(path, f"entry {name!r}", "a link or folder", "plain files", "Remove it.")
+        if not _PLAIN_NAME.fullmatch(name):
+            raise refusal(path, f"entry {name!r}", "a file of another kind or name", _NAMES, "Remove it.")
         names.add(name)
     return names
 
@@ -278,8 +286,8 @@ def _is_vector(vector: dict[str, Any], manifest: dict[str, Any]) -> bool:
 
 
 def _are_programs(programs: dict[str, Any]) -> bool:
-    names = [*programs, *programs.values()]
-    return bool(programs) and all(isinstance(name, str) and _PLAIN_NAME.fullmatch(name) for name in names)
+    plain = all(isinstance(name, str) and _PLAIN_NAME.fullmatch(name) for name in programs.values())
+    return bool(programs) and plain and all(_PROGRAM.fullmatch(name) for name in programs)
 
 
 def _is_routing(manifest: dict[str, Any]) -> bool:

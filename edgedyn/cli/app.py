@@ -12,12 +12,12 @@ import signal
 import sys
 import traceback
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from edgedyn import errors
+from edgedyn.children import leave_working_directory
 from edgedyn.cli.bench import bench
 from edgedyn.cli.build import build
 from edgedyn.cli.calibrate import calibrate
@@ -97,7 +97,7 @@ def options(
 def main() -> None:
     """Run the command line; every refusal becomes one message and its exit code."""
     keep_freed_memory()
-    sys.path.append(str(Path.cwd()))  # model.network may name a module that lies here
+    leave_working_directory()
     code = execute(sys.argv[1:])
     try:
         sys.stdout.flush()

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from edgedyn.cli.options import AsJson, BundlePath, Verbosity
+from edgedyn.cli.options import AsJson, BundlePath, Trust, Verbosity
 from edgedyn.cli.tables import Column, print_details
 from edgedyn.cli.terminal import detail, fold, library_output, print_json, progress_bars, result
 from edgedyn.report.text import megabytes
@@ -23,6 +23,7 @@ def bench(
             "--per-layer", help="Compare each INT8 layer with float32; the report shows the comparison, too."
         ),
     ] = False,
+    trust: Trust = False,
     runs: Annotated[int, typer.Option(min=1, help="Timed runs, after two warm-up runs.")] = 20,
     as_json: AsJson = False,
     verbose: Verbosity = None,
@@ -36,7 +37,7 @@ def bench(
         advance("run whole", 1, 1)
         comparison = None
         if per_layer:
-            comparison = compare_with_float(bundle, runs=runs, progress=advance)
+            comparison = compare_with_float(bundle, runs=runs, trust=trust, progress=advance)
             write_comparison(bundle, comparison)
     if as_json:
         print_json({**found, **({"per_layer": comparison.to_json()} if comparison else {})})

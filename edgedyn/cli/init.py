@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from edgedyn.cli.inspect import parse_shape
-from edgedyn.cli.options import AsJson, Replace, Verbosity
+from edgedyn.cli.options import AsJson, Replace, Trust, Verbosity
 from edgedyn.cli.terminal import detail, library_output, print_json, result, warn
 from edgedyn.errors import ModelError, UsageError, nearest
 
@@ -36,6 +36,7 @@ def init(
     precision: Annotated[str, typer.Option(help="fp32, fp16 or int8.")] = "int8",
     shape: Annotated[str, typer.Option(metavar="B,C,H,W", help="Shape of the input.")] = "1,3,256,256",
     force: Replace = False,
+    trust: Trust = False,
     as_json: AsJson = False,
     verbose: Verbosity = None,
 ) -> None:
@@ -57,7 +58,7 @@ def init(
         place = out or Path(f"{network.partition(':')[2]}.{target}.{precision}.yaml")
         if place.exists() and not force:
             raise UsageError(f"{place} exists already. Choose another file with -o, or pass --force.")
-        model = inspection.load_network(network)
+        model = inspection.load_network(network, trust=trust)
         found = inspection.inspect(model, shape=sizes)
         task = guess_task(model, sizes)
         values = _values(network, target, precision, sizes, task, place)

@@ -42,7 +42,7 @@ def inspect(
         from edgedyn.recipe.recipe import load_recipe
 
         if inspection.is_function(network):
-            found = inspection.inspect(network, shape=parse_shape(shape))
+            found = inspection.inspect(network, shape=parse_shape(shape), trust=trust)
         else:
             found = inspection.inspect(load_recipe(network, overrides or []), trust=trust)
     if as_json:

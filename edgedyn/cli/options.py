@@ -31,7 +31,11 @@ Force = Annotated[
 ]
 Replace = Annotated[bool, typer.Option("--force", help="Replace existing files.")]
 Trust = Annotated[
-    bool, typer.Option("--trust", help="Load weights from a pickle (.pth); only tensors are read.")
+    bool,
+    typer.Option(
+        "--trust",
+        help="Run the code of a network from anywhere; load weights from a pickle (.pth): tensors only.",
+    ),
 ]
 Seed = Annotated[int, typer.Option("--seed", help="Seed of torch's random numbers.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result, or the error, as JSON on stdout.")]

@@ -27,7 +27,8 @@ from edgedyn.graph.nodes import all_multiply_adds, module_path
 from edgedyn.graph.provenance import shared_provenance
 from edgedyn.layers import RoutedModel, canonicalize, load_all, part_inputs, parts, recognise
 from edgedyn.recipe.factory import make_network
-from edgedyn.recipe.recipe import Recipe, as_recipe, find_network
+from edgedyn.recipe.networks import find_network
+from edgedyn.recipe.recipe import Recipe, as_recipe
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -51,7 +52,7 @@ def inspect(
         network: a recipe or the path of one; ``package.module:function``, which returns a network; or a
             network.
         shape: (B, C, H, W) of a network's input; a recipe has its own.
-        trust: allow weights that are a pickle of tensors.
+        trust: allow a network from anywhere, and weights that are a pickle of tensors.
 
     Returns:
         As ``inspect_model``; of a recipe also ``recipe``, ``precision`` and ``target``.
@@ -60,7 +61,7 @@ def inspect(
         EdgedynError: as ``pipeline.build`` for the recipe and the network.
     """
     if isinstance(network, str) and is_function(network):
-        network = load_network(network)
+        network = load_network(network, trust=trust)
     if isinstance(network, nn.Module):
         return inspect_model(network, (torch.zeros(tuple(shape)),))
     recipe = as_recipe(network)
@@ -76,14 +77,14 @@ def is_function(name: str) -> bool:
     return ":" in name and Path(name).suffix not in (".yaml", ".yml")
 
 
-def load_network(name: str) -> nn.Module:
+def load_network(name: str, *, trust: bool = False) -> nn.Module:
     """Call ``package.module:function`` without arguments and return the network, in evaluation mode.
 
     Raises:
-        RecipeError: when there is no such function, or it needs arguments.
+        RecipeError: when there is no such function, it is not trusted, or it needs arguments.
         ModelError: when it raises or exits, with the line of its code; when it returns no network.
     """
-    return make_network(find_network(name), name, {}).eval()
+    return make_network(find_network(name, trust=trust), name, {}).eval()
 
 
 @shared_provenance()

@@ -11,7 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from edgedyn import targets
-from edgedyn.bundle.bundle import add_files, engine_names, open_bundle
+from edgedyn.bundle.bundle import add_files, engine_names
+from edgedyn.device.session import open_verified
 from edgedyn.errors import UsageError
 from edgedyn.files import refuse_unwritable, staging_folder
 
@@ -46,7 +47,7 @@ def compile_bundle(
         ModelError: if the runtime cannot parse or build a program.
     """
     path = Path(bundle)
-    opened = open_bundle(path, rebuilt=engine_names(path))
+    opened = open_verified(path, rebuilt=engine_names(path))
     build = targets.load(opened.target).compile
     if build is None:
         raise UsageError(
@@ -60,7 +61,7 @@ def compile_bundle(
             f"{path / present[0]} exists already. Pass --force to build it again on this machine."
         )
     refuse_unwritable(path, is_folder=True)
-    with staging_folder(path) as staging:
+    with staging_folder(path.resolve()) as staging:
         facts = {
             engine: build(path / source, staging / engine, workspace_bytes=workspace_bytes, progress=progress)
             for source, engine in zip(sources, engines, strict=True)

@@ -14,16 +14,18 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from edgedyn import targets
+from edgedyn.bundle.arrays import read_array
 from edgedyn.bundle.bundle import Bundle, open_bundle
-from edgedyn.bundle.dispatch import Run, load_programs
+from edgedyn.bundle.dispatch import Run
 from edgedyn.bundle.tensors import CONSTANT, NOISE_LEVEL, TensorSpec
+from edgedyn.device import programs
 from edgedyn.device.tiling import padded, tiles
 from edgedyn.errors import (
     BundleError,
@@ -199,28 +201,51 @@ class Session:
 
 
 def open_session(path: str | Path) -> Session:
-    """Verify the bundle in ``path`` and load its program with its target's runtime.
+    """Verify the bundle in ``path``, try its programs in a child, and load them with their target's runtime.
 
     Example:
         session = edgedyn.open_session("out")
         denoised = session.process(pixels)  # (H, W, C) float32, any size
 
     Raises:
-        BundleError: if the bundle does not verify, or names a target that this edgedyn does not have.
+        BundleError: if the bundle does not verify, names a target that this edgedyn does not have, or its
+            runtime cannot run it.
         TargetMissingError: if the target's runtime is not installed here.
         UsageError: if the program is not compiled yet.
     """
+    bundle = open_tried(path)
+    return Session(bundle, programs.load(bundle, targets.load(bundle.target)))
+
+
+def open_verified(path: str | Path, *, rebuilt: Collection[str] = ()) -> Bundle:
+    """Verify the bundle in ``path``, its target and the formats of its files; nothing is loaded.
+
+    Raises:
+        BundleError, TargetMissingError: as ``open_session``.
+    """
     path = Path(path)
-    bundle = open_bundle(path)
+    bundle = open_bundle(path, rebuilt=rebuilt)
     try:
         target = targets.load(bundle.target)
     except RecipeError as error:
         raise BundleError(f"bundle {path}: {error} Or use the edgedyn that wrote the bundle.") from error
     if reason := target.missing():
         raise TargetMissingError(f"bundle {path} needs the target {bundle.target!r}: {reason}")
+    programs.identify(bundle, rebuilt=rebuilt)
+    return bundle
+
+
+def open_tried(path: str | Path) -> Bundle:
+    """Verify the bundle in ``path`` and try its programs in a child; nothing is loaded here.
+
+    Raises:
+        EdgedynError: as ``open_session``.
+    """
+    bundle = open_verified(path)
     if lacks := sorted(set(bundle.programs.values()) - set(bundle.manifest["files"])):
         raise UsageError(f"bundle {path} has no {lacks[0]} yet. Make it here: edgedyn compile {path}")
-    return Session(bundle, load_programs(target.load, path, bundle.programs, bundle.routing))
+    programs.try_in_child(bundle, runtime_name(bundle))
+    return bundle
 
 
 def check(bundle: Session | str | Path) -> ValidationReport:
@@ -248,10 +273,10 @@ def check(bundle: Session | str | Path) -> ValidationReport:
     rows = [Row("build:report", "failed_builds", failures, {"at_most": 0}, len(vectors))]
     for vector in vectors:
         specs = zip(vector.inputs, session.bundle.inputs, strict=True)
-        arrays = [_read_array(session.bundle, name, spec) for name, spec in specs]
+        arrays = [read_array(session.bundle.path, name, spec) for name, spec in specs]
         returned = [np.asarray(y) for y in session.run(*arrays)]
         outputs = zip(vector.outputs, session.bundle.outputs, strict=True)
-        expected = [_read_array(session.bundle, name, spec) for name, spec in outputs]
+        expected = [read_array(session.bundle.path, name, spec) for name, spec in outputs]
         shapes = [[y.shape for y in ys] for ys in (returned, expected)]
         if shapes[0] != shapes[1]:
             where = f"bundle {session.bundle.path}, {vector.inputs[0]}"
@@ -265,21 +290,6 @@ def check(bundle: Session | str | Path) -> ValidationReport:
                 Row("device:vectors", f"rms[{name}]", rms, {"at_most": vector.rms[index]}, 1),
             ]
     return ValidationReport(tuple(rows))
-
-
-def _read_array(bundle: Bundle, name: str, spec: TensorSpec) -> np.ndarray:
-    try:
-        array = np.load(bundle.path / name, allow_pickle=False)
-        actual = f"{array.dtype} {array.shape}"
-    except (OSError, ValueError, EOFError, AttributeError, MemoryError) as error:
-        actual, array = str(error), np.empty(0)
-    expected = f"{spec.dtype} {spec.shape}"
-    if actual != expected:
-        raise BundleError(
-            f"bundle {bundle.path}, {name}: found {actual}, expected .npy without pickle, {expected} of "
-            f"{spec.name!r}. Build the bundle again."
-        )
-    return np.asarray(array)
 
 
 def _image_spec(bundle: Bundle) -> tuple[TensorSpec, int]:

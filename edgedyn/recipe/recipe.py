@@ -15,13 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field, model_validator
 
-from edgedyn import models
 from edgedyn.bundle.tensors import TensorSpec
-from edgedyn.errors import RecipeError, nearest, shown
+from edgedyn.errors import RecipeError, shown
 from edgedyn.images.noise import NoiseSection
 from edgedyn.images.tasks import TASKS, Task
 from edgedyn.reading import TextError
-from edgedyn.recipe.factory import import_factory, make_network
+from edgedyn.recipe.factory import make_network
 from edgedyn.recipe.inputs import (
     FurtherInputSection,
     InputSection,
@@ -37,6 +36,7 @@ from edgedyn.recipe.keys import (
     RouteSection,
     TileSection,
 )
+from edgedyn.recipe.networks import find_network
 from edgedyn.recipe.shipped import find_recipe
 from edgedyn.sections import Section, dump_yaml, parse_recipe, read_recipe, read_yaml
 
@@ -202,15 +202,19 @@ class Recipe(Section):
         A network without weights is initialized from ``model.seed``; its BatchNorm statistics are set later
         (``weights.settle_norms``). Weights that it computes from its parameters alone are stored.
 
+        Args:
+            trust: allow a network from anywhere (``networks.find_network``), and weights that are a pickle of
+                tensors.
+
         Raises:
-            RecipeError: when the network is unknown or does not take its arguments.
+            RecipeError: when the network is unknown, is not trusted, or does not take its arguments.
             ModelError: when the network cannot be made, with the line of its code; when it is none.
             WeightsError: when the weights are missing, unsafe, altered, not finite, or do not fit.
         """
         from edgedyn.checkpoints.weights import load_weights
         from edgedyn.layers import store_weights
 
-        network = find_network(self.model.network)
+        network = find_network(self.model.network, self.model.arguments, folder=self.folder, trust=trust)
         import torch
 
         with torch.random.fork_rng():
@@ -219,26 +223,6 @@ class Recipe(Section):
         if self.model.weights is not None:
             load_weights(model, self.path(self.model.weights), sha256=self.model.sha256, trust=trust)
         return store_weights(model.eval())
-
-
-def find_network(name: str) -> Any:
-    """Return the function that makes a network.
-
-    Args:
-        name: of a network of edgedyn/models/, or ``package.module:function``.
-
-    Raises:
-        RecipeError: when there is no such network.
-        ModelError: when its module raises or exits while it is imported, with the line.
-    """
-    module_name, _, function = name.partition(":")
-    try:
-        return getattr(import_factory(module_name), function) if function else models.load(name)
-    except (ImportError, AttributeError) as error:
-        raise RecipeError(
-            f"model.network {name!r} cannot be loaded ({error}); {nearest(name, models.names())}expected one "
-            f"of {', '.join(models.names())}, or package.module:function of an importable module."
-        ) from error
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:

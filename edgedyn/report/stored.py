@@ -32,7 +32,7 @@ def rewrite_report(path: str | Path) -> bool:
     bundle = open_bundle(path, rebuilt={FILE})
     pictures = _PICTURES.search(_whole_page(bundle))
     stored = read_values(path, "report.json")
-    with staging_folder(path) as staging:
+    with staging_folder(path.resolve()) as staging:
         page = staging / FILE
         try:
             text = _render(bundle, staging, stored)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
+from edgedyn.cache import build_cached, cached_path
+from edgedyn.children import run_tool
 from edgedyn.errors import TargetMissingError
-from edgedyn.files import cached_path
 
 SOURCES = Path(__file__).parents[1] / "ops"
 
@@ -45,23 +44,21 @@ class CompiledFile:
         return cached_path(self.file, self.sources, *self.options, *self.facts)
 
     def build(self) -> Path:
-        """Return its path; compile it first where a source changed.
+        """Return its path; compile it first where a source changed, or the file is not as it was built.
 
         Raises:
             TargetMissingError: without a compiler, CMake or a package that it needs, with CMake's message.
+            UsageError: if the cache's folder is not this user's.
         """
-        path = self.path()
-        if path.is_file():
-            return path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent.parent) as folder:
-            configure = ("-S", self.project, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", *self.options)
-            compile_it = ("--build", folder, "--target", self.target, "--parallel", os.cpu_count() or 1)
-            for command in (configure, compile_it):
-                if message := _cmake(*command):
-                    raise TargetMissingError(f"{self.title} cannot be built here: {message} {self.fix}")
-            (Path(folder) / self.file).replace(path)  # atomic: another process may build the same file
-        return path
+        return build_cached(self.path(), self._make)
+
+    def _make(self, folder: Path) -> Path:
+        configure = ("-S", self.project, "-B", folder, "-DCMAKE_BUILD_TYPE=Release", *self.options)
+        compile_it = ("--build", folder, "--target", self.target, "--parallel", os.cpu_count() or 1)
+        for command in (configure, compile_it):
+            if message := _cmake(*command):
+                raise TargetMissingError(f"{self.title} cannot be built here: {message} {self.fix}")
+        return folder / self.file
 
 
 def find_sources(*patterns: str) -> tuple[Path, ...]:
@@ -75,7 +72,7 @@ def _cmake(*arguments: object) -> str | None:
     cmake = shutil.which("cmake", path=f"{beside}{os.pathsep}{os.environ.get('PATH', '')}")
     if cmake is None:
         return "there is no cmake."
-    done = subprocess.run([cmake, *map(str, arguments)], capture_output=True, text=True, check=False)
+    done = run_tool([cmake, *arguments])
     if not done.returncode:
         return None
     lines = (line.strip() for line in (done.stderr + done.stdout).splitlines())

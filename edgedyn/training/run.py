@@ -22,10 +22,10 @@ from edgedyn.errors import TrainingError
 from edgedyn.images import metrics
 from edgedyn.images.crops import augment_colors
 from edgedyn.recipe.factory import make_network
-from edgedyn.recipe.recipe import find_network
+from edgedyn.recipe.networks import find_network
 from edgedyn.training.denoise import TrainingPlan, denoise, learning_rate, load_images, patches, train
 from edgedyn.training.distill import Distillation
-from edgedyn.training.recipe import TrainingRecipe, ValidationSection
+from edgedyn.training.recipe import NetworkSection, TrainingRecipe, ValidationSection
 from edgedyn.training.slicing import speed_up
 from edgedyn.training.surgery import cut_channels
 
@@ -169,20 +169,32 @@ def validation_images(section: ValidationSection, data: Path) -> list[Tensor]:
     return images
 
 
-def load_teacher(recipe: TrainingRecipe, data: Path) -> nn.Module:
+def make_section(section: NetworkSection, recipe: TrainingRecipe, *, trust: bool = False) -> nn.Module:
+    """Return a network of a training recipe, with initial values.
+
+    Raises:
+        RecipeError: when the network is unknown, or not trusted as ``networks.find_network`` has it.
+    """
+    factory = find_network(section.network, section.arguments, folder=recipe.folder, trust=trust)
+    return make_network(factory, section.network, section.arguments)
+
+
+def load_teacher(recipe: TrainingRecipe, data: Path, *, trust: bool = False) -> nn.Module:
     """Return the teacher with its weights, in evaluation mode.
 
     Raises:
-        RecipeError: when the network is unknown.
+        RecipeError: as ``make_section``.
         WeightsError: when the weights are missing, altered or of another network.
     """
     section = recipe.teacher
-    teacher = make_network(find_network(section.network), section.network, section.arguments)
+    teacher = make_section(section, recipe, trust=trust)
     load_weights(teacher, data / section.weights, sha256=section.sha256, trust=True)  # tensors only
     return speed_up(teacher.eval())
 
 
-def make_student(recipe: TrainingRecipe, teacher: nn.Module, images: list[Tensor]) -> nn.Module:
+def make_student(
+    recipe: TrainingRecipe, teacher: nn.Module, images: list[Tensor], *, trust: bool = False
+) -> nn.Module:
     """Return the network with its initial weights.
 
     Raises:
@@ -191,7 +203,7 @@ def make_student(recipe: TrainingRecipe, teacher: nn.Module, images: list[Tensor
     """
     plan = recipe.plan.plan()
     torch.manual_seed(plan.seed)
-    student = make_network(find_network(recipe.model.network), recipe.model.network, recipe.model.arguments)
+    student = make_section(recipe.model, recipe, trust=trust)
     if recipe.start_from is not None:
         load_weights(student, Path(recipe.folder, recipe.start_from))
     elif recipe.cut is not None:
@@ -230,6 +242,8 @@ def run_recipe(
     folder: Path,
     save: Callable[[Result], None],
     report: Callable[[int, float], None] = lambda step, loss: None,
+    *,
+    trust: bool = False,
 ) -> None:
     """Train by a recipe, from the checkpoint where there is one.
 
@@ -239,15 +253,16 @@ def run_recipe(
         folder: folder of checkpoint and tables, made where there is none.
         save: called with the averaged network after every measurement, and with the one of the last step.
         report: called after every step with (step, loss).
+        trust: allow networks from anywhere.
 
     Raises:
         RecipeError, TrainingError, WeightsError: as ``train``, ``make_student`` and ``load_teacher``.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    teacher = load_teacher(recipe, data)
+    teacher = load_teacher(recipe, data, trust=trust)
     images = [image for name in recipe.images for image in load_images(data / name)]
     sets = {section.name: validation_images(section, data) for section in recipe.validation}
-    student = make_student(recipe, teacher, images)
+    student = make_student(recipe, teacher, images, trust=trust)
     watch = Watch(recipe, sets, teacher, folder, save)
     if not watch.validation.rows:
         watch.measure(0, student)

@@ -18,7 +18,7 @@ from edgedyn.bundle.bundle import open_bundle
 from edgedyn.bundle.manifest import MANIFEST, canonical, seal
 from edgedyn.cli.app import app
 from edgedyn.cli.bench import print_layers
-from edgedyn.errors import BundleError, TargetMissingError, UsageError
+from edgedyn.errors import BundleError, RecipeError, TargetMissingError, UsageError
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.report import insert_layers
 from edgedyn.report.rows import Row
@@ -47,7 +47,7 @@ def built(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def compared(built):
-    return benchmark.compare_with_float(built, runs=3)
+    return benchmark.compare_with_float(built, runs=3, trust=True)
 
 
 @pytest.fixture
@@ -88,6 +88,11 @@ def test_latency_and_memory_are_measured_in_a_process_of_its_own(built):
     if Path("/proc/self/status").exists():
         assert 0 <= found["memory_bytes"]["running"] < found["memory_bytes"]["peak"]
     assert "ExecuTorch" in found["runtime"]
+
+
+def test_network_that_only_the_bundle_names_is_not_run(built):
+    with pytest.raises(RecipeError, match=r"small_networks:make_net.*named by a bundle.*--trust"):
+        benchmark.compare_with_float(built, runs=1)
 
 
 def test_every_int8_layer_is_compared_once(compared):
@@ -166,7 +171,7 @@ def test_page_of_another_version_is_refused(compared):
 
 
 def test_command_measures_and_writes_into_the_bundle(bundle):
-    done = CliRunner().invoke(app, ["bench", str(bundle), "--per-layer", "--runs", "2", "--json"])
+    done = CliRunner().invoke(app, ["bench", str(bundle), "--per-layer", "--trust", "--runs", "2", "--json"])
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert [row["layer"] for row in found["per_layer"]["layers"]] == ["head", "body", "tail"]

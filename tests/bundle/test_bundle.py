@@ -453,3 +453,116 @@ def test_the_device_side_imports_without_the_host_side(module, blocked):
         [sys.executable, "-c", code + "import onnx"], capture_output=True, text=True, check=False
     )
     assert "blocked: onnx" in denied.stderr
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *(
+            "numpy.py",
+            "model.pyc",
+            "a.so",
+            "a.dll",
+            "a.dylib",
+            "a.pyd",
+            "run.sh",
+            "run.exe",
+            "a.pth",
+            "a.pkl",
+        ),
+        *("setup.cfg", "Makefile", "noending", "vectors/x.py", "vectors/x.onnx", "a.PY", "a.onnx.js", "a.pt"),
+    ],
+)
+def test_a_file_that_is_no_kind_of_data_is_refused_though_it_is_listed(path, name):
+    (path / name).write_bytes(b"code")
+    entry = {"size": 4, "sha256": hashlib.sha256(b"code").hexdigest()}
+    reseal(path, lambda m: m["files"].update({name: entry}))
+    with pytest.raises(BundleError, match=r"a listed name.*ending of pte, onnx"):
+        open_bundle(path)
+    reseal(path, lambda m: m["files"].pop(name))
+    with pytest.raises(BundleError, match=f"entry '{name}'.*Remove it"):
+        open_bundle(path)
+
+
+KILLED = """
+import os, shutil, signal, sys
+from pathlib import Path
+from edgedyn.bundle import bundle as bundles
+
+left = int(sys.argv[3])
+
+def dying(method):
+    def call(*arguments, **options):
+        global left
+        if left == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return method(*arguments, **options)
+    return call
+
+for name in ("replace", "rename", "write_bytes", "mkdir", "unlink"):
+    setattr(Path, name, dying(getattr(Path, name)))
+os.fsync, shutil.rmtree = dying(os.fsync), dying(shutil.rmtree)
+path, made = Path(sys.argv[1]), Path(sys.argv[2])
+bundles.add_files(bundles.open_bundle(path, rebuilt=sys.argv[4:]), sorted(made.iterdir()))
+print(left)
+"""
+ADDED = {"bench.json": b"{}", "model.engine": b"engine", "recipe.yaml": b"new: 1"}
+
+
+def kill_adding(path, made, steps):
+    made.mkdir()
+    for name, data in ADDED.items():
+        (made / name).write_bytes(data)
+    command = [sys.executable, "-c", KILLED, *map(str, (path, made, steps)), *ADDED]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def test_a_bundle_to_which_files_are_added_is_old_or_new_wherever_the_process_is_killed(tmp_path):
+    found, steps = [], 0
+    while True:
+        path = write(tmp_path / str(steps) / "out").path
+        done = kill_adding(path, tmp_path / str(steps) / "made", steps)
+        opened = open_bundle(path)
+        names = set(opened.manifest["files"]) & set(ADDED)
+        found.append(names)
+        if names == set(ADDED):
+            assert {name: (path / name).read_bytes() for name in ADDED} == ADDED
+        else:
+            assert names == {"recipe.yaml"}
+            assert (path / "recipe.yaml").read_bytes() == b""
+        # the same addition again, and nothing of ours beside the bundle but what the sweep knows by its name
+        again = kill_adding(path, tmp_path / str(steps) / "again", 1000)
+        assert again.returncode == 0, again.stderr
+        assert set(ADDED) <= set(open_bundle(path).manifest["files"])
+        beside = {name for name in os.listdir(path.parent) if name.startswith(".")}
+        assert all(name.startswith(".out.part-") for name in beside), beside
+        if done.returncode == 0:
+            break
+        assert done.returncode == -9, done.stderr
+        steps += 1
+    assert steps > 12
+    assert found == sorted(found, key=len)  # once it is the new bundle, it stays the new one
+    assert {len(names) for names in found} == {1, 3}
+
+
+def test_an_addition_that_fits_another_bundle_is_dropped(path, tmp_path):
+    other = write(tmp_path / "elsewhere" / "out", name="another").path
+    addition = path.with_name(".out.adding")
+    shutil.copytree(other, addition)
+    (addition / "model.onnx").write_bytes(b"changed")
+    before = (path / "manifest.json").read_bytes()
+    assert open_bundle(path).manifest["name"] == "small.onnxruntime.fp32"
+    assert (path / "manifest.json").read_bytes() == before
+    assert not addition.exists()
+
+
+def test_an_addition_that_cannot_be_finished_is_refused_with_its_place(path, monkeypatch):
+    shutil.copytree(path, path.with_name(".out.adding"), ignore=shutil.ignore_patterns("vectors"))
+
+    def fail(self, target):
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(UsageError, match=r"cannot be finished: read-only.*\.out\.adding"):
+        open_bundle(path)

@@ -62,6 +62,7 @@ def test_a_recipe_is_written_and_loads(folder, capsys):
         (["net_of_init:make", "--target", "executorh"], "did you mean 'executorch'?"),
         (["net_of_init:make", "--precision", "int9", "--shape", "1,3,32,32"], "did you mean 'int8'?"),
         (["net_of_init:mak"], "cannot be loaded"),
+        (["os:getcwd"], "not trusted"),
         (["mallenet"], "expected package.module:function"),
         (["net_of_init:make", "--shape", "1,3"], "expected four sizes"),
     ],

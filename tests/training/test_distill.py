@@ -18,7 +18,7 @@ from torch import nn
 
 from edgedyn.errors import RecipeError, TrainingError, UsageError, WeightsError
 from edgedyn.models.ffdnet import FFDNet
-from edgedyn.recipe.recipe import find_network
+from edgedyn.recipe.networks import find_network
 from edgedyn.sections import dump_yaml
 from edgedyn.training.denoise import Batch, charbonnier, learning_rate
 from edgedyn.training.distill import Distillation

@@ -6,7 +6,8 @@ import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from edgedyn.files import cached_path, make_folder, replace_file
+from edgedyn.cache import cached_path, private_folder
+from edgedyn.files import replace_file
 from edgedyn.reading import read_json
 
 Values = dict[str, float]
@@ -28,7 +29,7 @@ class MeasurementCache:
         known = self._read()
         if name not in known:
             known[name] = measure()
-            make_folder(self.path.parent)
+            private_folder(self.path.parent)
             replace_file(self.path, json.dumps(known).encode())
         return known[name]
 

@@ -6,8 +6,6 @@ The emulator translates ARM64 instructions: its results are a phone's, its times
 from __future__ import annotations
 
 import shutil
-import subprocess
-import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Sequence
@@ -20,8 +18,9 @@ import numpy as np
 from packaging.version import Version
 
 from edgedyn.bundle.manifest import FORWARD
+from edgedyn.cache import cache, private_folder
+from edgedyn.children import python_command, run_tool
 from edgedyn.errors import BundleError, TargetMissingError
-from edgedyn.files import cache
 from edgedyn.targets import native
 from edgedyn.targets.executorch import kernels
 
@@ -69,11 +68,10 @@ def arm64_package() -> Path:
     folder = cache() / f"executorch-{release}-aarch64"
     if folder.is_dir():
         return folder / "executorch"
-    cache().mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache()) as download:
+    with tempfile.TemporaryDirectory(dir=private_folder(cache())) as download:
         choice = ("--platform", "manylinux_2_28_aarch64", "--only-binary=:all:", "--no-deps")
-        pip = (sys.executable, "-m", "pip", "download", "--quiet", *choice, "--dest", download)
-        done = subprocess.run([*pip, f"executorch=={release}"], capture_output=True, text=True, check=False)
+        options = ("download", "--quiet", *choice, "--dest", download)
+        done = run_tool(python_command("pip", *options, f"executorch=={release}"))
         if done.returncode:
             last = next((line for line in reversed(done.stderr.splitlines()) if line.strip()), "no word")
             raise TargetMissingError(
@@ -137,9 +135,7 @@ def run_all(jobs: Sequence[Job], machine: Machine = ARM64) -> list[list[np.ndarr
             for i, array in enumerate(job.inputs):
                 np.save(place / f"input_{i}.npy", np.ascontiguousarray(array))
             arguments += [str(job.path), job.program, str(place)]
-        done = subprocess.run(
-            [*machine.start, runner, *arguments], capture_output=True, text=True, check=False
-        )
+        done = run_tool([*machine.start, runner, *arguments])
         if done.returncode:
             message = " ".join(done.stderr.split("\n")[-4:]).strip() or f"exit status {done.returncode}"
             raise BundleError(

@@ -100,7 +100,8 @@ def _open_session(path: Path) -> Any:
     options.inter_op_num_threads = 1
     options.log_severity_level = 3  # errors: the exception below carries them
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        # without its fallback, which would print on stdout and try the same provider again
+        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"], enable_fallback=0)
     except (NoSuchFile, InvalidProtobuf) as error:
         raise BundleError(f"{path.name} cannot be read as ONNX: {error}. Build the bundle again.") from error
     except (Fail, InvalidGraph, NoKernel) as error:

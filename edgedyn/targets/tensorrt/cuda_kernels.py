@@ -10,14 +10,13 @@ import ctypes
 import functools
 import os
 import shutil
-import subprocess
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from edgedyn.cache import build_cached, cached_path
+from edgedyn.children import run_tool
 from edgedyn.errors import ModelError, TargetMissingError
-from edgedyn.files import cached_path
 from edgedyn.targets import native
 from edgedyn.targets.tensorrt.signatures import SIGNATURES
 
@@ -88,13 +87,13 @@ def find_nvcc() -> str:
 
 def library_path(architecture: str) -> Path:
     """Return the library's place in the cache: a folder named by the content of its sources."""
-    release = subprocess.run([find_nvcc(), "--version"], capture_output=True, check=False).stdout
+    release = run_tool([find_nvcc(), "--version"]).stdout
     files = native.find_sources("*.h", "*.cuh", "kernel_cuda.cu")
-    return cached_path(LIBRARY, files, release.decode(), architecture)
+    return cached_path(LIBRARY, files, release, architecture)
 
 
 def build(architecture: str) -> Path:
-    """Return the library for one GPU generation; compile it first where its sources changed.
+    """Return the library for one GPU generation; compile it first where its sources changed or it is damaged.
 
     Args:
         architecture: nvcc's name: ``sm_87`` (Orin), ``sm_110`` (Thor), ``sm_90`` (H200), ...
@@ -102,20 +101,16 @@ def build(architecture: str) -> Path:
     Raises:
         TargetMissingError: without nvcc, or with its message where it fails.
     """
-    path = library_path(architecture)
-    if path.is_file():
-        return path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent.parent) as folder:
-        built = Path(folder) / LIBRARY
-        options = [*COMPILE, f"-arch={architecture}", "--shared", "--threads=4", "-o", str(built)]
-        command = [find_nvcc(), *options, *map(str, sources())]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+
+    def make(folder: Path) -> Path:
+        options = [*COMPILE, f"-arch={architecture}", "--shared", "--threads=4", "-o", folder / LIBRARY]
+        done = run_tool([find_nvcc(), *options, *sources()])
         if done.returncode:
             message = " ".join((done.stderr + done.stdout).split())[:600]
             raise TargetMissingError(f"the CUDA kernels cannot be built here: {message} {_FIX}")
-        built.replace(path)  # atomic: another process may build the same file
-    return path
+        return folder / LIBRARY
+
+    return build_cached(library_path(architecture), make)
 
 
 @functools.cache
