@@ -1,10 +1,15 @@
-"""Raw Bayer frames: headerless files of one sample per photosite, demosaiced to RGB of half the size.
+"""Raw Bayer frames: headerless files of one sample per photosite, as packed planes or RGB of half the size.
 
-    v   (H, W) unsigned integers, 8-bit: 1 byte, else 2 bytes, little-endian; row by row, nothing between
+    v      (H, W) unsigned integers, 8-bit: 1 byte, else 2 bytes, little-endian; row by row, nothing between
     x = (v - black) / (white - black)
-    RGB (H / 2, W / 2, 3): per 2 x 2 cell the red photosite, the mean of both green ones, the blue one
+    packed (H / 2, W / 2, 4): per 2 x 2 cell red, green of the red row, green of the blue row, blue
+    RGB    (H / 2, W / 2, 3): red, the mean of both green ones, blue
 
-This is superpixel demosaicing: no value is interpolated from other cells, so the noise of neighbouring pixels
+A network of 4 channels takes packed planes. Without raw frames they are made of photos (``pack_photo``): the
+sRGB curve is undone and one colour per photosite kept. These are synthetic: white balance, colour matrix and
+tone curve of a camera stay in them, and the noise is only that of the set's noise model.
+
+RGB is superpixel demosaicing: no value is interpolated from other cells, so the noise of neighbouring pixels
 stays independent. RGB is linear, in the sensor's colours: no white balance, no gamma. Values are not clipped,
 since noise goes below black.
 """
@@ -45,8 +50,8 @@ class RawSection(Section):
         return self
 
 
-def read_bayer(path: Path, raw: RawSection) -> np.ndarray:
-    """Read a raw frame as linear RGB, (height / 2, width / 2, 3) float32, 0 black, 1 white, unclipped.
+def read_packed(path: Path, raw: RawSection) -> np.ndarray:
+    """Read a raw frame as packed planes, (height / 2, width / 2, 4) float32, 0 black, 1 white, unclipped.
 
     Raises:
         CalibrationError: when the file's size or values contradict ``raw``.
@@ -67,5 +72,21 @@ def read_bayer(path: Path, raw: RawSection) -> np.ndarray:
         )
     light = (values.astype(np.float32) - np.float32(raw.black)) / np.float32(raw.white - raw.black)
     planes = [light[row::2, column::2] for row in (0, 1) for column in (0, 1)]
-    colours = ([p for p, c in zip(planes, raw.pattern, strict=True) if c == colour] for colour in "RGB")
-    return np.stack([np.mean(same, axis=0, dtype=np.float32) for same in colours], axis=2)
+    red, blue = raw.pattern.index("R"), raw.pattern.index("B")
+    return np.stack([planes[i] for i in (red, red ^ 1, blue ^ 1, blue)], axis=2)  # ^ 1: the other of a row
+
+
+def pack_photo(photo: np.ndarray) -> np.ndarray:
+    """Return the packed planes (H // 2, W // 2, 4) of an sRGB photo (H, W, 3): linear, one colour each."""
+    low = photo / np.float32(12.92)
+    curve = ((photo.clip(0) + np.float32(0.055)) / np.float32(1.055)) ** np.float32(2.4)
+    linear = np.where(photo <= 0.04045, low, curve)
+    linear = linear[: photo.shape[0] // 2 * 2, : photo.shape[1] // 2 * 2]
+    sites = ((0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 2))  # row, column, colour
+    return np.stack([linear[row::2, column::2, colour] for row, column, colour in sites], axis=2)
+
+
+def to_rgb(packed: np.ndarray) -> np.ndarray:
+    """Return linear RGB (H, W, 3) of packed planes (H, W, 4)."""
+    green = packed[:, :, 1:3].mean(axis=2, dtype=np.float32)
+    return np.stack([packed[:, :, 0], green, packed[:, :, 3]], axis=2)

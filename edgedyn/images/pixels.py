@@ -4,8 +4,8 @@
     .npy, .npz         one array
     .raw               a Bayer frame, described by the manifest's ``raw`` section (``edgedyn.images.bayer``)
 
-An array is (H, W), (H, W, C) or (C, H, W), C 1 or 3, also as a batch of one; if both ends could be channels,
-the last one is.
+An array is (H, W), (H, W, C) or (C, H, W), C 1, 3 or 4 (packed Bayer), also as a batch of one; if both ends
+could be channels, the last one is.
 Integers are uint8 or uint16, scaled by their largest value. Floats are on the scale of 0 to 1; noise or a
 normalization may exceed it.
 """
@@ -22,7 +22,7 @@ from PIL import Image
 
 from edgedyn.errors import CalibrationError, ImageError, TargetMissingError
 from edgedyn.images import formats
-from edgedyn.images.bayer import RawSection, read_bayer
+from edgedyn.images.bayer import RawSection, pack_photo, read_packed, to_rgb
 from edgedyn.images.photo import read_image
 
 _ARRAYS = (".npy", ".npz")
@@ -52,7 +52,7 @@ def read_pixels(path: Path, raw: RawSection | None = None) -> np.ndarray:
                     f"{path} is a raw frame of unknown size and levels. Write a manifest with a raw: section "
                     "(width, height, bits, pattern, black, white)."
                 )
-            return to_pixels(read_bayer(path, raw), str(path))
+            return to_pixels(read_packed(path, raw), str(path))
         if suffix in _ARRAYS:
             return to_pixels(_read_array(path), str(path))
         return read_image(path).pixels
@@ -85,11 +85,11 @@ def to_pixels(array: np.ndarray, name: str) -> np.ndarray:
         array = array[0]
     if array.ndim == 2:
         array = array[:, :, None]
-    if array.ndim != 3 or not array.size or not {array.shape[0], array.shape[2]} & {1, 3}:
+    if array.ndim != 3 or not array.size or not {array.shape[0], array.shape[2]} & {1, 3, 4}:
         raise CalibrationError(
-            f"{name} has shape {array.shape}; expected (H, W), (H, W, C) or (C, H, W), C 1 or 3. {_FIX}"
+            f"{name} has shape {array.shape}; expected (H, W), (H, W, C) or (C, H, W), C 1, 3 or 4. {_FIX}"
         )
-    if array.shape[2] not in (1, 3):
+    if array.shape[2] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.dtype not in (np.uint8, np.uint16) and array.dtype.kind != "f":
         raise CalibrationError(
@@ -133,7 +133,14 @@ def unpack(item: Any, name: str) -> Iterator[np.ndarray]:
 
 
 def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:
-    """Return (H, W, channels) of (H, W, C): gray is repeated, colour averaged."""
+    """Return (H, W, channels) of (H, W, C): gray is repeated, colour averaged, packed Bayer made RGB.
+
+    Four channels are packed Bayer of half the height and width (``edgedyn.images.bayer``).
+    """
     if pixels.shape[2] == channels:
         return pixels
+    if pixels.shape[2] == 4:
+        return with_channels(to_rgb(pixels), channels)
+    if channels == 4:
+        return pack_photo(with_channels(pixels, 3))
     return pixels.repeat(channels, axis=2) if pixels.shape[2] == 1 else pixels.mean(axis=2, keepdims=True)
