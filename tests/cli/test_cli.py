@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -63,9 +64,27 @@ def test_run_writes_a_photo_of_the_same_size(bundle, tmp_path):
     done = edgedyn("run", bundle, tmp_path / "photo.png", "-o", tmp_path / "out")
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "out/photo.png").size == (130, 90)
-    again = edgedyn("run", bundle, tmp_path / "photo.png", "-o", tmp_path / "out")
-    assert again.returncode == 2
-    assert "--force" in again.stderr
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    (tmp_path / "other.webp").write_bytes((tmp_path / "photo.png").read_bytes())
+    again = edgedyn("run", bundle, tmp_path / "*.*[gp]", "-o", tmp_path / "out", "--json")
+    assert again.returncode == 1
+    assert "1 of 3 was there already; --force writes it again." in again.stderr
+    assert "1 of 3 images failed:\n  image" in again.stderr
+    told = json.loads(again.stdout)
+    assert told["ok"] is False
+    assert [image["state"] for image in told["images"]] == ["failed", "written", "there already"]
+    assert told["images"][0]["error"]["type"] == "ImageError"
+    assert Image.open(tmp_path / "out/other.webp").size == (130, 90)
+    alone = edgedyn("run", bundle, tmp_path / "bad.png", "-o", tmp_path / "out")
+    assert (alone.returncode, alone.stdout) == (2, "")
+
+
+def test_run_is_a_filter_from_standard_input_to_standard_output(bundle):
+    stream = io.BytesIO()
+    Image.new("RGB", (70, 66), "gray").save(stream, "PNG")
+    command = [sys.executable, "-m", "edgedyn", "run", str(bundle), "-", "-o", "-"]
+    done = subprocess.run(command, input=stream.getvalue(), capture_output=True, timeout=600, check=True)
+    assert Image.open(io.BytesIO(done.stdout)).size == (70, 66)
 
 
 def test_compile_of_a_phone_bundle_is_refused(bundle):

@@ -1,120 +1,26 @@
 """Sessions: images of any size through a real program in tiles, without seams; and checks on the device."""
 
 import itertools
-import os
 
 import numpy as np
-import onnx
-import onnxruntime
 import pytest
-from onnx import TensorProto, helper, numpy_helper
-from PIL import Image
+from small_sessions import ATOL, OVERLAP, RADIUS, TILE, blur, load, picture, session_of, tensor, write
 
 from edgedyn import targets
-from edgedyn.bundle.bundle import Bundle, write_bundle
-from edgedyn.bundle.manifest import FORMAT
-from edgedyn.bundle.tensors import TensorSpec
-from edgedyn.device.files import run
 from edgedyn.device.session import Session, check, open_session
 from edgedyn.device.tiling import tiles
 from edgedyn.errors import (
     BundleError,
     CheckFailedError,
-    EdgedynError,
     ImageError,
     TargetMissingError,
     UsageError,
 )
-from edgedyn.files import staging_folder
-from edgedyn.images.photo import read_image
-
-RADIUS = 2
-TILE = (16, 24)
-OVERLAP = 4 * RADIUS
-# Distinct taps, no symmetry: a transposed or shifted tile shows.
-KERNEL = np.random.default_rng(3).uniform(0.01, 0.07, (5, 5)).astype(np.float32)
-# k * eps * sum|terms|: 25 products and sums, then 4 weighted tiles, of values up to sum(KERNEL) <= 1.75.
-ATOL = (25 + 8) * np.finfo(np.float32).eps * 1.75
-
-
-def blur(channels, height, width, dtype="float32"):
-    """Return a depthwise 5 x 5 convolution in ONNX, zero padding, channel c times (c + 1) / channels."""
-    element = {"float32": TensorProto.FLOAT, "float16": TensorProto.FLOAT16}[dtype]
-    scale = np.arange(1, channels + 1, dtype=np.float32)[:, None, None, None] / channels
-    node = helper.make_node("Conv", ["x", "w"], ["y"], pads=[RADIUS] * 4, group=channels)
-    shape = [1, channels, height, width]
-    values = [helper.make_tensor_value_info(name, element, shape) for name in "xy"]
-    weights = numpy_helper.from_array((KERNEL * scale).astype(dtype), "w")
-    graph = helper.make_graph([node], "blur", values[:1], values[1:], [weights])
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
-
-
-def load(model):
-    options = onnxruntime.SessionOptions()
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.intra_op_num_threads = 1
-    data = model if isinstance(model, str) else model.SerializeToString()
-    program = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
-    return lambda *arrays: program.run(None, {"x": arrays[0]})
-
-
-def tensor(name, shape, dtype="float32"):
-    return TensorSpec(name, dtype, shape, "gray or R, G, B").to_json()
-
-
-def write(out, *, channels=3, overlap=OVERLAP, dtype="float32", bias=0.0, **changes):
-    """Write a whole bundle whose program is the blur and whose vector was computed by it, off by ``bias``."""
-    shape = (1, channels, *TILE)
-    model = blur(*shape[1:], dtype)
-    x = np.random.default_rng(4).random(shape).astype(dtype)
-    manifest = {
-        **{
-            "format": FORMAT,
-            "ok": True,
-            "name": "blur",
-            "edgedyn": "0.1.0",
-            "target": "onnxruntime",
-            "precision": "fp32",
-        },
-        **{
-            "programs": {"forward": "model.onnx"},
-            "routing": {},
-            "forms": {},
-            "versions": {},
-            "digests": {},
-            "facts": {},
-        },
-        "inputs": [tensor("x", shape, dtype)],
-        "outputs": [tensor("y", shape, dtype)],
-        "tile": {"overlap": overlap},
-        "vectors": [
-            {
-                "inputs": ["vectors/0.input.npy"],
-                "outputs": ["vectors/0.output.npy"],
-                "max_abs": [1e-6],
-                "rms": [1e-7],
-            }
-        ],
-    }
-    with staging_folder(out) as staging:
-        (staging / "vectors").mkdir()
-        onnx.save(model, staging / "model.onnx")
-        np.save(staging / "vectors" / "0.input.npy", x)
-        np.save(staging / "vectors" / "0.output.npy", load(model)(x)[0] + np.asarray(bias, dtype))
-        return write_bundle(out, staging, {**manifest, **changes})
-
-
-def session_of(bundle: Bundle) -> Session:
-    return Session(bundle, load(str(bundle.path / "model.onnx")))
 
 
 @pytest.fixture
 def session(tmp_path):
     return session_of(write(tmp_path / "bundle"))
-
-
-def picture(height, width, channels=3, seed=5):
-    return np.random.default_rng(seed).random((height, width, channels)).astype(np.float32)
 
 
 def whole(pixels):
@@ -367,58 +273,3 @@ def replace_missing(target):
     import dataclasses
 
     return dataclasses.replace(target, missing=lambda: "not here; install it")
-
-
-def save(path, pixels):
-    Image.fromarray(np.rint(pixels.squeeze() * 255).astype(np.uint8)).save(path)
-    return path
-
-
-def test_files_come_out_under_their_names_in_their_mode(tmp_path, session):
-    images = [save(tmp_path / "a.png", picture(20, 30)), save(tmp_path / "b.tif", picture(40, 20, 1))]
-    calls = []
-    results = run(session, images, tmp_path / "deep" / "out", progress=lambda *call: calls.append(call))
-    assert results == [tmp_path / "deep" / "out" / "a.png", tmp_path / "deep" / "out" / "b.tif"]
-    for image, result in zip(images, results, strict=True):
-        expected = np.clip(session.process(read_image(image).pixels), 0, 1)
-        found = read_image(result)
-        assert found.pixels.shape == expected.shape
-        # Half a step of 8 bits.
-        np.testing.assert_allclose(found.pixels, expected, rtol=0, atol=0.5 / 255 + 1e-6)
-    assert [call for call in calls if call[1] == call[2]] == [(images[0], 4, 4), (images[1], 4, 4)]
-    assert sorted(os.listdir(tmp_path / "deep" / "out")) == ["a.png", "b.tif"]
-
-
-def test_files_are_refused_before_any_work(tmp_path, session):
-    good, out = save(tmp_path / "a.png", picture(20, 30)), tmp_path / "out"
-    (tmp_path / "sub").mkdir()
-    twin = save(tmp_path / "sub" / "A.PNG", picture(20, 30))
-    webp = save(tmp_path / "c.webp", picture(20, 30))
-    idle = Session(session.bundle, lambda x: pytest.fail("work was done"))
-    cases = [
-        ([], out, "no images"),
-        ([good, twin], out, "of one name"),
-        ([good], tmp_path, "would be overwritten"),
-        ([good, tmp_path / "none.png"], out, "found no file"),
-        ([good, tmp_path / "sub"], out, "found no file"),
-        ([good, webp], out, r"suffixes \['\.webp'\]"),
-        ([good], good, "cannot make the folder"),
-        ([good], session.bundle.path, "would make the bundle invalid"),
-        ([good], session.bundle.path / "vectors", "would make the bundle invalid"),
-    ]
-    for images, folder, message in cases:
-        for force in (False, True):
-            with pytest.raises(EdgedynError, match=message):
-                run(idle, images, folder, force=force)
-    assert not out.exists()
-
-
-def test_existing_results_are_kept_unless_forced(tmp_path, session):
-    images = [save(tmp_path / name, picture(20, 30)) for name in ("a.png", "b.png")]
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "b.png").write_bytes(b"mine")
-    with pytest.raises(UsageError, match=r"b\.png exists already"):
-        run(session, images, tmp_path / "out")
-    assert os.listdir(tmp_path / "out") == ["b.png"]
-    assert len(run(session, images, tmp_path / "out", force=True)) == 2
-    assert read_image(tmp_path / "out" / "b.png").pixels.shape == (20, 30, 3)
