@@ -43,7 +43,7 @@ class Profiled:
 
     def run(self, *arrays: np.ndarray) -> None:
         """Run once."""
-        self._opened[2].execute(to_tensors(arrays))
+        self._opened[2](to_tensors(arrays))
 
     def read(self) -> list[Events]:
         """Return the events of every run so far.

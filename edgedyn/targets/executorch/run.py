@@ -63,7 +63,7 @@ def find_refusal(path: Path, program: str, arrays: Sequence[np.ndarray]) -> str:
     with runtime_log() as lines:
         try:
             kept = _open(path, program)
-            kept[2].execute(to_tensors(arrays))
+            kept[2](to_tensors(arrays))
         except RuntimeError as error:
             failure = _printable(str(error))
     return "; ".join([*lines[:_SHOWN], failure]) if failure else ""
@@ -84,7 +84,7 @@ def load(path: Path, program: str = FORWARD) -> Run:
 
     def run(*arrays: np.ndarray) -> list[np.ndarray]:
         try:
-            return [y.numpy().copy() for y in kept[2].execute(to_tensors(arrays))]
+            return [y.numpy().copy() for y in kept[2](to_tensors(arrays))]
         except RuntimeError as error:
             shapes = [array.shape for array in arrays]
             raise BundleError(
@@ -121,13 +121,19 @@ def open_method(path: Path, program: str, *, is_traced: bool = False) -> tuple[b
 
 
 def _open(path: Path, program: str, *, is_traced: bool = False) -> tuple[bytes, Any, Any]:
-    from executorch.runtime import Runtime, Verification
+    import torch  # noqa: F401 - loads the libraries that the binding is linked with
+    from executorch.extension.pybindings import _C
 
     data = path.read_bytes()
     if b"edgedyn::" in data:  # a program names the operators that it calls
         kernels.load()
-    loaded = Runtime.get().load_program(
-        data, verification=Verification.InternalConsistency, enable_etdump=is_traced
+    # the binding itself: executorch.runtime imports the whole exporter, 139 MB (executorch 1.5.1)
+    loaded = _C._load_program_from_buffer(
+        data,
+        enable_etdump=is_traced,
+        debug_buffer_size=0,
+        program_verification=_C.Verification.InternalConsistency,
+        data_path=None,
     )
     return data, loaded, loaded.load_method(program)
 
