@@ -50,7 +50,7 @@ class RawSection(Section):
         return self
 
 
-def read_packed(path: Path, raw: RawSection) -> np.ndarray:
+def read_packed_bayer(path: Path, raw: RawSection) -> np.ndarray:
     """Read a raw frame as packed planes, (height / 2, width / 2, 4) float32, 0 black, 1 white, unclipped.
 
     Raises:

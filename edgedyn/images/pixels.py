@@ -22,7 +22,7 @@ from PIL import Image
 
 from edgedyn.errors import CalibrationError, ImageError, TargetMissingError
 from edgedyn.images import formats
-from edgedyn.images.bayer import RawSection, pack_photo, read_packed, to_rgb
+from edgedyn.images.bayer import RawSection, pack_photo, read_packed_bayer, to_rgb
 from edgedyn.images.photo import read_image
 
 _ARRAYS = (".npy", ".npz")
@@ -52,7 +52,7 @@ def read_pixels(path: Path, raw: RawSection | None = None) -> np.ndarray:
                     f"{path} is a raw frame of unknown size and levels. Write a manifest with a raw: section "
                     "(width, height, bits, pattern, black, white)."
                 )
-            return to_pixels(read_packed(path, raw), str(path))
+            return to_pixels(read_packed_bayer(path, raw), str(path))
         if suffix in _ARRAYS:
             return to_pixels(_read_array(path), str(path))
         return read_image(path).pixels

@@ -22,12 +22,12 @@ _GAIN = 10
 
 @dataclass(frozen=True)
 class Picture:
-    """One validation image on its way through the network; arrays are (H, W, 1 or 3) float32 on [0, 1].
+    """One validation image on its way through the network; arrays are (H, W, 1, 3 or 4) float32, [0, 1].
 
     Attributes:
         caption: the subject, and the image's licence where it asks for one.
         sigma: standard deviation of the noise in 8-bit grey levels.
-        noisy: input of the network.
+        noisy: input of the network; packed Bayer (H, W, 4), as the other three then, is shown as RGB.
         float_: its output in float32, before lowering.
         device: output of the lowered program.
         truth: the image without noise.
@@ -45,11 +45,12 @@ def panels(picture: Picture, precision: str) -> list[dict[str, str]]:
     """Return the four panels of a picture: an image as data URI, its name, number and note each.
 
     Raises:
-        UsageError: for an array that is not (H, W, 1) or (H, W, 3), not finite, or not of the truth's shape.
+        UsageError: for an array that is not (H, W, 1), (H, W, 3) or (H, W, 4), not finite, or not of the
+            truth's shape.
     """
     float_, device = np.asarray(picture.float_), np.asarray(picture.device)
     mean, most = metrics.mean_abs_levels(device, float_), 255 * metrics.max_abs(device, float_)
-    difference = 0.5 + _GAIN * (device - float_)
+    difference = 0.5 + _GAIN * (_coloured(device) - _coloured(float_))
     return [
         _panel("Noisy", f"sigma {picture.sigma:g}", picture.noisy, picture),
         _panel("Float", "before lowering", float_, picture),
@@ -66,7 +67,19 @@ def panels(picture: Picture, precision: str) -> list[dict[str, str]]:
 def _panel(name: str, note: str, image: metrics.Array, picture: Picture) -> dict[str, str]:
     psnr = metrics.psnr_db(image, picture.truth)
     shown = f"{psnr:.2f} dB" if math.isfinite(psnr) else "identical to the truth"
-    return {"uri": _png(image), "name": name, "note": note, "number": shown}
+    return {"uri": _png(_developed(image)), "name": name, "note": note, "number": shown}
+
+
+def _coloured(image: metrics.Array) -> metrics.Array:
+    """Return RGB of packed Bayer; other images as they are."""
+    from edgedyn.images.bayer import to_rgb
+
+    return to_rgb(image) if image.shape[2] == 4 else image
+
+
+def _developed(image: metrics.Array) -> metrics.Array:
+    """Return packed Bayer, which is linear, as RGB of a power of 1 / 2.2; other images as they are."""
+    return _coloured(image).clip(0) ** (1 / 2.2) if image.shape[2] == 4 else image
 
 
 def _png(image: metrics.Array) -> str:

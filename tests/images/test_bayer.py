@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from small_sets import RAW, entry, save_image, waves, write_set
 
-from edgedyn.images.bayer import RawSection, pack_photo, read_packed, to_rgb
+from edgedyn.images.bayer import RawSection, pack_photo, read_packed_bayer, to_rgb
 from edgedyn.images.image_set import open_set
 from edgedyn.images.pixels import to_pixels, with_channels
 
@@ -23,7 +23,7 @@ def test_planes_are_red_green_of_its_row_green_of_the_blue_row_and_blue(tmp_path
     values = np.random.default_rng(0).integers(64, 961, (raw.height, raw.width), dtype=np.uint16)
     file = tmp_path / "a.raw"
     file.write_bytes(values.astype("<u2").tobytes())
-    packed = read_packed(file, raw)
+    packed = read_packed_bayer(file, raw)
     for plane, place in enumerate(order):
         cell = values[place // 2 :: 2, place % 2 :: 2]
         np.testing.assert_allclose(packed[:, :, plane], (cell - 64.0) / 896, rtol=1e-6, atol=1e-7)
@@ -77,7 +77,7 @@ def test_raw_frames_keep_their_own_planes(tmp_path):
     file.write_bytes((500 + 300 * np.sin((x + 2 * y) / 7)).astype("<u2").tobytes())
     path = write_set(tmp_path, names=(), raw=RAW, noise={"kind": "real"}, files=[entry(file)])
     drawn = list(open_set(path).draw([SHAPE]))
-    packed = read_packed(file, RawSection(**RAW))
+    packed = read_packed_bayer(file, RawSection(**RAW))
     windows = np.lib.stride_tricks.sliding_window_view(packed, (16, 16), axis=(0, 1))
     assert (windows == drawn[0].noisy[0]).all(axis=(2, 3, 4)).any()
     assert not drawn[0].has_truth

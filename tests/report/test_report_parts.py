@@ -54,6 +54,17 @@ def test_the_difference_is_captioned_in_grey_levels():
     assert caption["note"] == f"INT8 {MINUS} float; grey is zero"
 
 
+def test_packed_bayer_is_shown_as_rgb_and_measured_as_it_is():
+    picture = flat_picture(noisy=0.6, shape=(4, 6, 4))
+    picture.device[1, 2, 3] += 0.02  # blue
+    noisy, _, device, difference = panels(picture, "INT8")
+    assert noisy["number"] == "20.00 dB"
+    assert (decoded(noisy["uri"]) == np.rint(255 * 0.6 ** (1 / 2.2))).all()
+    assert decoded(device["uri"]).shape == (4, 6, 3)
+    changed = np.argwhere(decoded(difference["uri"]) != 128)
+    assert changed.tolist() == [[1, 2, 2]]
+
+
 def test_values_outside_the_range_are_shown_clipped_but_measured():
     noisy = panels(flat_picture(noisy=1.1, truth=1.0), "INT8")[0]
     assert noisy["number"] == "20.00 dB"

@@ -27,7 +27,7 @@ from edgedyn.validation.runs import in_torch
 
 pytestmark = [pytest.mark.arm64, pytest.mark.usefixtures("arm64")]
 RECIPES = Path(__file__).parents[2] / "recipes"
-WITHOUT_OPS = ("slimmable-dncnn", "slimmable-unet", "ffdnet-color", "dncnn-gray")
+WITHOUT_OPS = ("slimmable-dncnn", "slimmable-unet", "ffdnet-color", "dncnn-gray", "pmrid")
 _MALLENET = ("network=small_networks:small_mallenet", "weights=null", "arguments={}")
 _DYNCONV = ("arguments={colors: 3, blocks: 2}", "weights=null")
 _ACDA = ("arguments={colors: 3, depth: 4}",)
@@ -74,7 +74,7 @@ def cases() -> list:
 
 def overrides(name: str, kernels: str, smaller: tuple[str, ...]) -> list[str]:
     side = 64 if "hourglass" in name else 32  # the hourglass halves its image six times
-    colors = 1 if "gray" in name else 3
+    colors = 4 if "pmrid" in name else 1 if "gray" in name else 3
     found = [f"kernels={kernels}", f"input.shape=[1, {colors}, {side}, {side}]", "tile.overlap=0"]
     found += [f"model.{change}" for change in smaller]
     if "joint" in name:
