@@ -16,6 +16,7 @@ from typing import Any, BinaryIO
 from edgedyn.errors import shown
 
 MAX_TEXT_BYTES = 64 * 2**20
+MAX_FILE_BYTES = 4 * 2**30  # of an image
 _MAX_NUMBER = 2**53  # the integers that every JSON reader agrees on (RFC 8259, section 6)
 
 

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from edgedyn.errors import ModelError, WeightsError
+from edgedyn.errors import ModelError, WeightsError, shown
 
 _PICKLES = {".pth", ".pt", ".ckpt", ".ckp", ".bin", ".pkl"}
 
@@ -41,6 +41,7 @@ def load_weights(model: nn.Module, path: Path, *, sha256: str | None = None, tru
             "or change model.sha256 if you mean to deploy these."
         )
     state = _read(path, trust=trust)
+    _refuse_dtypes(model, state, path)
     broken = [
         key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
     ]
@@ -50,6 +51,31 @@ def load_weights(model: nn.Module, path: Path, *, sha256: str | None = None, tru
             f"{broken[0]!r}; expected finite numbers. Take an earlier checkpoint."
         )
     fit_state(model, state, f"weights {path} do not fit {type(model).__name__}", "Check model.arguments.")
+
+
+_FLOATS = {
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+}  # float8 has scales, which a file lacks
+_INTEGERS = {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
+
+
+def _refuse_dtypes(model: nn.Module, state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors that torch would convert and change: quantized or complex values, numbers for masks."""
+    own = model.state_dict()
+    for key, tensor in state.items():
+        expected = own[key].dtype if key in own else tensor.dtype
+        alike = next((kinds for kinds in (_FLOATS, _INTEGERS) if expected in kinds), {expected})
+        if tensor.dtype not in alike:
+            kind = (
+                "floating-point" if alike is _FLOATS else "integer" if alike is _INTEGERS else str(expected)
+            )
+            raise WeightsError(
+                f"weights {path} hold {tensor.dtype} in {shown(key)}; expected {kind} values. Save the float "
+                "weights of the network; edgedyn quantizes them itself."
+            )
 
 
 def _read(path: Path, *, trust: bool) -> dict[str, Tensor]:
@@ -75,7 +101,8 @@ def _read(path: Path, *, trust: bool) -> dict[str, Tensor]:
         return state
     try:
         return load_file(path)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError, LookupError, RuntimeError) as error:
+        # the last three: a dtype that this version of safetensors does not give to torch
         raise WeightsError(
             f"weights {path} are not a whole safetensors file: {error}. Fetch them again."
         ) from error

@@ -23,6 +23,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from edgedyn.errors import CalibrationError
+from edgedyn.reading import MAX_FILE_BYTES, read_bytes
 from edgedyn.sections import Section
 
 
@@ -58,7 +59,7 @@ def read_packed_bayer(path: Path, raw: RawSection) -> np.ndarray:
         OSError: when the file cannot be read.
     """
     dtype = np.dtype("u1" if raw.bits == 8 else "<u2")
-    data, expected = path.read_bytes(), raw.width * raw.height * dtype.itemsize
+    data, expected = read_bytes(path, MAX_FILE_BYTES), raw.width * raw.height * dtype.itemsize
     if len(data) != expected:
         raise CalibrationError(
             f"raw frame {path} has {len(data)} bytes; expected {expected} for {raw.width} x {raw.height} "

@@ -15,6 +15,7 @@ from edgedyn.files import replace_file
 from edgedyn.images.folder import FolderImage, Listing, list_folder
 from edgedyn.images.image_set import hash_file
 from edgedyn.images.manifest import SetManifest
+from edgedyn.reading import TextError, read_text
 from edgedyn.sections import dump_yaml, explain
 
 _LEAST_SAMPLES = 12
@@ -104,8 +105,8 @@ def _label(image: FolderImage, listing: Listing) -> int | str | None:
 
 def _read_classes(file: Path) -> list[str]:
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_text(file).splitlines()
+    except (OSError, TextError) as error:
         raise CalibrationError(
             f"classes: {file} cannot be read ({error}); expected a text file of one class per line."
         ) from error

@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from edgedyn.errors import CalibrationError, nearest
 from edgedyn.images.noise import FOLDER_NOISE, NO_NOISE, NoiseSection
 from edgedyn.images.pixels import SUFFIXES
+from edgedyn.reading import TextError, read_text
 
 LABELS = "labels.csv"
 _WORDS = {"noisy": ("clean", "gt"), "real": ("mean",)}
@@ -149,8 +150,8 @@ def _key(folder: Path, path: Path) -> str:
 def _rows(table: Path, folder: Path) -> Iterator[tuple[Path, str]]:
     """Yield image and class of each line of a CSV file; the first line may be a header."""
     try:
-        lines = list(csv.reader(table.read_text(encoding="utf-8-sig").splitlines(), strict=True))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        lines = list(csv.reader(read_text(table).splitlines(), strict=True))
+    except (OSError, TextError, csv.Error) as error:
         raise CalibrationError(f"labels {table} cannot be read ({error}). Write CSV in UTF-8.") from error
     seen: set[str] = set()
     for number, line in enumerate(lines, 1):

@@ -36,6 +36,7 @@ from edgedyn.images.noise import NO_NOISE, NoiseSection
 from edgedyn.images.pixels import unpack, with_channels
 from edgedyn.images.sample import Sample, SetImage
 from edgedyn.images.tasks import TASKS, Task, make_guide, shrink
+from edgedyn.reading import MAX_FILE_BYTES, read_bytes
 
 MOST_SAMPLES = 64  # images of a folder, taken evenly; a manifest or a recipe may set more
 
@@ -375,7 +376,7 @@ def hash_file(file: Path, source: Path) -> str:
         CalibrationError: naming the set ``source``, when the file cannot be read.
     """
     try:
-        return hashlib.sha256(file.read_bytes()).hexdigest()
+        return hashlib.sha256(read_bytes(file, MAX_FILE_BYTES)).hexdigest()
     except OSError as error:
         raise CalibrationError(
             f"image set {source}: {file} cannot be read ({error.strerror}). Restore it."

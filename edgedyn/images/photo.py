@@ -33,6 +33,7 @@ from edgedyn.errors import ImageError
 from edgedyn.files import replacing
 from edgedyn.images import png16, tiff
 from edgedyn.images.formats import FORMATS, NAMES, PLAIN_MODES, SUFFIXES, identify, need_reader, to_plain
+from edgedyn.reading import open_regular
 
 # Twice Pillow's MAX_IMAGE_PIXELS, where it raises DecompressionBombError: 2 GB as float32 RGB.
 MAX_PIXELS = 178_956_970
@@ -175,7 +176,7 @@ def read_image(path: Path, data: bytes | None = None) -> Photo:
         TargetMissingError: when the package that reads its format is not installed.
     """
     try:
-        with path.open("rb") if data is None else io.BytesIO(data) as file:
+        with open_regular(path) if data is None else io.BytesIO(data) as file:
             start = file.read(64)
             kind = identify(start)
             if not kind:

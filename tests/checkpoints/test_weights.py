@@ -205,3 +205,37 @@ def test_norm_statistics_that_are_not_finite_are_refused():
     net = nn.Sequential(nn.BatchNorm2d(3)).eval()
     with pytest.raises(ModelError, match=r"BatchNorm '0' has statistics .* not finite"):
         settle_norms(net, (torch.full((2, 3, 4, 6), float("inf")),))
+
+
+@pytest.mark.parametrize(
+    "dtype",
+    [
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+        torch.int64,
+        torch.complex64,
+        torch.float8_e4m3fn,
+        torch.float8_e5m2,
+    ],
+    ids=str,
+)
+def test_weights_of_another_kind_of_number_are_refused(tmp_path, dtype):
+    state = make_state()
+    state["0.weight"] = torch.ones_like(state["0.weight"]).to(dtype)
+    message = refused(write(tmp_path, state))
+    assert f"{dtype} in '0.weight'; expected floating-point values" in message
+
+
+def test_a_count_that_is_no_integer_is_refused(tmp_path):
+    state = make_state()
+    state["1.num_batches_tracked"] = torch.tensor(1.5)
+    assert "'1.num_batches_tracked'; expected integer values" in refused(write(tmp_path, state))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_floating_point_weights_of_another_width_are_taken(tmp_path, dtype):
+    state = {key: t.to(dtype) if t.is_floating_point() else t.int() for key, t in make_state().items()}
+    net = make_net()
+    load_weights(net, write(tmp_path, state))
+    assert all(torch.equal(t, state[key].to(t.dtype)) for key, t in net.state_dict().items())
