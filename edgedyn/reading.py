@@ -33,14 +33,17 @@ def open_regular(path: Path) -> BinaryIO:
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             raise OSError(errno.EINVAL, "not a regular file", str(path))
-        # O_NONBLOCK: the name may have become a pipe since
-        descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+        file = open(path, "rb", opener=_without_waiting)  # noqa: SIM115, the caller closes it
     except ValueError as error:  # a NUL, or a character that the file system cannot encode
         raise OSError(errno.EINVAL, f"not a file name: {error}", str(path)) from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):  # it was replaced since
+        file.close()
         raise OSError(errno.EINVAL, "not a regular file", str(path))
-    return os.fdopen(descriptor, "rb")
+    return file
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # Windows has neither this flag nor pipes
 
 
 def read_bytes(path: Path, most: int) -> bytes:

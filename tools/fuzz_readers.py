@@ -15,13 +15,13 @@ import json
 import os
 import resource
 import select
-import signal
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Annotated
@@ -61,7 +61,7 @@ def main(
         repeat((names or [""])[0], only)
         return
     record = json.loads(out.read_text()) if out is not None and out.exists() else {"targets": {}}
-    for name in names or TARGETS:
+    for name in names or [name for name in TARGETS if not missing(name)]:
         row = record["targets"].setdefault(name, {"mutations": 0, **dict.fromkeys(OUTCOMES, 0), "faults": []})
         end = time.monotonic() + seconds
         while row["mutations"] < mutations and time.monotonic() < end:
@@ -80,25 +80,30 @@ def main(
     sys.exit(1 if any(row[fault] for row in record["targets"].values() for fault in FAULTS) else 0)
 
 
+def missing(name: str) -> str:
+    """Return the package that a target lacks here, or the empty string."""
+    return "pillow-heif" if name == "heic" and find_spec("pillow_heif") is None else ""
+
+
 def run_batch(name: str, first: int, count: int, limit: float, end: float) -> Iterator[tuple[str, str]]:
     """Yield (outcome, words) of each mutation of a batch; a child that a mutation ends is replaced."""
     done = 0
     while done < count and time.monotonic() < end:
+        found = []
         with tempfile.NamedTemporaryFile() as errors:
             command = [sys.executable, __file__, "--worker", name, str(first + done), str(count - done)]
             with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors) as child:
                 for outcome, words in watch(child, limit, end):
-                    yield outcome, words
-                    done += 1
-            words = Path(errors.name).read_text(errors="replace").strip()[-300:]
-        if child.returncode and done < count and time.monotonic() < end and outcome_of(child) != "hangs":
+                    found.append(outcome)
+                    if outcome != "ready":
+                        yield outcome, words
+                        done += 1
+            words = Path(errors.name).read_text(errors="replace").strip()[-400:]
+        if not found and time.monotonic() < end:
+            raise RuntimeError(f"target {name} cannot be loaded, or refuses whole files: {words}")
+        if child.returncode and found[-1:] != ["hangs"] and done < count and time.monotonic() < end:
             yield "crashes", f"exit {child.returncode}: {words}"
             done += 1
-
-
-def outcome_of(child: subprocess.Popen[bytes]) -> str:
-    """Return ``hangs`` for a child that ``watch`` stopped."""
-    return "hangs" if child.returncode == -signal.SIGKILL else ""
 
 
 def watch(child: subprocess.Popen[bytes], limit: float, end: float) -> Iterator[tuple[str, str]]:
@@ -117,10 +122,9 @@ def watch(child: subprocess.Popen[bytes], limit: float, end: float) -> Iterator[
             return
         *lines, text = (text + chunk).split(b"\n")
         for line in lines:
-            if is_ready:
-                outcome, _, words = line.decode().partition(" ")
-                yield outcome, words
-            is_ready = True  # the first line says that the target is loaded
+            outcome, _, words = line.decode().partition(" ")
+            yield outcome, words  # the first says that the target is loaded
+            is_ready = True
 
 
 def work(name: str, first: int, count: int) -> None:
@@ -131,6 +135,11 @@ def work(name: str, first: int, count: int) -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print, too
     with quiet_libraries():
         target = TARGETS[name]()
+        for seed in target.seeds:
+            with tempfile.TemporaryDirectory() as folder:
+                path = Path(folder, target.name)
+                path.write_bytes(seed)
+                target.read(path)  # a target that refuses whole files finds nothing
         for line in ("ready", *outcomes(target, name, range(first, first + count))):
             lines.write(line.replace("\n", " ")[:1000] + "\n")
             lines.flush()  # the next mutation may end the process

@@ -9,8 +9,10 @@ import hashlib
 import io
 import json
 import shutil
+import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -66,7 +68,11 @@ def _override() -> Target:
     from edgedyn.recipe.recipe import load_recipe
 
     texts = ["precision=fp32", "quantize.keep_float=[tail, levels.*]", "input.shape=[1, 3, 64, 96]"]
-    texts += ["limits.drop_db=1e-1", "model.arguments={width: 4}", "noise={kind: gaussian, sigma: [5.0]}"]
+    texts += [
+        "limits.drop_db=1e-1",
+        "model.arguments={width: 4}",
+        "noise={kind: gaussian, sigma: [5.0], clip: true}",
+    ]
     texts += ["model.weights=a.safetensors", "quantize.ranges.percentile=99.9", "forms={a: b}"]
 
     def read(path: Path) -> object:
@@ -211,15 +217,38 @@ def _photo(name: str, kind: str, variants: tuple[tuple[str, dict[str, Any]], ...
         from edgedyn.images.formats import need_reader
         from edgedyn.images.photo import read_image
 
-        need_reader("HEIF" if kind == "HEIF" else "PNG")
+        need_reader(kind)
         seeds = []
         for mode, options in variants:
             file = io.BytesIO()
             Image.fromarray(_picture()).convert(mode).save(file, kind, **options)
             seeds.append(file.getvalue())
-        return Target(tuple(seeds), name, lambda path: _touch(read_image(path)))
+        damage = partial(_damage_png, seeds) if kind == "PNG" else None
+        return Target(tuple(seeds), name, lambda path: _touch(read_image(path)), damage=damage)
 
     return make
+
+
+def _damage_png(seeds: list[bytes], random: Random) -> bytes:
+    """Damage one chunk of a PNG and write its checksum anew, so that the damage is read."""
+    data = random.choice(seeds)
+    chunks, at = [], 8
+    while at < len(data):
+        size = int.from_bytes(data[at : at + 4], "big")
+        chunks.append((data[at + 4 : at + 8], data[at + 8 : at + 8 + size]))
+        at += 12 + size
+    place = random.randrange(len(chunks))
+    kind, content = chunks[place]
+    if kind == b"IDAT" and random.random() < 0.7:
+        content = zlib.compress(mutate(zlib.decompress(content), [content], random, is_text=False))
+    else:
+        content = mutate(content, [content], random, is_text=False)
+    chunks[place] = (random.choice((kind, kind, kind, b"tRNS", b"PLTE", b"iCCP", b"eXIf", b"acTL")), content)
+    checked = (
+        len(content).to_bytes(4, "big") + kind + content + zlib.crc32(kind + content).to_bytes(4, "big")
+        for kind, content in chunks
+    )
+    return data[:8] + b"".join(checked)
 
 
 def _touch(photo: Any) -> object:

@@ -24,6 +24,7 @@ from edgedyn.errors import CalibrationError, ImageError, TargetMissingError
 from edgedyn.images import formats
 from edgedyn.images.bayer import RawSection, pack_photo, read_packed_bayer, to_rgb
 from edgedyn.images.photo import read_image
+from edgedyn.reading import MAX_FILE_BYTES, open_regular
 
 _ARRAYS = (".npy", ".npz")
 # suffixes of the images in a folder; .raw is refused by name, since it needs a manifest
@@ -59,20 +60,31 @@ def read_pixels(path: Path, raw: RawSection | None = None) -> np.ndarray:
     except (ImageError, TargetMissingError) as error:
         raise CalibrationError(f"{error} {_FIX}") from error
     except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise CalibrationError(f"{path} cannot be read ({str(error).splitlines()[0]}). {_FIX}") from error
+        raise CalibrationError(f"{path} cannot be read ({_first_line(error)}). {_FIX}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 def _read_array(path: Path) -> np.ndarray:
-    loaded = np.load(path, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return loaded
-    with loaded:
-        if len(loaded.files) != 1:
-            raise CalibrationError(
-                f"{path} holds {len(loaded.files)} arrays ({', '.join(loaded.files[:5])}); expected one, the "
-                f"image. {_FIX}"
-            )
-        return np.asarray(loaded[loaded.files[0]])
+    with open_regular(path) as file:
+        try:
+            loaded = np.load(file, allow_pickle=False)
+            if isinstance(loaded, np.ndarray):
+                return loaded
+            if len(names := loaded.files) != 1:
+                raise CalibrationError(
+                    f"{path} holds {len(names)} arrays ({', '.join(names[:5])}); expected one, the "
+                    f"image. {_FIX}"
+                )
+            if (size := loaded.zip.infolist()[0].file_size) > MAX_FILE_BYTES:
+                raise OSError(f"{size} bytes unpacked; expected at most {MAX_FILE_BYTES}")
+            return np.asarray(loaded[names[0]])
+        except (CalibrationError, OSError):
+            raise
+        except Exception as error:  # numpy, tokenize, zipfile and zlib raise all kinds
+            raise OSError(f"{type(error).__name__}: {error}") from error
 
 
 def to_pixels(array: np.ndarray, name: str) -> np.ndarray:
