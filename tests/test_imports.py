@@ -44,7 +44,8 @@ sys.meta_path.insert(0, Blocked())
 FLOORS = (
     ("errors",),
     ("reading",),
-    ("files", "sections", "extensions", "cache", "children"),
+    ("files", "sections", "extensions"),
+    ("cache", "children"),
     ("bundle",),
     ("images",),
     ("graph",),

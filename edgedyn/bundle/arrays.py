@@ -44,7 +44,8 @@ def read_array(folder: Path, name: str, spec: TensorSpec) -> np.ndarray:
         raise _refusal(folder, name, f"{dtype} {shape}", expected, spec)
     length = dtype.itemsize * int(np.prod(shape, dtype=object))
     if len(data) - end != length:
-        raise _refusal(folder, name, f"{len(data) - end} bytes of values", f"{length} of {expected}", spec)
+        found = f"{len(data) - end} bytes of values, not {length}"
+        raise _refusal(folder, name, found, expected, spec)
     array = np.frombuffer(data, dtype, offset=end)
     return array.reshape(shape, order="F" if header[2] == b"True" else "C")
 

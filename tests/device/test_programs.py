@@ -147,13 +147,11 @@ def test_no_exception_of_a_runtime_leaves_a_mutated_model(tmp_path, seed, capfd)
     [
         ([helper.make_node("Gather", ["x", "far"], ["y"])], "out of data bounds"),
         ([helper.make_node("Cast", ["x"], ["y"], to=TensorProto.STRING)], "expected arrays of numbers"),
-        ([helper.make_node("Reshape", ["x", "size"], ["y"])], "requested shape"),
     ],
 )
 def test_a_run_that_fails_is_refused_with_the_words_of_the_runtime(tmp_path, nodes, words, capsys):
     element = TensorProto.STRING if nodes[0].op_type == "Cast" else None
-    used = [constant("far", np.int64(99)), constant("size", np.int64([5]))]
-    used = [value for value in used if value.name in nodes[0].input]
+    used = [constant("far", np.int64(99))] if element is None else []
     write_small(tmp_path / "out", onnx_model(*nodes, element=element, initializers=used))
     assert execute(["check", str(tmp_path / "out")]) == 1
     message = capsys.readouterr().err
