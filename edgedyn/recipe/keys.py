@@ -22,7 +22,7 @@ class ModelSection(Section):
 
     network: str = Field(
         description="Name of a network from `edgedyn list networks`, or `package.module:function` of an "
-        "importable module of yours."
+        "importable module of yours. Some need `--trust`: docs/your-network.md."
     )
     arguments: Arguments = Field(
         default={}, description="Keyword arguments of the function that makes the network."
