@@ -14,6 +14,7 @@ from edgedyn.graph.nodes import bias_of, weight_of
 from edgedyn.quantize.fake_quantize import round_weight
 from edgedyn.quantize.observe.histogram import Histogram
 from edgedyn.quantize.observe.ranges import ESTIMATORS, choose_qparams
+from edgedyn.quantize.observe.requantize import raise_scales
 from edgedyn.quantize.observe.statistics import channel_maxima, observe
 from edgedyn.quantize.plan import (
     QuantizableLayer,
@@ -98,6 +99,7 @@ def observe_program(
     }
     entries |= {name: replace(entries[name], channels=tuple(x.tolist())) for name, x in factors.items()}
     entries |= {layer.weight: _weight_entry(module, layer, section) for layer in layers}
+    entries |= raise_scales(entries, layers)
     return Observed(tuple(entries.values()), constants)
 
 

@@ -23,8 +23,7 @@ from edgedyn.quantize.observe.histogram import Histogram
 _LEVELS = 256
 _CANDIDATES = 64  # widths that mse and entropy try, evenly between the full range and half of it
 _SMALLEST = 2.0**-100  # smallest divisor
-# Smallest scale. XNNPACK refuses a convolution whose input scale times weight scale is 256 times its output
-# scale or more, and a ReLU may leave nothing but zeros (executorch 1.5.1, "Failed to load method").
+# Smallest scale: a ReLU may leave nothing but zeros. ``observe.requantize`` raises it behind large inputs.
 _FINEST = 2.0**-16
 
 
