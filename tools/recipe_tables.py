@@ -93,7 +93,8 @@ def _drop(name: str) -> tuple[str, float | None]:
         drops = {key.rpartition("=")[2].rstrip("]"): found[key] for key in found if key.startswith("drop_db")}
         values = ", ".join(f"{value}" for value in drops.values())
         link = path.relative_to(ROOT).as_posix()
-        return f"[{values} dB](../{link}) at sigma {', '.join(drops)}", found["int8_mac_share"]
+        (kind,) = {key.partition("[")[2].partition("=")[0] for key in found if key.startswith("drop_db")}
+        return f"[{values} dB](../{link}) at {kind} {', '.join(drops)}", found["int8_mac_share"]
     return "-", None
 
 
