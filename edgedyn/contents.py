@@ -108,7 +108,11 @@ def describe(
 ) -> dict[str, Any]:
     """Assemble the manifest; ``write_bundle`` adds the files and their digests."""
     routing = converted.routing
-    facts: dict[str, Any] = {**artifact.facts, "latency_ms": latency_ms, "weights": _origin(recipe)}
+    facts: dict[str, Any] = {
+        **artifact.facts,
+        "latency_ms": latency_ms,
+        "weights": _origin(recipe, converted),
+    }
     facts["dynamic_layers"] = list(converted.dynamic_layers)
     if recipe.precision == "int8" and calibration is not None:
         facts["int8_mac_share"] = min(part.quantized.int8_mac_share for part in _variants(converted))
@@ -160,9 +164,10 @@ def _predictions(task: str, outputs: Outputs) -> dict[str, Any]:
     return {"task": task, "short_side": sample.short_side or 0, "classes": list(sample.classes)}
 
 
-def _origin(recipe: Recipe) -> str:
+def _origin(recipe: Recipe, converted: Converted) -> str:
     if recipe.is_trained:
-        return f"trained: {Path(str(recipe.model.weights)).name}"
+        notes = "".join(f"; {note}" for note in getattr(converted.reference, "weights_notes", ()))
+        return f"trained: {Path(str(recipe.model.weights)).name}{notes}"
     return f"not trained: initial values of seed {recipe.model.seed}, BatchNorm statistics of real images"
 
 

@@ -6,25 +6,34 @@ import hashlib
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from edgedyn.checkpoints.archive import read_pickle
+from edgedyn.checkpoints.nesting import choose_state
 from edgedyn.errors import ModelError, WeightsError, shown
 
 _PICKLES = {".pth", ".pt", ".ckpt", ".ckp", ".bin", ".pkl"}
 
 
-def load_weights(model: nn.Module, path: Path, *, sha256: str | None = None, trust: bool = False) -> None:
+def load_weights(
+    model: nn.Module, path: Path, *, sha256: str | None = None, trust: bool = False
+) -> tuple[str, ...]:
     """Load a weights file into a model; every key must fit and every value be finite.
 
     Args:
-        model: the network; its keys must be those of the file.
+        model: the network. The file may hold its state_dict inside dictionaries, with a prefix in front of
+            its keys, and beside other things, as trainers write it (``nesting``).
         path: ``.safetensors``, or with ``trust`` a ``torch.save`` file of tensors.
         sha256: digest that the file must have; None accepts any.
         trust: allow ``torch.load(weights_only=True)``.
+
+    Returns:
+        Notes: which weights of the file were taken, and what was converted; none for a plain state_dict.
 
     Raises:
         WeightsError: when the file is missing, altered, unsafe, damaged, not finite, or of another network.
@@ -40,7 +49,11 @@ def load_weights(model: nn.Module, path: Path, *, sha256: str | None = None, tru
             f"weights {path} have sha256 {digest}; the recipe expects {sha256}. Fetch the file again, "
             "or change model.sha256 if you mean to deploy these."
         )
-    state = _read(path, trust=trust)
+    chosen = choose_state(model.state_dict(), _read(path, trust=trust))
+    if chosen is None:
+        raise WeightsError(f"weights {path} are not a state_dict (name -> tensor). Save model.state_dict().")
+    state, notes = chosen
+    _refuse_views(state, path)
     _refuse_dtypes(model, state, path)
     broken = [
         key for key, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()
@@ -48,9 +61,14 @@ def load_weights(model: nn.Module, path: Path, *, sha256: str | None = None, tru
     if broken:
         raise WeightsError(
             f"weights {path} hold NaN or infinity in {len(broken)} tensors, the first is "
-            f"{broken[0]!r}; expected finite numbers. Take an earlier checkpoint."
+            f"{shown(broken[0])}; expected finite numbers. Take an earlier checkpoint."
         )
-    fit_state(model, state, f"weights {path} do not fit {type(model).__name__}", "Check model.arguments.")
+    advice = (
+        "Is it the network that was trained (model.network), with the same widths, depths and options "
+        "(model.arguments)?"
+    )
+    fit_state(model, state, f"weights {path} do not fit {type(model).__name__}", advice)
+    return notes
 
 
 _FLOATS = {
@@ -78,7 +96,7 @@ def _refuse_dtypes(model: nn.Module, state: Mapping[str, Tensor], path: Path) ->
             )
 
 
-def _read(path: Path, *, trust: bool) -> dict[str, Tensor]:
+def _read(path: Path, *, trust: bool) -> Any:
     if path.suffix.lower() in _PICKLES or _looks_pickled(path):
         if not trust:
             raise WeightsError(
@@ -86,19 +104,7 @@ def _read(path: Path, *, trust: bool) -> dict[str, Tensor]:
                 "safetensors. Convert it with safetensors.torch.save_file, or "
                 "pass --trust if you know where it is from."
             )
-        try:
-            state = torch.load(path, weights_only=True, map_location="cpu")
-        except Exception as error:  # torch.load raises half a dozen unrelated types for a damaged file
-            raise WeightsError(
-                f"weights {path} cannot be loaded as tensors only: {error}. Convert them."
-            ) from error
-        for key in ("state_dict", "params", "model"):
-            state = state.get(key, state) if isinstance(state, dict) else state
-        if not isinstance(state, dict) or not all(isinstance(t, Tensor) for t in state.values()):
-            raise WeightsError(
-                f"weights {path} are not a state_dict (name -> tensor). Save model.state_dict()."
-            )
-        return state
+        return read_pickle(path)
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError, LookupError, RuntimeError) as error:
@@ -106,6 +112,18 @@ def _read(path: Path, *, trust: bool) -> dict[str, Tensor]:
         raise WeightsError(
             f"weights {path} are not a whole safetensors file: {error}. Fetch them again."
         ) from error
+
+
+def _refuse_views(state: Mapping[str, Tensor], path: Path) -> None:
+    """Refuse tensors without their own values: a few bytes of a file may claim any number of elements."""
+    for key, tensor in state.items():
+        is_plain = tensor.layout == torch.strided and tensor.device.type == "cpu" and not tensor.is_quantized
+        if not is_plain or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+            raise WeightsError(
+                f"weights {path} hold {shown(key)} as a sparse, quantized, empty or expanded tensor, "
+                f"{tuple(tensor.shape)}; expected all of its values. Save model.state_dict() of the float "
+                "network."
+            )
 
 
 def _looks_pickled(path: Path) -> bool:
@@ -122,16 +140,20 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], complaint: str, adv
         WeightsError: with ``complaint``, the first difference and ``advice``.
     """
     own = model.state_dict()
-    missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-    wrong = [k for k in own.keys() & state.keys() if own[k].shape != state[k].shape]
+    missing, extra = [k for k in own if k not in state], [k for k in state if k not in own]
+    counters = [k for k in missing if k.endswith("num_batches_tracked")]  # no output depends on them
+    missing = [k for k in missing if k not in counters]
+    wrong = [k for k in own if k in state and own[k].shape != state[k].shape]
     if missing or extra or wrong:
-        first = wrong[0] if wrong else (missing or extra)[0]
-        shapes = f", {tuple(state[first].shape)} against {tuple(own[first].shape)}" if wrong else ""
+        examples = [f"{shown(k)}, {tuple(state[k].shape)} against {tuple(own[k].shape)}" for k in wrong[:1]]
+        examples += [f"{shown(k)} (missing)" for k in missing[:1]] + [
+            f"{shown(k)} (unknown)" for k in extra[:1]
+        ]
         raise WeightsError(
             f"{complaint}: {len(missing)} keys missing, {len(extra)} unknown, {len(wrong)} of another shape, "
-            f"the first is {first!r}{shapes}. {advice}"
+            f"the first is {'; '.join(examples)}. {advice}"
         )
-    model.load_state_dict(state)
+    model.load_state_dict({**state, **{key: own[key] for key in counters}})
 
 
 def settle_norms(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:

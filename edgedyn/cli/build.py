@@ -54,6 +54,9 @@ def _print_build(built: Build, *, is_trained: bool) -> None:
     detail(f"one tile on this machine: {latency['median']:.1f} ms median of {latency['runs']:.0f} runs")
     if not bundle.manifest["facts"]["dynamic_layers"]:
         detail("The network has no dynamic layer; it was deployed as a static one.")
+    weights = str(bundle.manifest["facts"]["weights"])
+    if is_trained and ";" in weights:  # a part of the checkpoint was chosen
+        detail(f"weights {weights}")
     if not is_trained:
         detail("The network has no trained weights; picture and decisions are reported without limits.")
     detail(f"report: {bundle.path / 'report.html'}")

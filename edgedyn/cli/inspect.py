@@ -66,6 +66,8 @@ def parse_shape(shape: str) -> list[int]:
 def _print_inspection(network: str, found: dict[str, Any]) -> None:
     layers = len(found["layers"])
     detail(f"{network}: {layers} dynamic layer{'' if layers == 1 else 's'}", style="bold")
+    for note in found.get("weights", ()):
+        detail(f"weights: {note}")
     if layers:
         print_details(_COLUMNS, [_cells(layer) for layer in found["layers"]])
     for target, preview in found["targets"].items():

@@ -55,7 +55,8 @@ def inspect(
         trust: allow a network from anywhere, and weights that are a pickle of tensors.
 
     Returns:
-        As ``inspect_model``; of a recipe also ``recipe``, ``precision`` and ``target``.
+        As ``inspect_model``; of a recipe also ``recipe``, ``precision``, ``target`` and ``weights``, notes
+        on the part of a checkpoint that was taken.
 
     Raises:
         EdgedynError: as ``pipeline.build`` for the recipe and the network.
@@ -69,7 +70,8 @@ def inspect(
     model = recipe.load_model(trust=trust)
     inputs = tuple(torch.zeros(shape) for shape in recipe.input_shapes())
     inspected = inspect_model(model, inputs, chosen={recipe.target: recipe.forms}, instead=target)
-    return {"recipe": recipe.name, "target": recipe.target, "precision": recipe.precision, **inspected}
+    about = {"recipe": recipe.name, "target": recipe.target, "precision": recipe.precision}
+    return {**about, "weights": list(getattr(model, "weights_notes", ())), **inspected}
 
 
 def is_function(name: str) -> bool:

@@ -200,7 +200,8 @@ class Recipe(Section):
         """Build the network in evaluation mode and load its weights.
 
         A network without weights is initialized from ``model.seed``; its BatchNorm statistics are set later
-        (``weights.settle_norms``). Weights that it computes from its parameters alone are stored.
+        (``weights.settle_norms``). Weights that it computes from its parameters alone are stored. Its
+        attribute ``weights_notes`` says which weights of a checkpoint were taken.
 
         Args:
             trust: allow a network from anywhere (``networks.find_network``), and weights that are a pickle of
@@ -220,9 +221,13 @@ class Recipe(Section):
         with torch.random.fork_rng():
             torch.manual_seed(self.model.seed)
             model = make_network(network, self.model.network, self.model.arguments)
+        notes: tuple[str, ...] = ()
         if self.model.weights is not None:
-            load_weights(model, self.path(self.model.weights), sha256=self.model.sha256, trust=trust)
-        return store_weights(model.eval())
+            path = self.path(self.model.weights)
+            notes = load_weights(model, path, sha256=self.model.sha256, trust=trust)
+        stored = store_weights(model.eval())
+        stored.weights_notes = notes  # type: ignore[assignment]
+        return stored
 
 
 def as_recipe(recipe: Recipe | str | Path) -> Recipe:
