@@ -82,6 +82,11 @@ class Bottleneck(nn.Module):
         return y
 
 
+def _stage(inputs: int, outputs: int, blocks: int) -> nn.Sequential:
+    further = (Bottleneck(outputs, outputs, 1) for _ in range(blocks - 1))
+    return nn.Sequential(Bottleneck(inputs, outputs, 2), *further)
+
+
 class Refine(nn.Module):
     """Two 3 x 3 separable convolutions that add to their input."""
 
@@ -117,11 +122,8 @@ class PMRID(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv0 = Dense(4, 16, relu=True)
-        widths, blocks = (16, 64, 128, 256, 512), (2, 2, 4, 4)
-        for stage, count in enumerate(blocks):
-            before, after = widths[stage : stage + 2]
-            further = (Bottleneck(after, after, 1) for _ in range(count - 1))
-            self.add_module(f"enc{stage + 1}", nn.Sequential(Bottleneck(before, after, 2), *further))
+        self.enc1, self.enc2 = _stage(16, 64, 2), _stage(64, 128, 2)
+        self.enc3, self.enc4 = _stage(128, 256, 4), _stage(256, 512, 4)
         self.encdec = Separable(512, 64, 3)
         self.dec1, self.dec2 = Decoder(64, 256, 64), Decoder(64, 128, 32)
         self.dec3, self.dec4 = Decoder(32, 64, 32), Decoder(32, 16, 16)
