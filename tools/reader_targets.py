@@ -68,12 +68,8 @@ def _override() -> Target:
     from edgedyn.recipe.recipe import load_recipe
 
     texts = ["precision=fp32", "quantize.keep_float=[tail, levels.*]", "input.shape=[1, 3, 64, 96]"]
-    texts += [
-        "limits.drop_db=1e-1",
-        "model.arguments={width: 4}",
-        "noise={kind: gaussian, sigma: [5.0], clip: true}",
-    ]
-    texts += ["model.weights=a.safetensors", "quantize.ranges.percentile=99.9", "forms={a: b}"]
+    texts += ["limits.drop_db=1e-1", "model.arguments={width: 4}", "model.weights=a.safetensors"]
+    texts += ["noise={kind: gaussian, sigma: [5.0], clip: true}", "quantize.ranges.percentile=99.9"]
 
     def read(path: Path) -> object:
         override = path.read_bytes().decode("utf-8", "surrogateescape")
@@ -312,7 +308,7 @@ class _Bundle:
         (vector,) = session.bundle.vectors[:1]
         self.inputs = [np.load(self.whole / name) for name in vector.inputs]
         self.output = np.array(session.run(*self.inputs)[0])
-        self.limit = vector.max_abs
+        self.limit = float(np.max(vector.max_abs))
 
     def put(self, folder: Path, changed: dict[str, bytes], manifest: dict[str, Any] | None = None) -> Path:
         """Write the bundle with changed files into a folder; its digests fit."""
@@ -362,11 +358,19 @@ def _in_bundle(target: str, pattern: str) -> Callable[[], Target]:
         bundle = _Bundle(target)
         names = sorted(name for name in bundle.files if Path(name).match(pattern))
 
-        def read(path: Path) -> object:
-            data = path.read_bytes()
-            return bundle.use(bundle.put(path.parent, {names[len(data) % len(names)]: data}))
+        def damage(random: Random) -> bytes:
+            name = random.choice(names)
+            others = [bundle.files[other] for other in names]
+            text = name.endswith((".json", ".yaml", ".html"))
+            return name.encode() + b"\0" + mutate(bundle.files[name], others, random, is_text=text)
 
-        return Target(tuple(bundle.files[name] for name in names), "file", read)
+        def read(path: Path) -> object:
+            name, _, data = path.read_bytes().partition(b"\0")
+            key = name.decode(errors="replace")
+            return bundle.use(bundle.put(path.parent, {key if key in bundle.files else names[0]: data}))
+
+        seeds = tuple(name.encode() + b"\0" + bundle.files[name] for name in names)
+        return Target(seeds, "file", read, damage=damage)
 
     return make
 
