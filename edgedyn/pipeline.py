@@ -8,6 +8,7 @@ routed network are programs that pass through the same steps; all of them share 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -252,7 +253,7 @@ def calibrate(
             "Set precision: int8."
         )
     refuse_place(out)
-    if out.exists() and not force:
+    if os.path.exists(out) and not force:
         raise UsageError(f"{out} exists. Choose another name, or pass --force to replace it.")
     refuse_unwritable(out)
     if cache is not None:

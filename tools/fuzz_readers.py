@@ -22,6 +22,7 @@ import time
 import traceback
 from collections.abc import Iterable, Iterator
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Annotated
@@ -140,7 +141,7 @@ def work(name: str, first: int, count: int) -> None:
                 path = Path(folder, target.name)
                 path.write_bytes(seed)
                 target.read(path)  # a target that refuses whole files finds nothing
-        for line in ("ready", *outcomes(target, name, range(first, first + count))):
+        for line in chain(["ready"], outcomes(target, name, range(first, first + count))):
             lines.write(line.replace("\n", " ")[:1000] + "\n")
             lines.flush()  # the next mutation may end the process
 

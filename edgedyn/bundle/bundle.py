@@ -142,7 +142,7 @@ def open_bundle(path: str | Path, *, rebuilt: Collection[str] = ()) -> Bundle:
         UsageError: if an interrupted addition cannot be finished, for instance on a read-only disk.
     """
     path = Path(path)
-    if not path.is_dir():
+    if not os.path.isdir(path):
         raise refusal(path, "the path", "no directory", "the directory of a bundle", "Check the path.")
     _finish_adding(path)
     manifest = read_manifest(path)

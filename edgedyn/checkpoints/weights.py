@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -38,7 +39,7 @@ def load_weights(
     Raises:
         WeightsError: when the file is missing, altered, unsafe, damaged, not finite, or of another network.
     """
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise WeightsError(
             f"weights {path} do not exist; expected a safetensors file. Set model.weights in the recipe, or "
             "--set model.weights=PATH."

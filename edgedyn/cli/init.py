@@ -56,7 +56,7 @@ def init(
         if not inspection.is_function(network):
             raise UsageError(f"got {network!r}; expected package.module:function, for instance mynet:make.")
         place = out or Path(f"{network.partition(':')[2]}.{target}.{precision}.yaml")
-        if place.exists() and not force:
+        if os.path.exists(place) and not force:
             raise UsageError(f"{place} exists already. Choose another file with -o, or pass --force.")
         model = inspection.load_network(network, trust=trust)
         found = inspection.inspect(model, shape=sizes)

@@ -10,6 +10,7 @@ cache also has the outputs of INT8 layers.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -48,7 +49,7 @@ def refuse_caches(recipe: Recipe, folder: Path, *, force: bool = False) -> None:
             f"recipe {recipe.name!r} has quantize.shift: true; expected false for a calibration cache, whose "
             "float ONNX file has no shifted activations. Pass --set quantize.shift=false."
         )
-    if folder.exists() and not folder.is_dir():
+    if os.path.exists(folder) and not folder.is_dir():
         raise UsageError(f"{folder} is no folder; calibration caches go into one. Choose another name.")
     if folder.exists() and any(folder.iterdir()) and not force:
         raise UsageError(

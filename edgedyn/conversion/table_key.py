@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -108,7 +109,7 @@ def find_table(
         return None, ""
     path = recipe.path(recipe.quantize.table)
     refuse_place(path)
-    if not path.exists():
+    if not os.path.exists(path):
         return None, ""
     table = read_table(path)
     if not force:

@@ -45,9 +45,9 @@ def make_manifest(
         UsageError: when ``out`` exists, unless ``force``, or cannot be written.
         CalibrationError: when the folder is refused, a file cannot be read, or a value does not fit.
     """
-    if out.exists() and not force:
+    if os.path.exists(out) and not force:
         raise UsageError(f"{out} exists already. Choose another file with -o, or pass --force.")
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise CalibrationError(f"{folder} is no folder; expected the folder of the images. Check the path.")
     given = dict(values or {})
     if isinstance(given.get("classes"), str):

@@ -13,6 +13,7 @@ refused, since a clean and a noisy photo would count as two scenes.
 from __future__ import annotations
 
 import csv
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -72,9 +73,9 @@ def list_folder(folder: Path, beside: Path | None = None, classes: Sequence[str]
         CalibrationError: when there is no image, files do not pair up, a class is unknown, or the CSV file is
             not one of file,class.
     """
-    if beside is not None and not beside.exists():
+    if beside is not None and not os.path.exists(beside):
         raise CalibrationError(f"{beside}: found no such file or folder. Check the path.")
-    if beside is not None and beside.is_dir():
+    if beside is not None and os.path.isdir(beside):
         return Listing(tuple(_clean_of(folder, beside)), noise=NoiseSection(kind="real"))
     if beside is not None or (folder / LABELS).is_file():
         rows = list(_rows(beside or folder / LABELS, folder))
@@ -159,7 +160,7 @@ def _rows(table: Path, folder: Path) -> Iterator[tuple[Path, str]]:
             continue
         name, label = (line[0].strip(), line[1].strip()) if len(line) == 2 else ("", "")
         is_inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-        if not name or not label or name in seen or not is_inside or not (folder / name).is_file():
+        if not name or not label or name in seen or not is_inside or not os.path.isfile(folder / name):
             fault = "is listed twice" if name in seen else "is no line file,class of a file in"
             raise CalibrationError(
                 f"labels {table}, line {number}: {','.join(line)[:80]!r} {fault} {folder}. Fix this line."

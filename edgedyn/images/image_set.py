@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -315,7 +316,7 @@ def open_set(
             missing or differs from its sha256.
     """
     most = max(MOST_SAMPLES, samples or 0)
-    opened = _open_folder(path, most) if path.is_dir() else _open_manifest(path)
+    opened = _open_folder(path, most) if os.path.isdir(path) else _open_manifest(path)
     return opened.with_values(noise=noise, samples=samples, color_augmented=color_augmented)
 
 

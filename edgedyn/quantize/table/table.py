@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,7 +177,7 @@ def refuse_place(path: Path) -> None:
         raise UsageError(
             f"a calibration table is a JSON file, found {path}. Give it a name that ends in .json."
         )
-    if not path.absolute().parent.is_dir():
+    if not os.path.isdir(path.absolute().parent):
         raise UsageError(f"calibration table {path}: there is no folder {path.parent}. Make it first.")
 
 
