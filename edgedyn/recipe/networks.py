@@ -109,6 +109,8 @@ def _check_module(name: str) -> None:
 
 def _check_function(name: str, found: Any, arguments: Mapping[str, Any]) -> None:
     """Refuse an attribute that its package does not define, and arguments that could be code or a file."""
+    if not callable(found) or (not inspect.isclass(found) and _is_network(found)):
+        return  # nobody calls it: factory.make_network refuses it in words of its own
     module_name = name.partition(":")[0]
     home = str(getattr(found, "__module__", ""))
     top = module_name.partition(".")[0]
@@ -119,7 +121,7 @@ def _check_function(name: str, found: Any, arguments: Mapping[str, Any]) -> None
     place = _find_top(module_name)
     if top != "edgedyn" and place is not None and place.parent == Path.cwd().resolve():
         return  # the user's own code, or a checkout that the user went into
-    takes_words = inspect.isclass(found) and _is_network_class(found)
+    takes_words = inspect.isclass(found) and _is_network(found)
     for key, value in arguments.items():
         odd = [x for x in _leaves(value) if not _is_plain(x, takes_words=takes_words)]
         if odd:
@@ -129,10 +131,11 @@ def _check_function(name: str, found: Any, arguments: Mapping[str, Any]) -> None
             )
 
 
-def _is_network_class(found: type) -> bool:
+def _is_network(found: object) -> bool:
+    """Tell whether a value is a network, or a class of networks."""
     from torch import nn
 
-    return issubclass(found, nn.Module)
+    return issubclass(found if inspect.isclass(found) else type(found), nn.Module)
 
 
 def _leaves(value: Any) -> Iterable[Any]:

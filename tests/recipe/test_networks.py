@@ -11,7 +11,8 @@ from edgedyn.errors import ModelError, RecipeError
 from edgedyn.recipe.networks import find_network
 from edgedyn.recipe.recipe import load_recipe
 
-OWN = """from os import system
+OWN = """from functools import partial
+from os import system
 from torch import nn
 
 def make(width=3):
@@ -20,7 +21,7 @@ def make(width=3):
 def _hidden():
     return make()
 
-instance = nn.ReLU()
+instance = partial(make)
 """
 CANARY = "from pathlib import Path\nPath({place!r}).touch()\n"
 
@@ -66,8 +67,8 @@ def test_networks_that_the_user_names_are_found(folder, name, arguments):
         ("builtins:exec", {}, "standard library"),
         ("pickle:load", {}, "standard library"),
         ("own_net:system", {}, "builtin_function_or_method of posix"),
-        ("own_net:instance", {}, "ReLU"),
-        ("own_net:nn", {}, "module"),
+        ("own_net:instance", {}, "a partial of functools"),
+        ("own_net:partial", {}, "a type of functools"),
         ("own_net:_hidden", {}, "public"),
         ("own_net:make.__globals__", {}, "public"),
         ("_own_net:make", {}, "public"),
