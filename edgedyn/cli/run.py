@@ -13,6 +13,7 @@ from edgedyn.errors import UsageError
 
 if TYPE_CHECKING:
     from edgedyn.device.files import Outcome
+    from edgedyn.device.session import Session
 
 
 def run(
@@ -38,6 +39,13 @@ def run(
         bool,
         typer.Option("--recursive", "-r", help="Take the folders in a folder too, and keep their places."),
     ] = False,
+    noise_level: Annotated[
+        float | None,
+        typer.Option(
+            metavar="SIGMA",
+            help="Standard deviation of the images' noise, 0 to 255, for a network that takes it.",
+        ),
+    ] = None,
     force: Replace = False,
     as_json: AsJson = False,
     verbose: Verbosity = None,
@@ -50,14 +58,15 @@ def run(
     A bundle of the task classify prints the five most probable classes of each image; one of keypoints prints
     their positions in the image's pixels.
     """
-    from edgedyn.device import files
+    from edgedyn.device.files import STDIN
     from edgedyn.device.predictions import makes_predictions
     from edgedyn.device.session import open_session
 
-    if as_json and out == files.STDIN:
+    if as_json and out == STDIN:
         raise UsageError("found --json and -o -, which both take standard output. Leave one of them out.")
     with library_output():
         opened = open_session(bundle)
+    opened = opened if noise_level is None else opened.with_noise_level(noise_level)
     if not opened.bundle.ok:
         warn(f"checks of {bundle} failed when it was built; see its report.html")
     if makes_predictions(opened.bundle):
@@ -67,8 +76,16 @@ def run(
         return
     if out is None:
         raise UsageError(f"bundle {bundle} returns images. Name a folder for them: -o DIR.")
+    _report(_run_images(opened, images, out, recursive=recursive, force=force), as_json=as_json)
+
+
+def _run_images(
+    session: Session, images: list[str], out: str, *, recursive: bool, force: bool
+) -> list[Outcome]:
+    from edgedyn.device import files
+
     with library_output(), progress_bars() as advance:
-        jobs = files.plan(opened, images, out, recursive=recursive)
+        jobs = files.plan(session, images, out, recursive=recursive)
         done: list[Outcome] = []
 
         advance("images", 0, len(jobs))
@@ -78,13 +95,13 @@ def run(
             advance("images", len(done), len(jobs))
 
         files.run_jobs(
-            opened,
+            session,
             jobs,
             force=force,
             progress=lambda job, tile, tiles: advance("tiles", tile, tiles),
             finished=finish,
         )
-    _report(done, as_json=as_json)
+    return done
 
 
 def _report(outcomes: list[Outcome], *, as_json: bool) -> None:

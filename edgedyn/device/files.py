@@ -69,6 +69,7 @@ def run(
     *,
     force: bool = False,
     recursive: bool = False,
+    noise_level: float | None = None,
     progress: Callable[[Path, int, int], None] = lambda image, done, total: None,
 ) -> list[Path]:
     """Run image files through a bundle and write them, under their own names, into the folder ``out``.
@@ -85,6 +86,7 @@ def run(
         out: folder for the results, made if need be; or, for one image, a file with an image's suffix.
         force: replace results that exist; never an input.
         recursive: take the folders in a folder too; results keep their places in it.
+        noise_level: as ``Session.process``.
         progress: called with (image, tiles done, tiles in all) after each tile.
 
     Returns:
@@ -97,6 +99,7 @@ def run(
         EdgedynError: as ``open_session``, where ``bundle`` is a path.
     """
     session = bundle if isinstance(bundle, Session) else open_session(bundle)
+    session = session if noise_level is None else session.with_noise_level(noise_level)
     sources = [images] if isinstance(images, str | Path) else images
     jobs = plan(session, sources, out, recursive=recursive)
     outcomes = run_jobs(session, jobs, force=force, progress=lambda job, *done: progress(job.image, *done))
@@ -164,10 +167,12 @@ def run_jobs(
         finished: called with the outcome of each image.
 
     Raises:
-        UsageError: when a folder for results cannot be made.
+        UsageError: when a folder for results cannot be made; for a program that takes the noise level of the
+            images, where none is stated.
         ImageError: for a program that takes no image.
     """
     session.scale  # noqa: B018 - a bundle that takes no image is refused once, not for each image
+    session.further_inputs()  # so is a noise level that is missing
     for folder in {job.result.parent for job in jobs if str(job.result) != STDIN}:
         try:
             folder.mkdir(parents=True, exist_ok=True)

@@ -13,9 +13,8 @@ Device side: numpy and the target's ``run.py``; Pillow and tifffile only where f
 from __future__ import annotations
 
 import importlib
-import math
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -51,10 +50,12 @@ class Session:
     Attributes:
         bundle: verified.
         run: ``run(*arrays)`` returns the list of outputs; a router decides first.
+        noise_level: of the images, for a program that takes it, see ``with_noise_level``.
     """
 
     bundle: Bundle
     run: Run
+    noise_level: float | None = None
 
     def __repr__(self) -> str:
         """Return one line: the bundle and the sizes of input and output."""
@@ -87,10 +88,8 @@ class Session:
         _check_pixels(pixels, spec)
         height, width, colours = pixels.shape
         result = np.empty((height * scale, width * scale, colours), np.float32)
-        strips = self.strips(
-            pixels.shape, lambda a, b: pixels[a:b], noise_level=noise_level, progress=progress
-        )
-        for top, rows in strips:
+        session = self if noise_level is None else self.with_noise_level(noise_level)
+        for top, rows in session.strips(pixels.shape, lambda a, b: pixels[a:b], progress=progress):
             result[top : top + len(rows)] = rows
         return result
 
@@ -108,7 +107,6 @@ class Session:
         shape: tuple[int, ...],
         read_rows: Callable[[int, int], np.ndarray],
         *,
-        noise_level: float | None = None,
         progress: Progress = silent,
     ) -> Iterator[tuple[int, np.ndarray]]:
         """Yield what ``process`` returns from top to bottom, in strips, so that few rows are in memory.
@@ -119,7 +117,6 @@ class Session:
         Args:
             shape: H, W and C of the image, C 1 or 3; 4 for packed Bayer.
             read_rows: ``read_rows(top, bottom)`` returns these rows, (rows, W, C), finite.
-            noise_level: as ``process``.
             progress: called with (tiles done, tiles in all) after each tile.
 
         Yields:
@@ -131,9 +128,7 @@ class Session:
             CheckFailedError: as ``process``.
         """
         spec, scale = _image_spec(self.bundle)
-        self.make_inputs(
-            np.zeros(spec.shape, np.float32), noise_level
-        )  # refuses before the first row is read
+        self.further_inputs()  # refuses before the first row is read
         channels, tile_h, tile_w = spec.shape[1:]
         height, width, colours = shape
         grid = tiles(height, width, tile_h, tile_w, self.bundle.overlap)
@@ -149,7 +144,7 @@ class Session:
                     columns = np.s_[tile.left : tile.left + tile_w]
                     there = np.s_[:, :, tile.left * scale : (tile.left + tile_w) * scale]
                     weight = tile.rows.repeat(scale)[:, None] * tile.columns.repeat(scale)
-                    result[there] += weight * self._run_tile(plane[:, :, columns], scale, noise_level)
+                    result[there] += weight * self._run_tile(plane[:, :, columns], scale)
                     done += 1
                     progress(done, total)
             ready = (following - top) * scale
@@ -159,36 +154,55 @@ class Session:
             blended[:, :, :-ready] = blended[:, :, ready:]
             blended[:, :, -ready:] = 0
 
-    def make_inputs(self, pixels: np.ndarray, noise_level: float | None = None) -> list[np.ndarray]:
-        """Return the inputs of the program for one picture of its size.
+    def with_noise_level(self, noise_level: float) -> Session:
+        """Return the session for images of a noise level.
 
         Args:
-            pixels: (1, C, H, W) floating-point, 0 black, 1 white, R, G, B.
-            noise_level: standard deviation of the picture's noise, 0..255 scale, for a program that takes it.
+            noise_level: standard deviation of the images' noise, 0..255 scale.
 
         Raises:
-            UsageError: for a noise level that is missing, not from 0, or not taken by the program.
+            UsageError: for another number, or a program that takes no noise level.
         """
-        first, *others = self.bundle.inputs
-        takes = [spec.name for spec in others if spec.role == NOISE_LEVEL]
-        if takes and noise_level is None:
-            raise UsageError(
-                f"bundle {self.bundle.path} takes the noise level of the image ({takes[0]}); found none. "
-                "Pass its standard deviation on the scale of 0 to 255: --noise-level 25, or noise_level=25 "
-                "in Python."
-            )
-        if noise_level is not None and (not takes or not 0 <= noise_level < math.inf):
-            expected = "a number from 0 to 255" if takes else "none: the program takes no noise level"
+        takes = any(spec.role == NOISE_LEVEL for spec in self.bundle.inputs)
+        if not takes or not 0 <= noise_level <= 255:
+            expected = "a number from 0 to 255" if takes else "none: its program takes no noise level"
             raise UsageError(
                 f"bundle {self.bundle.path}: found the noise level {noise_level:g}, expected {expected}. Fix "
                 "--noise-level."
             )
-        arrays = [first.encode(pixels), *(spec.filled(noise_level or 0.0) for spec in others)]
-        return [np.ascontiguousarray(array, dtype=first.dtype) for array in arrays]
+        return replace(self, noise_level=noise_level)
 
-    def _run_tile(self, tile: np.ndarray, scale: int, noise_level: float | None) -> np.ndarray:
-        inputs = self.make_inputs(tile[None], noise_level)
-        y, spec = np.asarray(self.run(*inputs)[0]), self.bundle.inputs[0]
+    def make_inputs(self, pixels: np.ndarray) -> list[np.ndarray]:
+        """Return the inputs of the program for one picture of its size.
+
+        Args:
+            pixels: (1, C, H, W) floating-point, 0 black, 1 white, R, G, B.
+
+        Raises:
+            UsageError: as ``further_inputs``.
+        """
+        first = self.bundle.inputs[0]
+        encoded = np.ascontiguousarray(first.encode(pixels), dtype=first.dtype)
+        return [encoded, *self.further_inputs()]
+
+    def further_inputs(self) -> list[np.ndarray]:
+        """Return the inputs after the picture: constants, and the noise level.
+
+        Raises:
+            UsageError: for a program that takes the noise level, where none is stated.
+        """
+        others = self.bundle.inputs[1:]
+        takes = [spec.name for spec in others if spec.role == NOISE_LEVEL]
+        if takes and self.noise_level is None:
+            raise UsageError(
+                f"bundle {self.bundle.path} takes the noise level of the image ({takes[0]}); found none. "
+                "State its standard deviation on the scale of 0 to 255: --noise-level 25, or noise_level=25 "
+                "in Python."
+            )
+        return [spec.filled(self.noise_level or 0.0).astype(spec.dtype) for spec in others]
+
+    def _run_tile(self, tile: np.ndarray, scale: int) -> np.ndarray:
+        y, spec = np.asarray(self.run(*self.make_inputs(tile[None]))[0]), self.bundle.inputs[0]
         h, w = spec.shape[2:]
         expected = (*spec.shape[:2], h * scale, w * scale)
         if y.shape != expected or not np.isfinite(y).all():

@@ -18,6 +18,8 @@ from edgedyn.errors import CalibrationError
 # scikit-image), and 0.19 with noise of sigma 50.
 CORRELATED = 0.2
 _SATURATION = 3.0
+_AREA = 8  # pixels per side
+_OVERSHOOT = 0.02  # of resizing and sharpening, and of a black level
 _DRAWS = 64  # attempts per crop: a photo may have a margin without contents
 
 
@@ -27,6 +29,28 @@ def random_error(image: str, correlation: float) -> CalibrationError:
         f"{image} is random: neighbouring pixels have a correlation of {correlation:.2f}; expected at least "
         f"{CORRELATED}, photos have 0.58 to 1. INT8 ranges of random values are wrong for images. Use photos."
     )
+
+
+def refuse_off_scale(pixels: np.ndarray, name: str) -> None:
+    """Refuse an image (H, W, C) whose areas are not on the scale of 0 to 1; its noise may exceed it.
+
+    The means of 8 x 8 pixels of each channel are compared, less six standard errors each, so that no noise
+    moves one of a million over the limit. A normalized image has areas far below 0.
+
+    Raises:
+        CalibrationError: naming the image, with the smallest and the largest mean.
+    """
+    side = min(_AREA, *pixels.shape[:2])
+    height, width = (full // side * side for full in pixels.shape[:2])
+    areas = pixels[:height, :width].reshape(height // side, side, width // side, side, -1)
+    means, errors = areas.mean(axis=(1, 3)), areas.std(axis=(1, 3)) / side
+    margin = 6 * errors + _OVERSHOOT
+    if (means < -margin).any() or (means > 1 + margin).any():
+        raise CalibrationError(
+            f"{name} has areas of {means.min():.2f} to {means.max():.2f}; expected a picture, 0 black to 1 "
+            "white. Pass pictures before any normalization, as uint8 or divided by their largest value, and "
+            "state the network's values in the recipe: input.range, input.mean, input.std."
+        )
 
 
 def refuse_constant(crop: np.ndarray, path: Path) -> None:

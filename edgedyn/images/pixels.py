@@ -23,6 +23,7 @@ from PIL import Image
 from edgedyn.errors import CalibrationError, ImageError, TargetMissingError
 from edgedyn.images import formats
 from edgedyn.images.bayer import RawSection, pack_photo, read_packed_bayer, to_rgb
+from edgedyn.images.crops import refuse_off_scale
 from edgedyn.images.photo import read_image
 from edgedyn.reading import MAX_FILE_BYTES, open_regular
 
@@ -55,7 +56,9 @@ def read_pixels(path: Path, raw: RawSection | None = None) -> np.ndarray:
                 )
             return to_pixels(read_packed_bayer(path, raw), str(path))
         if suffix in _ARRAYS:
-            return to_pixels(_read_array(path), str(path))
+            pixels = to_pixels(_read_array(path), str(path))
+            refuse_off_scale(pixels, str(path))
+            return pixels
         return read_image(path).pixels
     except (ImageError, TargetMissingError) as error:
         raise CalibrationError(f"{error} {_FIX}") from error
@@ -115,7 +118,7 @@ def to_pixels(array: np.ndarray, name: str) -> np.ndarray:
     if pixels.min() < _LOWEST or pixels.max() > _HIGHEST:
         raise CalibrationError(
             f"{name} holds values from {pixels.min():g} to {pixels.max():g}; expected 0 black to 1 white. "
-            "Divide by the white level."
+            "Divide by the white level; the recipe's input.range states the network's values."
         )
     return pixels
 
@@ -141,7 +144,9 @@ def unpack(item: Any, name: str) -> Iterator[np.ndarray]:
             "for instance transform=lambda batch: batch[0].detach().cpu()."
         ) from error
     for image in array if array.ndim == 4 else [array]:
-        yield to_pixels(image, name)
+        pixels = to_pixels(image, name)
+        refuse_off_scale(pixels, name)
+        yield pixels
 
 
 def with_channels(pixels: np.ndarray, channels: int) -> np.ndarray:

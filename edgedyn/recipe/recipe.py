@@ -126,6 +126,8 @@ class Recipe(Section):
         if len(set(map(str, self.outputs))) != len(self.outputs):
             raise ValueError(f"outputs are {self.outputs}; expected each once")
         picture_contract(self.output, self.input)
+        if self.output != OutputSection() and not TASKS[self.task].has_truth:
+            raise ValueError(f"output is for tasks whose output is a picture; the task is {self.task!r}")
         if self.quantize.color_augmented and shape[1] != 3:
             raise ValueError(
                 f"quantize.color_augmented is {self.quantize.color_augmented}; expected 0 for images of "
