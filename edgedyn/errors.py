@@ -20,7 +20,7 @@ import re
 import reprlib
 import sysconfig
 import traceback
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MAX_LINE = 2000  # characters of a line of a message; longer ones hold data, not words
@@ -145,10 +145,21 @@ def quote(error: BaseException) -> str:
     if isinstance(error, SyntaxError):
         frames = [(error.filename or "", error.lineno, (error.text or "").strip())]
         text = f"SyntaxError: {error.msg}"
-    library = [sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parent), "<"]
-    users = [f for f in frames if not f[0].startswith(tuple(library))]
-    places = users or [f for f in frames if "/torch/" not in f[0].replace("\\", "/") and f[0][0] != "<"]
-    if not places:
-        return text
-    file, number, line = places[-1]
-    return f"{text} (at {file}:{number}: {line})"
+    return text + _place(frames)
+
+
+def place_of(stack: str) -> str:
+    """Return `` (at file:line: code)`` for the user's line in a stack as torch keeps it, or nothing."""
+    frames = re.findall(r'File "(.+?)", line (\d+), in .*\n(?: *(.*))?', stack)
+    return _place([(file, int(number), line) for file, number, line in frames])
+
+
+def _place(frames: Sequence[tuple[str, int | None, str | None]]) -> str:
+    """Return the user's line among (file, number, code) of a stack, outermost first."""
+    library = (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib"), str(Path(__file__).parent), "<")
+    users = [frame for frame in frames if not frame[0].startswith(library)]
+    others = [f for f in frames if "/torch/" not in f[0].replace("\\", "/") and not f[0].startswith("<")]
+    if not users and not others:
+        return ""
+    file, number, line = (users or others)[-1]
+    return f" (at {file}:{number}: {line})"

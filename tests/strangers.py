@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import prune
 
@@ -130,3 +131,261 @@ NORMED = {
 
 def normed(kind: str) -> nn.Module:
     return around(NORMED[kind]())
+
+
+# weights that are computed from data: CondConv, dynamic convolution, and their like in many spellings
+
+K = 3
+
+
+class Mixed(nn.Module):
+    """A layer of K kernels, mixed per image by a rule of its subclass.
+
+    Args:
+        inputs: channels in.
+        outputs: channels out.
+        groups: of the convolution.
+    """
+
+    def __init__(self, inputs: int = C, outputs: int = C, groups: int = 1) -> None:
+        super().__init__()
+        shape = (K, outputs, inputs // groups, 3, 3)
+        self.weight = nn.Parameter(torch.randn(shape) / (9 * shape[2]) ** 0.5)
+        self.bias = nn.Parameter(torch.randn(K, outputs) / 4)
+        self.route, self.groups, self.outputs = nn.Linear(inputs, K), groups, outputs
+
+    def attention(self, x: Tensor) -> Tensor:
+        return self.route(x.mean((2, 3))).softmax(1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.attention(x).view(-1, 1, 1, 1, 1) * self.weight).sum(0)
+        return F.conv2d(x, weight, None, padding=1, groups=self.groups)
+
+
+class BySample(Mixed):
+    """As repositories of CondConv and DyConv write it: one group of channels per sample, bias mixed too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, h, w = x.shape
+        a = self.attention(x)
+        weight = torch.mm(a, self.weight.view(K, -1)).view(b * self.outputs, c // self.groups, 3, 3)
+        bias = torch.mm(a, self.bias).view(-1)
+        y = F.conv2d(x.view(1, -1, h, w), weight, bias, padding=1, stride=2, groups=self.groups * b)
+        return F.interpolate(y.view(b, self.outputs, *y.shape[2:]), scale_factor=2.0)
+
+
+class ByEinsum(Mixed):
+    """Sigmoid, einsum, a constant bias and a static kernel beside the mixed ones; BatchNorm follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.static, self.norm = nn.Parameter(torch.randn(C, C, 3, 3) / 9), nn.BatchNorm2d(C)
+        self.norm.running_mean.normal_()
+        self.norm.running_var.uniform_(0.5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a = self.route(x.mean((2, 3))).sigmoid()
+        weight = torch.einsum("bk,koihw->boihw", a, self.weight)[0] + self.static
+        return self.norm(F.conv2d(x, weight, self.bias[0], padding="same", dilation=2))
+
+
+class BySum(Mixed):
+    """A Python sum over kernels, in place; the numbers are of two layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate = nn.Linear(C, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, gate = self.attention(x), self.gate(x.mean((2, 3))).tanh()
+        weight = self.weight[0] * a[0, 0] + self.weight[1] * a[0, 1] + gate[0, 0] * self.weight[2]
+        return F.conv2d(x, weight, self.bias[0], padding=1)
+
+
+class ByRawLinear(Mixed):
+    """The numbers are no function of a sigmoid: the weight is affine in the image itself."""
+
+    def attention(self, x: Tensor) -> Tensor:
+        return self.route(x.mean((2, 3)))
+
+
+class Transposed(Mixed):
+    def forward(self, x: Tensor) -> Tensor:
+        weight = (self.attention(x).view(-1, 1, 1, 1, 1) * self.weight).sum(0)
+        return F.conv_transpose2d(x, weight, self.bias[0], padding=1)
+
+
+class MixedLinear(nn.Module):
+    """A linear layer per pixel whose weight is a mix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.route = nn.Parameter(torch.randn(K, C, C) / C), nn.Linear(C, K)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.tensordot(self.route(x.mean((2, 3))).softmax(1), self.weight, 1)[0]
+        return F.linear(x.permute(0, 2, 3, 1), weight, None).permute(0, 3, 1, 2).contiguous()
+
+
+class Modulated(nn.Module):
+    """A weight scaled per input channel and normalised: linear in no few numbers (StyleGAN2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.style = nn.Parameter(torch.randn(1, C, C, 3, 3) / 9), nn.Linear(C, C)
+        self.norm = nn.BatchNorm2d(C)
+        self.norm.running_var.fill_(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight * self.style(x.mean((2, 3))).view(-1, 1, C, 1, 1)
+        weight = weight * (weight.square().sum((2, 3, 4), keepdim=True) + 1e-8).rsqrt()
+        return self.norm(F.conv2d(x, weight[0], padding=1))
+
+
+class HyperNetwork(nn.Module):
+    """A weight that a layer writes, more hidden numbers than a mix may have."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(C, 32), nn.Linear(32, C * 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.last(self.hidden(x.mean((2, 3))).relu())[0].view(C, 1, 3, 3)
+        return F.conv2d(x, weight, padding=1, groups=C)
+
+
+MIXES = {
+    "condconv": Mixed,
+    "by_sample": BySample,
+    "by_sample_in_groups": lambda: BySample(groups=2),
+    "depthwise": lambda: Mixed(groups=C),
+    "by_einsum": ByEinsum,
+    "by_sum": BySum,
+    "raw_linear": ByRawLinear,
+    "transposed": Transposed,
+    "linear": MixedLinear,
+}
+FLOAT = {"modulated": Modulated, "hyper_network": HyperNetwork}
+
+
+def dynamic(kind: str) -> nn.Module:
+    return around((MIXES | FLOAT)[kind]())
+
+
+# weights that ``forward`` computes from parameters alone
+
+
+class Standardized(nn.Conv2d):
+    """Weight standardisation."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean = self.weight.mean((1, 2, 3), keepdim=True)
+        std = self.weight.std((1, 2, 3), keepdim=True)
+        return F.conv2d(x, (self.weight - mean) / (std + 1e-5), self.bias, padding=1)
+
+
+class Averaged(nn.Conv2d):
+    """A moving average of the weights, kept in a buffer and applied in place."""
+
+    def __init__(self, *arguments, **options) -> None:
+        super().__init__(*arguments, **options)
+        self.register_buffer("average", torch.randn_like(self.weight) / 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.average * 0.9
+        weight += self.weight * 0.1
+        return F.conv2d(x, weight, self.bias, padding=1)
+
+
+class Branches(nn.Module):
+    """Kernels of three branches, added in ``forward`` (RepVGG, re-parametrised at run time)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square, self.point, self.scale = conv(C, C), conv(C, C, 1), nn.Parameter(torch.rand(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity = torch.diag(self.scale)[:, :, None, None]
+        weight = self.square.weight + F.pad(self.point.weight + identity, (1, 1, 1, 1))
+        return F.conv2d(x, weight, self.square.bias + self.point.bias, padding=1)
+
+
+FOLDED = {
+    "standardized": lambda: Standardized(C, C, 3, padding=1),
+    "averaged": lambda: Averaged(C, C, 3, padding=1),
+    "branches": Branches,
+    "masked": lambda: MaskedLinear(),
+}
+
+
+class MaskedLinear(nn.Linear):
+    """A linear layer per pixel with a mask on its weight (MADE)."""
+
+    def __init__(self) -> None:
+        super().__init__(C, C)
+        self.register_buffer("mask", torch.ones(C, C).tril())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x.permute(0, 2, 3, 1), self.weight * self.mask, self.bias).permute(0, 3, 1, 2)
+
+
+def folded(kind: str) -> nn.Module:
+    return around(FOLDED[kind]())
+
+
+# padding in other words
+
+PADDED = {
+    "even_same": lambda: nn.Conv2d(C, C, 4, padding="same"),
+    "uneven_same": lambda: nn.Conv2d(C, C, (2, 5), padding="same", dilation=(3, 1)),
+    "valid": lambda: nn.Sequential(nn.Conv2d(C, C, 3, padding="valid"), nn.ZeroPad2d(1)),
+    "one_sided": lambda: nn.Sequential(nn.ZeroPad2d((2, 0, 0, 2)), nn.Conv2d(C, C, 3)),
+    "reflect": lambda: nn.Conv2d(C, C, 3, padding=1, padding_mode="reflect"),
+    "replicate": lambda: nn.Conv2d(C, C, 3, padding=1, padding_mode="replicate"),
+    "circular": lambda: nn.Conv2d(C, C, 3, padding=1, padding_mode="circular"),
+    "reflect_even_same": lambda: nn.Conv2d(C, C, 4, padding="same", padding_mode="reflect"),
+}
+
+
+def padded(kind: str) -> nn.Module:
+    return around(PADDED[kind]())
+
+
+# operators and ranks that a runtime lacks
+
+
+class Burst(nn.Module):
+    """A 3-d convolution over the channels of an image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.t = nn.Conv3d(1, C, 3, padding=1), conv(3 * C, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x - self.t(self.a(x.unsqueeze(1)).relu().flatten(1, 2))
+
+
+def condconv() -> nn.Module:
+    return dynamic("condconv")
+
+
+def strided_malleconv() -> nn.Module:
+    """A denoiser around a K x K MalleConv with stride 2."""
+    from edgedyn.layers.malleconv import MalleConv
+
+    layer = MalleConv(C, C, num_blocks=1, stride=2)
+    return around(nn.Sequential(layer, nn.Upsample(scale_factor=2)))
+
+
+class Forgetful(nn.Module):
+    """A network with Dropout that stays in training mode, and one that calls it so."""
+
+    def __init__(self, *, stays: bool) -> None:
+        super().__init__()
+        self.body, self.stays = conv(3, 3), stays
+
+    def train(self, mode: bool = True) -> nn.Module:
+        return super().train(mode or self.stays)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(x) if self.stays else F.dropout(self.body(x), 0.5)

@@ -70,6 +70,9 @@ def _print_inspection(network: str, found: dict[str, Any]) -> None:
         detail(f"weights: {note}")
     if layers:
         print_details(_COLUMNS, [_cells(layer) for layer in found["layers"]])
+        for paper in dict.fromkeys(layer["paper"] for layer in found["layers"]):
+            paths = (x["path"] or "(the network)" for x in found["layers"] if x["paper"] == paper)
+            _item(f"{paper}: {', '.join(dict.fromkeys(paths))}")
     for target, preview in found["targets"].items():
         detail()
         detail(target, style="bold")

@@ -6,23 +6,43 @@ import contextlib
 import io
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgedyn.errors import EdgedynError, ModelError, quote
+from edgedyn.errors import EdgedynError, ModelError, place_of, quote
+from edgedyn.graph.mixes import dynamic_layers
+from edgedyn.graph.nodes import argument, module_path
+from edgedyn.graph.rewrites import simplify
 
 
 def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
+    """Export the network with fixed shapes and simplify it (``graph.rewrites.simplify``).
+
+    Raises:
+        ModelError: as ``export``.
+    """
+    return simplify(export(model, inputs))
+
+
+def find_generated(program: ExportedProgram) -> list[fx.Node]:
+    """Return the layers of an exported program whose weight is computed from data, outside of our ops."""
+    names = program.graph_signature.user_inputs
+    inputs = [node for node in program.graph.nodes if node.op == "placeholder" and node.name in names]
+    return dynamic_layers(program.graph, inputs)
+
+
+def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
     """Export the network with fixed shapes; our ops stay single nodes.
 
     Raises:
-        ModelError: when a layer refuses the inputs; when ``torch.export`` cannot follow the network, with the
-            exporter's first line and the line of the network's code where it stopped.
+        ModelError: when a layer refuses the inputs; when the network draws random numbers; when
+            ``torch.export`` cannot follow the network, with the exporter's first line and the line of the
+            network's code where it stopped.
     """
     try:
         with contextlib.redirect_stderr(io.StringIO()):  # torch prints the graph that it cannot follow
             # a program takes its strides from its example, and the runtimes give it contiguous arrays
-            return torch.export.export(model, tuple(x.contiguous() for x in inputs), strict=False)
+            program = torch.export.export(model, tuple(x.contiguous() for x in inputs), strict=False)
     except EdgedynError:  # the layer's own refusal says more
         raise
     except (Exception, SystemExit) as error:  # torch.export raises its own, dynamo's and the model's alike
@@ -30,6 +50,22 @@ def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
             f"torch.export cannot capture {type(model).__name__} for inputs "
             f"{[tuple(x.shape) for x in inputs]}: {quote(error)}. {_advice(error)}"
         ) from error
+
+    _refuse_random(program)
+    return program
+
+
+def _refuse_random(program: ExportedProgram) -> None:
+    """Refuse a program that draws random numbers; Dropout in evaluation mode draws none."""
+    for node in program.graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        is_idle = "dropout" in str(node.target) and argument(node, 2) is False
+        if torch.Tag.nondeterministic_seeded in tags and not is_idle:
+            raise ModelError(
+                f"the network draws random numbers in {module_path(node) or 'its forward'}: {node.target}"
+                f"{place_of(node.meta.get('stack_trace') or '')}; a deployed program gives one image one "
+                "output. Is this layer in training mode? F.dropout takes training=self.training."
+            )
 
 
 def _advice(error: BaseException) -> str:

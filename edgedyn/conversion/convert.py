@@ -149,7 +149,8 @@ def convert(
         network, recipe, target, calibration, finetuning, force=force, measure=measure, progress=progress
     )
     finished = {name: apply_precision(network, name, recipe, target, table) for name in network.decomposed}
-    dynamic = tuple(path or "(the network)" for path, _, _ in find_dynamic(recognise(network.reference)))
+    known = [path for path, _, _ in find_dynamic(recognise(network.reference))]
+    dynamic = tuple(path or "(the network)" for path in dict.fromkeys([*known, *network.generated]))
     routing = routing_of(network.canonical)
     return Converted(
         network.reference,

@@ -11,7 +11,7 @@ can run.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,11 +20,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgedyn import ops, targets
-from edgedyn.conversion.capture import capture
+from edgedyn.conversion.capture import export
 from edgedyn.conversion.convert import load_target
+from edgedyn.conversion.generated import generated_rows, sizes_of
 from edgedyn.errors import EdgedynError
-from edgedyn.graph.nodes import all_multiply_adds, module_path
+from edgedyn.graph.nodes import all_multiply_adds, module_path, sources
 from edgedyn.graph.provenance import shared_provenance
+from edgedyn.graph.rewrites import simplify
 from edgedyn.layers import RoutedModel, canonicalize, load_all, part_inputs, parts, recognise
 from edgedyn.recipe.factory import make_network
 from edgedyn.recipe.networks import find_network
@@ -106,7 +108,8 @@ def inspect_model(
         instead: used in place of the stock target with the same name, for instance one with our kernels.
 
     Returns:
-        ``layers``, a dictionary per call of an op of ours, in order, after one for a routed network itself:
+        ``layers``, a dictionary per call of an op of ours, in order, after one for a routed network itself,
+        and before those of the layers whose kernels are generated outside the five papers:
         ``path``, ``class``, ``paper``, ``primitive``, ``program``, ``forms`` {target: {"form", "why"}},
         ``generated`` {argument: shape}, ``kernel_bytes`` of these in float32, ``generator_macs``,
         ``apply_macs``, ``generator_parameters``, ``apply_parameters``;
@@ -122,7 +125,8 @@ def inspect_model(
     canonical = canonicalize(reference)
     modules = dict(reference.named_modules(remove_duplicate=False))
     examples = part_inputs(canonical, inputs)
-    programs = {name: capture(part, examples[name]) for name, part in parts(canonical).items()}
+    exported = {name: export(part, examples[name]) for name, part in parts(canonical).items()}
+    programs = {name: simplify(program) for name, program in exported.items()}
     known = {name: targets.load(name) for name in targets.names()} | (
         {instead.name: instead} if instead else {}
     )
@@ -130,7 +134,8 @@ def inspect_model(
     macs = 0
     for name, program in programs.items():
         rows, total = _inspect_program(program, name, modules, known, chosen or {})
-        layers, macs = layers + rows, macs + total
+        others = generated_rows(exported[name], name, modules, known)
+        layers, macs = layers + rows + others, macs + total
     applied, generated, own = (
         sum(row[key] for row in layers) for key in ("apply_macs", "generator_macs", "generator_parameters")
     )
@@ -180,7 +185,7 @@ def _inspect_program(
     ours = {op.overload: op for op in ops.load_all().values()}
     nodes = [node for node in program.graph.nodes if node.op == "call_function"]
     costs = all_multiply_adds(program.graph)
-    sizes = _parameter_sizes(program)
+    sizes = sizes_of(program)
     claimed: set[Node] = set()
     rows = []
     for node in nodes:
@@ -209,7 +214,7 @@ def _layer_row(
     """
     arguments = dict(zip((a.name for a in op.overload._schema.arguments), node.args, strict=False))
     generated = {key: arguments[key] for key in op.generated if arguments.get(key) is not None}
-    generator = _sources(generated.values()) - _sources([node.args[0]]) - claimed
+    generator = sources(generated.values()) - sources([node.args[0]]) - claimed
     direct = {arg for arg in node.all_input_nodes if arg in sizes} - claimed - generator
     row = {
         "path": module_path(node),
@@ -269,28 +274,6 @@ def _preview(
         return target.preview(decomposed)
     except EdgedynError as error:
         return {"refused": str(error)}
-
-
-def _parameter_sizes(program: ExportedProgram) -> dict[Node, int]:
-    """Return the number of values of each parameter of a program, buffers left out."""
-    names = program.graph_signature.inputs_to_parameters
-    return {
-        node: node.meta["val"].numel()
-        for node in program.graph.nodes
-        if node.op == "placeholder" and node.name in names
-    }
-
-
-def _sources(values: Iterable[Any]) -> set[Node]:
-    """Return the nodes that values depend on, themselves included."""
-    nodes: set[Node] = set()
-    waiting = list(values)
-    while waiting:
-        node = waiting.pop()
-        if node not in nodes:
-            nodes.add(node)
-            waiting += node.all_input_nodes
-    return nodes
 
 
 def _value(argument: Any) -> Any:

@@ -14,10 +14,13 @@ from torch.export import ExportedProgram
 
 from edgedyn import ops
 from edgedyn.bundle.manifest import ROUTER
-from edgedyn.conversion.capture import capture
+from edgedyn.conversion.capture import export, find_generated
 from edgedyn.conversion.image_sets import draw, to_tensors
 from edgedyn.conversion.reference import count_capacities, load_reference, rewrite
+from edgedyn.conversion.unsupported import refuse_unsupported
 from edgedyn.errors import CalibrationError, ModelError
+from edgedyn.graph.nodes import module_path
+from edgedyn.graph.rewrites import simplify
 from edgedyn.images.tasks import TASKS, predict_classes
 from edgedyn.layers import RoutedModel, part_inputs, parts
 from edgedyn.quantize.progress import Progress, silent
@@ -46,6 +49,7 @@ class Network:
         drawn: samples of the calibration set.
         color_augmented: number of the last samples that only widen ranges.
         outputs: the tensors that the network returns.
+        generated: paths of layers whose weight is computed from data, outside of our ops.
     """
 
     reference: nn.Module
@@ -57,6 +61,7 @@ class Network:
     drawn: Sequence[Sample] = ()
     color_augmented: int = 0
     outputs: tuple[TensorSpec, ...] = ()
+    generated: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Return one line: the network, its programs and the calibration samples."""
@@ -94,9 +99,14 @@ def rewrite_network(
     canonical = rewrite(reference, capacities)
     _refuse_routed(canonical, loaded)
     inputs = part_inputs(canonical, to_tensors(example))
-    captured = {name: capture(module, inputs[name]) for name, module in parts(canonical).items()}
+    exported = {name: export(module, inputs[name]) for name, module in parts(canonical).items()}
+    generated = tuple(module_path(node) for p in exported.values() for node in find_generated(p))
+    captured = {name: simplify(program) for name, program in exported.items()}
     refuse_other_classes(recipe, captured, example)
     decomposed = {name: decompose_part(program, target, recipe) for name, program in captured.items()}
+    refuse_unsupported(
+        {name: ops.decompose(p, forms, "after_quantize") for name, (forms, p) in decomposed.items()}, target
+    )
     progress("rewrite layers", 1, 1)
     return Network(
         reference,
@@ -108,6 +118,7 @@ def rewrite_network(
         drawn,
         color_augmented,
         loaded.outputs,
+        generated,
     )
 
 

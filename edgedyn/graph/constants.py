@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from edgedyn.graph.nodes import COUNTED_OPS, attribute
+from edgedyn.graph.nodes import COUNTED_OPS, argument, attribute
 
 
 def add_constant(
@@ -89,24 +89,41 @@ def unshare_constants(module: fx.GraphModule, operators: Container[Any]) -> None
 def fold_constants(program: ExportedProgram) -> ExportedProgram:
     """Replace every value that is computed from parameters and buffers alone by a stored tensor.
 
-    Forms reshape the constants of an op. Runtimes need a convolution's weight as a stored tensor: XNNPACK
-    (executorch 1.5.1) leaves a convolution with a view of a buffer to the portable kernels. Quantized weights
-    stay as they are, because targets recognise them by their dequantize node.
+    Networks normalise, mask and mix their weights in ``forward``; forms reshape the constants of an op.
+    Runtimes need a convolution's weight as a stored tensor: XNNPACK (executorch 1.5.1) leaves a convolution
+    with a view of a buffer to the portable kernels. Quantized weights stay as they are, because targets
+    recognise them by their dequantize node.
     """
     module = program.module()
     assert isinstance(module, fx.GraphModule)
+    return export_again(program, module) if store_constants(module) else program
+
+
+def store_constants(module: fx.GraphModule) -> bool:
+    """Store the constants that ``fold_constants`` folds in a module; return whether there were any."""
     values = _constant_values(module)
     tensors = [node for node in values if node.op == "call_function" and isinstance(values[node], Tensor)]
     # a factory such as arange costs nothing at run time and stays, unless a layer takes it as its weight
     computed = [node for node in tensors if node.all_input_nodes or _is_weight(node)]
     stored = [node for node in computed if any(user not in values for user in node.users)]
-    if not stored:
-        return program
     for node in stored:
         value = values[node].detach().clone(memory_format=torch.contiguous_format)
-        node.replace_all_uses_with(add_constant(module, node, f"constant_{node.name}", value, node.meta))
+        constant = add_constant(module, node, f"constant_{node.name}", value, node.meta)
+        node.replace_all_uses_with(constant, lambda user: user not in values)
+    for node in reversed(values):
+        if not node.users:
+            module.graph.erase_node(node)  # dead code elimination keeps operators that work in place
     module.graph.eliminate_dead_code()
     module.recompile()
+    return bool(stored)
+
+
+def export_again(program: ExportedProgram, module: fx.GraphModule) -> ExportedProgram:
+    """Export a changed module of a program, without the constants that its graph no longer reads."""
+    read = {str(node.target) for node in module.graph.nodes if node.op == "get_attr"}
+    for name in [n for n, _ in (*module.named_parameters(), *module.named_buffers()) if n not in read]:
+        folder, _, leaf = name.rpartition(".")
+        delattr(module.get_submodule(folder), leaf)
     assert program.example_inputs is not None  # torch.export.export always keeps them
     args, kwargs = program.example_inputs
     return torch.export.export(module, args, kwargs)
@@ -120,12 +137,17 @@ def _is_weight(node: fx.Node) -> bool:
 def _constant_values(module: fx.GraphModule) -> dict[fx.Node, Any]:
     """Evaluate the nodes that read constants and nothing else."""
     values: dict[fx.Node, Any] = {}
+    changed = {_storage(argument(node, 0)) for node in module.graph.nodes if _is_in_place(node)}
     for node in module.graph.nodes:
         if node.op == "get_attr":
-            values[node] = attribute(module, node)
+            if node not in changed:
+                values[node] = attribute(module, node)
         elif _is_foldable(node) and all(source in values for source in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
-            values[node] = node.target(*args, **kwargs)
+            with torch.no_grad():
+                if _is_in_place(node):
+                    args = (args[0].clone(), *args[1:])
+                values[node] = node.target(*args, **kwargs)
     return values
 
 
@@ -139,6 +161,29 @@ def _is_foldable(node: fx.Node) -> bool:
     return (
         isinstance(target, torch._ops.OpOverload)
         and target.namespace == "aten"
-        and not target._schema.is_mutable
+        and (not target._schema.is_mutable or works_on_its_own(node))
         and torch.Tag.nondeterministic_seeded not in target.tags
     )
+
+
+def works_on_its_own(node: fx.Node) -> bool:
+    """Tell whether an operator that works in place changes a value that no other node reads."""
+    source = argument(node, 0)
+    return (
+        isinstance(source, fx.Node)
+        and source.op == "call_function"
+        and len(source.users) == 1
+        and not getattr(source.target, "is_view", True)
+    )
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return node.op == "call_function" and schema is not None and bool(schema.is_mutable and node.args)
+
+
+def _storage(node: Any) -> Any:
+    """Return the node whose memory a view shares."""
+    while isinstance(node, fx.Node) and node.op == "call_function" and getattr(node.target, "is_view", False):
+        node = argument(node, 0)
+    return node

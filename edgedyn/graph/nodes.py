@@ -68,6 +68,19 @@ def is_int8(node: fx.Node) -> bool:
     return all(isinstance(x, fx.Node) and "dequantize" in str(x.target) for x in node.args[:2])
 
 
+def has_stored_weight(node: fx.Node) -> bool:
+    """Whether a convolution or linear layer has a constant as its weight, dequantized or not."""
+    weight = argument(node, 1)
+    while isinstance(weight, fx.Node) and "dequantize" in str(weight.target):
+        weight = argument(weight, 0)
+    return isinstance(weight, fx.Node) and weight.op in ("get_attr", "placeholder")
+
+
+def is_quantizable(node: fx.Node) -> bool:
+    """Whether a node is a convolution or linear layer that can be INT8: runtimes need a stored weight."""
+    return node.target in MULTIPLY_ADD_OPS and has_stored_weight(node)
+
+
 def multiply_adds(node: fx.Node) -> int:
     """Count the multiply-adds of a convolution, linear layer or matrix product from its shapes."""
     name = node.target._schema.name.partition("::")[2]  # type: ignore[union-attr]
@@ -91,6 +104,23 @@ def convolution_arguments(node: fx.Node) -> tuple[Any, Any, Any, int]:
         return stride, padding, dilation, int(groups)  # type: ignore[arg-type]
     stride, padding, dilation, groups = with_defaults(node.args[3:], (1, 1), (0, 0), (1, 1), 1)
     return stride, padding, dilation, int(groups)
+
+
+def argument(node: fx.Node, index: int) -> Any:
+    """Return a positional argument of a call, None where the call leaves it out."""
+    return node.args[index] if len(node.args) > index else None
+
+
+def sources(values: Iterable[Any]) -> set[fx.Node]:
+    """Return the nodes that values depend on, themselves included."""
+    nodes: set[fx.Node] = set()
+    waiting = list(values)
+    while waiting:
+        node = waiting.pop()
+        if node not in nodes:
+            nodes.add(node)
+            waiting += node.all_input_nodes
+    return nodes
 
 
 def with_defaults(arguments: Iterable[Any], *defaults: Any) -> list[Any]:

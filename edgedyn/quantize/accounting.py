@@ -14,6 +14,7 @@ from edgedyn.graph.nodes import (
     FUSED_ACTIVATIONS,
     MULTIPLY_ADD_OPS,
     all_multiply_adds,
+    has_stored_weight,
     is_int8,
     module_path,
 )
@@ -29,6 +30,7 @@ _KEPT_FLOAT = {
     "mm": "interpolates generated kernels",
     "prelu": "its runtime kernel is float",
     "cat": "joins float activations",
+    "constant_pad_nd": "pads a float activation",
     "max_pool2d": "its input is float",
     "avg_pool2d": "its input is float",
     "batch_norm": "could not be folded into a convolution",
@@ -40,6 +42,7 @@ KEPT_GENERATED = "writes generated kernels, which stay float (quantize.generated
 KEPT_OUTPUT_RESCALE = "scales the channels of an INT8 output back (rescale Mul)"
 KEPT_INPUT_RESCALE = "scales the channels of an INT8 input to one range (rescale Mul)"
 KEPT_SHIFT = "shifts an activation, or pads a shifted one, so that its zero point is 0"
+_DYNAMIC = "its weight is computed from the image: runtimes keep only stored weights in INT8"
 _NO_RULE = "no INT8 rule for this operator"
 _GENERATED = "filters with generated kernels, which stay float"
 # operators that compute nothing, although their output is no view of their input
@@ -75,7 +78,8 @@ def account(module: fx.GraphModule, reasons: Mapping[str, str]) -> tuple[dict[st
     for node in module.graph.nodes:
         if node.target in COUNTED_OPS:
             if not is_int8(node):
-                kept[module_path(node) or node.name, reasons.get(node.name, _NO_RULE)] += 1
+                reason = _NO_RULE if has_stored_weight(node) else _DYNAMIC
+                kept[module_path(node) or node.name, reasons.get(node.name, reason)] += 1
         elif name := None if _is_fused(node) else _float_operator(node):
             reason = _GENERATED if is_ours(node) else _KEPT_FLOAT.get(name, _NO_RULE)
             kept[name, reasons.get(node.name, reason)] += 1

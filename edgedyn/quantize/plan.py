@@ -18,7 +18,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError, RecipeError, nearest
-from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, belongs_to, fused_activation, module_path, number_repeats
+from edgedyn.graph.nodes import (
+    belongs_to,
+    fused_activation,
+    is_quantizable,
+    module_path,
+    number_repeats,
+)
 from edgedyn.ops import is_ours, load_all
 from edgedyn.quantize.accounting import (
     KEPT_ALWAYS,
@@ -74,12 +80,12 @@ class QuantizableLayer:
 
 
 def find_quantizable_layers(module: fx.GraphModule) -> list[QuantizableLayer]:
-    """Return every convolution and linear layer of a folded program, in the order of the graph.
+    """Return every convolution and linear layer with stored weights of a folded program, in its order.
 
     An activation is named after the layer that computes it, else after the first layer that reads it. These
     names do not depend on the forms of our ops, which are their alternative implementations.
     """
-    calls = [node for node in module.graph.nodes if node.target in MULTIPLY_ADD_OPS]
+    calls = [node for node in module.graph.nodes if is_quantizable(node)]
     names: dict[fx.Node, str] = {}
     layers = []
     for node, name in zip(calls, number_repeats(module_path(n) or n.name for n in calls), strict=True):

@@ -11,9 +11,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from torch import nn
+from torch.export import ExportedProgram
 
 from edgedyn import ops
 from edgedyn.bundle.dispatch import Dispatcher, Run
+from edgedyn.conversion.capture import capture
 from edgedyn.conversion.reference import rewrite
 from edgedyn.graph.dtypes import to_float64_like
 from edgedyn.images import metrics
@@ -23,7 +26,7 @@ from edgedyn.validation.checks import at_least_rounding
 from edgedyn.validation.runs import Outputs, in_torch
 
 if TYPE_CHECKING:
-    from edgedyn.conversion.convert import Converted
+    from edgedyn.conversion.convert import Converted, Part
     from edgedyn.images.sample import Sample
 
 _TINY = 1e-30  # an output that is zero everywhere has no relative error
@@ -47,11 +50,10 @@ def exactness_rows(
     """
     reference = copy.deepcopy(converted.reference).double()
     canonical = rewrite(reference, converted.capacities)
-    decomposed = {}
-    for name, module in parts(canonical).items():
-        part = converted.parts[name]
-        program = ops.decompose(part.decomposed, part.forms, "after_quantize")
-        decomposed[name] = in_torch(to_float64_like(program, module), torch.float64)
+    decomposed = {
+        name: in_torch(_in_float64(converted.parts[name], module), torch.float64)
+        for name, module in parts(canonical).items()
+    }
     samples = outputs.samples if precision == "fp32" else outputs.samples[:_SAMPLES]
     exact = run_float64(in_torch(reference, torch.float64), samples)
     float32 = [y for ys in outputs.returned["decomposed"][: len(samples)] for y in ys]
@@ -64,6 +66,26 @@ def exactness_rows(
         at_least_rounding(limit, rounding.value, np.float64),
     )
     return rounding.value, [rounding, *rewritten]
+
+
+def _in_float64(part: Part, canonical: nn.Module) -> nn.Module:
+    """Return a decomposed program in float64, with the tensors of its canonical network in float64.
+
+    Constants that the program computed from these are computed again in float64: those of the program are
+    rounded to float32, which is no error of the rewrite.
+    """
+
+    def decompose(program: ExportedProgram) -> ExportedProgram:
+        return ops.decompose(program, part.forms, "after_quantize")
+
+    program = decompose(part.decomposed)
+    tensors = {**program.state_dict, **program.constants}
+    names = {name for name, value in tensors.items() if value.is_floating_point()}
+    if not names - canonical.state_dict().keys():
+        return to_float64_like(program, canonical)
+    captured = capture(canonical, tuple(x.double() for x in part.inputs))
+    again = decompose(ops.decompose(captured, part.forms, "before_quantize")).module()
+    return to_float64_like(program, again)
 
 
 def rounding_row(exact: Sequence[np.ndarray], float32: Sequence[np.ndarray]) -> Row:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import strangers
 import torch
+from strangers import C
 from torch import Tensor, nn
 
+from edgedyn import targets
+from edgedyn.cli.app import execute
 from edgedyn.conversion.inspection import inspect, inspect_model
 from edgedyn.errors import RecipeError
 from edgedyn.layers.malleconv import AffineMalleConv, MalleConv
@@ -178,3 +182,26 @@ def test_routed_network_has_a_row_of_its_own_and_costs_of_every_program():
     assert (row["primitive"], row["class"]) == ("routed program", "GatedNetwork")
     assert row["forms"]["tensorrt"]["form"] == "argmax of 2 variants: w0, w1"
     assert found["macs"] > 0
+
+
+@pytest.mark.parametrize(
+    ("kind", "form", "kernels"),
+    [("condconv", "3 static layers, outputs mixed", 3), ("modulated", "float layer", 1)],
+)
+def test_layer_with_a_weight_from_data_is_named_dynamic(kind, form, kernels):
+    net = strangers.dynamic(kind).eval()
+    (row,) = inspect_model(net, (torch.zeros(1, 3, 8, 12),))["layers"]
+    assert (row["path"], row["class"], row["primitive"]) == ("body.2", type(net.body[2]).__name__, "conv2d")
+    assert row["paper"] == "kernels generated outside the five papers"
+    assert {entry["form"] for entry in row["forms"].values()} == {form}
+    assert row["generated"] == {"weight": [C, C, 3, 3]}
+    assert row["apply_macs"] == kernels * 8 * 12 * C * C * 9
+    assert row["generator_macs"] == C * (strangers.K if kind == "condconv" else C)  # the layer that routes
+
+
+def test_command_names_the_paper_and_the_path(capsys, monkeypatch):
+    monkeypatch.setattr(targets, "names", list)
+    assert execute(["inspect", "strangers:condconv", "--shape", "1,3,8,12"]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "kernels generated outside the five papers: body.2" in printed
+    assert "no dynamic layer" not in printed

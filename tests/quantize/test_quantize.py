@@ -390,10 +390,11 @@ def test_padding_by_name_is_quantized_and_what_cannot_be_is_counted():
     same, valid = x[0, 0].numel() * 4 * 27, net.valid(net.same(x)).numel() * 36
     pixels = net.valid(net.same(x))[0, 0].numel()
     even, up = pixels * 4 * 16, pixels * 4 * 12
-    assert result.int8_mac_share == pytest.approx((same + valid) / (same + valid + even + up))
+    assert result.int8_mac_share == pytest.approx((same + valid + even) / (same + valid + even + up))
     assert result.multiply_add_nodes == 4
     reasons = {row["node"]: row["reason"] for row in result.float_nodes}
-    assert reasons["even"] == reasons["up"] == "no INT8 rule for this operator"
+    assert reasons["up"] == "no INT8 rule for this operator"
+    assert "even" not in reasons
     with torch.no_grad():
         folded = quantize.fold(torch.export.export(net, (x,)))
         torch.testing.assert_close(folded(x), net(x), rtol=1e-6, atol=1e-6)

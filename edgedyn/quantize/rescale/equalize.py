@@ -16,13 +16,13 @@ from torch import Tensor, fx
 
 from edgedyn.graph.constants import set_constant
 from edgedyn.graph.nodes import (
-    MULTIPLY_ADD_OPS,
     RELUS,
     bias_of,
     by_input,
     by_output,
     convolution_arguments,
     fused_activation,
+    is_quantizable,
     weight_of,
 )
 from edgedyn.quantize.rescale.place import Place, RescalePass, Scope, always
@@ -70,4 +70,4 @@ EQUALIZE = RescalePass("equalize", lambda section: section.equalize, find_pairs,
 
 
 def _is_convolution(node: fx.Node) -> bool:
-    return node.target in MULTIPLY_ADD_OPS and node.target is not torch.ops.aten.linear.default
+    return is_quantizable(node) and node.target is not torch.ops.aten.linear.default

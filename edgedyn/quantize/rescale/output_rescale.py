@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from edgedyn.graph.constants import add_constant, frozen, set_constant
-from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, RELUS, bias_of, by_output, channel_axis, weight_of
+from edgedyn.graph.nodes import RELUS, bias_of, by_output, channel_axis, is_quantizable, weight_of
 from edgedyn.ops import is_ours
 from edgedyn.quantize.accounting import KEPT_OUTPUT_RESCALE, moves_only
 from edgedyn.quantize.plan import QuantizableLayer, find_quantizable_layers
@@ -73,7 +73,7 @@ def can_scale(layer: QuantizableLayer) -> bool:
 def _meets_layer(node: fx.Node) -> bool:
     """Whether a layer or an op of ours, which may be INT8, reads an activation, perhaps padded or moved."""
     return any(
-        user.target in MULTIPLY_ADD_OPS
+        is_quantizable(user)
         or (is_ours(user) and user.args[0] is node)
         or ((moves_only(user) or user.target in PADS) and _meets_layer(user))
         for user in node.users

@@ -32,6 +32,8 @@ from edgedyn.targets.executorch.trial import refuse_failing
 from edgedyn.targets.fuse import calls_kernels, fuse_int8
 
 MODEL_NAME = "model.pte"
+# the ranks that portable kernels take; the operator itself is known (executorch 1.5.1)
+_RANKS = {"aten::convolution.out": (3, 4)}
 
 
 def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) -> Artifact:
@@ -148,11 +150,12 @@ def _to_executorch(edge: EdgeProgramManager) -> Any:
     """Plan memory and choose kernels.
 
     Raises:
-        ModelError: for an operator without a ``.out`` variant: every kernel of the runtime is one.
+        ModelError: for an operator without a ``.out`` variant, which every kernel of the runtime is; for
+            effects such as the checks of linear algebra.
     """
     try:
         return edge.to_executorch()
-    except RuntimeError as error:
+    except Exception as error:  # its passes raise attribute errors too
         raise ModelError(_cannot_lower(error)) from error
 
 
@@ -181,6 +184,9 @@ def missing_operators(program: ExportedProgram) -> dict[str, list[str]]:
     missing: dict[str, list[str]] = {}
     for node in program.graph.nodes:
         operator = operator_name(node.target) if node.op == "call_function" else None
+        rank = len(node.args[0].meta["val"].shape) if operator in _RANKS else 0
+        if operator in _RANKS and rank not in _RANKS[operator]:
+            operator = f"{operator} of rank {rank}"
         if operator is not None and operator not in known:
             missing.setdefault(operator, []).append(
                 f"{node.name} of {module_path(node) or 'the network itself'}"
