@@ -7,8 +7,14 @@ from torch import Tensor
 
 from edgedyn.checkpoints.authors import from_authors
 from edgedyn.layers import canonicalize
-from edgedyn.layers.malleconv import affine_slice, bilateral_slice, bilateral_slice_apply, slice_and_convolve
-from edgedyn.ops.sliced_depthwise2d import sliced_depthwise2d
+from edgedyn.layers.malleconv import affine_slice
+from edgedyn.layers.malleconv.slicing import (
+    Geometry,
+    bilateral_slice,
+    bilateral_slice_apply,
+    filter_sliced,
+    slice_and_convolve,
+)
 
 
 def nchw(x: Tensor) -> Tensor:
@@ -26,21 +32,21 @@ def depth_first(grid: Tensor) -> Tensor:
 
 def operator(golden: Golden) -> dict[str, Tensor]:
     x, weight, bias = golden.inputs["input"], golden.inputs["weight"], golden.inputs.get("bias")
-    side, dilation = golden.call["kernel_size"][0], golden.call["dilation"][0]
-    assert golden.call["stride"] == [1, 1]
-    assert golden.call["padding"] == [dilation * (side // 2)] * 2
+    names = ("kernel_size", "dilation", "stride", "padding")
+    options = {name: tuple(golden.call[name]) for name in names}
     assert weight.shape[1] == x.shape[1] // golden.call["groups"]
     tap_major = weight.transpose(1, 2).flatten(1, 2)
     return {
-        "y": slice_and_convolve(x, weight, bias, kernel_size=side, dilation=dilation),
-        "y@canonical": sliced_depthwise2d(x, tap_major, bias, side, dilation),
+        "y": slice_and_convolve(x, weight, bias, **options),
+        "y@canonical": filter_sliced(x, tap_major, bias, Geometry.of(**options)),
     }
 
 
 def layer(golden: Golden) -> dict[str, Tensor]:
-    module = from_authors(golden.official, golden.constructor, golden.parameters)
-    x = golden.inputs["x"]
-    return {"y": module(x), "y@canonical": canonicalize(module)(x)}
+    arguments = {**golden.constructor, **({"stride": s} if (s := golden.call.get("stride")) else {})}
+    module = from_authors(golden.official, arguments, golden.parameters)
+    x, *noise = (golden.inputs[name] for name in sorted(golden.inputs, key=lambda name: name != "x"))
+    return {"y": module(x, *noise), "y@canonical": canonicalize(module)(x, *noise)}
 
 
 def sliced(golden: Golden) -> dict[str, Tensor]:

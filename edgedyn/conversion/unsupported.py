@@ -78,7 +78,7 @@ def _is_named(node: fx.Node, names: str) -> bool:
 
 def _describe(nodes: list[fx.Node]) -> str:
     """Return operator, layer and line of the first nodes, one per layer."""
-    shown = {}
+    shown: dict[tuple[str, str], str] = {}
     for node in nodes:
         path = module_path(node) or "the network itself"
         value = node.meta.get("val")

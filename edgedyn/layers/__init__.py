@@ -117,6 +117,11 @@ def recognise(model: nn.Module) -> nn.Module:
     by_name = {name: make for layer in papers for name, make in layer.recognise.items()}
 
     def take_over(module: nn.Module, path: str) -> nn.Module | None:
+        if type(module) in ours and "forward" in vars(module):
+            raise ModelError(
+                f"{path or 'the model'} is {_name(module)} with a forward of its own, so nothing proves a "
+                "rewrite. Use the class as it is."
+            )
         if type(module) in ours or type(module).__module__.startswith("edgedyn."):
             return None
         if isinstance(module, ours):

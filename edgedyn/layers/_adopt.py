@@ -1,15 +1,18 @@
-"""Adopt a module of foreign code: prove that it has our structure, then take its weights.
+"""Adopt a module of foreign code: prove that it has our structure and outputs, then take its weights.
 
 A class name proves nothing: two papers, or two versions of one, may share it. ``adopt`` compares every key
 and shape of the state_dict, and type and options of the convolutions, norms and activations at each path.
+``require_outputs`` compares the outputs: a copied class may have another forward.
 """
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
 
@@ -58,6 +61,53 @@ def adopt(make: Callable[[Any], nn.Module], foreign: nn.Module) -> nn.Module:
             break
     ours.load_state_dict(theirs)
     return ours.train(foreign.training)
+
+
+SIZE = (32, 48)  # pixels: the strides and pools of the published layers divide both
+
+
+def require_outputs(ours: nn.Module, foreign: nn.Module, *rest: Tensor) -> nn.Module:
+    """Return our module, proved to compute what a foreign one does, in float64 on a random input.
+
+    A foreign module that cannot run here is adopted by its structure alone: published operators need a GPU.
+
+    Args:
+        ours: adopted.
+        foreign: the module that it was made from.
+        rest: inputs behind features of 32 x 48 pixels, two samples each.
+
+    Raises:
+        ModelError: for outputs of another shape or value.
+    """
+    expected, actual = copy.deepcopy(ours).double(), copy.deepcopy(foreign).double()
+    generator = torch.Generator().manual_seed(0)
+    widths = dict.fromkeys(m.in_channels for m in ours.modules() if isinstance(m, nn.Conv2d))
+    for channels in widths:
+        x = torch.randn((2, channels, *SIZE), generator=generator, dtype=torch.float64)
+        if (y := _run(expected, x, *rest)) is None:
+            continue  # another layer's width
+        found = _run(actual, x, *rest)
+        if found is not None:
+            shapes = f"returns {tuple(found.shape)} for {tuple(x.shape)}, expected {tuple(y.shape)}"
+            require(found.shape == y.shape, foreign, shapes)
+            error = float((found - y).abs().max() / y.abs().max().clamp(min=1e-30))
+            require(
+                error <= 1e-5,
+                foreign,
+                f"has another forward: its outputs differ by {error:.1e} of the largest",
+            )
+        break
+    return ours
+
+
+def _run(module: nn.Module, *inputs: Tensor) -> Tensor | None:
+    """Return the output of a module, or None where it cannot be called so."""
+    try:
+        with torch.no_grad():
+            y = module(*(x.double().clone() for x in inputs))
+    except Exception:  # a foreign forward may raise anything
+        return None
+    return y if isinstance(y, Tensor) else None
 
 
 def _compare(path: str, ours: nn.Module, foreign: nn.Module) -> None:

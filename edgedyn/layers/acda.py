@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
 from edgedyn.layers import Layer
+from edgedyn.layers._adopt import require_outputs
 from edgedyn.ops.atom_depthwise2d import atom_depthwise2d
 
 MAX_BASES = 6  # as many functions as radius 1 has; every radius contributes the same number
@@ -250,13 +251,13 @@ def _from_constructor(in_channels: int, out_channels: int, kernel_size: int, **o
 
 
 def _from_instance(layer: Any) -> ACDAConv | None:
-    """Make our reference from an instance of a class named Conv_DCFD; its forward is never called.
+    """Make our reference from an instance of a class named Conv_DCFD.
 
     Returns:
         None where it has no ``bases_net`` and so is no dynamic layer.
 
     Raises:
-        ModelError: when attributes, modules or tensors are not those of the published class.
+        ModelError: when attributes, modules, tensors or outputs are not those of the published class.
     """
     if not isinstance(layer._modules.get("bases_net"), nn.Module):
         return None
@@ -272,7 +273,8 @@ def _from_instance(layer: Any) -> ACDAConv | None:
             raise ModelError(f"Conv_DCFD has {key!r} of shape {shapes[0]}; expected {shapes[1]}. {_OTHER}")
     _adopt_structure(list(layer.bases_net.children()), reference.bases_net)
     reference.to(own["coef"].device, own["coef"].dtype).load_state_dict(own)
-    return reference.train(layer.training)
+    require_outputs(reference.train(layer.training), layer)
+    return reference
 
 
 def _adopt_structure(theirs: list[Any], ours: nn.Sequential) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from edgedyn.checkpoints.authors import from_authors
 from edgedyn.errors import ModelError
+from edgedyn.layers import acda, canonicalize
 from edgedyn.layers.acda import (
     LAYER,
     ACDAConv,
@@ -269,3 +270,34 @@ def test_dynamic_layer_of_another_structure_is_refused(change, message):
     change(foreign)
     with pytest.raises(ModelError, match=message):
         RECOGNISE(foreign)
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_class_of_the_name_is_refused_where_its_outputs_differ(changed):
+    """A copied class that runs on the CPU: the published mathematics, and the same without the last Tanh."""
+    torch.manual_seed(0)
+    ours = ACDAConv(4, 6).eval().double()
+
+    class Conv_DCFD(nn.Module):  # noqa: N801 the published name
+        def __init__(self):
+            super().__init__()
+            options = {name: value for name, value in acda._OPTIONS.items() if name != "bias"}
+            sizes = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1}
+            vars(self).update(options | sizes)
+            self.bases_net, self.bases = ours.bases_net, ours.bases
+            self.coef, self.bias = ours.coef, ours.bias
+
+        def forward(self, x):
+            net = self.bases_net
+            alpha = (net[:-1] if changed else net)(x).unflatten(1, (6, -1))
+            kernels = torch.einsum("bmkhw,kt->bmthw", alpha, self.bases)
+            patches = nn.functional.unfold(x, 3, padding=1).view(x.shape[0], 4, 9, *x.shape[2:])
+            z = torch.einsum("bmthw,bcthw->bcmhw", kernels, patches).flatten(1, 2)
+            return nn.functional.conv2d(z, self.coef, self.bias)
+
+    foreign = Conv_DCFD().eval()
+    if changed:
+        with pytest.raises(ModelError, match="another forward: its outputs differ"):
+            canonicalize(nn.Sequential(foreign).eval())
+    else:
+        assert isinstance(canonicalize(nn.Sequential(foreign).eval())[0], CanonicalACDAConv)

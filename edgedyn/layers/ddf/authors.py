@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
-from edgedyn.layers._adopt import adopt, require
+from edgedyn.layers._adopt import adopt, require, require_outputs
 from edgedyn.layers.ddf.reference import DDFPack, DDFUpPack, FilterNorm
 
 
@@ -29,7 +29,7 @@ def _recognise(foreign: Any, make: Callable[[Any], nn.Module]) -> nn.Module | No
             require(found == expected, foreign, f"has {found} as {path}, expected {expected}")
         if isinstance(ours, FilterNorm) and not isinstance(ours.std, Tensor):
             ours.std = parts[path].std  # a number, which no state_dict holds
-    return reference
+    return require_outputs(reference, foreign)
 
 
 def _describe(part: Any) -> tuple[object, ...]:

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
 from edgedyn.layers import Layer
-from edgedyn.layers._adopt import adopt, require
+from edgedyn.layers._adopt import adopt, require, require_outputs
 from edgedyn.layers.dynconv.masks import (
     AuthorsMaskUnit,
     CanonicalMaskUnit,
@@ -232,7 +232,7 @@ def _recognise_block(foreign: Any, make: Callable[[Any], nn.Module]) -> nn.Modul
     if getattr(foreign, "masker", None) is None:
         return None
     require(bool(getattr(foreign, "sparse", True)), foreign, "has a masker but sparse=False")
-    return adopt(make, foreign)
+    return require_outputs(adopt(make, foreign), foreign)
 
 
 def _make_basic_block(foreign: Any) -> nn.Module:

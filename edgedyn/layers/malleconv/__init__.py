@@ -1,12 +1,13 @@
 """MalleConv (arXiv 2201.00392, ECCV 2022): depthwise kernels from a predicted grid, sliced at every pixel.
 
-    K x K    y[b, c, p] = sum_t Resize(grid)[b, t, c, p] * x[b, c, p + off(t)]  (+ Resize(bias)[b, c, p])
+    K x K    y[b, c, p] = sum_t Resize(grid)[b, t, c, p] * x[b, c, s * p + off(t)]  (+ Resize(bias)[b, c, p])
     affine   y[b, c, p] = Resize(scale)[b, c, p] * x[b, c, p] + Resize(offset)[b, c, p]
              out = x + gate * clip(PReLU(BN(y)), -1, 1)
     depth D  Resize(grid)[p] becomes sum_z weight_z(p) * Resize(grid[:, z])[p]
              weight_z = max(1 - |clip(D g, 1/2, D - 1/2) - (z + 1/2)|, 0)
 
-x, y: (B, C, H, W)   grids: (B, n, gh, gw)   Resize: bilinear, half-pixel centres, clamped at the border.
+x: (B, C, H, W)   y: (B, C, H / s, W / s), s: stride, 1 but in the K x K form   grids: (B, n, gh, gw)
+Resize: bilinear to the size of y, half-pixel centres, clamped at the border.
 
 The reference modules follow the published code, channel-major grids and all, and load its state_dicts. The
 canonical modules hold the same weights and call ``edgedyn::sliced_depthwise2d`` with tap-major grids: the
@@ -25,81 +26,16 @@ from torch import Tensor, nn
 
 from edgedyn.errors import ModelError
 from edgedyn.layers import Layer
-from edgedyn.layers._adopt import adopt, require
+from edgedyn.layers._adopt import SIZE, adopt, require, require_outputs
+from edgedyn.layers.malleconv.slicing import (
+    Geometry,
+    Sides,
+    bilateral_slice,
+    depth_weights,
+    filter_sliced,
+    slice_and_convolve,
+)
 from edgedyn.ops.sliced_depthwise2d import sliced_depthwise2d
-
-
-def resize_grid(grid: Tensor, height: int, width: int, *, align_corners: bool = False) -> Tensor:
-    """Upsample a grid (B, n, gh, gw) bilinearly to (B, n, height, width)."""
-    return F.interpolate(grid, size=(height, width), mode="bilinear", align_corners=align_corners)
-
-
-def slice_and_convolve(
-    x: Tensor, weight: Tensor, bias: Tensor | None = None, *, kernel_size: int = 3, dilation: int = 1
-) -> Tensor:
-    """Filter every pixel with the bilinearly upsampled kernel at that pixel (arXiv 2201.00392, eq. 3).
-
-    Args:
-        x: features (B, C, H, W), zero-padded.
-        weight: kernels (B, C / share, T, gh, gw), taps row-major; ``share`` consecutive channels use one
-            filter.
-        bias: offsets (B, C / share, gh, gw) or None.
-        kernel_size: odd kernel side R, T = R * R.
-        dilation: distance between taps, pixels.
-
-    Returns:
-        (B, C, H, W).
-    """
-    b, c, h, w = x.shape
-    filters, taps = weight.shape[1], weight.shape[2]
-    padding = dilation * (kernel_size // 2)
-    patches = F.unfold(x, kernel_size, dilation=dilation, padding=padding).view(b, c, taps, h, w)
-    kernels = resize_grid(weight.flatten(1, 2), h, w).view(b, filters, taps, h, w)
-    y = (patches * kernels.repeat_interleave(c // filters, dim=1)).sum(2)
-    return y if bias is None else y + resize_grid(bias, h, w).repeat_interleave(c // filters, dim=1)
-
-
-def depth_weights(guide: Tensor, depth: int) -> Tensor:
-    """Weigh the cells of a bilateral grid's depth axis by a guide (HDRNet, arXiv 1707.02880, eq. 5).
-
-    Args:
-        guide: values in [0, 1], shape (B, n, H, W).
-        depth: number D of cells along the depth axis.
-
-    Returns:
-        (B, D, n, H, W), summing to 1 over D; all ones at D = 1, where the guide has no effect.
-    """
-    position = (guide * depth).clamp(0.5, depth - 0.5).unsqueeze(1)
-    centres = torch.arange(depth, dtype=guide.dtype, device=guide.device).view(1, depth, 1, 1, 1) + 0.5
-    return (1 - (position - centres).abs()).clamp(min=0)
-
-
-def bilateral_slice(grid: Tensor, guide: Tensor) -> Tensor:
-    """Slice a bilateral grid (B, D, n, gh, gw) with a guide (B, 1 or n, H, W) in [0, 1] to (B, n, H, W)."""
-    b, depth, n, gh, gw = grid.shape
-    h, w = guide.shape[2:]
-    cells = resize_grid(grid.reshape(b, depth * n, gh, gw), h, w).view(b, depth, n, h, w)
-    return (depth_weights(guide, depth) * cells).sum(1)
-
-
-def bilateral_slice_apply(grid: Tensor, guide: Tensor, image: Tensor, *, has_offset: bool) -> Tensor:
-    """Apply the sliced per-pixel matrix of a bilateral grid to an image (HDRNet, arXiv 1707.02880).
-
-    Args:
-        grid: (B, D, O * (I + has_offset), gh, gw); coefficient index ``o * (I + has_offset) + i``, offset
-            last.
-        guide: (B, 1, H, W) in [0, 1].
-        image: (B, I, H, W).
-        has_offset: whether each output channel carries an additive coefficient.
-
-    Returns:
-        (B, O, H, W).
-    """
-    b, i, h, w = image.shape
-    columns = i + has_offset
-    matrix = bilateral_slice(grid, guide).view(b, -1, columns, h, w)
-    y = (matrix[:, :, :i] * image.unsqueeze(1)).sum(2)
-    return y + matrix[:, :, i] if has_offset else y
 
 
 class PConvBlock(nn.Module):
@@ -131,6 +67,8 @@ class MalleConv(nn.Module):
         num_blocks: predictor blocks; with ``pooling`` the resolution is halved once more half-way.
         groups: number of consecutive channels that share one filter (the published meaning).
         scale: side of the average pool before the predictor, pixels.
+        noise_channels: channels of a noise map that the predictor reads beside the pooled features.
+        stride: distance between filtered pixels, a number or (height, width).
 
     Raises:
         ModelError: for channel counts that the published code cannot split.
@@ -145,6 +83,8 @@ class MalleConv(nn.Module):
         num_blocks: int = 4,
         groups: int = 1,
         scale: int = 4,
+        noise_channels: int = 0,
+        stride: Sides = 1,
     ) -> None:
         super().__init__()
         if in_channel < 4 or in_channel % groups:
@@ -153,25 +93,48 @@ class MalleConv(nn.Module):
                 "divisible by groups (the number of consecutive channels that share one filter). "
                 "Choose another width."
             )
-        blocks: list[nn.Module] = [nn.Conv2d(in_channel, in_channel, 1)]
+        blocks: list[nn.Module] = [nn.Conv2d(in_channel + noise_channels, in_channel, 1)]
         for i in range(num_blocks):
             blocks.append(PConvBlock(in_channel))
             if i == num_blocks // 2 - 1 and pooling:
                 blocks.append(nn.AvgPool2d(2, 2))
         self.pool = nn.AvgPool2d(scale, scale)
         self.predictor = nn.Sequential(*blocks)
-        self.filters = in_channel // groups
+        self.filters, self.noise_channels = in_channel // groups, noise_channels
+        self.geometry = Geometry.of(3, 1, stride, None)
         self.expander = nn.Conv2d(in_channel, self.filters * 9, 1)
         nn.init.normal_(self.expander.bias, 0, 1 / 3)  # type: ignore[arg-type]
         nn.init.normal_(self.expander.weight, 0, 0.1 / 3)
         self.pwconv = nn.Conv2d(in_channel, out_channel, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Filter (B, in_channel, H, W) and mix the channels: (B, out_channel, H, W)."""
-        grid = F.hardtanh(self.expander(self.predictor(self.pool(x))), -2, 2)
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Filter (B, in_channel, H, W) and mix the channels: (B, out_channel, H / stride, W / stride).
+
+        Args:
+            x: features.
+            noise: (B, noise_channels, H / scale, W / scale), where the layer has noise channels.
+
+        Raises:
+            ModelError: for a noise map of another shape, or a missing one.
+        """
+        grid = F.hardtanh(self.expander(self.predictor(_beside(self, x, noise))), -2, 2)
         grid = grid.view(x.shape[0], self.filters, 9, grid.shape[2], grid.shape[3])
-        y: Tensor = self.pwconv(slice_and_convolve(x, grid))
+        y: Tensor = self.pwconv(slice_and_convolve(x, grid, stride=self.geometry.stride))
         return y
+
+
+def _beside(layer: MalleConv | CanonicalMalleConv, x: Tensor, noise: Tensor | None) -> Tensor:
+    """Return the pooled features of a layer, followed by the noise map where it has one."""
+    pooled: Tensor = layer.pool(x)
+    expected = (x.shape[0], layer.noise_channels, *pooled.shape[2:])
+    found = None if noise is None else tuple(noise.shape)
+    if found != (expected if layer.noise_channels else None):
+        raise ModelError(
+            f"MalleConv with {layer.noise_channels} noise channels got a noise map of shape {found} for "
+            f"features {tuple(x.shape)}; expected {expected if layer.noise_channels else None}. The map "
+            "stands beside the pooled features: resize it to them."
+        )
+    return pooled if noise is None else torch.cat([pooled, noise], dim=1)
 
 
 class CanonicalMalleConv(nn.Module):
@@ -180,13 +143,14 @@ class CanonicalMalleConv(nn.Module):
     def __init__(self, layer: MalleConv) -> None:
         super().__init__()
         self.pool, self.predictor, self.pwconv = layer.pool, layer.predictor, layer.pwconv
+        self.geometry, self.noise_channels = layer.geometry, layer.noise_channels
         rows = torch.arange(layer.expander.out_channels).view(layer.filters, 9).t().flatten()
         self.expander = _select_rows(layer.expander, rows)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Filter (B, in_channel, H, W) and mix the channels: (B, out_channel, H, W)."""
-        grid = F.hardtanh(self.expander(self.predictor(self.pool(x))), -2, 2)
-        y: Tensor = self.pwconv(sliced_depthwise2d(x, grid, None, 3))
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Filter (B, in_channel, H, W) and mix the channels, as ``MalleConv``."""
+        grid = F.hardtanh(self.expander(self.predictor(_beside(self, x, noise))), -2, 2)
+        y: Tensor = self.pwconv(filter_sliced(x, grid, None, self.geometry))
         return y
 
 
@@ -322,16 +286,21 @@ def _select_rows(conv: nn.Conv2d, rows: Tensor) -> nn.Conv2d:
 def _examples() -> Iterator[tuple[nn.Module, tuple[Tensor, ...]]]:
     """Yield reference modules in evaluation mode, each with an input that discriminates (B >= 2, H != W)."""
     generator = torch.Generator().manual_seed(3)
-    cases: list[tuple[nn.Module, tuple[int, ...]]] = [
-        (MalleConv(8, 12), (2, 8, 16, 24)),
-        (MalleConv(8, 8, groups=2, scale=2, num_blocks=2), (2, 8, 20, 28)),
-        (AffineMalleConv(5, 4, 3), (2, 5, 12, 20)),
-        (AffineMalleConv(3, 4, 2, depth=4), (2, 3, 8, 14)),
+    cases: list[tuple[nn.Module, list[tuple[int, ...]]]] = [
+        (MalleConv(8, 12), [(2, 8, 16, 24)]),
+        (MalleConv(8, 8, groups=2, scale=2, num_blocks=2), [(2, 8, 20, 28)]),
+        (MalleConv(8, 6, scale=2, num_blocks=2, stride=2), [(2, 8, 20, 28)]),
+        (
+            MalleConv(4, 4, scale=2, num_blocks=1, noise_channels=3, stride=(1, 2)),
+            [(2, 4, 10, 15), (2, 3, 5, 7)],
+        ),
+        (AffineMalleConv(5, 4, 3), [(2, 5, 12, 20)]),
+        (AffineMalleConv(3, 4, 2, depth=4), [(2, 3, 8, 14)]),
     ]
-    for module, shape in cases:
+    for module, shapes in cases:
         for p in module.parameters():
             p.data = p.data + 0.1 * torch.randn(p.shape, generator=generator)
-        yield module.eval(), (torch.rand(shape, generator=generator) * 1.5 - 0.25,)
+        yield module.eval(), tuple(torch.rand(s, generator=generator) * 1.5 - 0.25 for s in shapes)
 
 
 def _flying_conv(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor]) -> MalleConv:
@@ -342,11 +311,7 @@ def _flying_conv(arguments: Mapping[str, Any], state_dict: Mapping[str, Tensor])
             "FlyingConv got bias=True, which its own code cannot run (it slices the wrong axis); expected "
             "bias=False. Retrain without."
         )
-    if known.pop("n_ch", 0):
-        raise ModelError(
-            f"FlyingConv got n_ch={arguments['n_ch']}, a noise map beside the features; expected 0. A layer "
-            "with a second input has no canonical form yet: retrain without."
-        )
+    known["noise_channels"] = known.pop("n_ch", 0)
     return MalleConv(**known)
 
 
@@ -358,10 +323,19 @@ def _recognise_flying_conv(foreign: nn.Module) -> nn.Module:
         require(clip == (-2, 2), foreign, f"clips its grid to {clip}, expected (-2, 2)")
         options = {"pooling": layer.pooling, "num_blocks": layer.num_blocks, "groups": layer.groups}
         sizes = {"in_channel": layer.in_channel, "out_channel": layer.out_channel}
+        stride = getattr(layer, "stride", 1)
+        sides = (getattr(layer, name, default) for name, default in (("kernel_size", 3), ("dilation", 1)))
+        geometry = Geometry.of(*sides, stride, getattr(layer, "padding", None))
+        expected = Geometry.of(3, 1, stride, None)
+        require(geometry == expected, foreign, f"filters with {geometry}, expected {expected}")
         extra = {"scale": int(layer.pool.kernel_size), "bias": layer.bias, "n_ch": layer.n_ch}
+        extra["stride"] = expected.stride
         return _flying_conv({**sizes, **options, **extra}, {})
 
-    return adopt(make, foreign)
+    ours: Any = adopt(make, foreign)
+    sizes = [size // int(ours.pool.kernel_size) for size in SIZE]
+    noise = torch.rand((2, ours.noise_channels, *sizes), generator=torch.Generator().manual_seed(1))
+    return require_outputs(ours, foreign, *([noise] if ours.noise_channels else []))
 
 
 LAYER = Layer(
