@@ -118,3 +118,144 @@ READERS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
     ),
     "patches": (lambda y: F.unfold(y, 3, padding=1).view(1, C, 9, *y.shape[2:]).mean(2), _fold),
 }
+
+
+def norm_between(norm: nn.Module) -> nn.Module:
+    """Return a network with a layer that normalises C channels; norms get statistics and factors."""
+    return with_statistics(Residual(conv(3, C), norm, nn.ReLU(), conv(C, 3)))
+
+
+def with_statistics(net: nn.Module) -> nn.Module:
+    """Give every norm of a network statistics and factors of its own."""
+    for module in net.modules():
+        if getattr(module, "running_mean", None) is not None:
+            nn.init.normal_(module.running_mean)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+        if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
+            nn.init.normal_(module.weight, 1, 0.2)
+            nn.init.normal_(module.bias, 0, 0.2)
+    return net.eval()
+
+
+class Reshaped(nn.Module):
+    """Layers on a feature map that a function reshapes."""
+
+    def __init__(self, reshape: Callable[[Tensor], Tensor], *layers: nn.Module) -> None:
+        super().__init__()
+        self.reshape, self.layers = reshape, nn.Sequential(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(self.reshape(x)).reshape(x.shape)
+
+
+class LayerNorm2d(nn.Module):
+    """Normalises the channels of every pixel, written out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.rand(C, 1, 1) + 0.5), nn.Parameter(torch.rand(C, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        off = x - x.mean(1, keepdim=True)
+        return self.weight * off / (off.pow(2).mean(1, keepdim=True) + 1e-6).sqrt() + self.bias
+
+
+class SharedNorm(nn.Module):
+    """One BatchNorm behind two convolutions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.norm = conv(C, C), conv(C, C), nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.a(x)) + self.norm(self.b(x))
+
+
+class SharedOutput(nn.Module):
+    """A convolution that a BatchNorm reads, and a sum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.norm = conv(C, C), nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.a(x)
+        return self.norm(y) + y
+
+
+class LinearNorm(nn.Module):
+    """A linear layer with BatchNorm that weighs the channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(C, C), nn.BatchNorm1d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.norm(self.linear(x.mean((2, 3)))).sigmoid()[:, :, None, None]
+
+
+class Upsampled(nn.Module):
+    """A transposed convolution with BatchNorm."""
+
+    def __init__(self, groups: int = 1) -> None:
+        super().__init__()
+        self.up = nn.ConvTranspose2d(C, C, 2, 2, groups=groups)
+        self.norm = nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.avg_pool2d(self.norm(self.up(x)), 2)
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.flatten(2)
+
+
+def _volume(x: Tensor) -> Tensor:
+    return x[:, :, None]
+
+
+_UNTRACKED = {"track_running_stats": False}
+# each norm, and whether it takes its statistics from each image
+NORMS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
+    "batch": (lambda: nn.BatchNorm2d(C), False),
+    "batch, untracked": (lambda: nn.BatchNorm2d(C, **_UNTRACKED), True),
+    "batch, untracked, not affine": (lambda: nn.BatchNorm2d(C, affine=False, **_UNTRACKED), True),
+    "batch, not affine": (lambda: nn.BatchNorm2d(C, affine=False), False),
+    "instance": (lambda: nn.InstanceNorm2d(C), True),
+    "instance, affine": (lambda: nn.InstanceNorm2d(C, affine=True), True),
+    "instance, tracked": (lambda: nn.InstanceNorm2d(C, affine=True, track_running_stats=True), False),
+    "group": (lambda: nn.GroupNorm(4, C), True),
+    "layer": (LayerNorm2d, True),
+    "batch 1d": (lambda: Reshaped(_rows, nn.BatchNorm1d(C)), False),
+    "batch 1d, untracked": (lambda: Reshaped(_rows, nn.BatchNorm1d(C, **_UNTRACKED)), True),
+    "batch 3d": (lambda: Reshaped(_volume, nn.BatchNorm3d(C)), False),
+    "batch 3d, untracked": (lambda: Reshaped(_volume, nn.BatchNorm3d(C, **_UNTRACKED)), True),
+    "convolution 1d": (lambda: Reshaped(_rows, nn.Conv1d(C, C, 3, padding=1), nn.BatchNorm1d(C)), False),
+    "convolution 1d, untracked": (
+        lambda: Reshaped(_rows, nn.Conv1d(C, C, 3, padding=1), nn.BatchNorm1d(C, **_UNTRACKED)),
+        True,
+    ),
+    "shared norm": (SharedNorm, False),
+    "shared output": (SharedOutput, False),
+    "linear": (LinearNorm, False),
+    "transposed": (Upsampled, False),
+    "transposed, grouped": (lambda: Upsampled(groups=2), False),
+}
+
+
+def shifted_features() -> nn.Module:
+    """Return a network whose first feature map has a large mean."""
+    net = Residual(conv(3, C), nn.ReLU(), conv(C, C), nn.ReLU(), conv(C, C), nn.ReLU(), conv(C, 3))
+    with torch.no_grad():
+        net.body[0].bias += 50
+    return net
+
+
+def scaled_channel(factor: float, *between: nn.Module, channel: int = 5) -> nn.Module:
+    """Return a network with one channel ``factor`` times as large, which its reader divides again."""
+    net = Residual(conv(3, C), nn.ReLU(), conv(C, C), *(between or (nn.ReLU(),)), conv(C, 3))
+    with torch.no_grad():
+        net.body[2].weight[channel] *= factor
+        net.body[2].bias[channel] *= factor
+        net.body[-1].weight[:, channel] /= factor
+    return net

@@ -20,6 +20,7 @@ from edgedyn.graph.nodes import (
 )
 from edgedyn.ops import is_ours
 
+_BY_IMAGE = "normalises by the statistics of each image"
 _KEPT_FLOAT = {
     "add": "residual sum: in INT8, one rounding error per block would add up",
     "sub": "residual sum: in INT8, one rounding error per block would add up",
@@ -33,7 +34,8 @@ _KEPT_FLOAT = {
     "constant_pad_nd": "pads a float activation",
     "max_pool2d": "its input is float",
     "avg_pool2d": "its input is float",
-    "batch_norm": "could not be folded into a convolution",
+    "batch_norm": "normalises in float: no convolution in front that it alone reads",
+    "instance_norm": _BY_IMAGE,
 }
 KEPT_BY_RECIPE = "kept in float by the recipe (quantize.keep_float)"
 KEPT_FOR_QUALITY = "kept in float to meet the limit on the PSNR drop (quantize.max_drop_db)"
@@ -45,6 +47,13 @@ KEPT_SHIFT = "shifts an activation, or pads a shifted one, so that its zero poin
 _DYNAMIC = "its weight is computed from the image: runtimes keep only stored weights in INT8"
 _NO_RULE = "no INT8 rule for this operator"
 _GENERATED = "filters with generated kernels, which stay float"
+# decomposing an op of ours decomposes the norms of the program, too
+_DECOMPOSED_NORMS = {
+    "_native_batch_norm_legit": "instance_norm",
+    "_native_batch_norm_legit_no_training": "batch_norm",
+    "native_group_norm": "group_norm",
+    "native_layer_norm": "layer_norm",
+}
 # operators that compute nothing, although their output is no view of their input
 _MOVES_ONLY = {
     "_to_copy",
@@ -81,9 +90,20 @@ def account(module: fx.GraphModule, reasons: Mapping[str, str]) -> tuple[dict[st
                 reason = _NO_RULE if has_stored_weight(node) else _DYNAMIC
                 kept[module_path(node) or node.name, reasons.get(node.name, reason)] += 1
         elif name := None if _is_fused(node) else _float_operator(node):
-            reason = _GENERATED if is_ours(node) else _KEPT_FLOAT.get(name, _NO_RULE)
-            kept[name, reasons.get(node.name, reason)] += 1
+            kept[_shown(node, name), reasons.get(node.name, _reason(node, name))] += 1
     return tuple({"node": node, "count": count, "reason": reason} for (node, reason), count in kept.items())
+
+
+def _reason(node: fx.Node, name: str) -> str:
+    if node.target is torch.ops.aten.batch_norm.default and node.args[5]:
+        return _BY_IMAGE
+    return _GENERATED if is_ours(node) else _KEPT_FLOAT.get(name, _NO_RULE)
+
+
+def _shown(node: fx.Node, name: str) -> str:
+    """Return the name of a float operator: a norm that could have been folded by its layer, too."""
+    path = module_path(node) if name in ("batch_norm", "instance_norm") else ""
+    return f"{path} ({name})" if path else name
 
 
 def _is_fused(node: fx.Node) -> bool:
@@ -114,7 +134,8 @@ def _float_operator(node: fx.Node) -> str | None:
     value = node.meta.get("val")
     if isinstance(value, Tensor) and not value.is_floating_point():
         return None
-    return str(target._schema.name.partition("::")[2].removesuffix("_"))  # relu_ works in place
+    name = target._schema.name.partition("::")[2].removesuffix("_")  # relu_ works in place
+    return _DECOMPOSED_NORMS.get(name, name)
 
 
 def int8_share(program: ExportedProgram) -> tuple[float, int]:

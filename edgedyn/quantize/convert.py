@@ -16,6 +16,7 @@ from torchao.quantization.pt2e.quantizer import (
 )
 
 from edgedyn.quantize.fake_quantize import SCALE_EPSILON
+from edgedyn.quantize.fold import hide_norms, show_norms
 from edgedyn.quantize.plan import Plan, QParams, QuantizableLayer
 from edgedyn.targets import Int8Scheme
 
@@ -37,8 +38,11 @@ def insert_qdq(
         scheme: how the target annotates INT8.
         fold: store int8 weights; else the graph quantizes float weights, as NNCF expects.
     """
+    hide_norms(module)
     prepared = prepare_pt2e(module, make_quantizer(plan, qparams, scheme))
-    return convert_pt2e(prepared, fold_quantize=fold)  # type: ignore[no-any-return]
+    converted: fx.GraphModule = convert_pt2e(prepared, fold_quantize=fold)
+    show_norms(converted)
+    return converted
 
 
 class _FixedChannels(ObserverBase):  # type: ignore[misc]

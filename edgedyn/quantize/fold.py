@@ -2,25 +2,103 @@
 
 from __future__ import annotations
 
+import torch
 from torch import fx
 from torch.export import ExportedProgram
 
 from edgedyn.graph.constants import unshare_constants
-from edgedyn.graph.nodes import MULTIPLY_ADD_OPS
+from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, shape_of
 from edgedyn.graph.rewrites import explicit_padding
+
+_TRANSPOSED = {
+    torch.ops.aten.conv_transpose1d.default,
+    torch.ops.aten.conv_transpose2d.input,
+    torch.ops.aten.conv_transpose3d.input,
+}
+_CONVOLUTIONS = _TRANSPOSED | {
+    torch.ops.aten.conv1d.default,
+    torch.ops.aten.conv1d.padding,
+    torch.ops.aten.conv2d.default,
+    torch.ops.aten.conv2d.padding,
+    torch.ops.aten.conv3d.default,
+    torch.ops.aten.conv3d.padding,
+}
+
+
+_NORMS = {
+    torch.ops.aten.batch_norm.default,
+    torch.ops.aten._native_batch_norm_legit_no_training.default,
+}
+_LINEAR = torch.ops.aten.linear.default
+_ALIAS = torch.ops.aten.alias.default
 
 
 def fold(program: ExportedProgram) -> fx.GraphModule:
-    """Fold every BatchNorm that follows a convolution into it; exact up to rounding of the weights.
+    """Fold every BatchNorm that follows a convolution or linear layer; exact up to rounding of the weights.
 
-    A convolution with several calls gets one weight per call, because each call may meet another BatchNorm.
+    A layer with several calls gets one weight per call, because each call may meet another BatchNorm. A
+    BatchNorm stays where it takes its statistics from each image, and where its layer has other readers or a
+    weight that is computed from data.
     """
-    from torchao.quantization.pt2e.utils import _fuse_conv_bn_
+    from torchao.quantization.pt2e.utils import (
+        fold_bn_weights_into_conv_node,
+        fold_bn_weights_into_linear_node,
+    )
 
     # without guards: shapes are fixed, and the interpreters of the graph know operators only
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     explicit_padding(module)
-    unshare_constants(module, MULTIPLY_ADD_OPS)
-    _fuse_conv_bn_(module)
+    unshare_constants(module, MULTIPLY_ADD_OPS | _CONVOLUTIONS)
+    for norm in [node for node in module.graph.nodes if _is_foldable(node)]:
+        layer = norm.args[0]
+        bias = layer.args[2] if len(layer.args) > 2 else None
+        is_linear = layer.target is _LINEAR
+        into = fold_bn_weights_into_linear_node if is_linear else fold_bn_weights_into_conv_node
+        into(layer, layer.args[1], bias, norm, module)
+    module.graph.eliminate_dead_code()
+    module.recompile()
     return module
+
+
+def _is_foldable(norm: fx.Node) -> bool:
+    """Whether a node is a BatchNorm of constants that alone reads a layer of constants."""
+    if norm.target not in _NORMS:
+        return False
+    layer, scale, shift, mean, variance, takes_image_statistics = norm.args[:6]
+    if norm.target is not torch.ops.aten.batch_norm.default:
+        takes_image_statistics = False
+    assert isinstance(layer, fx.Node)
+    # the channels of a linear layer's output (B, T, C) are not those that a BatchNorm takes
+    is_linear = layer.target is _LINEAR and len(shape_of(layer)) == 2
+    if takes_image_statistics or len(layer.users) > 1 or not (is_linear or layer.target in _CONVOLUTIONS):
+        return False
+    weight, *bias = layer.args[1:3]
+    constants = [mean, variance, weight, *(x for x in (scale, shift, *bias) if x is not None)]
+    if not all(isinstance(x, fx.Node) and x.op == "get_attr" for x in constants):
+        return False
+    # torch's formula takes a transposed convolution's output channels from one axis: (I, O / groups, ...)
+    return layer.target not in _TRANSPOSED or shape_of(weight)[1] == shape_of(mean)[0]
+
+
+def hide_norms(module: fx.GraphModule) -> None:
+    """Insert an alias in front of every BatchNorm of a folded program, so that torchao folds none (0.18).
+
+    It folds any that reads a layer: it changes the weight under the layer's other readers, raises TypeError
+    where there are no statistics, and changes weights that are INT8 already.
+    """
+    for norm in [node for node in module.graph.nodes if node.target in _NORMS]:
+        x = norm.args[0]
+        assert isinstance(x, fx.Node)
+        with module.graph.inserting_before(norm):
+            alias = module.graph.call_function(_ALIAS, (x,))
+        alias.meta = dict(x.meta)
+        norm.replace_input_with(x, alias)
+
+
+def show_norms(module: fx.GraphModule) -> None:
+    """Remove the aliases of ``hide_norms``."""
+    for node in [n for n in module.graph.nodes if n.target is _ALIAS]:
+        node.replace_all_uses_with(node.args[0])
+        module.graph.erase_node(node)
+    module.recompile()

@@ -79,6 +79,11 @@ def test_a_key_of_the_recipe_turns_on_its_pass_alone(name):
     assert places[name] == PLACES[name]
 
 
+def test_places_with_outliers_need_no_key():
+    places = find_places(make(), QuantizeSection(**OFF), GENERATED, for_outliers=True)
+    assert {(found.name, place.for_outliers) for found, place in places} == {("rescale_inputs", True)}
+
+
 def test_no_activation_is_taken_by_two_passes():
     module, values = make(), {key: x for keys in KEYS.values() for key, x in keys.items()}
     assert list(named(module, **values)) == list(KEYS)

@@ -10,12 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from edgedyn.graph.nodes import bias_of, weight_of
+from edgedyn.graph.nodes import bias_of, module_path, weight_of
 from edgedyn.quantize.fake_quantize import round_weight
 from edgedyn.quantize.observe.histogram import Histogram
 from edgedyn.quantize.observe.ranges import ESTIMATORS, choose_qparams
 from edgedyn.quantize.observe.requantize import raise_scales
-from edgedyn.quantize.observe.statistics import channel_maxima, observe
+from edgedyn.quantize.observe.statistics import ChannelPeaks, channel_maxima, observe
 from edgedyn.quantize.plan import (
     QuantizableLayer,
     find_kernels,
@@ -25,6 +25,7 @@ from edgedyn.quantize.plan import (
 from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.rescale.generated import ContentMeter
 from edgedyn.quantize.rescale.passes import find_places, rescale_channels
+from edgedyn.quantize.rescale.place import find_outliers
 from edgedyn.quantize.table.entries import Entry, Kind
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
 
 
 _WEAKEST = 2.0**-12  # smallest range of a weight's channel, as a share of the largest: zeros get a scale too
+_SHOWN = 4  # channels
 _WIDTHS = np.linspace(1, 0.6, 41)  # shares of a channel's largest weight that ``mse`` tries as its range
 
 
@@ -74,19 +76,21 @@ def observe_program(
     Raises:
         CalibrationError: for a sample that brings NaN or infinite values to a tensor.
     """
-    places = find_places(module, section, generated)
+    places = find_places(module, section, generated, for_outliers=True)
     kernels = find_kernels(module, generated)  # before a Mul stands behind one
     meter = ContentMeter(kernels)
     activations = {node for _, place in places for node in place.activations}
     maxima = channel_maxima(module, activations, samples, dict.fromkeys(meter.names, meter.add))
     factors, changed = rescale_channels(module, places, maxima)
     layers = find_quantizable_layers(module)
+    peaks = ChannelPeaks(layer.input_node for layer in layers)
     constants = _changed_constants(module, [layer for layer in layers if layer.node in changed])
     histograms = observe(
         module,
         {**name_tensors(module, layers), **kernels},
         samples,
         sources=sources,
+        also=dict.fromkeys(peaks.nodes, peaks.add),
         progress=lambda done, total: progress("observe", done, total),
     )
     entries = {
@@ -98,6 +102,9 @@ def observe_program(
         for name, content in meter.read().items()
     }
     entries |= {name: replace(entries[name], channels=tuple(x.tolist())) for name, x in factors.items()}
+    for layer in layers:
+        note = _describe_outliers(layer, peaks.read(layer.input_node), section)
+        entries[layer.input] = replace(entries[layer.input], note=note)
     entries |= {layer.weight: _weight_entry(module, layer, section) for layer in layers}
     entries |= raise_scales(entries, layers)
     return Observed(tuple(entries.values()), constants)
@@ -111,13 +118,29 @@ def _entry(name: str, kind: Kind, histogram: Histogram, section: QuantizeSection
     return Entry(name, kind, histogram, method, affine, symmetric)
 
 
+def _describe_outliers(layer: QuantizableLayer, largest: Tensor, section: QuantizeSection) -> str:
+    """Describe the outliers that are left in the input of a layer, with the setting that mends them."""
+    found = find_outliers(largest)
+    if not found.any():
+        return ""
+    ratio = float(largest.max() / largest[largest > 0].median())
+    setting = "quantize.equalize: true" if not section.equalize else "quantize.equalize_inputs: true"
+    if section.equalize and section.equalize_inputs:
+        setting = f"quantize.keep_float: [{module_path(layer.node) or layer.name}]"
+    channels = ", ".join(map(str, found.nonzero().flatten().tolist()[:_SHOWN]))
+    return (
+        f"channel {channels} is up to {ratio:.0f} times as large as the median channel, which leaves the "
+        f"others few INT8 values; {setting} mends that"
+    )
+
+
 def _weight_entry(module: fx.GraphModule, layer: QuantizableLayer, section: QuantizeSection) -> Entry:
     weight = weight_of(module, layer.node)
     flat = weight.flatten(1).double()
     largest = flat.abs().amax(1)
     if section.ranges.weight == "percentile":  # torch.quantile takes 16 million values at most
         largest = torch.from_numpy(np.percentile(flat.abs().numpy(), section.ranges.percentile, axis=1))
-    largest = largest.clamp(min=max(float(largest.max()) * _WEAKEST, _WEAKEST))
+    largest = largest.clamp(min=float(largest.max()) * _WEAKEST or _WEAKEST)
     scales = largest / 127
     if section.ranges.weight == "mse":
         candidates = [largest * share / 127 for share in _WIDTHS]

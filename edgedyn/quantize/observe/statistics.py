@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -40,6 +40,7 @@ def observe(
     samples: Sequence[tuple[Tensor, ...]],
     *,
     sources: Sequence[str] = (),
+    also: Mapping[fx.Node, Callable[[fx.Node, Tensor], None]] = MappingProxyType({}),
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> dict[str, Histogram]:
     """Return one histogram per tensor over all samples; their order and batches do not matter.
@@ -49,6 +50,7 @@ def observe(
         tensors: the observed nodes, by name.
         samples: inputs of the program.
         sources: origin of each sample, for errors; by default its number.
+        also: further observers by observed node, called with the node and its value.
         progress: called with (samples seen, samples).
 
     Raises:
@@ -63,6 +65,8 @@ def observe(
     def see(node: fx.Node, value: Tensor) -> None:
         for name in names[node]:
             count(histograms, name, value.numpy(), f"{source}, tensor {name!r}")
+        if node in also:
+            also[node](node, value)
 
     for index, sample in enumerate(samples):
         source = sources[index] if sources else f"sample {index}"
@@ -84,6 +88,29 @@ def count(histograms: dict[str, Histogram], name: str, values: np.ndarray, where
     histograms[name] = histograms[name] + histogram if name in histograms else histogram
 
 
+class ChannelPeaks:
+    """Finds the largest absolute value of each channel of activations, one sample after another.
+
+    Args:
+        nodes: activations, (B, C, H, W), or (..., C) behind a linear layer.
+    """
+
+    def __init__(self, nodes: Iterable[fx.Node]) -> None:
+        self.nodes = tuple(dict.fromkeys(nodes))
+        self._axes = {node: channel_axis(node.meta["val"]) for node in self.nodes}
+        self._largest = {node: torch.zeros(shape_of(node)[axis]) for node, axis in self._axes.items()}
+
+    def add(self, node: fx.Node, value: Tensor) -> None:
+        """Add the activation of one sample."""
+        others = [axis for axis in range(value.dim()) if axis != self._axes[node]]
+        high, low = value.amax(others), value.amin(others)  # abs would copy the activation
+        self._largest[node] = torch.maximum(self._largest[node], torch.maximum(high, -low))
+
+    def read(self, node: fx.Node) -> Tensor:
+        """Return the largest absolute value of each channel, (C,)."""
+        return self._largest[node]
+
+
 def channel_maxima(
     module: fx.GraphModule,
     activations: Collection[fx.Node],
@@ -98,18 +125,15 @@ def channel_maxima(
         samples: its inputs.
         also: further observers by node, called with the node and its value in the same pass.
     """
-    axes = {node: channel_axis(node.meta["val"]) for node in activations}
-    largest = {node: torch.zeros(shape_of(node)[axis]) for node, axis in axes.items()}
+    peaks = ChannelPeaks(activations)
 
     def see(node: fx.Node, value: Tensor) -> None:
-        if node in largest:
-            others = [axis for axis in range(value.dim()) if axis != axes[node]]
-            high, low = value.amax(others), value.amin(others)  # abs would copy the activation
-            largest[node] = torch.maximum(largest[node], torch.maximum(high, -low))
+        if node in activations:
+            peaks.add(node, value)
         if node in also:
             also[node](node, value)
 
-    nodes = {*largest, *also}
+    nodes = {*activations, *also}
     for sample in samples if nodes else ():
         look(module, nodes, sample, see)
-    return largest
+    return {node: peaks.read(node) for node in activations}

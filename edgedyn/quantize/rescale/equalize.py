@@ -25,7 +25,7 @@ from edgedyn.graph.nodes import (
     is_quantizable,
     weight_of,
 )
-from edgedyn.quantize.rescale.place import Place, RescalePass, Scope, always
+from edgedyn.quantize.rescale.place import Place, RescalePass, Scope, always, rounding_error
 
 _LIMIT = 32.0
 _HOMOGENEOUS = RELUS | {torch.ops.aten.prelu.default, torch.ops.aten.leaky_relu.default}
@@ -66,7 +66,13 @@ def scale_pair(module: fx.GraphModule, place: Place, factors: Tensor) -> None:
     set_constant(module, second, 1, weight / by_input(factors, weight))
 
 
-EQUALIZE = RescalePass("equalize", lambda section: section.equalize, find_pairs, always, scale_pair)
+def _error(module: fx.GraphModule, place: Place, factors: Tensor, largest: Tensor) -> float:
+    return rounding_error(weight_of(module, place.layers[1]), factors, largest)
+
+
+EQUALIZE = RescalePass(
+    "equalize", lambda section: section.equalize, find_pairs, always, scale_pair, error=_error
+)
 
 
 def _is_convolution(node: fx.Node) -> bool:

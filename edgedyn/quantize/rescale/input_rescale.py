@@ -21,7 +21,7 @@ from edgedyn.quantize.accounting import KEPT_INPUT_RESCALE, moves_only
 from edgedyn.quantize.deciding import find_deciding_layers
 from edgedyn.quantize.plan import QuantizableLayer, find_quantizable_layers
 from edgedyn.quantize.rescale.output_rescale import PADS, RESCALE, insert_rescale
-from edgedyn.quantize.rescale.place import Place, RescalePass, Scope
+from edgedyn.quantize.rescale.place import Place, RescalePass, Scope, rounding_error
 
 _LIMIT = 32.0
 _WORTH = 0.2  # share of the power of the layers' rounding error that may be left
@@ -65,8 +65,18 @@ def scale_input(module: fx.GraphModule, place: Place, factors: Tensor) -> Tensor
     return factors
 
 
+def _error(module: fx.GraphModule, place: Place, factors: Tensor, largest: Tensor) -> float:
+    return sum(rounding_error(weight_of(module, layer), factors, largest) for layer in place.layers)
+
+
 RESCALE_INPUTS = RescalePass(
-    "rescale_inputs", lambda section: section.equalize_inputs, find_inputs, lowers_error, scale_input
+    "rescale_inputs",
+    lambda section: section.equalize_inputs,
+    find_inputs,
+    lowers_error,
+    scale_input,
+    error=_error,
+    mends_outliers=True,
 )
 
 

@@ -59,8 +59,17 @@ def scale_output(module: fx.GraphModule, place: Place, factors: Tensor) -> Tenso
     return 1 / factors
 
 
+def _error(module: fx.GraphModule, place: Place, factors: Tensor, largest: Tensor) -> float:
+    return float((factors * largest).max() ** 2 * (1 / factors**2).sum())
+
+
 RESCALE_OUTPUTS = RescalePass(
-    "rescale_outputs", lambda section: section.equalize_outputs, find_outputs, halves_error, scale_output
+    "rescale_outputs",
+    lambda section: section.equalize_outputs,
+    find_outputs,
+    halves_error,
+    scale_output,
+    error=_error,
 )
 
 

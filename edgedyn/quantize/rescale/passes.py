@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
@@ -11,7 +12,7 @@ from edgedyn.quantize.rescale.equalize import EQUALIZE
 from edgedyn.quantize.rescale.generated import EQUALIZE_TAPS
 from edgedyn.quantize.rescale.input_rescale import RESCALE_INPUTS
 from edgedyn.quantize.rescale.output_rescale import RESCALE_OUTPUTS
-from edgedyn.quantize.rescale.place import Place, RescalePass, Scope, channel_factors
+from edgedyn.quantize.rescale.place import Place, RescalePass, Scope, channel_factors, find_outliers
 
 if TYPE_CHECKING:
     from edgedyn.recipe.keys import QuantizeSection
@@ -33,7 +34,11 @@ activation, and every rewrite is exact, so that none changes the maxima of the n
 
 
 def find_places(
-    module: fx.GraphModule, section: QuantizeSection, generated: Collection[str] = frozenset()
+    module: fx.GraphModule,
+    section: QuantizeSection,
+    generated: Collection[str] = frozenset(),
+    *,
+    for_outliers: bool = False,
 ) -> list[tuple[RescalePass, Place]]:
     """Return the places of every pass that the recipe asks for, in the order of ``PASSES``.
 
@@ -41,13 +46,15 @@ def find_places(
         module: a folded program; left as it is.
         section: the recipe's ``quantize`` section.
         generated: names of the generated kernels.
+        for_outliers: also those of passes that mend outliers without being asked for.
     """
     places: list[tuple[RescalePass, Place]] = []
     for rescale_pass in PASSES:
-        if rescale_pass.is_on(section):
+        is_on = rescale_pass.is_on(section)
+        if is_on or (for_outliers and rescale_pass.mends_outliers):
             taken = frozenset(node for _, place in places for node in place.activations)
             found = rescale_pass.find(module, Scope(section, generated, taken))
-            places += [(rescale_pass, place) for place in found]
+            places += [(rescale_pass, replace(place, for_outliers=not is_on)) for place in found]
     return places
 
 
@@ -71,7 +78,9 @@ def rescale_channels(
         largest = [maxima[node] for node in place.activations]
         if not all(channels.max() > 0 for channels in largest):
             continue
-        up = channel_factors(largest, place.limit)
+        if place.for_outliers and not any(find_outliers(channels).any() for channels in largest):
+            continue
+        up = _choose_factors(module, rescale_pass, place, largest)
         if rescale_pass.pays(module, place, up):
             inserted = rescale_pass.rescale(module, place, up)
             changed.update(place.layers)
@@ -79,3 +88,15 @@ def rescale_channels(
                 factors[place.tensor] = inserted
     module.recompile()
     return factors, changed
+
+
+def _choose_factors(
+    module: fx.GraphModule, rescale_pass: RescalePass, place: Place, largest: Sequence[Tensor]
+) -> Tensor:
+    """Return the factors of a place: with outliers apart where there are any, and that lowers the error."""
+    up = channel_factors(largest, place.limit)
+    if rescale_pass.error is None or not any(find_outliers(channels).any() for channels in largest):
+        return up
+    apart = channel_factors(largest, place.limit, outliers_count=False)
+    errors = [rescale_pass.error(module, place, factors, largest[-1]) for factors in (apart, up)]
+    return apart if errors[0] < errors[1] else up

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from edgedyn.graph.nodes import by_output, convolution_arguments, weight_of
+from edgedyn.graph.nodes import bias_of, by_output, convolution_arguments, weight_of
 from edgedyn.quantize.calibrated import Calibrated, qparams_of, restore
 from edgedyn.quantize.fake_quantize import Constants, quantize_weight
 from edgedyn.quantize.observe.program import Observed
@@ -25,6 +25,12 @@ from edgedyn.targets import Int8Scheme
 
 if TYPE_CHECKING:
     from edgedyn.recipe.keys import QuantizeSection
+
+
+_NEAREST = (
+    "rounded to the nearest INT8 values, not reconstructed: the second moments of its inputs are not finite, "
+    "or not positive definite (a feature map whose mean is far above its spread)"
+)
 
 
 def round_program(
@@ -55,8 +61,11 @@ def round_program(
     examples = choose_examples(module, finetuning or samples) if section.finetune else ([], [])
     unrounded = copy.deepcopy(module) if section.bias_correction != "none" else module
     if section.rounding == "reconstruct" or section.bn_reestimation:
-        rounded, scales = _round_weights(module, plan, qparams, scheme, section, samples, progress)
-        entries |= {name: replace(entries[name], channels=channels) for name, channels in scales.items()}
+        rounded, scales, notes = _round_weights(module, plan, qparams, scheme, section, samples, progress)
+        entries |= {
+            name: replace(entries[name], channels=channels, note=notes.get(name, ""))
+            for name, channels in scales.items()
+        }
         qparams = qparams_of(tuple(entries.values()), scheme)
         restore(module, Calibrated(tuple(entries.values()), rounded))
         constants |= rounded
@@ -101,19 +110,22 @@ def _round_weights(
     section: QuantizeSection,
     samples: Sequence[tuple[Tensor, ...]],
     progress: Progress,
-) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, ...]]]:
-    """Round the weights of every INT8 layer, first to last; return weights and biases, and scales."""
+) -> tuple[dict[str, np.ndarray], dict[str, tuple[float, ...]], dict[str, str]]:
+    """Round the weights of every INT8 layer, first to last; return weights and biases, scales, and notes."""
     constants: dict[str, np.ndarray] = {}
     channels: dict[str, tuple[float, ...]] = {}
+    notes: dict[str, str] = {}
 
     def choose(layer: QuantizableLayer, inputs: list[Tensor], outputs: list[Tensor]) -> Constants:
         weight, scales = weight_of(module, layer.node), qparams.weights[layer.weight]
         if section.rounding == "reconstruct":
             is_linear = layer.node.target is torch.ops.aten.linear.default
             groups = 1 if is_linear else convolution_arguments(layer.node)[3]
-            quantized, bias = reconstruct(
-                weight, scales, measure_moments(layer.node, inputs, outputs, groups)
-            )
+            moments = measure_moments(layer.node, inputs, outputs, groups)
+            fitted = reconstruct(weight, scales, moments)
+            if fitted is None:
+                notes[layer.weight] = _NEAREST
+            quantized, bias = fitted or _nearest(module, layer, scales)
         else:  # re-estimation sets the bias
             quantized = quantize_weight(weight, scales)
         if section.bn_reestimation:
@@ -127,4 +139,10 @@ def _round_weights(
 
     paired = PairedRun(module, plan, qparams, scheme)
     paired.run(samples, choose, lambda done, total: progress("round weights", done, total))
-    return constants, channels
+    return constants, channels, notes
+
+
+def _nearest(module: fx.GraphModule, layer: QuantizableLayer, scales: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the weight of a layer, each value rounded alone, and its float bias."""
+    weight, bias = weight_of(module, layer.node), bias_of(module, layer.node)
+    return quantize_weight(weight, scales), torch.zeros(len(weight)) if bias is None else bias

@@ -28,6 +28,9 @@ from torch import Tensor, fx
 from edgedyn.graph.nodes import channel_axis, convolution_arguments, weight_shape
 
 _DAMPING = 1e-3  # share of H's mean diagonal: inputs that were hardly ever active keep their weights
+# factors of the ridge: H is the difference of two float32 sums, and where a feature map's mean is far above
+# its spread, their rounding leaves eigenvalues below zero
+_RIDGES = (1.0, 10.0, 100.0, 1000.0)
 _BLOCK = 64  # columns
 _STRETCH = 1024  # positions
 
@@ -172,7 +175,7 @@ def _pair(value: Any) -> tuple[int, int]:
     return int(a), int(b)
 
 
-def reconstruct(weight: Tensor, scales: Tensor, moments: list[Moments]) -> tuple[Tensor, Tensor]:
+def reconstruct(weight: Tensor, scales: Tensor, moments: list[Moments]) -> tuple[Tensor, Tensor] | None:
     """Round a weight so that its layer's outputs change least; return the quantized weight and the new bias.
 
     Args:
@@ -181,29 +184,47 @@ def reconstruct(weight: Tensor, scales: Tensor, moments: list[Moments]) -> tuple
         moments: one per group.
 
     Returns:
-        Integers of the weight's shape in [-127, 127], and the bias (O,); both float64.
+        Integers of the weight's shape in [-127, 127], and the bias (O,); both float64. None where the
+        moments are not finite, or so ill-conditioned that the largest ridge does not help.
     """
     quantized, biases = [], []
     groups = len(moments)
     flat = weight.double().reshape(weight.shape[0], -1)
     for w, s, m in zip(flat.chunk(groups), scales.double().chunk(groups), moments, strict=True):
-        q = _round_columns(_refit(w, m), s, _damped(m))
+        q = _round_group(w, s, m)
+        if q is None:
+            return None
         quantized.append(q)
         biases.append(m.y - (q * s[:, None]) @ m.x)
     return torch.cat(quantized).reshape(weight.shape), torch.cat(biases)
 
 
-def _refit(w: Tensor, moments: Moments) -> Tensor:
+def _round_group(w: Tensor, scales: Tensor, moments: Moments) -> Tensor | None:
+    """Round the weights of one group; a ridge that leaves H indefinite is enlarged, step by step."""
+    if not all(bool(x.isfinite().all()) for x in (moments.h, moments.c, moments.x, moments.y)):
+        return None
+    for enlarged in _RIDGES:
+        h = _damped(moments, enlarged)
+        try:
+            q = _round_columns(_refit(w, moments, h), scales, h)
+        except torch.linalg.LinAlgError:  # not positive-definite, or singular
+            continue
+        if q.isfinite().all():
+            return q
+    return None
+
+
+def _refit(w: Tensor, moments: Moments, damped: Tensor) -> Tensor:
     """Return the weights nearest to w that compute the float outputs from the INT8 inputs."""
-    change: Tensor = torch.linalg.solve(_damped(moments), (moments.c - w @ moments.h).t()).t()
+    change: Tensor = torch.linalg.solve(damped, (moments.c - w @ moments.h).t()).t()
     return w + change
 
 
-def _damped(moments: Moments) -> Tensor:
+def _damped(moments: Moments, enlarged: float) -> Tensor:
     """Return H with a ridge: a share of its mean diagonal, and more than float32's rounding of a constant."""
     spread, mean = moments.h.diagonal().mean(), (moments.x**2).mean()
     ridge = _DAMPING * spread + 16 * torch.finfo(torch.float32).eps * mean + 1e-30
-    return moments.h + torch.eye(len(moments.h), dtype=moments.h.dtype) * ridge
+    return moments.h + torch.eye(len(moments.h), dtype=moments.h.dtype) * (ridge * enlarged)
 
 
 def _round_columns(w: Tensor, scales: Tensor, h: Tensor) -> Tensor:

@@ -32,6 +32,7 @@ class Entry:
             of its rescale Mul.
         spread: of a generated kernel, two shares of its rms: the spread over all positions, and the spread
             between images, see ``edgedyn.quantize.rescale.generated``.
+        note: for readers of the report; empty but for a layer that was not calibrated as the recipe says.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Entry:
     symmetric: float | None = None
     channels: tuple[float, ...] = ()
     spread: tuple[float, ...] = ()
+    note: str = ""
 
     def __repr__(self) -> str:
         """Return one line; the values are in the fields."""
@@ -60,7 +62,7 @@ class Entry:
             "spread": list(self.spread),
             "histogram": self.histogram.to_json(),
         }
-        return sealed(values)
+        return sealed(values | ({"note": self.note} if self.note else {}))
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Entry:
@@ -75,6 +77,7 @@ class Entry:
             values["symmetric"],
             tuple(values["channels"]),
             tuple(values["spread"]),
+            str(values.get("note", "")),
         )
 
 
