@@ -18,6 +18,7 @@ import numpy as np
 from edgedyn.bundle.manifest import FORMAT, FORWARD, ROUTER
 from edgedyn.files import to_json
 from edgedyn.report import Picture, write_report
+from edgedyn.report.advice import advise
 from edgedyn.report.rows import ValidationReport
 from edgedyn.validation.runs import Outputs, enlarge, to_hwc
 
@@ -56,7 +57,7 @@ def write_contents(
     """
     task = recipe.sampling.measured_on(outputs.samples)
     write_vectors(staging, outputs, recipe.dtype)
-    write_texts(staging, recipe, report, converted.table, manifest["facts"]["latency_ms"])
+    write_texts(staging, recipe, report, converted.table, manifest["facts"])
     files = sorted(set(manifest["programs"].values()))
     write_report(
         staging,
@@ -125,6 +126,8 @@ def describe(
             facts["ablation"] = {name: dict(measured) for name, measured in table.ablation.items()}
         facts["calibration"] = _describe_calibration(recipe.quantize, calibration, converted.mismatch)
         facts["generated_kernels"] = _generated_kernels(converted)
+        if notes := _notes(converted):
+            facts["notes"] = notes
     task = recipe.sampling
     if task.has_truth and not task.measured_on(outputs.samples).has_truth:
         facts["truth"] = (
@@ -182,6 +185,17 @@ def _generated_kernels(converted: Converted) -> dict[str, dict[str, float]]:
         for program, entries in programs.items()
         for entry in entries
         if entry.spread
+    }
+
+
+def _notes(converted: Converted) -> dict[str, str]:
+    """Return the notes of the calibration, by program and tensor: outliers, layers rounded to nearest."""
+    programs = converted.table.programs if converted.table is not None else {}
+    return {
+        entry.name if program == FORWARD else f"{program}: {entry.name}": entry.note
+        for program, entries in programs.items()
+        for entry in entries
+        if entry.note
     }
 
 
@@ -253,12 +267,16 @@ def write_texts(
     recipe: Recipe,
     report: ValidationReport,
     table: CalibrationTable | None,
-    latency_ms: dict[str, float],
+    facts: dict[str, Any],
 ) -> None:
     """Write the recipe, the rows and, for INT8, the calibration table."""
     (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
-    rows = {"ok": report.ok, "rows": [row.to_json() for row in report.rows], "latency_ms": latency_ms}
-    _write_json(staging / "report.json", rows)
+    rows = [row.to_json() for row in report.rows]
+    values = {"ok": report.ok, "rows": rows, "advice": advise(rows, facts)}
+    _write_json(
+        staging / "report.json",
+        {**values, "latency_ms": facts["latency_ms"], "measured_on": facts.get("measured_on", {})},
+    )
     if table is not None:
         table.write(staging / "calibration.json")
 

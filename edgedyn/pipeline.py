@@ -8,12 +8,14 @@ routed network are programs that pass through the same steps; all of them share 
 
 from __future__ import annotations
 
+import importlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edgedyn.bench.speed import time_runs
+from edgedyn.bench.speed import machine, time_runs
 from edgedyn.bundle.bundle import Bundle, refuse_existing, write_bundle
 from edgedyn.bundle.dispatch import load_programs
 from edgedyn.contents import describe, write_contents
@@ -31,7 +33,9 @@ from edgedyn.graph.provenance import shared_provenance
 from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.table.table import refuse_place
 from edgedyn.recipe.recipe import Recipe, as_recipe
+from edgedyn.report.advice import advise
 from edgedyn.report.rows import ValidationReport
+from edgedyn.targets.onnxruntime.run import THREADS
 from edgedyn.validation import checks, decisions
 from edgedyn.validation.exactness import exactness_rows
 from edgedyn.validation.further import further_rows
@@ -39,6 +43,8 @@ from edgedyn.validation.measurements import Case
 from edgedyn.validation.runs import Outputs, run_samples
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from edgedyn.conversion.convert import Converted
     from edgedyn.images.image_set import CalibrationSet
     from edgedyn.quantize.table.table import CalibrationTable
@@ -76,6 +82,11 @@ class Build:
         median = self.latency_ms["median"]
         return f"Build({self.bundle!r}, {median:.1f} ms per tile on this machine)\n{self.report!r}"
 
+    @property
+    def advice(self) -> list[dict[str, str]]:
+        """The advice on each kind of failed check, ``{"row", "advice"}``."""
+        return advise([row.to_json() for row in self.report.rows], self.bundle.manifest["facts"])
+
     def to_json(self) -> dict[str, Any]:
         """Return the output of ``edgedyn build --json``."""
         manifest = self.bundle.manifest
@@ -87,7 +98,9 @@ class Build:
             "forms": manifest["forms"],
             "int8_mac_share": manifest["facts"].get("int8_mac_share"),
             "rows": [row.to_json() for row in self.report.rows],
+            "advice": self.advice,
             "latency_ms": self.latency_ms,
+            "measured_on": manifest["facts"].get("measured_on", {}),
             "files": {name: entry["size"] for name, entry in manifest["files"].items()},
         }
 
@@ -136,7 +149,7 @@ def build(
         inputs = [x.astype(recipe.input_specs()[0].dtype) for x in samples[0].inputs]
         latency_ms = time_runs(device, inputs)
         manifest = describe(recipe, artifact, converted, calibration, outputs, latency_ms, report.ok)
-        manifest["facts"] |= margins
+        manifest["facts"] |= {**margins, "measured_on": measured_on(target, staging, artifact, inputs)}
         write_contents(staging, recipe, converted, outputs, report, manifest)
         bundle = write_bundle(out, staging, manifest, force=force)
     programs.remember(bundle, runtime_name(bundle))
@@ -167,6 +180,22 @@ def validate(
     rows += [*decided.rows, *artifact.rows]
     rows = rows if recipe.is_trained else checks.report_only(rows)
     return ValidationReport(tuple(rows)), decided.facts
+
+
+def measured_on(
+    target: Target, folder: Path, artifact: Artifact, inputs: Sequence[np.ndarray]
+) -> dict[str, str]:
+    """Return where a latency was measured: tile, runtime, threads and machine."""
+    run = importlib.import_module(f"edgedyn.targets.{target.name}.run")
+    name_runtime = getattr(run, "runtime_name", lambda path: target.name)
+    runtimes = sorted({name_runtime(folder / file) for file in artifact.programs.values()})
+    own = any("ONNX Runtime" in name for name in runtimes)
+    return {
+        "tile": " x ".join(map(str, inputs[0].shape[2:])) + " pixels",
+        "runtime": "; ".join(runtimes),
+        "threads": f"{THREADS} threads" if own else "the runtime's own number of threads",
+        "machine": machine(),
+    }
 
 
 @shared_provenance()

@@ -130,7 +130,7 @@ def test_method_of_calibration_is_named_and_what_was_forced(mismatch, forced):
 
 def test_numbers_that_json_lacks_are_written_as_text(tmp_path):
     report = ValidationReport((Row("decomposed:canonical", "sqnr_db", math.inf, {"at_least": 200.0}, 2),))
-    contents.write_texts(tmp_path, load_recipe(RECIPE), report, None, {"median": 1.5})
+    contents.write_texts(tmp_path, load_recipe(RECIPE), report, None, {"latency_ms": {"median": 1.5}})
     text = (tmp_path / "report.json").read_text()
     written = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert written["rows"][0]["value"] == "inf"

@@ -11,8 +11,6 @@ whose time depends on its mask. BatchNorm statistics and input range come from t
 from __future__ import annotations
 
 import json
-import os
-import platform
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from edgedyn import targets
-from edgedyn.bench.speed import Comparison, Trace, attribute, compare, run_in_turns
+from edgedyn.bench.speed import Comparison, Trace, attribute, compare, machine, run_in_turns
 from edgedyn.bundle.arrays import read_array
 from edgedyn.bundle.bundle import Bundle, add_files, open_bundle
 from edgedyn.children import python_command, run_tool
@@ -199,8 +197,3 @@ def write_comparison(path: Path, comparison: Comparison) -> None:
         )
         (staging / "report.html").write_text(page, encoding="utf-8")
         add_files(bundle, [staging / name for name in (FILE, *_REPORT)])
-
-
-def machine() -> str:
-    """Return the name of this machine, for readers of the numbers elsewhere."""
-    return f"{platform.machine()}, {platform.processor() or platform.system()}, {os.cpu_count()} CPUs"

@@ -9,6 +9,8 @@ above its third quartile in float32. Device side: numpy only.
 
 from __future__ import annotations
 
+import os
+import platform
 import time
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
@@ -264,3 +266,8 @@ def time_runs(
         if index >= warm_up:
             times.append((time.perf_counter() - start) * 1e3)
     return {"median": float(np.median(times)), "p95": float(np.percentile(times, 95)), "runs": runs}
+
+
+def machine() -> str:
+    """Return the name of this machine, for readers of the numbers elsewhere."""
+    return f"{platform.machine()}, {platform.processor() or platform.system()}, {os.cpu_count()} CPUs"

@@ -9,7 +9,16 @@ import typer
 
 from edgedyn.cli.options import AsJson, Force, RecipePath, Seed, Set, Trust, Verbosity
 from edgedyn.cli.tables import print_rows
-from edgedyn.cli.terminal import detail, exit_unless, library_output, print_json, progress_bars, result, warn
+from edgedyn.cli.terminal import (
+    detail,
+    exit_unless,
+    fold,
+    library_output,
+    print_json,
+    progress_bars,
+    result,
+    warn,
+)
 
 if TYPE_CHECKING:
     from edgedyn.pipeline import Build
@@ -51,7 +60,17 @@ def _print_build(built: Build, *, is_trained: bool) -> None:
     print_rows(built.report.rows)
     detail()
     result(f"{'ok' if built.report.ok else 'FAILED'}: {bundle.path}  ({bundle.precision}, {bundle.target})")
-    detail(f"one tile on this machine: {latency['median']:.1f} ms median of {latency['runs']:.0f} runs")
+    for item in built.advice:
+        detail(fold(f"{item['row']}: {item['advice']}"))
+    for name, note in bundle.manifest["facts"].get("notes", {}).items():
+        detail(fold(f"note: {name}: {note}"))
+    place = bundle.manifest["facts"].get("measured_on", {})
+    detail(
+        fold(
+            f"one tile on this machine: {latency['median']:.1f} ms median of {latency['runs']:.0f} runs, "
+            + ", ".join(place[key] for key in ("tile", "runtime", "threads", "machine") if key in place)
+        )
+    )
     if not bundle.manifest["facts"]["dynamic_layers"]:
         detail("The network has no dynamic layer; it was deployed as a static one.")
     weights = str(bundle.manifest["facts"]["weights"])

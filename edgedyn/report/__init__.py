@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from edgedyn.errors import UsageError, printable
+from edgedyn.report.advice import advise
 from edgedyn.report.curves import ablation_rows, precision_sections
 from edgedyn.report.layers import CLOSES, OPENS, describe_layers, replace_layers
 from edgedyn.report.pictures import Picture, panels
@@ -56,6 +57,8 @@ _FACTS_SHOWN = frozenset(
         "ablation",
         "operators",
         "truth",
+        "notes",
+        "measured_on",
     }
 )
 
@@ -86,8 +89,10 @@ def write_report(
             ``weights`` (where they are from), ``truth`` (a notice where none is known), ``precision`` and
             ``ablation`` (of a calibration table: {program: measurements}), ``generated_kernels`` {name:
             {spread, between_images}} (shares of a kernel's rms, see ``quantize.rescale.generated``),
-            ``decisions`` and ``routes`` (histograms of margins: ``edges``, ``all``, ``changed``). The page
-            lists others at its end, except ``operators``, which ``edgedyn bench --per-layer`` uses.
+            ``decisions`` and ``routes`` (histograms of margins: ``edges``, ``all``, ``changed``), ``notes``
+            {tensor: note of the calibration}, ``measured_on`` {tile, runtime, threads, machine} (of
+            ``latency_ms``). The page lists others at its end, except ``operators``, which ``edgedyn bench
+            --per-layer`` uses.
 
     Raises:
         UsageError: for a verdict that the rows contradict, a row or a manifest without a required key, a
@@ -105,6 +110,8 @@ def write_report(
         precision=precision,
         verdict=_verdict(ok, rows),
         failed=[_row(row) for row in rows if not row["passed"]],
+        advice=advise(rows, facts),
+        notes=facts.get("notes", {}),
         figures=list(_figures(rows, facts)),
         pictures=[{"caption": p.caption, "panels": panels(p, precision)} for p in pictures],
         groups=_groups(rows),
@@ -194,7 +201,11 @@ def _figures(rows: list[dict[str, Any]], facts: Mapping[str, Any]) -> Iterable[t
         yield "Size", megabytes(sum(programs.values())), ", ".join(sorted(programs))
     if latency := facts.get("latency_ms"):
         note = f"median of {latency['runs']} runs; p95 {number(latency['p95'])} ms"
-        yield "Latency", f"{number(latency['median'])} ms", note
+        place = facts.get("measured_on", {})
+        where = "".join(
+            f"; {place[key]}" for key in ("tile", "runtime", "threads", "machine") if key in place
+        )
+        yield "Latency on the build machine", f"{number(latency['median'])} ms", note + where
 
 
 def _notice(weights: str) -> str:

@@ -160,6 +160,8 @@ def measure_masks(part: Part, target: Target, case: Case) -> Measured:
         crossed = {"at_most": case.limits.flipped_margin}
         rows.append(Row("decisions", f"largest_flipped_margin[{where}]", largest, crossed, flips.size))
         facts[f"margins_{where}"] = _histogram(margins, flips)
+        if flips.any():
+            facts[f"worst_mask_{where}"] = _worst_mask(masks, expected, margins, flips)
     active = np.concatenate([m.ravel() for per_sample in expected for m in per_sample])
     rows.append(Row("decisions", "active_fraction", float(active.mean()), {}, active.size))
     forced = run_noting(part.program, samples, dtype, expected)
@@ -195,6 +197,15 @@ def _flips(
         flips.append(here != np.concatenate([m[k].ravel() for m in expected]))
         margins.append(np.abs(reference) / max(float(np.sqrt(np.mean(reference**2))), 1e-30))
     return np.concatenate(flips), np.concatenate(margins)
+
+
+def _worst_mask(
+    masks: Sequence[Mask], expected: Sequence[Sequence[np.ndarray]], margins: np.ndarray, flips: np.ndarray
+) -> str:
+    """Return the path of the mask with the largest margin among the changed positions."""
+    ends = np.cumsum([sum(sample[k].size for sample in expected) for k in range(len(masks))])
+    worst = int(np.argmax(np.where(flips, margins, -1)))
+    return masks[int(np.searchsorted(ends, worst, side="right"))].path
 
 
 def _histogram(margins: np.ndarray, changed: np.ndarray) -> dict[str, list[float]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -10,7 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedyn.bundle.manifest import FORWARD
-from edgedyn.errors import ModelError
+from edgedyn.errors import ModelError, TargetMissingError
+from edgedyn.graph.nodes import module_path
 from edgedyn.targets import Artifact
 from edgedyn.targets.onnx_export import check_precision, describe, export_onnx
 from edgedyn.targets.onnxruntime.run import load
@@ -24,11 +26,49 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
     """Write ``model.onnx``, or ``<program>.onnx`` for each of several, into the folder ``out``.
 
     Raises:
-        ModelError: for an operator that ONNX cannot express, or a program of another precision.
+        ModelError: for an operator that ONNX cannot express, a program of another precision, or one that ONNX
+            Runtime cannot load or run, with its own line.
     """
     models = write_models(programs, out, precision)
+    for name, program in programs.items():
+        refuse_failing(out / file_name(name), program)
     facts: dict[str, object] = {"onnx": describe_models(models), "versions": versions()}
     return Artifact({name: file_name(name) for name in programs}, facts)
+
+
+def refuse_failing(path: Path, program: ExportedProgram) -> None:
+    """Remove a file, and refuse its program, that ONNX Runtime cannot load or run on its example inputs.
+
+    Args:
+        path: an ONNX file in ordinary operators.
+        program: as it was before lowering, for its example inputs and its layers.
+
+    Raises:
+        ModelError: with ONNX Runtime's own line, and the layer of the node that it names.
+    """
+    assert program.example_inputs is not None  # torch.export keeps them
+    try:
+        load(path)(*(x.numpy() for x in program.example_inputs[0]))
+    except TargetMissingError:
+        raise
+    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+        path.unlink()
+        line = " ".join(str(error).split())
+        raise ModelError(f"{_quote(line)} {_place(line, program)}") from error
+
+
+def _quote(line: str) -> str:
+    return line if line.startswith("ONNX Runtime") else f"ONNX Runtime cannot run the program: {line}."
+
+
+def _place(line: str, program: ExportedProgram) -> str:
+    """Return the next step: the layers of the nodes that a line names, or those in INT8."""
+    words = set(re.findall(r"\w+", line))
+    nodes = [n for n in program.graph.nodes if words & {n.name, f"node_{n.name}"} and n.op == "call_function"]
+    layers = dict.fromkeys(path for node in nodes if (path := module_path(node)))
+    if not layers:
+        return "Keep layers in float (quantize.keep_float), or write them with other operators."
+    return f"Keep the layer in float, quantize.keep_float: [{', '.join(layers)}], or write it with others."
 
 
 def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:

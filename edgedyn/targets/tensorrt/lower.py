@@ -22,6 +22,7 @@ from edgedyn.targets.onnxruntime.lower import (
     count_operators,
     describe_models,
     file_name,
+    refuse_failing,
     versions,
     write_models,
 )
@@ -39,7 +40,8 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
     A failed check build does not raise: it is in ``facts["check_build"]``, and its row fails the report.
 
     Raises:
-        ModelError: for an operator that ONNX lacks, a program of another precision, or lint findings.
+        ModelError: for an operator that ONNX lacks, a program of another precision, or lint findings;
+            where ONNX Runtime cannot load or run the program, with its own line.
     """
     programs = {name: with_nodes(program) for name, program in programs.items()}
     models = write_models(programs, out, precision)
@@ -52,6 +54,8 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
                 f"TensorRT would refuse {file_name(name)} or change its result, {len(findings)} findings:\n  "
                 f"{shown}"
             )
+    for name, program in programs.items():
+        refuse_failing(host_path(out / file_name(name)), program)
     checked = {
         name: {**check_build(host_path(out / file_name(name))), "nodes_decomposed": has_nodes(model)}
         for name, model in models.items()
