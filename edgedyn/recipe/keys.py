@@ -122,7 +122,8 @@ class QuantizeSection(Section):
         default=32.0,
         ge=1,
         description="Largest factor by which equalization scales a channel up if a dense layer undoes it. "
-        "Lower it where equalization costs accuracy: the dense layer's weights share one scale per output.",
+        "Lower it where equalization costs accuracy: the dense layer's weights share one scale per output. "
+        "Channels more than 32 times the median one do not count where that lowers the rounding error.",
     )
     equalize_outputs: bool = Field(
         default=True,
@@ -132,7 +133,8 @@ class QuantizeSection(Section):
     equalize_inputs: bool = Field(
         default=False,
         description="Equalize also inputs of INT8 layers that float operators produce. Helps on targets with "
-        "float outputs (tensorrt) and at `dynamic` layers. Costs one float Mul per feature map.",
+        "float outputs (tensorrt) and at `dynamic` layers. Costs one float Mul per feature map. Inputs with a "
+        "channel more than 32 times the median one are equalized in any case, where that pays.",
     )
     rounding: Literal["nearest", "reconstruct"] = Field(
         default="reconstruct",

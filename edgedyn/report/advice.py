@@ -62,8 +62,8 @@ ADVICE: Mapping[str, str] = {
     "check_build_failures": "NVIDIA's parser or builder refuses the model; the report's section on the check "
     "build has its own lines. Without TensorRT-RTX: pip install 'edgedyn[tensorrt-check]'. "
     "Read docs/jetson.md.",
-    "coverage": "Too few calibration samples reach an outcome of the network's decisions. Add such images, or "
-    "name masks that training left empty in quantize.coverage.unused. Read docs/calibration.md.",
+    "coverage": "Too few calibration samples reach an outcome of the network's decisions. Add such images, "
+    "or name masks that training left empty in quantize.coverage.unused. Read docs/calibration.md.",
 }
 _OTHER = "Read docs/limits.md on this check."
 
