@@ -133,8 +133,8 @@ class QuantizeSection(Section):
     equalize_inputs: bool = Field(
         default=False,
         description="Equalize also inputs of INT8 layers that float operators produce. Helps on targets with "
-        "float outputs (tensorrt) and at `dynamic` layers. Costs one float Mul per feature map. Inputs with a "
-        "channel more than 32 times the median one are equalized in any case, where that pays.",
+        "float outputs (tensorrt) and at `dynamic` layers. Costs one float Mul per feature map. Inputs with "
+        "a channel more than 32 times the median one are equalized in any case, where that pays.",
     )
     rounding: Literal["nearest", "reconstruct"] = Field(
         default="reconstruct",
