@@ -39,11 +39,14 @@ class EdgedynError(Exception):
 
     def __str__(self) -> str:
         """Return the message, safe to print."""
-        lines = printable(super().__str__()).split("\n")
-        return "\n".join(
-            line if len(line) <= MAX_LINE else f"{line[:MAX_LINE]}... ({len(line)} characters)"
-            for line in lines
-        )
+        return "\n".join(map(_shorten, printable(super().__str__()).split("\n")))
+
+
+def _shorten(line: str) -> str:
+    """Cut the middle out of a line that is too long: the reason and the next step stand at the end."""
+    if len(line) <= MAX_LINE:
+        return line
+    return f"{line[: MAX_LINE // 2]}... ({len(line)} characters) ...{line[-MAX_LINE // 2 :]}"
 
 
 class CheckFailedError(EdgedynError):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgedyn import targets
-from edgedyn.errors import EdgedynError, RecipeError, nearest
+from edgedyn.errors import EdgedynError, RecipeError, UsageError, nearest, shown
 from edgedyn.ops import choose_form, choose_forms, load_all
 from edgedyn.recipe.networks import find_network
 
@@ -67,3 +67,31 @@ def test_every_exit_code_stands_in_the_table_of_the_module():
     assert len(kinds) > 8
     for kind in kinds:
         assert f"\n    {kind.exit_code}    " in errors.__doc__
+
+
+def test_a_message_is_safe_to_print_and_its_next_step_survives_a_long_value():
+    error = UsageError(
+        "cannot write \x1b[31m\x9b\u202e\udcff" + "x" * 10_000 + ". Choose another place.\nSecond\tline"
+    )
+    lines = str(error).split("\n")
+    assert lines[0].startswith("cannot write \\x1b[31m\\x9b\\u202e\\udcffxxx")
+    assert lines[0].endswith("xxx. Choose another place.")
+    assert len(lines[0]) < 2100
+    assert lines[1] == "Second\tline"
+
+
+@pytest.mark.parametrize(
+    "value",
+    ["x" * 10_000, list(range(10**6)), {"a": ["b" * 10**6]}, 10**9000, [[[[[[[[1]]]]]]]], b"z" * 10**5],
+)
+def test_a_quoted_value_is_short(value):
+    assert len(shown(value)) <= 80
+
+
+def test_a_short_value_is_quoted_as_it_is():
+    assert shown([1, 3, "a"]) == "[1, 3, 'a']"
+    assert shown({"width": 4}) == "{'width': 4}"
+
+
+def test_the_nearest_name_of_a_book_is_found_at_once():
+    assert nearest("x" * 10**6, ["a", "b"]) == ""

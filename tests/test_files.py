@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from edgedyn.errors import UsageError
-from edgedyn.files import replace_file, replace_files, to_json
+from edgedyn.files import refuse_unwritable, replace_file, replace_files, staging_folder, to_json
 
 
 def test_file_is_replaced_whole_or_not_at_all(tmp_path):
@@ -84,3 +84,104 @@ def test_json_holds_nothing_that_a_strict_parser_refuses():
     text = to_json(values)
     read = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
     assert read == {"rows": [{"value": "inf"}, ["nan", "-inf"]], "path": "out", "median": 1.5}
+
+
+def test_an_output_that_can_be_written_is_not_refused_and_nothing_is_left(tmp_path):
+    refuse_unwritable(tmp_path / "a/b/out", is_folder=True)
+    refuse_unwritable(tmp_path / "c/table.json")
+    refuse_unwritable(tmp_path / ("n" * 255))
+    assert os.listdir(tmp_path) == []
+    (tmp_path / "out").mkdir()
+    refuse_unwritable(tmp_path / "out", is_folder=True)
+    assert os.listdir(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("n" * 256, "File name too long. Choose a shorter name"),
+        ("d/" * 2100 + "x", "File name too long. Choose a shorter name"),
+        ("file/out", "Not a directory|File exists"),
+        ("file/a/out", "Not a directory|File exists"),
+        ("a\0b", "null"),
+        ("folder", "Is a directory"),
+    ],
+    ids=lambda value: ascii(value)[:20],
+)
+def test_an_output_that_cannot_be_written_is_refused_before_the_work(tmp_path, name, words):
+    (tmp_path / "file").write_bytes(b"")
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(UsageError, match=f"cannot write .*({words})"):
+        refuse_unwritable(tmp_path / name)
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+    if name != "folder":
+        with pytest.raises(UsageError, match="cannot write"):
+            refuse_unwritable(tmp_path / name, is_folder=True)
+        with pytest.raises(UsageError, match="cannot write"):
+            replace_file(tmp_path / name, b"data")
+    assert sorted(os.listdir(tmp_path)) == ["file", "folder"]
+
+
+AS_NOBODY = """
+import os, sys
+from pathlib import Path
+from edgedyn.errors import UsageError
+from edgedyn.files import refuse_unwritable, replace_file, staging_folder
+
+os.setgid(65534), os.setuid(65534)
+out = Path(sys.argv[1])
+replace, stage = (lambda path: replace_file(path, b"")), (lambda path: staging_folder(path).__enter__())
+for write in (refuse_unwritable, replace, stage):
+    try:
+        write(out)
+    except UsageError as error:
+        print(error)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() != 0, reason="needs root, to be nobody")
+def test_closed_permissions_are_a_refusal_with_a_next_step(tmp_path):
+    for folder in (tmp_path, *tmp_path.parents[:2]):
+        folder.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-c", AS_NOBODY, str(tmp_path / "out")], capture_output=True, text=True, check=False
+    )
+    assert done.stderr == ""
+    words = f"cannot write {tmp_path}/out: Permission denied. Choose a folder that you may write to."
+    assert done.stdout.splitlines() == [words] * 3
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path):
+    code = (
+        "import resource, sys\nfrom pathlib import Path\nfrom edgedyn.errors import UsageError\n"
+        "from edgedyn.files import refuse_unwritable, replace_file\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**12, 2**12))\n"
+        "for write in (refuse_unwritable, lambda path: replace_file(path, bytes(2**13))):\n"
+        "    try:\n        write(Path(sys.argv[1]))\n    except UsageError as error:\n        print(error)\n"
+    )
+    path = tmp_path / "table.json"
+    path.write_bytes(b"old")
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+    assert done.stdout.count("File too large. Free disk space, or choose a place on another disk.") == 2
+    assert path.read_bytes() == b"old"
+    assert os.listdir(tmp_path) == ["table.json"]
+
+
+def test_remains_of_a_killed_writer_go_with_the_next_write_and_other_files_stay(tmp_path):
+    for name in (".a.part-0123abcd", ".b.part-0123abcd", ".a.part-mine", "a.part-0123abcd"):
+        (tmp_path / name).write_bytes(b"half")
+    (tmp_path / ".a.part-89abcdef").mkdir()
+    (tmp_path / ".a.part-89abcdef" / "model.pte").write_bytes(b"half")
+    os.mkfifo(tmp_path / ".a.part-aaaaaaaa")
+    replace_file(tmp_path / "a", b"new")
+    assert sorted(os.listdir(tmp_path)) == [".a.part-mine", ".b.part-0123abcd", "a", "a.part-0123abcd"]
+    with staging_folder(tmp_path / "b"):
+        pass
+    assert sorted(os.listdir(tmp_path)) == [".a.part-mine", "a", "a.part-0123abcd"]
+
+
+def test_an_error_of_a_reader_in_a_staging_folder_is_not_called_a_full_disk(tmp_path):
+    with pytest.raises(FileNotFoundError), staging_folder(tmp_path / "out"):
+        (tmp_path / "nowhere").read_bytes()
+    assert os.listdir(tmp_path) == []
