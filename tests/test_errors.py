@@ -83,6 +83,7 @@ def test_a_message_is_safe_to_print_and_its_next_step_survives_a_long_value():
 @pytest.mark.parametrize(
     "value",
     ["x" * 10_000, list(range(10**6)), {"a": ["b" * 10**6]}, 10**9000, [[[[[[[[1]]]]]]]], b"z" * 10**5],
+    ids=lambda value: type(value).__name__,
 )
 def test_a_quoted_value_is_short(value):
     assert len(shown(value)) <= 80
