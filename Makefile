@@ -49,6 +49,7 @@ test-arm64: .venv kernel-tools arm64-tools
 
 test-long: .venv kernel-tools
 	$(BIN)/pytest --numprocesses 2 --dist loadfile -m "slow or not slow"
+	$(BIN)/python tools/fuzz_readers.py --mutations 10000 --out fuzz-readers.json
 	$(BIN)/python tools/build_all.py --workers 2 --out builds.json
 
 # site/index.html: the pages of docs/ and an API reference; warnings are errors, no page loads from the network

@@ -134,8 +134,9 @@ def work(name: str, first: int, count: int) -> None:
 
     lines = os.fdopen(os.dup(1), "w")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # libraries print, too
-    with quiet_libraries():
+    with quiet_libraries(), tempfile.TemporaryDirectory() as cache:
         target = TARGETS[name]()
+        os.environ["XDG_CACHE_HOME"] = cache  # a program that passed its trial is noted there
         for seed in target.seeds:
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(folder, target.name)

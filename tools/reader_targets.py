@@ -20,7 +20,17 @@ from typing import Any
 import numpy as np
 from mutations import mutate, mutate_json
 
+from edgedyn.cache import cached_path
+
 ROOT = Path(__file__).parents[1]
+
+
+def _folder() -> Path:
+    """Return a folder for whole files that take long to make; another one after each change of the code."""
+    sources = sorted((ROOT / "edgedyn").rglob("*.py"))
+    path = cached_path("seeds", sources)
+    path.mkdir(parents=True, exist_ok=True)
+    return path
 
 
 class WrongOkError(Exception):
@@ -124,8 +134,7 @@ def _table() -> Target:
         {"forward": {"rounding": 0.1}},
         (Outcome("mask", "a", 3, 7, 4, 0.1, 0.9),),
     )
-    whole = ROOT / ".fuzz" / "t.json"
-    whole.parent.mkdir(exist_ok=True)
+    whole = _folder() / "t.json"
     table.write(whole)
     beside, values = whole.with_name("t.json.safetensors").read_bytes(), json.loads(whole.read_text())
 
@@ -295,7 +304,7 @@ class _Bundle:
     """A small bundle whose files are damaged and listed with their new digests."""
 
     def __init__(self, target: str) -> None:
-        self.whole = ROOT / ".fuzz" / f"bundle-{target}"
+        self.whole = _folder() / f"bundle-{target}"
         if not self.whole.is_dir():
             _build_bundle(self.whole, target)
         self.files = {

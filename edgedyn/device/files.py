@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 
 from edgedyn.device.session import Progress, Session, open_session
 from edgedyn.errors import EdgedynError, ImageError, UsageError
+from edgedyn.files import refuse_unwritable
 
 STDIN = "-"
 _CONVERTED = ".png"  # of formats that are only read
@@ -167,19 +168,20 @@ def run_jobs(
         finished: called with the outcome of each image.
 
     Raises:
-        UsageError: when a folder for results cannot be made; for a program that takes the noise level of the
-            images, where none is stated.
+        UsageError: when a folder for results cannot be made or written; for a program that takes the noise
+            level of the images, where none is stated.
         ImageError: for a program that takes no image.
     """
     session.scale  # noqa: B018 - a bundle that takes no image is refused once, not for each image
     session.further_inputs()  # so is a noise level that is missing
-    for folder in {job.result.parent for job in jobs if str(job.result) != STDIN}:
+    for folder, result in {job.result.parent: job.result for job in jobs if str(job.result) != STDIN}.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(
                 f"cannot make the folder {folder}: {error}. Choose another output folder."
             ) from error
+        refuse_unwritable(result)
     outcomes = []
     for job in jobs:
         outcomes.append(_run_one(session, job, functools.partial(progress, job), force=force))

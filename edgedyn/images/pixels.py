@@ -87,7 +87,7 @@ def _read_array(path: Path) -> np.ndarray:
         except (CalibrationError, OSError):
             raise
         except Exception as error:  # numpy, tokenize, zipfile and zlib raise all kinds
-            raise OSError(f"{type(error).__name__}: {error}") from error
+            raise OSError(str(error) or type(error).__name__) from error
 
 
 def to_pixels(array: np.ndarray, name: str) -> np.ndarray:

@@ -317,3 +317,11 @@ def test_a_full_disk_leaves_no_part_and_says_why(tmp_path, session):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
     assert os.listdir(tmp_path / "out") == []
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder in which nobody can write")
+def test_a_folder_that_cannot_be_written_is_refused_before_the_first_image(tmp_path, session):
+    image, tiles_done = save(tmp_path / "a.png", picture(20, 30)), []
+    with pytest.raises(UsageError, match=r"cannot write /proc/a\.png"):
+        run(session, image, "/proc", progress=lambda *state: tiles_done.append(state))
+    assert tiles_done == []
