@@ -60,11 +60,12 @@ def private_folder(path: Path) -> Path:
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             status = folder.lstat()
-            if folder.is_symlink() or (hasattr(os, "getuid") and status.st_uid != os.getuid()):
+            user = os.getuid() if hasattr(os, "getuid") else status.st_uid  # Windows has none
+            if folder.is_symlink() or status.st_uid != user:
                 kind = "a link" if folder.is_symlink() else f"a folder of user {status.st_uid}"
                 raise UsageError(
-                    f"the cache {folder} is {kind}; expected a folder of user {os.getuid()}, because "
-                    "libraries are loaded from it. Remove it, or set XDG_CACHE_HOME to a folder of yours."
+                    f"the cache {folder} is {kind}; expected a folder of user {user}, because libraries are "
+                    "loaded from it. Remove it, or set XDG_CACHE_HOME to a folder of yours."
                 )
             if status.st_mode & 0o077:
                 folder.chmod(0o700)

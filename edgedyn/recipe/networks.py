@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from edgedyn import models
-from edgedyn.bundle.manifest import MANIFEST
-from edgedyn.errors import RecipeError, nearest
+from edgedyn.bundle.manifest import listed_names
+from edgedyn.errors import BundleError, RecipeError, nearest
 from edgedyn.recipe.factory import import_factory
 
 _NAME = re.compile(r"[A-Za-z]\w*(\.[A-Za-z]\w*)*:[A-Za-z]\w*", re.ASCII)
@@ -58,7 +58,7 @@ def find_network(
         if name not in models.names():
             raise _unknown(name, "there is no such network")
         return models.load(name)
-    is_stranger = not is_named or (folder is not None and Path(folder, MANIFEST).exists())
+    is_stranger = not is_named or (folder is not None and _is_bundle(Path(folder)))
     if not trust:
         if is_stranger:
             source = "a bundle" if is_named else "a recipe that was not named by its path"
@@ -68,6 +68,14 @@ def find_network(
     if not trust:
         _check_function(name, found, arguments or {})
     return found  # type: ignore[no-any-return]
+
+
+def _is_bundle(folder: Path) -> bool:
+    """Tell whether the recipe in a folder is part of a bundle, whole or damaged."""
+    try:
+        return "recipe.yaml" in listed_names(folder)
+    except BundleError:
+        return False
 
 
 def _load(name: str) -> Any:

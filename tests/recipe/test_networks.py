@@ -106,7 +106,7 @@ def test_trust_finds_any_function(folder):
 def test_a_recipe_in_a_bundle_names_only_networks_of_edgedyn(folder, name):
     (folder / "evil.py").write_text(CANARY.format(place="ran"))
     (folder / "bundle").mkdir()
-    (folder / "bundle" / "manifest.json").touch()
+    (folder / "bundle" / "manifest.json").write_text('{"files": {"recipe.yaml": {}}}')
     for stranger in ({"folder": folder / "bundle"}, {"is_named": False}):
         assert find_network("dncnn", **stranger)
         with pytest.raises(RecipeError, match="only a network of edgedyn is trusted"):
@@ -140,3 +140,9 @@ def test_a_function_that_returns_no_network_is_refused(folder):
         load_recipe("r.yaml").load_model()
     found = load_recipe("r.yaml", ["model.network=own_net:make"]).load_model()
     assert isinstance(found, nn.Conv2d)
+
+
+def test_a_manifest_of_something_else_makes_no_bundle(folder):
+    for text in ("", "[]", '{"files": {"other.yaml": {}}}', '{"name": "a web app"}'):
+        (folder / "manifest.json").write_text(text)
+        assert find_network("own_net:make", folder=folder)
