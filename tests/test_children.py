@@ -30,6 +30,8 @@ def planted(tmp_path, monkeypatch):
     (ours / "helper.py").touch()
     (ours / "asked.py").write_text(MODULE)
     monkeypatch.chdir(here)
+    # an empty entry is the working directory: so Python itself would run the sitecustomize.py
+    monkeypatch.setenv("PYTHONPATH", os.pathsep + os.environ.get("PYTHONPATH", "/elsewhere"))
     monkeypatch.setattr(sys, "path", ["", str(here), *sys.path, str(ours)])
     return here
 
