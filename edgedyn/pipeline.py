@@ -22,9 +22,9 @@ from edgedyn.contents import describe, write_contents
 from edgedyn.conversion import coverage, implicit
 from edgedyn.conversion.calibration import Measurements
 from edgedyn.conversion.capture import capture
-from edgedyn.conversion.contract import load_network
 from edgedyn.conversion.convert import convert, load_target
 from edgedyn.conversion.image_sets import load_sets
+from edgedyn.conversion.network import check_network
 from edgedyn.device import programs
 from edgedyn.device.session import runtime_name
 from edgedyn.errors import RecipeError, UsageError
@@ -136,7 +136,7 @@ def build(
     refuse_existing(out, force=force)
     refuse_unwritable(out, is_folder=True)
     target = load_target(recipe)
-    recipe = load_network(recipe, trust=trust).recipe
+    recipe = check_network(recipe, target, trust=trust)
     calibration, samples = load_sets(recipe, calibration)
     converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
     with staging_folder(out) as staging:
@@ -229,7 +229,7 @@ def lower(
     refuse_existing(out)
     refuse_unwritable(out, is_folder=True)
     target = load_target(recipe)
-    recipe = load_network(recipe, trust=trust).recipe
+    recipe = check_network(recipe, target, trust=trust)
     calibration, samples = load_sets(recipe, calibration)
     converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
     with staging_folder(out) as staging:
@@ -289,7 +289,7 @@ def calibrate(
         implicit.refuse_caches(recipe, Path(cache), force=force)
     fresh = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"table": None})})
     target = load_target(fresh)
-    fresh = load_network(fresh, trust=trust).recipe
+    fresh = check_network(fresh, target, trust=trust)
     calibration, samples = load_sets(fresh, calibration)
     converted = convert(
         fresh,

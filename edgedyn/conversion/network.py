@@ -9,12 +9,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgedyn import ops
 from edgedyn.bundle.manifest import ROUTER
-from edgedyn.conversion.capture import export, find_generated
+from edgedyn.conversion.capture import capture, export, find_generated
+from edgedyn.conversion.contract import load_network
 from edgedyn.conversion.image_sets import draw, to_tensors
 from edgedyn.conversion.reference import count_capacities, load_reference, rewrite
 from edgedyn.conversion.unsupported import refuse_unsupported
@@ -72,6 +74,28 @@ class Network:
     def natural(self) -> int:
         """Number of samples in natural colours."""
         return len(self.drawn) - self.color_augmented
+
+
+def check_network(recipe: Recipe, target: Target, *, trust: bool = False) -> Recipe:
+    """Load, rewrite and capture the recipe's network without an image, and refuse what the target cannot run.
+
+    Returns:
+        The recipe with the scale of the network, where it leaves it open.
+
+    Raises:
+        EdgedynError: as ``contract.load_network``, ``capture`` and ``refuse_unsupported``.
+        NoFormError: when an op of ours has no form that the target can run.
+    """
+    loaded = load_network(recipe, trust=trust)
+    canonical = rewrite(loaded.model, None)
+    _refuse_routed(canonical, loaded)
+    inputs = part_inputs(canonical, tuple(torch.zeros(spec.shape) for spec in loaded.recipe.input_specs()))
+    programs = {}
+    for name, module in parts(canonical).items():
+        forms, program = decompose_part(capture(module, inputs[name]), target, recipe)
+        programs[name] = ops.decompose(program, forms, "after_quantize")
+    refuse_unsupported(programs, target)
+    return loaded.recipe
 
 
 def rewrite_network(

@@ -80,7 +80,7 @@ def test_ordinary_operators_cost_nothing():
     refuse_unsupported({"forward": program}, target)
 
 
-def test_build_refuses_before_calibration(tmp_path):
+def test_build_refuses_before_an_image_is_read(tmp_path):
     from edgedyn import pipeline
 
     recipe = Recipe(
@@ -90,8 +90,8 @@ def test_build_refuses_before_calibration(tmp_path):
         tile={"overlap": 4},
         target="executorch",
         precision="int8",
-        calibration="calib/skimage.yaml",
-        validation="calib/skimage-validation.yaml",
+        calibration="nowhere",
+        validation="nowhere/else",
         folder=".",
     )
     phases = []

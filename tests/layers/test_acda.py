@@ -284,8 +284,8 @@ def test_class_of_the_name_is_refused_where_its_outputs_differ(changed):
             options = {name: value for name, value in acda._OPTIONS.items() if name != "bias"}
             sizes = {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "padding": 1}
             vars(self).update(options | sizes)
-            self.bases_net, self.bases = ours.bases_net, ours.bases
-            self.coef, self.bias = ours.coef, ours.bias
+            self.bases_net, self.coef, self.bias = ours.bases_net, ours.coef, ours.bias
+            self.register_buffer("bases", ours.bases)
 
         def forward(self, x):
             net = self.bases_net
