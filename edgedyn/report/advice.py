@@ -53,6 +53,8 @@ ADVICE: Mapping[str, str] = {
     "noise_ratio": _RUNTIME,
     "psnr_db": _WEAK,
     "prediction_agreement": _PREDICTIONS,
+    "top1_drop": _PREDICTIONS,
+    "top5_drop": _PREDICTIONS,
     "mask_flip_rate": _MASKS.replace("{limit}", "mask_flips"),
     "largest_flipped_margin": _MASKS.replace("{limit}", "flipped_margin"),
     "gate_agreement": _GATES.replace("{limit}", "gate"),
