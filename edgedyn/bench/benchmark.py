@@ -47,7 +47,7 @@ def measure(bundle: Path, *, runs: int) -> dict[str, Any]:
         ``programs``: ``forward`` or variant -> ``latency_ms`` {median, p95, runs} of one tile, with its
         router, and ``megapixels_per_second``; ``memory_bytes``: ``peak`` of the process, with Python and the
         runtime's libraries, and ``running``, its rise after loading; None where the system does not report
-        both; ``runtime``: name of the runtime.
+        both; ``runtime``, ``tile`` and ``machine``: where and on which size of image it was measured.
 
     Raises:
         EdgedynError: as ``session.open_session``.
@@ -64,7 +64,8 @@ def measure(bundle: Path, *, runs: int) -> dict[str, Any]:
             f"{done.stderr.strip()[-300:]}. Run edgedyn check on it."
         )
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return measured
+    tile = " x ".join(map(str, opened.bundle.inputs[0].shape[2:])) + " pixels"
+    return {**measured, "tile": tile, "machine": machine()}
 
 
 def compare_with_float(

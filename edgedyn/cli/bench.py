@@ -65,7 +65,8 @@ def print_whole(measured: dict[str, Any]) -> None:
                 f"included; {megabytes(memory['running'])} of it while running"
             )
         )
-    detail(f"ran with {measured['runtime']}")
+    place = f"on this machine ({measured['machine']}), which may not be the device"
+    detail(fold(f"ran with {measured['runtime']}, tiles of {measured['tile']}, {place}"))
 
 
 _COLUMNS = (

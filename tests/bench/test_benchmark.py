@@ -186,6 +186,7 @@ def test_command_without_the_flag_leaves_the_bundle_as_it_was(bundle):
     assert done.exit_code == 0, done.output
     assert "of 1 runs of one tile" in " ".join(done.stdout.split())
     assert "ran with ExecuTorch" in done.stdout
+    assert " pixels, on this machine (" in done.stdout
     assert (bundle / MANIFEST).read_bytes() == before
 
 
