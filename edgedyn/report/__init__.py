@@ -202,10 +202,9 @@ def _figures(rows: list[dict[str, Any]], facts: Mapping[str, Any]) -> Iterable[t
     if latency := facts.get("latency_ms"):
         note = f"median of {latency['runs']} runs; p95 {number(latency['p95'])} ms"
         place = facts.get("measured_on", {})
-        where = "".join(
-            f"; {place[key]}" for key in ("tile", "runtime", "threads", "machine") if key in place
-        )
-        yield "Latency on the build machine", f"{number(latency['median'])} ms", note + where
+        keys = [key for key in ("tile", "runtime", "threads", "machine") if key in place]
+        note += "".join(f"; {place[key]}" for key in keys)
+        yield "Latency on the build machine" if place else "Latency", f"{number(latency['median'])} ms", note
 
 
 def _notice(weights: str) -> str:

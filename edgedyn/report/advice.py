@@ -82,11 +82,11 @@ def advise(rows: Iterable[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[
         name, _, condition = str(row["metric"]).partition("[")
         if row["passed"] or name in advice:
             continue
-        shown = " ".join(f"{_SIGNS[key]} {value:.4g}" for key, value in row["limit"].items())
+        shown = " ".join(f"{_SIGNS[key]} {float(value):.4g}" for key, value in row["limit"].items())
         text = ADVICE.get(name, _OTHER).replace("{worst}", _worst_layer(facts))
         text = text.replace("{mask}", _worst_mask(facts, condition.rstrip("]")))
         advice[name] = {
-            "row": f"{row['between']} {row['metric']} is {row['value']:.4g}, limit {shown or 'none'}",
+            "row": f"{row['between']} {row['metric']} is {float(row['value']):.4g}, limit {shown or 'none'}",
             "advice": text,
         }
     return list(advice.values())

@@ -207,7 +207,7 @@ def _round_group(w: Tensor, scales: Tensor, moments: Moments) -> Tensor | None:
         h = _damped(moments, enlarged)
         try:
             q = _round_columns(_refit(w, moments, h), scales, h)
-        except torch.linalg.LinAlgError:  # not positive-definite, or singular
+        except torch.linalg.LinAlgError:  # type: ignore[attr-defined]  # indefinite or singular
             continue
         if q.isfinite().all():
             return q
