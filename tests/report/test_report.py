@@ -353,3 +353,10 @@ def test_import_needs_neither_torch_nor_jinja_nor_pillow():
     code = "import sys, edgedyn.report; print(sorted({'torch', 'jinja2', 'PIL'} & set(sys.modules)))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+def test_control_characters_of_names_are_shown_escaped(tmp_path):
+    page = write(tmp_path, title="net\x1b[31m\u202e", facts={"calibration": {"name": "set\x9b2J"}})
+    assert not {"\x1b", "\u202e", "\x9b"} & set(page)
+    assert "net\\x1b[31m\\u202e" in page
+    assert "set\\x9b2J" in page
