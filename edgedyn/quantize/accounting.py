@@ -95,8 +95,8 @@ def account(module: fx.GraphModule, reasons: Mapping[str, str]) -> tuple[dict[st
 
 
 def _reason(node: fx.Node, name: str) -> str:
-    if node.target is torch.ops.aten.batch_norm.default and node.args[5]:
-        return _BY_IMAGE
+    if node.target in (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default):
+        return _BY_IMAGE if node.args[5] else _KEPT_FLOAT["batch_norm"]
     return _GENERATED if is_ours(node) else _KEPT_FLOAT.get(name, _NO_RULE)
 
 
