@@ -137,11 +137,13 @@ def _is_weight(node: fx.Node) -> bool:
 def _constant_values(module: fx.GraphModule) -> dict[fx.Node, Any]:
     """Evaluate the nodes that read constants and nothing else."""
     values: dict[fx.Node, Any] = {}
-    changed = {_storage(argument(node, 0)) for node in module.graph.nodes if _is_in_place(node)}
+    in_place = [node for node in module.graph.nodes if _is_in_place(node) and not works_on_its_own(node)]
+    changed = {_storage(argument(node, 0)) for node in in_place}
     for node in module.graph.nodes:
+        if node in changed:
+            continue
         if node.op == "get_attr":
-            if node not in changed:
-                values[node] = attribute(module, node)
+            values[node] = attribute(module, node)
         elif _is_foldable(node) and all(source in values for source in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             with torch.no_grad():
@@ -167,13 +169,12 @@ def _is_foldable(node: fx.Node) -> bool:
 
 
 def works_on_its_own(node: fx.Node) -> bool:
-    """Tell whether an operator that works in place changes a value that no other node reads."""
+    """Tell whether an operator that works in place changes a value that no view shows."""
     source = argument(node, 0)
     return (
         isinstance(source, fx.Node)
         and source.op == "call_function"
-        and len(source.users) == 1
-        and not getattr(source.target, "is_view", True)
+        and not any(getattr(other.target, "is_view", False) for other in (source, *source.users))
     )
 
 

@@ -150,3 +150,29 @@ def test_added_constant_is_read_where_it_is_inserted(value, kind):
     assert relu.prev is node
     assert torch.equal(constant_of(module, node), torch.ones(3))
     assert "three_ones" in dict(getattr(module, f"named_{kind}")())
+
+
+class InPlace(nn.Module):
+    """A constant is read, changed in place and read again; where a view shows it, or it is a buffer."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind = kind
+        self.register_buffer("level", torch.arange(3.0) + 1)
+
+    def forward(self, x):
+        level = self.level if self.kind == "buffer" else self.level * 2
+        y = x * level
+        shown = level.view(3, 1) if self.kind == "view" else None
+        level.add_(1)
+        return y + level if shown is None else y + shown[:, 0]
+
+
+@pytest.mark.parametrize("kind", ["value", "view", "buffer"])
+def test_value_that_is_changed_in_place_is_folded_where_nothing_else_sees_it(kind):
+    x = torch.ones(3)
+    expected, folded = InPlace(kind), fold_constants(capture(InPlace(kind), x)).module()
+    for _ in range(2):  # a stored constant must not change from call to call
+        assert torch.equal(folded(x), expected(x))
+    names = [str(node.target) for node in folded.graph.nodes]
+    assert ("aten.add_.Tensor" in names) is (kind != "value")

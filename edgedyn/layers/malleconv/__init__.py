@@ -324,8 +324,8 @@ def _recognise_flying_conv(foreign: nn.Module) -> nn.Module:
         options = {"pooling": layer.pooling, "num_blocks": layer.num_blocks, "groups": layer.groups}
         sizes = {"in_channel": layer.in_channel, "out_channel": layer.out_channel}
         stride = getattr(layer, "stride", 1)
-        sides = (getattr(layer, name, default) for name, default in (("kernel_size", 3), ("dilation", 1)))
-        geometry = Geometry.of(*sides, stride, getattr(layer, "padding", None))
+        side, dilation = getattr(layer, "kernel_size", 3), getattr(layer, "dilation", 1)
+        geometry = Geometry.of(side, dilation, stride, getattr(layer, "padding", None))
         expected = Geometry.of(3, 1, stride, None)
         require(geometry == expected, foreign, f"filters with {geometry}, expected {expected}")
         extra = {"scale": int(layer.pool.kernel_size), "bias": layer.bias, "n_ch": layer.n_ch}
