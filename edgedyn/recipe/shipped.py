@@ -43,7 +43,8 @@ def find_recipe(recipe: str | Path) -> Path:
     name = path.name.removesuffix(".yaml")
     if path.name == str(recipe) and name in shipped:
         return shipped[name]
-    problem = "is a folder" if os.path.isdir(path) else "does not exist"
+    problem = "is no regular file" if os.path.exists(path) else "does not exist"
+    problem = "is a folder" if os.path.isdir(path) else problem
     raise RecipeError(
         f"recipe {recipe} {problem}; {nearest(name, shipped)}expected a YAML file, or the name of a shipped "
         "recipe. See: edgedyn list recipes."

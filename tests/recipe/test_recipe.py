@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import hashlib
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -347,3 +348,10 @@ def test_an_override_that_is_no_yaml_or_a_bomb_is_refused_and_cut(tmp_path):
         with pytest.raises(RecipeError, match="the value is not YAML: line 1") as caught:
             load_recipe(path, [override])
         assert len(str(caught.value)) < 400
+
+
+def test_a_pipe_or_a_device_in_place_of_a_recipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "net.yaml")
+    for path in (tmp_path / "net.yaml", Path("/dev/zero")):
+        with pytest.raises(RecipeError, match="is no regular file"):
+            load_recipe(path)
