@@ -31,7 +31,7 @@ def read_pickle(path: Path) -> Any:
             tensors, containers and numbers; nothing of these is executed.
     """
     _refuse_formats(path)
-    scalars = [np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"), *_NUMPY]
+    scalars: list[Any] = [np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"), *_NUMPY]
     try:
         with torch.serialization.safe_globals(scalars):
             return torch.load(path, weights_only=True, map_location="cpu")

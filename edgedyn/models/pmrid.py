@@ -136,8 +136,8 @@ class PMRID(nn.Module):
         for stage in (self.enc1, self.enc2, self.enc3, self.enc4):
             features.append(stage(features[-1]))
         y = self.encdec(features.pop())
-        for stage in (self.dec1, self.dec2, self.dec3, self.dec4):
-            y = stage(y, features.pop())
+        for decoder in (self.dec1, self.dec2, self.dec3, self.dec4):
+            y = decoder(y, features.pop())
         denoised: Tensor = x + self.out1(self.out0(y))
         return denoised
 
