@@ -20,7 +20,7 @@ LINKED = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "recipes/README.md"]
 BLOCKS = [block for page in PAGES for block in read_blocks(page)]
 FILES = ("model.pte", "model.onnx", "model.engine", "model.decomposed")  # names of files, not keys
 # text shows output, and the few lines of a table of folders
-LANGUAGES = {"sh", "python", "yaml", "text"}
+LANGUAGES = {"sh", "python", "yaml", "text", "cpp"}
 
 
 def _parameter(block: Block):

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from edgedyn.device import arrays
 from edgedyn.device.session import Progress, Session, open_session
 from edgedyn.errors import EdgedynError, ImageError, UsageError
 from edgedyn.files import refuse_unwritable
@@ -196,6 +197,9 @@ def _run_one(session: Session, job: Job, progress: Progress, *, force: bool) -> 
     if not force and str(job.result) != STDIN and os.path.lexists(job.result):
         return Outcome(job, THERE)
     try:
+        if job.image.suffix.lower() == arrays.SUFFIX:
+            arrays.run_array(session, job.image, job.result, progress)
+            return Outcome(job, WRITTEN)
         data = read_stdin() if str(job.image) == STDIN else None
         photo = photos.read_image(job.image, data)
         del data
@@ -276,9 +280,10 @@ def _expand(source: str, out: Path, *, recursive: bool) -> list[tuple[Path, Path
         raise ImageError(f"pattern {source}: found no image, expected {NAMES}. Check the pattern.")
     if not path.is_file():
         raise ImageError(f"image {source}: found no file, expected {NAMES}. Check the path.")
-    if path.suffix.lower() not in SUFFIXES:
+    if path.suffix.lower() not in (*SUFFIXES, arrays.SUFFIX):
         raise ImageError(
-            f"image {source}: found suffix {path.suffix!r}, expected {list(SUFFIXES)}. Convert the file."
+            f"image {source}: found suffix {path.suffix!r}, expected {[*SUFFIXES, arrays.SUFFIX]}. Convert "
+            "the file."
         )
     return [(path, Path(path.name))]
 
@@ -294,7 +299,7 @@ def _is_photo(file: Path, folder: Path) -> bool:
 def _place(found: list[tuple[Path, Path]], out: Path) -> list[Job]:
     from edgedyn.images.formats import FORMATS, SUFFIXES
 
-    if str(out) == STDIN or (out.suffix.lower() in SUFFIXES and not out.is_dir()):
+    if str(out) == STDIN or (out.suffix.lower() in (*SUFFIXES, arrays.SUFFIX) and not out.is_dir()):
         if len(found) > 1:
             raise UsageError(
                 f"found {len(found)} images for the one file {out}, expected one. Name a folder for them."
@@ -302,7 +307,8 @@ def _place(found: list[tuple[Path, Path]], out: Path) -> list[Job]:
         return [Job(found[0][0], out)]
     jobs = []
     for image, name in found:
-        written = bool(FORMATS[SUFFIXES[name.suffix.lower()]].depths)
+        kind = SUFFIXES.get(name.suffix.lower())
+        written = kind is None or bool(FORMATS[kind].depths)
         jobs.append(Job(image, out / (name if written else name.with_suffix(_CONVERTED))))
     return jobs
 

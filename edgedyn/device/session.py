@@ -128,6 +128,7 @@ class Session:
             CheckFailedError: as ``process``.
         """
         spec, scale = _image_spec(self.bundle)
+        _check_channels(shape, spec)
         self.further_inputs()  # refuses before the first row is read
         channels, tile_h, tile_w = spec.shape[1:]
         height, width, colours = shape
@@ -323,21 +324,26 @@ def _image_spec(bundle: Bundle) -> tuple[TensorSpec, int]:
 
 
 def _check_pixels(pixels: np.ndarray, spec: TensorSpec) -> None:
-    channels = (4,) if spec.shape[1] == 4 else (1, 3)
-    shaped = pixels.ndim == 3 and pixels.shape[2] in channels and pixels.size > 0
-    if not shaped or pixels.dtype.kind != "f":
-        expected, fix = (
-            ("4, packed Bayer", "Read a raw frame with edgedyn.images.bayer.read_packed_bayer")
-            if channels == (4,)
-            else ("1 or 3", "Read the file with edgedyn.images.photo.read_image")
-        )
+    if pixels.ndim != 3 or not pixels.size or pixels.dtype.kind != "f":
         raise ImageError(
-            f"found pixels {pixels.dtype} {pixels.shape}, expected floating-point (H, W, C), C {expected}. "
-            f"{fix}."
+            f"found pixels {pixels.dtype} {pixels.shape}, expected floating-point (H, W, C), C 1, 3 or 4. "
+            "Read the file with edgedyn.images.photo.read_image."
         )
+    _check_channels(pixels.shape, spec)
     if not np.isfinite(pixels).all():
         count = int((~np.isfinite(pixels)).sum())
         raise ImageError(f"found {count} pixel values that are not finite, expected none. Fix the image.")
+
+
+def _check_channels(shape: tuple[int, ...], spec: TensorSpec) -> None:
+    if shape[2] in ((4,) if spec.shape[1] == 4 else (1, 3)):
+        return
+    expected, fix = (
+        ("C 4, packed Bayer", "Save raw frames, read by edgedyn.images.bayer.read_packed_bayer, as .npy")
+        if spec.shape[1] == 4
+        else ("C 1 or 3", "Read the file with edgedyn.images.photo.read_image")
+    )
+    raise ImageError(f"found an image {shape}, expected (H, W, C), {expected}. {fix}.")
 
 
 def _planes(pixels: np.ndarray, channels: int) -> list[np.ndarray]:

@@ -7,6 +7,7 @@ import pytest
 from small_sessions import ATOL, OVERLAP, RADIUS, TILE, blur, load, picture, session_of, tensor, write
 
 from edgedyn import targets
+from edgedyn.device.files import run
 from edgedyn.device.session import Session, check, open_session
 from edgedyn.device.tiling import tiles
 from edgedyn.errors import (
@@ -273,3 +274,26 @@ def replace_missing(target):
     import dataclasses
 
     return dataclasses.replace(target, missing=lambda: "not here; install it")
+
+
+def test_packed_bayer_runs_from_arrays_and_photos_are_refused(tmp_path):
+    bundle = write(tmp_path / "bundle", channels=4)
+    session, pixels = session_of(bundle), picture(33, 40, 4)
+    np.testing.assert_allclose(session.process(pixels), whole(pixels), rtol=0, atol=ATOL)
+    np.save(tmp_path / "raw.npy", pixels)
+    (result,) = run(session, tmp_path / "raw.npy", tmp_path / "out")
+    assert result == tmp_path / "out" / "raw.npy"
+    np.testing.assert_array_equal(np.load(result), session.process(pixels))
+    Image.fromarray(np.zeros((20, 30, 3), np.uint8)).save(tmp_path / "photo.png")
+    with pytest.raises(ImageError, match=r"found an image \(20, 30, 3\), expected .* C 4, packed Bayer"):
+        run(session, tmp_path / "photo.png", tmp_path / "out")
+    (tmp_path / "broken.npy").write_bytes(b"\x93NUMPY\x01\x00v\x00{'descr': (")
+    with pytest.raises(ImageError, match=r"broken\.npy: found no array"):
+        run(session, tmp_path / "broken.npy", tmp_path / "out")
+    with pytest.raises(ImageError, match=r"expected \.npy for an array"):
+        run(session, tmp_path / "raw.npy", tmp_path / "result.png")
+
+
+def test_colours_are_no_packed_bayer(session):
+    with pytest.raises(ImageError, match=r"found an image \(9, 9, 4\), expected .* C 1 or 3"):
+        session.process(picture(9, 9, 4))
