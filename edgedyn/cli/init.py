@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -60,8 +61,9 @@ def init(
             raise UsageError(f"{place} exists already. Choose another file with -o, or pass --force.")
         model = inspection.load_network(network, trust=trust)
         found = inspection.inspect(model, shape=sizes)
-        task = guess_task(model, sizes)
+        task, outputs = guess_task(model, sizes)
         values = _values(network, target, precision, sizes, task, place)
+        values |= {"outputs": outputs} if outputs else {}
         text = draft_recipe(values, _notes(network, target, precision, found))
         replace_file(place, text.encode())
     preview = found["targets"][target]
@@ -76,30 +78,34 @@ def init(
     detail(f"Set model.weights in it, then: edgedyn build {place} -o out")
 
 
-def guess_task(model: nn.Module, shape: list[int]) -> str:
-    """Return the task that the shape of a network's output fits.
+def guess_task(model: nn.Module, shape: list[int]) -> tuple[str, list[str]]:
+    """Return the task that the shape of a network's output fits, and the name of that output among several.
 
     Raises:
-        ModelError: if the output is no tensor, or its shape fits no task.
+        ModelError: if no output is a tensor of a shape that fits a task.
     """
     import torch
 
+    from edgedyn.conversion.contract import flatten
+
     with torch.no_grad():
-        output = model(torch.zeros(shape))
-    if isinstance(output, torch.Tensor):
-        b, c, h, w = shape
-        if output.shape == (b, c, h, w):
-            return "denoise"
-        if output.shape == (b, c, 2 * h, 2 * w):
-            return "upscale"
-        if output.dim() == 2:
-            return "classify"
-        if output.dim() == 4:
-            return "keypoints"
-    found = list(output.shape) if isinstance(output, torch.Tensor) else type(output).__name__
+        leaves = dict(flatten(model(torch.zeros(shape))))
+    tensors = {name: list(leaf.shape) for name, leaf in leaves.items() if isinstance(leaf, torch.Tensor)}
+    b, c, h, w = shape
+    fits: list[tuple[str, Callable[[list[int]], bool]]] = [
+        ("denoise", lambda found: found == shape),
+        ("upscale", lambda found: len(found) == 4 and found == [b, c, found[2] // h * h, found[2] // h * w]),
+        ("classify", lambda found: len(found) == 2),
+        ("keypoints", lambda found: len(found) == 4),
+    ]
+    for task, is_it in fits:
+        for name, found in tensors.items():
+            if is_it(found):
+                return task, [name] if len(tensors) > 1 else []
     raise ModelError(
-        f"the network returns {found} for an input of {shape}; expected an image of the same size (denoise) "
-        "or twice as large (upscale), logits (classify), or heatmaps (keypoints). Wrap it in such a network."
+        f"the network returns {list(tensors.values()) or 'no tensor'} for an input of {shape}; expected an "
+        "image of the same size (denoise) or a multiple of it (upscale), logits (classify), or heatmaps "
+        "(keypoints). Wrap it in such a network."
     )
 
 

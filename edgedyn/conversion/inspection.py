@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgedyn import ops, targets
+from edgedyn.conversion import contract
 from edgedyn.conversion.capture import export
 from edgedyn.conversion.convert import load_target
 from edgedyn.conversion.generated import generated_rows, sizes_of
@@ -66,10 +67,11 @@ def inspect(
     if isinstance(network, str) and is_function(network):
         network = load_network(network, trust=trust)
     if isinstance(network, nn.Module):
+        contract.refuse_other_inputs(network, ["--shape"], "the command")
         return inspect_model(network, (torch.zeros(tuple(shape)),))
     recipe = as_recipe(network)
     target = load_target(recipe)  # refuses as a build would
-    model = recipe.load_model(trust=trust)
+    model = contract.load_network(recipe, trust=trust).model
     inputs = tuple(torch.zeros(shape) for shape in recipe.input_shapes())
     inspected = inspect_model(model, inputs, chosen={recipe.target: recipe.forms}, instead=target)
     about = {"recipe": recipe.name, "target": recipe.target, "precision": recipe.precision}

@@ -79,22 +79,31 @@ def test_what_makes_no_recipe_is_refused_and_nothing_is_written(folder, capsys, 
     [
         (nn.Identity(), "denoise"),
         (nn.Upsample(scale_factor=2), "upscale"),
+        (nn.Upsample(scale_factor=3), "upscale"),
         (nn.Sequential(nn.Flatten(), nn.Linear(3 * 8 * 8, 10)), "classify"),
         (nn.Conv2d(3, 5, 3, stride=2), "keypoints"),
     ],
-    ids=["same size", "twice as large", "logits", "heatmaps"],
+    ids=["same size", "twice as large", "three times as large", "logits", "heatmaps"],
 )
 def test_the_task_is_guessed_from_the_output(model, task):
-    assert guess_task(model, [1, 3, 8, 8]) == task
+    assert guess_task(model, [1, 3, 8, 8]) == (task, [])
+
+
+def test_the_output_that_fits_is_chosen_among_several():
+    class Several(nn.Module):
+        def forward(self, x):
+            return {"small": x[:, :, ::2, ::2], "out": x, "state": None}
+
+    assert guess_task(Several(), [1, 3, 8, 8]) == ("denoise", ["out"])
 
 
 def test_an_output_of_no_task_is_refused():
-    class Pair(nn.Module):
+    class Nothing(nn.Module):
         def forward(self, x):
-            return x, x
+            return (None, 3)
 
-    with pytest.raises(ModelError, match="returns tuple"):
-        guess_task(Pair(), [1, 3, 8, 8])
-    with pytest.raises(ModelError, match=r"returns \[192\]"):
+    with pytest.raises(ModelError, match="returns no tensor"):
+        guess_task(Nothing(), [1, 3, 8, 8])
+    with pytest.raises(ModelError, match=r"returns \[\[192\]\]"):
         guess_task(nn.Flatten(0), [1, 3, 8, 8])
     assert torch.is_grad_enabled()

@@ -4,6 +4,7 @@ import itertools
 
 import numpy as np
 import pytest
+from PIL import Image
 from small_sessions import ATOL, OVERLAP, RADIUS, TILE, blur, load, picture, session_of, tensor, write
 
 from edgedyn import targets
