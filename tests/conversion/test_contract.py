@@ -9,10 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small_sets import waves
+from PIL import Image
+from small_sets import save_image, waves
 from torch import Tensor, nn
 
 from edgedyn import pipeline
+from edgedyn.cli import app as command_line
 from edgedyn.conversion.contract import load_network
 from edgedyn.device.session import check, open_session
 from edgedyn.errors import EdgedynError, ModelError, RecipeError, UsageError
@@ -337,6 +339,18 @@ def test_noise_level_of_each_sample_and_a_constant_reach_the_program(tmp_path, t
     ):
         with pytest.raises(UsageError, match=words):
             session.process(pixels, noise_level=wrong)
+
+
+def test_command_line_states_the_noise_level(tmp_path, capsys):
+    built = build(tmp_path, "WithNoiseLevel", NOISE_LEVEL)
+    photo = save_image(tmp_path / "photo.png", size=(32, 48))
+    arguments = ["run", str(built.bundle.path), str(photo), "-o", str(tmp_path / "out")]
+    assert command_line.execute(arguments) == 2
+    assert "--noise-level 25" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert command_line.execute([*arguments, "--noise-level", "0"]) == 0
+    sharp, truth = (np.asarray(Image.open(p), int) for p in (tmp_path / "out/photo.png", photo))
+    assert np.abs(sharp - truth - 2.55).max() <= 1  # the constant is 0.01
 
 
 def test_noise_level_is_refused_by_a_program_that_takes_none(plain):
