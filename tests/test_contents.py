@@ -105,6 +105,14 @@ def test_vectors_allow_twice_what_this_runtime_was_off_and_a_quarter_level_at_le
     )
 
 
+def test_least_limits_of_a_vector_are_in_units_of_its_output():
+    outputs = make_outputs((15, "a"))
+    wide = replace(outputs, specs=(replace(outputs.specs[0], range=(0.0, 255.0)),))
+    for made, unit in ((outputs, 1), (wide, 255)):
+        (limit,) = describe(made)["vectors"][0]["max_abs"]
+        assert limit == pytest.approx(unit / 255 / 4)
+
+
 @pytest.mark.parametrize("ok", [True, False])
 def test_manifest_carries_the_verdict(ok):
     assert describe(make_outputs((15, "a")), ok=ok)["ok"] is ok

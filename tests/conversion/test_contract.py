@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from edgedyn import pipeline
 from edgedyn.cli import app as command_line
 from edgedyn.conversion.contract import load_network
+from edgedyn.conversion.evaluation_sets import make_evaluation_sets
+from edgedyn.conversion.image_sets import draw_more, to_tensors
 from edgedyn.device.session import check, open_session
 from edgedyn.errors import EdgedynError, ModelError, RecipeError, UsageError
 from edgedyn.images.image_set import CalibrationSet
@@ -202,6 +204,21 @@ def test_session_takes_and_returns_pixels_whatever_the_program_takes(plain, caff
     assert 255 * np.abs(actual - expected).max() < 1.5  # one INT8 step
     assert 255 * np.abs(actual - expected).mean() < 0.01
     assert np.abs(expected - pixels).mean() < 0.05
+
+
+def test_precision_search_and_fine_tuning_see_the_same_pictures():
+    measured = []
+    for network, keys in (("blur", []), ("Caffe", CAFFE)):
+        given = recipe(network, *keys, "quantize.max_drop_db=0.1")
+        images, _ = pipeline.load_sets(given)
+        net = given.load_model()
+        evaluation = make_evaluation_sets(given, images, net, {"method": {}})["forward"]
+        with torch.no_grad():
+            measured.append(evaluation.psnr_db([net(*x) for x in evaluation.inputs]))
+            y = net(*to_tensors(draw_more(given, images)[0])).numpy()
+        measured.append(given.output_spec("y", y.shape).decode(y).mean())
+    assert measured[2] == pytest.approx(measured[0], abs=1e-3)
+    assert measured[3] == pytest.approx(measured[1], abs=1e-5)
 
 
 def test_output_differs_from_the_input_where_the_recipe_says(tmp_path):

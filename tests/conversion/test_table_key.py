@@ -98,6 +98,7 @@ def test_table_of_the_phone_serves_the_jetson(first, no_statistics):
         ("model.seed=5", "of another model: weights was 'seed 0', now 'seed 5'"),
         ("calibration={}", "of another data"),
         ("input.shape=[1, 3, 48, 32]", "of another graph|of another transform: shapes"),
+        ("input.range=[0, 255]", "of another transform: values"),
         ("quantize.ranges.feature=mse", "of another method: ranges was .*'minmax'.*, now .*'mse'"),
         ("quantize.keep_float=['3']", "of another method: keep_float"),
     ],
