@@ -207,7 +207,7 @@ def _run_one(session: Session, job: Job, progress: Progress, *, force: bool) -> 
             photos.check_format(photo, job.result)
         # A result of the same size takes the place of its photo row by row: strips allow it.
         result = photo if session.scale == 1 else photo.canvas(session.scale)
-        for top, rows in session.strips(photo.shape, photo.read_rows, progress=progress):
+        for top, rows in session.strips(photo.shape, photo.read, progress=progress):
             result.write_rows(top, rows)
         if str(job.result) == STDIN:
             _write_stdout(result, job.image)

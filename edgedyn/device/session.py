@@ -89,7 +89,11 @@ class Session:
         height, width, colours = pixels.shape
         result = np.empty((height * scale, width * scale, colours), np.float32)
         session = self if noise_level is None else self.with_noise_level(noise_level)
-        for top, rows in session.strips(pixels.shape, lambda a, b: pixels[a:b], progress=progress):
+
+        def read(top: int, bottom: int, left: int, right: int) -> np.ndarray:
+            return pixels[top:bottom, left:right]
+
+        for top, rows in session.strips(pixels.shape, read, progress=progress):
             result[top : top + len(rows)] = rows
         return result
 
@@ -105,7 +109,7 @@ class Session:
     def strips(
         self,
         shape: tuple[int, ...],
-        read_rows: Callable[[int, int], np.ndarray],
+        read: Callable[[int, int, int, int], np.ndarray],
         *,
         progress: Progress = silent,
     ) -> Iterator[tuple[int, np.ndarray]]:
@@ -116,11 +120,11 @@ class Session:
 
         Args:
             shape: H, W and C of the image, C 1 or 3; 4 for packed Bayer.
-            read_rows: ``read_rows(top, bottom)`` returns these rows, (rows, W, C), finite.
+            read: ``read(top, bottom, left, right)`` returns this part, (rows, columns, C), finite.
             progress: called with (tiles done, tiles in all) after each tile.
 
         Yields:
-            The first row of a strip, and the strip, (rows, s * W, C) float32.
+            The first row of a strip, and the strip, (rows, s * W, C) float32, valid until the next one.
 
         Raises:
             ImageError: as ``process``.
@@ -138,20 +142,19 @@ class Session:
         done, total = 0, len(grid) * planes
         blended = np.zeros((planes, channels, tile_h * scale, max(width, tile_w) * scale), np.float32)
         for top, following in zip(tops, [*tops[1:], height], strict=True):
-            strip = _planes(read_rows(top, min(top + tile_h, height)), channels)
-            strip = [padded(plane, tile_h, tile_w) for plane in strip]
-            for plane, result in zip(strip, blended, strict=True):
-                for tile in (tile for tile in grid if tile.top == top):
-                    columns = np.s_[tile.left : tile.left + tile_w]
-                    there = np.s_[:, :, tile.left * scale : (tile.left + tile_w) * scale]
-                    weight = tile.rows.repeat(scale)[:, None] * tile.columns.repeat(scale)
-                    result[there] += weight * self._run_tile(plane[:, :, columns], scale)
+            for tile in (tile for tile in grid if tile.top == top):
+                right = min(tile.left + tile_w, width)
+                pixels = read(top, min(top + tile_h, height), tile.left, right)
+                there = np.s_[:, :, tile.left * scale : (tile.left + tile_w) * scale]
+                weight = tile.rows.repeat(scale)[:, None] * tile.columns.repeat(scale)
+                for plane, result in zip(_planes(pixels, channels), blended, strict=True):
+                    result[there] += weight * self._run_tile(padded(plane, tile_h, tile_w), scale)
                     done += 1
                     progress(done, total)
             ready = (following - top) * scale
             joined = blended[:, :, :ready, : width * scale].reshape(-1, ready, width * scale)
             rows = joined.transpose(1, 2, 0)
-            yield top * scale, rows.mean(axis=2, keepdims=True) if colours < channels else rows.copy()
+            yield top * scale, rows.mean(axis=2, keepdims=True) if colours < channels else rows
             blended[:, :, :-ready] = blended[:, :, ready:]
             blended[:, :, -ready:] = 0
 

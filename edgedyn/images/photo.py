@@ -40,7 +40,7 @@ MAX_PIXELS = 178_956_970
 
 _DEPTHS: dict[str, int] = {"uint8": 8, "uint16": 16, "float32": 32}
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
-_ROWS = 256  # rows that are converted at once
+_ROWS = 64  # rows that are converted at once
 # EXIF orientation (CIPA DC-008, tag 274) -> the array turned upright.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda a: a,
@@ -105,7 +105,7 @@ class Photo:
     @property
     def pixels(self) -> np.ndarray:
         """The whole picture, (H, W, C) float32 in [0, 1]."""
-        return self.read_rows(0, self.shape[0])
+        return self.read(0, self.shape[0], 0, self.shape[1])
 
     @property
     def alpha(self) -> np.ndarray | None:
@@ -114,12 +114,16 @@ class Photo:
             return None
         return _unit(self._bands(0, self.shape[0])[:, :, -1])
 
-    def read_rows(self, top: int, bottom: int) -> np.ndarray:
-        """Return the rows from ``top`` to ``bottom`` as (rows, W, C) float32 in [0, 1]."""
-        return _unit(self._bands(top, bottom)[:, :, : self.shape[2]])
+    def read(self, top: int, bottom: int, left: int, right: int) -> np.ndarray:
+        """Return a part of the picture as (rows, columns, C) float32 in [0, 1]."""
+        return _unit(self._bands(top, bottom, left, right)[:, :, : self.shape[2]])
 
     def write_rows(self, top: int, values: np.ndarray) -> None:
         """Replace rows by values (rows, W, C), clipped to [0, 1] and rounded to the photo's depth."""
+        if len(values) > _ROWS:
+            for first in range(0, len(values), _ROWS):
+                self.write_rows(top + first, values[first : first + _ROWS])
+            return
         colours, bottom = _quantized(values, self.depth), top + len(values)
         if not isinstance(self.samples, Image.Image):
             self.samples[top:bottom, :, : self.shape[2]] = colours
@@ -155,11 +159,12 @@ class Photo:
     def _dtype(self) -> np.dtype[Any]:
         return np.dtype("uint8") if isinstance(self.samples, Image.Image) else self.samples.dtype
 
-    def _bands(self, top: int, bottom: int) -> np.ndarray:
+    def _bands(self, top: int, bottom: int, left: int = 0, right: int | None = None) -> np.ndarray:
+        right = self._size[1] if right is None else right
         if not isinstance(self.samples, Image.Image):
-            return self.samples[top:bottom]
-        strip = np.asarray(self.samples.crop((0, top, self.samples.width, bottom)))
-        return strip.reshape(bottom - top, self.samples.width, -1)
+            return self.samples[top:bottom, left:right]
+        part = np.asarray(self.samples.crop((left, top, right, bottom)))
+        return part.reshape(bottom - top, right - left, -1)
 
 
 def read_image(path: Path, data: bytes | None = None) -> Photo:

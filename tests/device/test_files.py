@@ -63,14 +63,14 @@ def test_strips_equal_the_whole_picture_bit_for_bit(tmp_path, overlap, size, cha
     pixels = picture(*size, colours)
     read = []
 
-    def read_rows(top, bottom):
-        read.append((top, bottom))
-        return pixels[top:bottom]
+    def read_part(top, bottom, left, right):
+        read.append((bottom - top, right - left))
+        return pixels[top:bottom, left:right]
 
-    strips = list(session.strips(pixels.shape, read_rows))
+    strips = [(top, rows.copy()) for top, rows in session.strips(pixels.shape, read_part)]
     assert np.array_equal(np.concatenate([rows for _, rows in strips]), whole_picture(session, pixels))
     assert [top for top, _ in strips] == [0, *np.cumsum([len(rows) for _, rows in strips])[:-1]]
-    assert max(bottom - top for top, bottom in read) <= 16
+    assert np.max(read, axis=0).tolist() == [min(16, size[0]), min(24, size[1])]
     assert np.array_equal(session.process(pixels), whole_picture(session, pixels))
 
 
