@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 OUTCOMES = ("ok", "refused", "crashes", "exceptions", "hangs", "memory", "wrong_ok")
 FAULTS = OUTCOMES[2:]
 MAX_GROWTH_BYTES = 2**30
-BATCH = 500
+BATCH = 2000
 _LOADING_S = 600.0  # a target may build a bundle first
 _PACKAGES = ("torch", "executorch", "onnxruntime", "numpy", "pillow", "safetensors", "pyyaml", "pydantic")
 

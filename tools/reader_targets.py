@@ -310,7 +310,7 @@ def _raw() -> Target:
 class _ForkedTrials:
     """The trial of a program, in a fork of this process: a new Python would import the runtime each time.
 
-    Every 50th trial runs as users run it.
+    Every 200th trial runs as users run it.
     """
 
     def __init__(self) -> None:
@@ -318,7 +318,7 @@ class _ForkedTrials:
 
     def __call__(self, command: Sequence[str], *, seconds: float) -> subprocess.CompletedProcess[str]:
         self.count += 1
-        if self.count % 50 == 0:
+        if self.count % 200 == 0:
             return self.run_tool(command, seconds=seconds)
         child = os.fork()
         if child == 0:
