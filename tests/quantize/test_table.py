@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 
 import numpy as np
 import pytest
 
 from edgedyn.errors import CalibrationError, UsageError
 from edgedyn.quantize.observe.histogram import Histogram
-from edgedyn.quantize.table.entries import Entry
-from edgedyn.quantize.table.table import CalibrationTable, read_table, refuse_place
+from edgedyn.quantize.table.entries import Entry, Outcome, sealed
+from edgedyn.quantize.table.table import CalibrationTable, _whole, read_table, refuse_place
 
 KEY = {"model": {"network": "net", "weights": "ab"}, "data": "cd", "forms": {}}
 
@@ -32,7 +33,8 @@ def table() -> CalibrationTable:
         "wide/a.weight": np.arange(-3, 3, dtype=np.int8).reshape(2, 3),
         "wide/a.bias": np.float32([1, 2]),
     }
-    return CalibrationTable(KEY, {"name": "photos", "files": [{"name": "a.png"}]}, programs, constants)
+    images, coverage = {"name": "photos", "files": [{"name": "a.png"}]}, (Outcome("mask", "a", 3, 7, 4),)
+    return CalibrationTable(KEY, images, programs, constants, coverage=coverage)
 
 
 def same(a: CalibrationTable, b: CalibrationTable) -> bool:
@@ -69,6 +71,36 @@ def test_table_without_constants_is_one_file_and_takes_an_old_one_away(table, tm
 
 
 @pytest.mark.parametrize(
+    ("part", "change", "words"),
+    [
+        ("entry", {"histogram": {"low": 0, "high": 1, "step": 1, "first": 0, "counts": [-1]}}, "counts.0"),
+        ("entry", {"histogram": {"low": 0, "high": 1, "step": 1, "first": 0, "counts": 3}}, "counts"),
+        ("entry", {"class": "features"}, "class"),
+        ("entry", {"symmetric": "0.2"}, "symmetric"),
+        ("entry", {"affine": [0.1, 3.5]}, "affine.1"),
+        ("entry", {"extra": 1}, "extra"),
+        ("coverage", {"taken": None}, "taken"),
+        ("head", {"key": 5}, "key"),
+        ("head", {"images": ["a.png"]}, "images"),
+    ],
+)
+def test_rows_of_another_type_are_refused_though_their_digests_fit(table, tmp_path, part, change, words):
+    path = tmp_path / "t.json"
+    table.write(path)
+    values = json.loads(path.read_text())
+    if part == "head":
+        values.update(change)
+    else:
+        rows = values["coverage"] if part == "coverage" else next(iter(values["programs"].values()))
+        rows[0] = sealed({k: v for k, v in (rows[0] | change).items() if k != "sha256"})
+    with suppress(TypeError, AttributeError):  # where the change leaves no table to sum up
+        values["sha256"] = _whole(values)
+    path.write_text(json.dumps(values))
+    with pytest.raises(CalibrationError, match=rf"is damaged \(ValueError: [\w.]*{words}.*Calibrate again"):
+        read_table(path)
+
+
+@pytest.mark.parametrize(
     ("old", "new", "words"),
     [
         ('"affine": [0.1, -3]', '"affine": [0.2, -3]', "the entry 'x' of program 'router' was edited"),
@@ -79,7 +111,7 @@ def test_table_without_constants_is_one_file_and_takes_an_old_one_away(table, tm
         ),
         ('"format": 4', '"format": 3', "has format 3; this version reads 4"),
         ('"weights": "ab"', '"weights": "xy"', "its key, its images or its list of tensors was edited"),
-        ('"programs"', '"programmes"', "is damaged .KeyError: 'programs'"),
+        ('"programs"', '"programmes"', "is damaged .ValueError: programs: Field required"),
         ('"class": "feature", ', "", "was edited"),
         ("]\n }\n}\n", "]\n }\n", "is damaged .*Expecting"),
         ("0.25", "NaN", "the value NaN is not a number"),

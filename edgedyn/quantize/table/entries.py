@@ -1,20 +1,66 @@
 """Rows of a calibration table: tensors, the precision search, and the network's decisions.
 
 Each row is JSON with the sha256 of its own values, so that the reader finds a row that was edited by hand.
-Standard library and numpy only.
+``read_row`` checks the type of every value: a digest only proves who wrote last.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
-from edgedyn.quantize.observe.histogram import Histogram
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from edgedyn.quantize.observe.histogram import MOST_BINS, Histogram
 
 Kind = Literal["weight", "feature", "kernel", "decision"]
+STRICT = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_Positive = Annotated[float, Field(gt=0)]
+_Row = TypeVar("_Row")
+
+
+class _HistogramRow(BaseModel):
+    model_config = STRICT
+    low: float
+    high: float
+    step: _Positive
+    first: Annotated[int, Field(ge=-(2**53), le=2**53)]
+    counts: Annotated[list[Annotated[int, Field(ge=0, le=2**53)]], Field(min_length=1, max_length=MOST_BINS)]
+
+
+class _EntryRow(BaseModel):
+    model_config = STRICT
+    name: str
+    kind: Kind = Field(alias="class")
+    histogram: _HistogramRow
+    estimator: str
+    affine: tuple[_Positive, Annotated[int, Field(ge=-128, le=127)]] | None
+    symmetric: _Positive | None
+    channels: tuple[float, ...]
+    spread: tuple[float, ...]
+    note: str = ""
+
+
+def read_row(row: Mapping[str, Any], kind: type[_Row]) -> _Row:
+    """Return a row of JSON values as its class.
+
+    Raises:
+        ValueError: for a missing or unknown value, or one of another type; the message names it.
+    """
+    try:
+        read: _Row = _adapter(kind).validate_json(json.dumps(row))
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in problem["loc"]) or "a row"
+        raise ValueError(f"{where}: {problem['msg']}") from error
+    return read
+
+
+_adapter: Callable[[Any], TypeAdapter[Any]] = functools.cache(TypeAdapter)
 
 
 @dataclass(frozen=True)
@@ -66,19 +112,9 @@ class Entry:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Entry:
-        """Return the entry of JSON values from ``to_json``; KeyError, TypeError or ValueError for others."""
-        affine = values["affine"]
-        return cls(
-            values["name"],
-            values["class"],
-            Histogram.from_json(values["histogram"]),
-            values["estimator"],
-            None if affine is None else (float(affine[0]), int(affine[1])),
-            values["symmetric"],
-            tuple(values["channels"]),
-            tuple(values["spread"]),
-            str(values.get("note", "")),
-        )
+        """Return the entry of JSON values from ``to_json``; ValueError for others."""
+        row = read_row(values, _EntryRow)
+        return cls(**{**dict(row), "histogram": Histogram.from_json(dict(row.histogram))})
 
 
 @dataclass(frozen=True)
@@ -92,6 +128,8 @@ class LayerCost:
         gain_db: PSNR gained with this layer alone in float, at the noise level with the largest drop.
     """
 
+    __pydantic_config__ = STRICT
+
     layer: str
     share: float
     sqnr_db: float
@@ -101,6 +139,8 @@ class LayerCost:
 @dataclass(frozen=True)
 class Point:
     """One choice of the search: number of float layers, INT8 share of multiply-adds, and PSNR drop in dB."""
+
+    __pydantic_config__ = STRICT
 
     layers: int
     int8_share: float
@@ -118,6 +158,8 @@ class Precision:
         drop_db: PSNR drop of this choice, with weights rounded for it.
     """
 
+    __pydantic_config__ = STRICT
+
     layers: tuple[LayerCost, ...] = field(repr=False)
     curve: tuple[Point, ...] = field(repr=False)
     kept: tuple[str, ...] = ()
@@ -131,9 +173,7 @@ class Precision:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Precision:
         """Return the precision of JSON values from ``to_json``."""
-        layers = tuple(LayerCost(**layer) for layer in values["layers"])
-        curve = tuple(Point(**point) for point in values["curve"])
-        return cls(layers, curve, tuple(values["kept"]), values["drop_db"])
+        return read_row(values, cls)
 
 
 @dataclass(frozen=True)
@@ -150,6 +190,8 @@ class Outcome:
         least: smallest density of a mask.
         most: largest density of a mask.
     """
+
+    __pydantic_config__ = STRICT
 
     decision: str
     name: str

@@ -5,7 +5,7 @@
 
 A table fits one key: network, graph, forms, images, transform, method and versions. Each tensor's line
 has its own sha256, so that the reader finds and names a tensor that was edited by hand; another sha256 covers
-the key and the list of all lines. Standard library, numpy and safetensors only.
+the key and the list of all lines.
 """
 
 from __future__ import annotations
@@ -19,17 +19,33 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pydantic import BaseModel
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from edgedyn.errors import CalibrationError, UsageError
+from edgedyn.errors import CalibrationError, UsageError, shown
 from edgedyn.files import replace_files
-from edgedyn.quantize.table.entries import Entry, Outcome, Precision, digest, sealed
+from edgedyn.quantize.table.entries import STRICT, Entry, Outcome, Precision, digest, read_row, sealed
 from edgedyn.reading import read_bytes, read_json
 
 FORMAT = 4
 _MAX_BYTES = 2**31  # of weights
 _AGAIN = "Calibrate again: edgedyn calibrate RECIPE -o FILE"
+
+
+class _Table(BaseModel):
+    """The outline of a table; its rows are checked one by one, so that an error names the row."""
+
+    model_config = STRICT
+    format: int
+    key: dict[str, Any]
+    images: dict[str, Any]
+    constants: str
+    precision: dict[str, dict[str, Any]]
+    ablation: dict[str, dict[str, float | str]]
+    coverage: list[dict[str, Any]]
+    programs: dict[str, list[dict[str, Any]]]
+    sha256: str
 
 
 @dataclass(frozen=True)
@@ -130,9 +146,10 @@ def read_table(path: Path) -> CalibrationTable:
         values = read_json(path)
         if values["format"] != FORMAT:
             raise CalibrationError(
-                f"calibration table {path} has format {values['format']}; this version reads {FORMAT}. "
-                f"{_AGAIN}."
+                f"calibration table {path} has format {shown(values['format'])}; this version reads "
+                f"{FORMAT}. {_AGAIN}."
             )
+        read_row(values, _Table)
         whole, programs = _whole(values), {}
         for program, rows in values["programs"].items():
             for row in rows:
@@ -153,7 +170,7 @@ def read_table(path: Path) -> CalibrationTable:
                 f"calibration table {path}: its key, its images or its list of tensors was edited: the "
                 f"sha256 of all is {whole}, the table says {values['sha256']}. {_AGAIN}."
             )
-        coverage = tuple(Outcome(**row) for row in values["coverage"])
+        coverage = tuple(read_row(row, Outcome) for row in values["coverage"])
         constants = _read_constants(_beside(path), values["constants"])
         key, images, ablation = values["key"], values["images"], values["ablation"]
         return CalibrationTable(key, images, programs, constants, precision, ablation, coverage)
