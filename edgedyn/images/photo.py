@@ -16,6 +16,7 @@ Device side: numpy, Pillow and tifffile only.
 from __future__ import annotations
 
 import io
+import os
 import struct
 import types
 import warnings
@@ -37,6 +38,8 @@ from edgedyn.reading import open_regular
 
 # Twice Pillow's MAX_IMAGE_PIXELS, where it raises DecompressionBombError: 2 GB as float32 RGB.
 MAX_PIXELS = 178_956_970
+MAX_PIXELS_PER_BYTE = 2000  # deflate reaches 1032 : 1; no photo comes near
+_SMALL_PIXELS = 2**24  # whatever their file says, they need little memory
 
 _DEPTHS: dict[str, int] = {"uint8": 8, "uint16": 16, "float32": 32}
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
@@ -61,7 +64,7 @@ _TURNS = {
 # Exceptions of Pillow, tifffile, struct and zlib on damaged files, found by cutting and flipping bytes.
 _DAMAGE = (
     *(OSError, ValueError, SyntaxError, EOFError, LookupError, TypeError, struct.error, zlib.error),
-    *(Image.DecompressionBombError, tifffile.TiffFileError, RuntimeError, OverflowError),
+    *(Image.DecompressionBombError, tifffile.TiffFileError, RuntimeError, ArithmeticError),
 )
 
 
@@ -301,8 +304,7 @@ def _read_pillow(path: Path, file: BinaryIO, kind: str) -> Photo:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         image: Image.Image = Image.open(file, formats=[kind])
-    if image.width * image.height > MAX_PIXELS:
-        raise _refusal(path, f"{image.width} x {image.height} pixels", f"at most {MAX_PIXELS}")
+    _refuse_bomb(path, file, *image.size)
     # In a phone's JPEG (MPO) and HEIC, further frames are previews and depth maps.
     if kind in ("PNG", "WEBP", "AVIF") and getattr(image, "n_frames", 1) != 1:
         raise _refusal(path, "an animation", "one frame")
@@ -328,6 +330,19 @@ def _read_pillow(path: Path, file: BinaryIO, kind: str) -> Photo:
     return Photo(plain, image.mode, kind, icc, exif, notes)
 
 
+def _refuse_bomb(path: Path, file: BinaryIO, width: int, height: int) -> None:
+    """Refuse a file whose header promises more pixels than memory, or than its bytes, can hold."""
+    place, pixels = file.tell(), width * height
+    size = file.seek(0, os.SEEK_END)
+    file.seek(place)
+    if not 0 < pixels <= MAX_PIXELS:
+        raise _refusal(path, f"{width} x {height} pixels", f"1 to {MAX_PIXELS}")
+    if pixels > max(_SMALL_PIXELS, MAX_PIXELS_PER_BYTE * size):
+        raise _refusal(
+            path, f"{width} x {height} pixels in {size} bytes", f"at most {MAX_PIXELS_PER_BYTE} per byte"
+        )
+
+
 def _exif(image: Image.Image) -> tuple[int, bytes | None]:
     exif = image.getexif()
     orientation = int(exif.pop(ExifTags.Base.Orientation, 1))
@@ -343,8 +358,9 @@ def _exif(image: Image.Image) -> tuple[int, bytes | None]:
 def _read_tiff(path: Path, file: BinaryIO) -> Photo:
     with tifffile.TiffFile(file) as opened:
         page = tiff.find_page(opened)
+        _refuse_bomb(path, file, page.imagewidth, page.imagelength)
         if not tiff.is_shallow(page):
-            samples, orientation = tiff.decode(page, MAX_PIXELS)
+            samples, orientation = tiff.decode(page)
             upright = _UPRIGHT.get(orientation, _UPRIGHT[1])(samples)
             return Photo(upright, _MODES[samples.shape[2]], "TIFF", page.iccprofile, None)
     file.seek(0)

@@ -36,7 +36,7 @@ def is_shallow(page: Any) -> bool:
     return page.dtype is not None and page.dtype.name in ("uint8", "bool")
 
 
-def decode(page: Any, max_pixels: int) -> tuple[np.ndarray, int]:
+def decode(page: Any) -> tuple[np.ndarray, int]:
     """Return the samples of a page, (H, W, bands), with straight alpha, and its EXIF orientation.
 
     Raises:
@@ -45,8 +45,8 @@ def decode(page: Any, max_pixels: int) -> tuple[np.ndarray, int]:
     colour = tifffile.PHOTOMETRIC(page.photometric).name
     if page.dtype is None or page.dtype.name not in _DTYPES or colour not in ("MINISBLACK", "RGB"):
         raise Refusal(f"{page.dtype} samples, {colour}", "uint8, uint16 or float32, MINISBLACK or RGB")
-    if not 0 < page.imagewidth * page.imagelength <= max_pixels:
-        raise Refusal(f"{page.imagewidth} x {page.imagelength} pixels", f"1 to {max_pixels}")
+    if page.samplesperpixel > 4:
+        raise Refusal(f"{page.samplesperpixel} bands", "gray or RGB, and at most one alpha")
     samples: np.ndarray = page.asarray()
     if page.axes == "SYX":
         samples = np.moveaxis(samples, 0, 2)

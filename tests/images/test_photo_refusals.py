@@ -162,3 +162,15 @@ def test_a_file_that_cannot_be_written_leaves_no_part_and_the_old_one(tmp_path):
         write_image(photo, photo.pixels, tmp_path / "out.png")
     assert sorted(os.listdir(tmp_path)) == ["in.png", "out.png"]
     assert issubclass(UsageError, EdgedynError)
+
+
+@pytest.mark.parametrize(("mode", "is_read"), [("1", False), ("L", True)])
+def test_file_of_a_few_bytes_with_a_flood_of_pixels_is_refused(tmp_path, mode, is_read):
+    Image.new(mode, (4100, 4100)).save(tmp_path / "a.png", optimize=True)  # 8000 and 1000 pixels per byte
+    if is_read:
+        assert read_image(tmp_path / "a.png").shape == (4100, 4100, 1)
+        return
+    with pytest.raises(
+        ImageError, match=r"found 4100 x 4100 pixels in \d+ bytes, expected at most 2000 per byte"
+    ):
+        read_image(tmp_path / "a.png")
