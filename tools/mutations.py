@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def mutate_json(values: Any, random: Random) -> Any:
     for _ in range(random.choice((1, 1, 2, 3))):
         places = list(_places(tree))
         if not places:
-            return random.choice(_VALUES)
+            return copy.deepcopy(random.choice(_VALUES))
         holder, key = random.choice(places)
         kind = random.randrange(5)
         if kind == 0:
@@ -53,7 +54,7 @@ def mutate_json(values: Any, random: Random) -> Any:
         elif kind == 3 and isinstance(holder[key], int | float) and not isinstance(holder[key], bool):
             holder[key] = random.choice((-holder[key], holder[key] * 1000, holder[key] + 1, 0.5))
         else:
-            holder[key] = random.choice(_VALUES)
+            holder[key] = copy.deepcopy(random.choice(_VALUES))  # a later step may change it
     return tree
 
 

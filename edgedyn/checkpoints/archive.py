@@ -48,14 +48,16 @@ def read_pickle(path: Path) -> Any:
 
 
 def _refuse_formats(path: Path) -> None:
-    if zipfile.is_zipfile(path):
-        try:
+    try:
+        is_archive, entries = zipfile.is_zipfile(path), []
+        if is_archive:
             with zipfile.ZipFile(path) as archive:
                 entries = archive.infolist()
-        except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
-            raise WeightsError(
-                f"weights {path} cannot be loaded as tensors only: the archive is damaged. Fetch them again."
-            ) from error
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError) as error:
+        raise WeightsError(
+            f"weights {path} cannot be loaded as tensors only: the archive is damaged. Fetch them again."
+        ) from error
+    if is_archive:
         names = {entry.filename.partition("/")[2] for entry in entries}
         if "constants.pkl" in names or any(name.startswith("code/") for name in names):
             raise WeightsError(f"weights {path} are a TorchScript program, which is code. {_SAVE}")

@@ -158,7 +158,7 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], complaint: str, adv
 
 
 def settle_norms(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
-    """Set every BatchNorm to the statistics of its input; for a network without trained ones.
+    """Set every BatchNorm that keeps statistics to those of its input; for a network without trained ones.
 
     Args:
         model: in evaluation mode, before and after. If it has a method ``every_path(*inputs)``, which runs
@@ -171,7 +171,11 @@ def settle_norms(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
     Raises:
         ModelError: when statistics are not finite.
     """
-    norms = {name: m for name, m in model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
+    norms = {
+        name: m
+        for name, m in model.named_modules()
+        if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_var is not None
+    }
     momenta = {name: norm.momentum for name, norm in norms.items()}
     for norm in norms.values():
         norm.reset_running_stats()

@@ -228,6 +228,14 @@ def test_a_damaged_file_is_refused(tmp_path, keep):
     assert "cannot be loaded as tensors only" in refused(tmp_path / "w.pth")
 
 
+def test_an_archive_that_claims_several_disks_is_refused(tmp_path):
+    torch.save(PLAIN, tmp_path / "w.pth")
+    data = bytearray((tmp_path / "w.pth").read_bytes())
+    data[data.rindex(b"PK\x06\x07") + 4] = 1  # the disk of the zip64 record
+    (tmp_path / "w.pth").write_bytes(data)
+    assert "the archive is damaged" in refused(tmp_path / "w.pth")
+
+
 def test_the_best_candidate_is_shown_with_one_key_of_each_kind(tmp_path):
     state = prefixed("module.") | {
         "module.tail.weight": torch.zeros(1),

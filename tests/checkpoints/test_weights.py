@@ -186,6 +186,14 @@ def test_untrained_norms_take_the_statistics_of_what_they_see():
     assert {norm.momentum for norm in (net[1], net[3])} == {0.1}
 
 
+def test_batch_norm_that_keeps_no_statistics_is_left_alone():
+    net = nn.Sequential(
+        nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4)
+    ).eval()
+    assert settle_norms(net, (torch.rand(2, 3, 4, 6),)) == 1
+    assert net[1].running_var is None
+
+
 def test_every_path_of_a_network_that_picks_one_is_seen():
     class Picky(nn.Module):
         def __init__(self):
