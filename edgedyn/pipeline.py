@@ -23,7 +23,7 @@ from edgedyn.conversion import coverage, implicit
 from edgedyn.conversion.calibration import Measurements
 from edgedyn.conversion.capture import capture
 from edgedyn.conversion.convert import convert, load_target
-from edgedyn.conversion.image_sets import load_sets
+from edgedyn.conversion.image_sets import draw, load_sets, open_sets
 from edgedyn.conversion.network import check_network
 from edgedyn.device import programs
 from edgedyn.device.session import runtime_name
@@ -136,8 +136,9 @@ def build(
     refuse_existing(out, force=force)
     refuse_unwritable(out, is_folder=True)
     target = load_target(recipe)
+    calibration, validation = open_sets(recipe, calibration)
     recipe = check_network(recipe, target, trust=trust)
-    calibration, samples = load_sets(recipe, calibration)
+    samples = draw(recipe, validation)
     converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
     with staging_folder(out) as staging:
         progress("lower", 0, 1)
@@ -229,8 +230,9 @@ def lower(
     refuse_existing(out)
     refuse_unwritable(out, is_folder=True)
     target = load_target(recipe)
+    calibration, validation = open_sets(recipe, calibration)
     recipe = check_network(recipe, target, trust=trust)
-    calibration, samples = load_sets(recipe, calibration)
+    samples = draw(recipe, validation)
     converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
     with staging_folder(out) as staging:
         progress("lower", 0, 1)
@@ -289,8 +291,9 @@ def calibrate(
         implicit.refuse_caches(recipe, Path(cache), force=force)
     fresh = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"table": None})})
     target = load_target(fresh)
+    calibration, validation = open_sets(fresh, calibration)
     fresh = check_network(fresh, target, trust=trust)
-    calibration, samples = load_sets(fresh, calibration)
+    samples = draw(fresh, validation)
     converted = convert(
         fresh,
         target,

@@ -15,6 +15,7 @@ from edgedyn.errors import CalibrationError, RecipeError
 from edgedyn.images.disjoint import refuse_other_clipping, refuse_overlap
 from edgedyn.images.image_set import CalibrationSet, open_set
 from edgedyn.images.noise import NoiseSection
+from edgedyn.images.tasks import TASKS
 from edgedyn.sections import explain
 
 if TYPE_CHECKING:
@@ -25,7 +26,15 @@ if TYPE_CHECKING:
 def load_sets(
     recipe: Recipe, calibration: CalibrationSet | None = None
 ) -> tuple[CalibrationSet | None, list[Sample]]:
-    """Open the calibration set, and draw the validation samples of a disjoint set.
+    """Open the calibration set, and draw the samples of the validation set; as ``open_sets`` and ``draw``."""
+    calibration, validation = open_sets(recipe, calibration)
+    return calibration, draw(recipe, validation)
+
+
+def open_sets(
+    recipe: Recipe, calibration: CalibrationSet | None = None
+) -> tuple[CalibrationSet | None, CalibrationSet]:
+    """Open the calibration set and a disjoint validation set; no image is decoded.
 
     Args:
         recipe: names both sets; its values take the place of theirs.
@@ -48,16 +57,19 @@ def load_sets(
         method = recipe.quantize
         calibration = _open(recipe, source, method.samples, method.color_augmented)
         _refuse_unfit(calibration, validation)
-    task = recipe.sampling
     lacks = [image.path.name for image in validation.images if image.clean is None]
-    if task.has_truth and validation.noise.kind == "real" and 0 < len(lacks) < len(validation.images):
+    if (
+        TASKS[recipe.task].has_truth
+        and validation.noise.kind == "real"
+        and 0 < len(lacks) < len(validation.images)
+    ):
         raise CalibrationError(
             f"validation set {validation.name!r} has {len(lacks)} noisy photos without a clean file, such as "
             f"{lacks[0]}, and {len(validation.images) - len(lacks)} with one; expected one for all, to "
             "measure PSNR, or for none, to compare with the float network. Complete the manifest, or split "
             "the set."
         )
-    return calibration, draw(recipe, validation)
+    return calibration, validation
 
 
 def open_finetuning(recipe: Recipe) -> CalibrationSet | None:

@@ -128,9 +128,6 @@ def rewrite_network(
     captured = {name: simplify(program) for name, program in exported.items()}
     refuse_other_classes(recipe, captured, example)
     decomposed = {name: decompose_part(program, target, recipe) for name, program in captured.items()}
-    refuse_unsupported(
-        {name: ops.decompose(p, forms, "after_quantize") for name, (forms, p) in decomposed.items()}, target
-    )
     progress("rewrite layers", 1, 1)
     return Network(
         reference,

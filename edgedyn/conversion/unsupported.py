@@ -19,12 +19,14 @@ from edgedyn.targets import Target
 
 # most networks hold nothing else, and a preview of a deep one takes seconds
 _ORDINARY = {
-    "adaptive_avg_pool2d", "add", "avg_pool2d", "batch_norm", "cat", "clamp", "constant_pad_nd",
-    "conv2d", "conv_transpose2d", "div", "dropout", "elu", "flatten", "gelu", "hardsigmoid",
-    "hardswish", "hardtanh", "leaky_relu", "linear", "max_pool2d", "mean", "mul", "neg", "pad",
-    "permute", "pixel_shuffle", "pixel_unshuffle", "prelu", "relu", "relu6", "reshape", "sigmoid",
-    "silu", "slice", "softmax", "softplus", "split", "sub", "tanh", "unsqueeze", "upsample_bilinear2d",
-    "upsample_nearest2d", "view",
+    "_native_batch_norm_legit_no_training", "_unsafe_view", "abs", "adaptive_avg_pool2d", "add",
+    "addmm", "avg_pool2d", "batch_norm", "bmm", "cat", "clamp", "clone", "constant_pad_nd",
+    "contiguous", "conv2d", "conv_transpose2d", "div", "dropout", "elu", "exp", "expand", "flatten",
+    "floor", "full_like", "gelu", "hardsigmoid", "hardswish", "hardtanh", "leaky_relu", "linear",
+    "matmul", "max_pool2d", "maximum", "mean", "minimum", "mm", "mul", "neg", "pad", "permute",
+    "pixel_shuffle", "pixel_unshuffle", "prelu", "relu", "relu6", "reshape", "rsqrt", "select",
+    "sigmoid", "silu", "slice", "softmax", "softplus", "split", "sqrt", "squeeze", "sub", "sum",
+    "tanh", "transpose", "unsqueeze", "upsample_bilinear2d", "upsample_nearest2d", "view",
 }  # fmt: skip
 
 

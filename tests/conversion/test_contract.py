@@ -398,7 +398,7 @@ def test_scale_of_the_recipe_must_be_the_network_s(monkeypatch):
 
 
 def test_network_that_does_not_fit_is_refused_before_an_image_is_read(tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "load_sets", lambda *_: pytest.fail("read images"))
+    monkeypatch.setattr(pipeline, "draw", lambda *_: pytest.fail("read images"))
     given = recipe("outputs_pair")
     for call in (pipeline.build, pipeline.lower, pipeline.calibrate):
         with pytest.raises(EdgedynError, match="expected one tensor"):
