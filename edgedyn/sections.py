@@ -216,7 +216,10 @@ def explain(error: ValidationError, model: type[BaseModel]) -> str:
 
 
 def _explain(problem: ErrorDetails, model: type[BaseModel]) -> str:
-    where = ".".join(str(part) for part in problem["loc"])
+    place = problem["loc"]
+    if place[-1:] and place[-1] in ("int", "float", "bool", "str"):  # pydantic's name of a choice of types
+        place = place[:-1]
+    where = ".".join(str(part) for part in place)
     message = problem["msg"].removeprefix("Value error, ")  # pydantic's prefix for a rule of edgedyn
     if problem["type"] == "extra_forbidden":
         known = _keys_at(model, problem["loc"][:-1])

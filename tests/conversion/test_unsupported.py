@@ -83,6 +83,9 @@ def test_ordinary_operators_cost_nothing():
 def test_build_refuses_before_an_image_is_read(tmp_path):
     from edgedyn import pipeline
 
+    for name in ("calibration", "validation"):  # opened, and refused as soon as they are read
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "a.png").write_bytes(f"no picture for {name}".encode())
     recipe = Recipe(
         name="burst",
         model={"network": "strangers:Burst"},
@@ -90,12 +93,12 @@ def test_build_refuses_before_an_image_is_read(tmp_path):
         tile={"overlap": 4},
         target="executorch",
         precision="int8",
-        calibration="nowhere",
-        validation="nowhere/else",
-        folder=".",
+        calibration="calibration",
+        validation="validation",
+        folder=str(tmp_path),
     )
     phases = []
     with pytest.raises(ModelError, match=r"convolution\.out of rank 5"):
         pipeline.build(recipe, tmp_path / "out", progress=lambda phase, done, total: phases.append(phase))
     assert set(phases) <= {"rewrite layers"}
-    assert not list(tmp_path.iterdir())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["calibration", "validation"]

@@ -315,7 +315,7 @@ def test_damaged_program_is_refused_with_the_runtimes_words(tmp_path):
     path.write_bytes(b"not a program" * 20)
     with pytest.raises(
         BundleError,
-        match=r"ExecuTorch refuses 'forward' of model\.pte \(260 bytes\): .+build the bundle again",
+        match=r"ExecuTorch \S+ refuses 'forward' of model\.pte \(260 bytes\): .+build the bundle again",
     ) as caught:
         TARGET.load(path)
     assert caught.value.exit_code == 1
