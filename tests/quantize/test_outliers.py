@@ -66,7 +66,7 @@ def test_outlier_that_no_pass_may_move_is_noted_with_the_setting(target):
     torch.manual_seed(1)
     result, _ = calibrate(scaled_channel(1000), target, equalize=False, equalize_outputs=False)
     (note,) = notes(result).values()
-    assert note.startswith("channel 5 is up to ")
+    assert note.startswith("outlier channels (5): up to ")
     assert "quantize.equalize: true mends that" in note
     name = next(iter(notes(result)))
     assert name.startswith("body.2.output") or name.startswith("body.4.input")

@@ -129,8 +129,8 @@ def _describe_outliers(layer: QuantizableLayer, largest: Tensor, section: Quanti
         setting = f"quantize.keep_float: [{module_path(layer.node) or layer.name}]"
     channels = ", ".join(map(str, found.nonzero().flatten().tolist()[:_SHOWN]))
     return (
-        f"channel {channels} is up to {ratio:.0f} times as large as the median channel, which leaves the "
-        f"others few INT8 values; {setting} mends that"
+        f"outlier channels ({channels}): up to {ratio:.0f} times as large as the median channel, which "
+        f"leaves the others few INT8 values; {setting} mends that"
     )
 
 
