@@ -106,7 +106,8 @@ from edgedyn.images.image_set import open_set
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.recipe.shipped import shipped_recipes
 recipes = list(map(load_recipe, shipped_recipes()))
-sets = {recipe.path(name).resolve() for recipe in recipes for name in (recipe.calibration, recipe.validation)}
+names = [(recipe, name) for recipe in recipes for name in (recipe.calibration, recipe.validation) if name]
+sets = {recipe.path(name).resolve() for recipe, name in names}
 assert {path.name: len(open_set(path).images) for path in sets}["photos.yaml"] == 11
 for recipe in recipes:
     assert not recipe.is_trained or recipe.weights_digest() == recipe.model.sha256

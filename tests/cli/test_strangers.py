@@ -77,5 +77,8 @@ def test_a_dry_run_calls_no_function_that_makes_no_network(tmp_path, monkeypatch
     assert "is not trusted" in message
     assert "--trust" in message
     assert not Path("ran").exists()
-    assert execute(["build", name if where != "command" else "r.yaml", "-o", "b"]) == 2
+    recipe = Path(name if where != "command" else "r.yaml")
+    (recipe.parent / "x").mkdir()
+    (recipe.parent / "x" / "a.png").write_bytes(b"opened before the network, never decoded")
+    assert execute(["build", str(recipe), "-o", "b"]) == 2
     assert not Path("ran").exists()

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from small_plugins import OPS, compile_plugins, find_headers, make_fields, values_of
 
+from edgedyn.cache import build_cached
 from edgedyn.cli import app as cli
 from edgedyn.cli import doctor
 from edgedyn.errors import TargetMissingError
@@ -126,11 +127,14 @@ def test_without_tensorrt_s_headers_the_error_says_so(tmp_path, monkeypatch):
         plugin_library.build()
 
 
+def make_empty(folder: Path) -> Path:
+    (folder / "library").touch()
+    return folder / "library"
+
+
 def test_plugin_library_that_is_built_is_given_at_once(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    path = cached_library()
-    path.parent.mkdir(parents=True)
-    path.touch()
+    path = build_cached(cached_library(), make_empty)
     code, out, _ = run_command(capsys, monkeypatch)
     assert (code, json.loads(out)) == (0, {"ok": True, "library": str(path)})
 

@@ -113,7 +113,7 @@ class Entry:
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> Entry:
         """Return the entry of JSON values from ``to_json``; ValueError for others."""
-        row = read_row(values, _EntryRow)
+        row = read_row({name: x for name, x in values.items() if name != "sha256"}, _EntryRow)
         return cls(**{**dict(row), "histogram": Histogram.from_json(dict(row.histogram))})
 
 
