@@ -187,7 +187,7 @@ def test_failure_half_way_leaves_no_bundle(tmp_path, monkeypatch):
     recipe = load_recipe(
         RECIPES / "mallenet-s.phone.fp32.yaml", ["input.shape=[1, 3, 32, 32]", "tile.overlap=16"]
     )
-    with pytest.raises(UsageError, match="no space left on device. Choose another place"):
+    with pytest.raises(UsageError, match=r"no space left on device\. Choose another place"):
         pipeline.build(recipe, tmp_path / "bundle")
     assert list(tmp_path.iterdir()) == []
 
