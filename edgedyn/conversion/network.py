@@ -109,8 +109,8 @@ def rewrite_network(
 ) -> Network:
     """Rewrite the recipe's network on our ops, capture its programs and decompose them for the target.
 
-    All programs are decomposed before the first is calibrated, so that one that the target cannot run is
-    refused at once. Arguments and errors as ``convert.convert``.
+    All programs are decomposed before the first is calibrated. Arguments and errors as ``convert.convert``;
+    ``check_network`` has refused operators that the target cannot run.
     """
     progress("rewrite layers", 0, 1)
     needed = recipe.precision == "int8" or recipe.route.capacity is not None or not recipe.is_trained
