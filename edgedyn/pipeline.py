@@ -24,7 +24,7 @@ from edgedyn.conversion.calibration import Measurements
 from edgedyn.conversion.capture import capture
 from edgedyn.conversion.convert import convert, load_target
 from edgedyn.conversion.image_sets import draw, load_sets, open_sets
-from edgedyn.conversion.network import check_network
+from edgedyn.conversion.network import rewrite_network
 from edgedyn.device import programs
 from edgedyn.device.session import runtime_name
 from edgedyn.errors import RecipeError, UsageError
@@ -59,6 +59,7 @@ __all__ = [
     "load_sets",
     "load_target",
     "lower",
+    "rewrite_network",
     "validate",
 ]
 
@@ -137,9 +138,10 @@ def build(
     refuse_unwritable(out, is_folder=True)
     target = load_target(recipe)
     calibration, validation = open_sets(recipe, calibration)
-    recipe = check_network(recipe, target, trust=trust)
+    network = rewrite_network(recipe, target, trust=trust, progress=progress)
+    recipe = network.recipe
     samples = draw(recipe, validation)
-    converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
+    converted = convert(network, target, calibration, samples[0], force=force, progress=progress)
     with staging_folder(out) as staging:
         progress("lower", 0, 1)
         artifact = target.lower(converted.programs, staging, recipe.precision)
@@ -231,9 +233,10 @@ def lower(
     refuse_unwritable(out, is_folder=True)
     target = load_target(recipe)
     calibration, validation = open_sets(recipe, calibration)
-    recipe = check_network(recipe, target, trust=trust)
+    network = rewrite_network(recipe, target, trust=trust, progress=progress)
+    recipe = network.recipe
     samples = draw(recipe, validation)
-    converted = convert(recipe, target, calibration, samples[0], force=force, trust=trust, progress=progress)
+    converted = convert(network, target, calibration, samples[0], force=force, progress=progress)
     with staging_folder(out) as staging:
         progress("lower", 0, 1)
         artifact = target.lower(converted.programs, staging, recipe.precision)
@@ -290,21 +293,14 @@ def calibrate(
     if cache is not None:
         implicit.refuse_caches(recipe, Path(cache), force=force)
     fresh = recipe.model_copy(update={"quantize": recipe.quantize.model_copy(update={"table": None})})
-    target = load_target(fresh)
+    target = load_target(fresh, ablates=ablation)
     calibration, validation = open_sets(fresh, calibration)
-    fresh = check_network(fresh, target, trust=trust)
-    samples = draw(fresh, validation)
-    converted = convert(
-        fresh,
-        target,
-        calibration,
-        samples[0],
-        trust=trust,
-        measure=Measurements(sensitivity, ablation),
-        progress=progress,
-    )
+    network = rewrite_network(fresh, target, trust=trust, progress=progress)
+    samples = draw(network.recipe, validation)
+    measure = Measurements(sensitivity, ablation)
+    converted = convert(network, target, calibration, samples[0], measure=measure, progress=progress)
     assert converted.table is not None  # INT8 has one
     converted.table.write(out)
     if cache is not None:
-        implicit.write_caches(fresh, converted, Path(cache))
+        implicit.write_caches(network.recipe, converted, Path(cache))
     return converted.table

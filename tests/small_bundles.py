@@ -30,6 +30,33 @@ def onnx_model(*nodes, outputs=("y",), element=None, initializers=()) -> bytes:
     return helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
 
 
+def make_manifest(
+    name: str, inputs: list[dict], outputs: list[dict], overlap: int, file: str = "model.onnx"
+) -> dict:
+    """Return the manifest of a bundle of one program and one vector; the file's ending gives the target."""
+    return {
+        "format": FORMAT,
+        "ok": True,
+        "name": name,
+        "edgedyn": "0.1.0",
+        "target": "executorch" if file.endswith(".pte") else "onnxruntime",
+        "precision": "fp32",
+        "programs": {"forward": file},
+        **{key: {} for key in ("routing", "forms", "versions", "digests", "facts")},
+        "inputs": inputs,
+        "outputs": outputs,
+        "tile": {"overlap": overlap},
+        "vectors": [
+            {
+                "inputs": ["vectors/0.input.npy"],
+                "outputs": ["vectors/0.output.npy"],
+                "max_abs": [1e-6],
+                "rms": [1e-7],
+            }
+        ],
+    }
+
+
 def write_small(out: Path, program: bytes, file: str = "model.onnx", vector: bytes | None = None) -> Bundle:
     """Write a bundle of a program that doubles x, with one vector.
 
@@ -41,23 +68,7 @@ def write_small(out: Path, program: bytes, file: str = "model.onnx", vector: byt
     """
     x = np.random.default_rng(0).random(SHAPE, np.float32)
     arrays = {"vectors/0.input.npy": x, "vectors/0.output.npy": x * 2}
-    target = "executorch" if file.endswith(".pte") else "onnxruntime"
-    manifest = {
-        "format": FORMAT,
-        "ok": True,
-        **{"name": "small", "edgedyn": "0.1.0", "target": target, "precision": "fp32"},
-        **{"programs": {"forward": file}, "routing": {}, "forms": {}, "tile": {"overlap": 2}},
-        **{"versions": {}, "digests": {}, "facts": {}},
-        **{"inputs": [tensor("x")], "outputs": [tensor("y")]},
-        "vectors": [
-            {
-                "inputs": ["vectors/0.input.npy"],
-                "outputs": ["vectors/0.output.npy"],
-                "max_abs": [1e-6],
-                "rms": [1e-7],
-            }
-        ],
-    }
+    manifest = make_manifest("small", [tensor("x")], [tensor("y")], 2, file)
     with staging_folder(out) as staging:
         (staging / "vectors").mkdir()
         (staging / file).write_bytes(program)

@@ -6,9 +6,9 @@ import numpy as np
 import onnx
 import onnxruntime
 from onnx import TensorProto, helper, numpy_helper
+from small_bundles import make_manifest
 
 from edgedyn.bundle.bundle import Bundle, write_bundle
-from edgedyn.bundle.manifest import FORMAT
 from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.device.session import Session
 from edgedyn.files import staging_folder
@@ -52,35 +52,8 @@ def write(out, *, channels=3, overlap=OVERLAP, dtype="float32", bias=0.0, **chan
     shape = (1, channels, *TILE)
     model = blur(*shape[1:], dtype)
     x = np.random.default_rng(4).random(shape).astype(dtype)
-    manifest = {
-        **{
-            "format": FORMAT,
-            "ok": True,
-            "name": "blur",
-            "edgedyn": "0.1.0",
-            "target": "onnxruntime",
-            "precision": "fp32",
-        },
-        **{
-            "programs": {"forward": "model.onnx"},
-            "routing": {},
-            "forms": {},
-            "versions": {},
-            "digests": {},
-            "facts": {},
-        },
-        "inputs": [tensor("x", shape, dtype)],
-        "outputs": [tensor("y", shape, dtype)],
-        "tile": {"overlap": overlap},
-        "vectors": [
-            {
-                "inputs": ["vectors/0.input.npy"],
-                "outputs": ["vectors/0.output.npy"],
-                "max_abs": [1e-6],
-                "rms": [1e-7],
-            }
-        ],
-    }
+    inputs, outputs = ([tensor(name, shape, dtype)] for name in "xy")
+    manifest = make_manifest("blur", inputs, outputs, overlap)
     with staging_folder(out) as staging:
         (staging / "vectors").mkdir()
         onnx.save(model, staging / "model.onnx")

@@ -170,7 +170,7 @@ def reference(name: str):
         return recipe.load_model(trust=True)
     recipe = load_recipe(ROOT / f"recipes/{name}.phone.fp32.yaml", ["input.shape=[1, 3, 128, 128]"])
     calibration, _ = pipeline.load_sets(recipe)
-    return load_reference(recipe, [to_tensors(sample) for sample in draw(recipe, calibration)]).model
+    return load_reference(recipe, [to_tensors(sample) for sample in draw(recipe, calibration)])
 
 
 def spawn(job: list[str], runs: int) -> dict[str, Any]:

@@ -142,7 +142,7 @@ def lower_in_float(
     target = targets.load(recipe.target, recipe.kernels)
     with shared_provenance():
         progress("float32", 0, 1)
-        reference = load_reference(recipe, samples, trust=trust).model
+        reference = load_reference(recipe, samples, trust=trust)
         canonical = rewrite(reference, bundle.manifest["facts"].get("capacities"))
         inputs = part_inputs(canonical, samples[0])
         programs = {}

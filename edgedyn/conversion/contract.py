@@ -52,7 +52,7 @@ def load_network(recipe: Recipe, *, trust: bool = False) -> Loaded:
     """
     model, specs = recipe.load_model(trust=trust), recipe.input_specs()
     refuse_other_inputs(model, [spec.name for spec in specs])
-    leaves = dict(flatten(_run(model, _example(specs))))
+    leaves = dict(flatten(_run(model, example_inputs(specs))))
     chosen = choose_outputs(leaves, recipe.outputs, type(model).__name__)
     if list(leaves) != [""]:  # a hook, so that the names of the layers stay
 
@@ -155,7 +155,7 @@ def _find(leaves: Mapping[str, Any], key: str | int) -> str:
     return str(key)
 
 
-def _example(specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
+def example_inputs(specs: Sequence[TensorSpec]) -> tuple[Tensor, ...]:
     """Return inputs for a network: ramps of grey, constants and noise levels."""
     pictures = []
     for spec in specs:

@@ -1,6 +1,6 @@
 """From a recipe's network to the programs that a target lowers: the first half of the straight line.
 
-    rewrite_network -> find_or_calibrate -> apply_precision
+    add_samples -> find_or_calibrate -> apply_precision
 
 Each program of a routed network, its router and its variants, goes the same way.
 """
@@ -17,7 +17,7 @@ from edgedyn import ops, quantize, targets
 from edgedyn.bundle.manifest import Routing
 from edgedyn.conversion.calibration import NOTHING_MORE, Measurements, find_or_calibrate, int8_method
 from edgedyn.conversion.image_sets import open_finetuning
-from edgedyn.conversion.network import Network, rewrite_network
+from edgedyn.conversion.network import Network, add_samples, refuse_other_classes
 from edgedyn.conversion.table_key import part_of
 from edgedyn.errors import RecipeError, TargetMissingError
 from edgedyn.layers import find_dynamic, float32_classes, recognise, routing_of
@@ -107,28 +107,26 @@ class Converted:
 
 
 def convert(
-    recipe: Recipe,
+    network: Network,
     target: Target,
     calibration: CalibrationSet | None,
     example: Sample,
     *,
     force: bool = False,
-    trust: bool = False,
     measure: Measurements = NOTHING_MORE,
     progress: Progress = silent,
 ) -> Converted:
-    """Bring the recipe's network to the programs that the target lowers.
+    """Bring a recipe's rewritten network to the programs that the target lowers.
 
     Nothing is written but the calibration table, where the recipe names one that does not exist.
 
     Args:
-        recipe: network, precision and method.
+        network: from ``rewrite_network``; its recipe states precision and method.
         target: from ``load_target``.
         calibration: set for INT8 ranges, for BatchNorm statistics of a network without weights, and for
             capacities; None where none of them is needed.
-        example: a sample of the recipe's shape, to export with.
+        example: a sample of the validation set, for its names of classes.
         force: use the recipe's calibration table also where its key does not fit.
-        trust: allow weights that are a pickle of tensors.
         measure: further measurements of a new calibration.
         progress: called with (phase, steps done, steps of the phase).
 
@@ -136,15 +134,12 @@ def convert(
         CalibrationError: when the fine-tuning images are refused or shared with the validation set, the
             calibration table does not fit, or the samples do not cover the network's decisions.
         RecipeError: when a pattern of ``keep_float``, ``dynamic`` or ``coverage.unused`` matches nothing.
-        ModelError: when a layer is not supported, or the network cannot be captured.
-        NoFormError: when an op of ours has no form that the target can run.
         CheckFailedError: when no choice of float layers meets ``max_drop_db``.
-        TargetMissingError: when the recipe or the ablation corrects biases, and NNCF is not installed.
     """
-    if recipe.precision == "int8":  # refused before long work
-        quantize.refuse_missing_tools(recipe.quantize, ablates=measure.ablation)
+    recipe = network.recipe
     finetuning = open_finetuning(recipe) if recipe.precision == "int8" else None
-    network = rewrite_network(recipe, target, calibration, example, trust=trust, progress=progress)
+    refuse_other_classes(network, example)
+    network = add_samples(network, target, calibration, progress)
     table, mismatch = find_or_calibrate(
         network, recipe, target, calibration, finetuning, force=force, measure=measure, progress=progress
     )
@@ -181,12 +176,17 @@ def apply_precision(
     return Part(inputs, forms, decomposed, quantized, program)
 
 
-def load_target(recipe: Recipe) -> Target:
+def load_target(recipe: Recipe, *, ablates: bool = False) -> Target:
     """Return the recipe's target; it can lower and run the recipe's precision here.
+
+    Args:
+        recipe: target, precision and method.
+        ablates: whether the method's ablation follows, which also corrects biases.
 
     Raises:
         RecipeError: for an unknown target or a precision that it does not have.
-        TargetMissingError: when its packages are not installed.
+        TargetMissingError: when its packages are not installed, or the recipe or the ablation corrects
+            biases and NNCF is not installed.
     """
     target = targets.load(recipe.target, recipe.kernels)
     if recipe.precision not in target.precisions:
@@ -196,4 +196,6 @@ def load_target(recipe: Recipe) -> Target:
         )
     if reason := target.missing():
         raise TargetMissingError(f"target {target.name!r} is not available here: {reason}")
+    if recipe.precision == "int8":
+        quantize.refuse_missing_tools(recipe.quantize, ablates=ablates)
     return target

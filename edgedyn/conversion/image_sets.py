@@ -42,8 +42,8 @@ def open_sets(
 
     Raises:
         CalibrationError: when INT8 has no calibration set, a set is refused or has too few images, the two
-            share an image or differ in their clipping rule, or only some noisy photos of the validation set
-            have a clean one.
+            share an image or differ in their clipping rule, only some noisy photos of the validation set
+            have a clean one, or the fine-tuning images are refused.
         RecipeError: when the recipe's noise level is not valid for a set.
     """
     validation = _open(recipe, recipe.validation)
@@ -69,6 +69,8 @@ def open_sets(
             "measure PSNR, or for none, to compare with the float network. Complete the manifest, or split "
             "the set."
         )
+    if recipe.precision == "int8":
+        open_finetuning(recipe)  # refused before long work
     return calibration, validation
 
 

@@ -1,24 +1,25 @@
 """A recipe's network on our ops, captured and decomposed for its target: the steps before any precision.
 
-reference -> canonical -> captured -> decomposed
+    reference -> canonical -> captured -> decomposed
+
+No image is read for them, unless statistics or capacities come from the calibration set.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from edgedyn import ops
 from edgedyn.bundle.manifest import ROUTER
-from edgedyn.conversion.capture import capture, export, find_generated
-from edgedyn.conversion.contract import load_network
+from edgedyn.conversion.capture import export, find_generated
+from edgedyn.conversion.contract import Loaded, example_inputs, load_network
 from edgedyn.conversion.image_sets import draw, to_tensors
-from edgedyn.conversion.reference import count_capacities, load_reference, rewrite
+from edgedyn.conversion.reference import count_capacities, rewrite, settle
 from edgedyn.conversion.unsupported import refuse_unsupported
 from edgedyn.errors import CalibrationError, ModelError
 from edgedyn.graph.nodes import module_path
@@ -29,7 +30,6 @@ from edgedyn.quantize.progress import Progress, silent
 
 if TYPE_CHECKING:
     from edgedyn.bundle.tensors import TensorSpec
-    from edgedyn.conversion.contract import Loaded
     from edgedyn.images.image_set import CalibrationSet
     from edgedyn.images.sample import Sample
     from edgedyn.ops import Form, Op
@@ -42,28 +42,30 @@ class Network:
     """A recipe's network on our ops, captured and decomposed.
 
     Attributes:
+        recipe: with the scale of the network, where the recipe leaves it open.
         reference: the user's network.
-        canonical: the same on our ops; a ``RoutedModel`` where it has variants.
+        outputs: the tensors that the network returns.
+        canonical: the network on our ops; a ``RoutedModel`` where it has variants.
         capacities: layer -> positions that the capacity variant evaluates; None without such a variant.
         inputs: program -> example inputs.
         captured: program -> the exported program, our ops as single nodes.
         decomposed: program -> the chosen form of each op, and the program in these forms.
+        generated: paths of layers whose weight is computed from data, outside of our ops.
         drawn: samples of the calibration set.
         color_augmented: number of the last samples that only widen ranges.
-        outputs: the tensors that the network returns.
-        generated: paths of layers whose weight is computed from data, outside of our ops.
     """
 
+    recipe: Recipe
     reference: nn.Module
+    outputs: tuple[TensorSpec, ...]
     canonical: nn.Module
     capacities: dict[str, int] | None
     inputs: dict[str, tuple[Tensor, ...]]
     captured: dict[str, ExportedProgram]
     decomposed: dict[str, tuple[dict[Op, Form], ExportedProgram]]
+    generated: tuple[str, ...] = ()
     drawn: Sequence[Sample] = ()
     color_augmented: int = 0
-    outputs: tuple[TensorSpec, ...] = ()
-    generated: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         """Return one line: the network, its programs and the calibration samples."""
@@ -76,70 +78,61 @@ class Network:
         return len(self.drawn) - self.color_augmented
 
 
-def check_network(recipe: Recipe, target: Target, *, trust: bool = False) -> Recipe:
-    """Load, rewrite and capture the recipe's network without an image, and refuse what the target cannot run.
-
-    Returns:
-        The recipe with the scale of the network, where it leaves it open.
+def rewrite_network(
+    recipe: Recipe, target: Target, *, trust: bool = False, progress: Progress = silent
+) -> Network:
+    """Rewrite the recipe's network on our ops, capture and decompose its programs; no image is read.
 
     Raises:
         EdgedynError: as ``contract.load_network``, ``capture`` and ``refuse_unsupported``.
         NoFormError: when an op of ours has no form that the target can run.
     """
-    loaded = load_network(recipe, trust=trust)
-    canonical = rewrite(loaded.model, None)
-    _refuse_routed(canonical, loaded)
-    inputs = part_inputs(canonical, tuple(torch.zeros(spec.shape) for spec in loaded.recipe.input_specs()))
-    programs = {}
-    for name, module in parts(canonical).items():
-        forms, program = decompose_part(capture(module, inputs[name]), target, recipe)
-        programs[name] = ops.decompose(program, forms, "after_quantize")
-    refuse_unsupported(programs, target)
-    return loaded.recipe
-
-
-def rewrite_network(
-    recipe: Recipe,
-    target: Target,
-    calibration: CalibrationSet | None,
-    example: Sample,
-    *,
-    trust: bool = False,
-    progress: Progress = silent,
-) -> Network:
-    """Rewrite the recipe's network on our ops, capture its programs and decompose them for the target.
-
-    All programs are decomposed before the first is calibrated. Arguments and errors as ``convert.convert``;
-    ``check_network`` has refused operators that the target cannot run.
-    """
     progress("rewrite layers", 0, 1)
-    needed = recipe.precision == "int8" or recipe.route.capacity is not None or not recipe.is_trained
-    drawn = draw(recipe, calibration) if calibration and needed else []
+    network = _rewrite(load_network(recipe, trust=trust), target, None)
+    progress("rewrite layers", 1, 1)
+    return network
+
+
+def add_samples(
+    network: Network, target: Target, calibration: CalibrationSet | None, progress: Progress = silent
+) -> Network:
+    """Draw the calibration samples of a network, and rewrite it again where its programs depend on them.
+
+    BatchNorm statistics of a network without weights, and capacities, come from images.
+
+    Raises:
+        CalibrationError: when they are needed and the recipe names no set.
+        EdgedynError: as ``rewrite_network``.
+    """
+    recipe = network.recipe
+    if not (recipe.precision == "int8" or recipe.route.capacity is not None or not recipe.is_trained):
+        return network
+    drawn = draw(recipe, calibration) if calibration else []
     color_augmented = calibration.color_augmented if calibration and drawn else 0
     tensors = [to_tensors(sample) for sample in drawn[: len(drawn) - color_augmented]]
-    loaded = load_reference(recipe, tensors, trust=trust)
-    reference = loaded.model
-    capacities = count_capacities(reference, tensors, recipe.route.capacity)
-    canonical = rewrite(reference, capacities)
+    settled = settle(recipe, network.reference, tensors)
+    capacities = count_capacities(network.reference, tensors, recipe.route.capacity)
+    if settled or capacities is not None:
+        progress("rewrite layers", 0, 1)
+        network = _rewrite(Loaded(recipe, network.reference, network.outputs), target, capacities)
+        progress("rewrite layers", 1, 1)
+    return replace(network, drawn=drawn, color_augmented=color_augmented)
+
+
+def _rewrite(loaded: Loaded, target: Target, capacities: dict[str, int] | None) -> Network:
+    recipe = loaded.recipe
+    canonical = rewrite(loaded.model, capacities)
     _refuse_routed(canonical, loaded)
-    inputs = part_inputs(canonical, to_tensors(example))
+    inputs = part_inputs(canonical, example_inputs(recipe.input_specs()))
     exported = {name: export(module, inputs[name]) for name, module in parts(canonical).items()}
     generated = tuple(module_path(node) for p in exported.values() for node in find_generated(p))
     captured = {name: simplify(program) for name, program in exported.items()}
-    refuse_other_classes(recipe, captured, example)
     decomposed = {name: decompose_part(program, target, recipe) for name, program in captured.items()}
-    progress("rewrite layers", 1, 1)
+    refuse_unsupported(
+        {name: ops.decompose(p, forms, "after_quantize") for name, (forms, p) in decomposed.items()}, target
+    )
     return Network(
-        reference,
-        canonical,
-        capacities,
-        inputs,
-        captured,
-        decomposed,
-        drawn,
-        color_augmented,
-        loaded.outputs,
-        generated,
+        recipe, loaded.model, loaded.outputs, canonical, capacities, inputs, captured, decomposed, generated
     )
 
 
@@ -154,17 +147,17 @@ def _refuse_routed(canonical: nn.Module, loaded: Loaded) -> None:
         )
 
 
-def refuse_other_classes(recipe: Recipe, captured: dict[str, ExportedProgram], example: Sample) -> None:
+def refuse_other_classes(network: Network, example: Sample) -> None:
     """Refuse class names of a set that are more or fewer than the network's logits.
 
     Raises:
         CalibrationError: with both numbers.
     """
-    for name, program in captured.items():
+    if TASKS[network.recipe.task].predictions is not predict_classes or not example.classes:
+        return
+    for name, program in network.captured.items():
         shape = next(iter(program.graph.output_node().args[0])).meta["val"].shape
-        if TASKS[recipe.task].predictions is not predict_classes or name == ROUTER or not example.classes:
-            continue
-        if shape[1] != len(example.classes):
+        if name != ROUTER and shape[1] != len(example.classes):
             raise CalibrationError(
                 f"the validation set names {len(example.classes)} classes, such as {example.classes[0]!r}, "
                 f"and the network has {shape[1]} logits. List all classes in the order of the logits: "

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from edgedyn.checkpoints.weights import settle_norms
-from edgedyn.conversion.contract import Loaded, load_network
+from edgedyn.conversion.contract import load_network
 from edgedyn.errors import CalibrationError, ModelError
 from edgedyn.layers import RoutedModel, canonicalize
 
@@ -27,18 +27,30 @@ def rewrite(reference: nn.Module, capacities: dict[str, int] | None) -> nn.Modul
     return RoutedModel(None, {"capacity": with_capacity(canonical, capacities), "dense": canonical})
 
 
-def load_reference(recipe: Recipe, drawn: Sequence[tuple[Tensor, ...]], *, trust: bool = False) -> Loaded:
+def load_reference(recipe: Recipe, drawn: Sequence[tuple[Tensor, ...]], *, trust: bool = False) -> nn.Module:
     """Return the recipe's network; without weights, its BatchNorm statistics come from real images.
 
     Raises:
-        CalibrationError: when it needs images and the recipe names no set.
-        EdgedynError: as ``contract.load_network``.
+        EdgedynError: as ``contract.load_network`` and ``settle``.
     """
-    loaded = load_network(recipe, trust=trust)
-    reference = loaded.model
+    reference = load_network(recipe, trust=trust).model
+    settle(recipe, reference, drawn)
+    return reference
+
+
+def settle(recipe: Recipe, reference: nn.Module, drawn: Sequence[tuple[Tensor, ...]]) -> bool:
+    """Set the BatchNorm statistics of a network without weights from real images, in place.
+
+    Returns:
+        Whether there were any to set.
+
+    Raises:
+        CalibrationError: when it needs images and the recipe names no set.
+        ModelError: when the network cannot run on a batch of them.
+    """
     has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in reference.modules())
     if recipe.is_trained or not has_norms:
-        return loaded
+        return False
     if not drawn:
         raise CalibrationError(
             f"recipe {recipe.name!r} has no weights, so its BatchNorm takes its statistics from images, and "
@@ -51,7 +63,7 @@ def load_reference(recipe: Recipe, drawn: Sequence[tuple[Tensor, ...]], *, trust
             f"{type(reference).__name__} cannot run on inputs {[tuple(x.shape) for x in drawn[0]]}: "
             f"{str(error).splitlines()[0]}. Does the input shape fit (input.shape, model.arguments)?"
         ) from error
-    return loaded
+    return True
 
 
 def count_capacities(

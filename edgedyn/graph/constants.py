@@ -39,6 +39,15 @@ def add_constant(
     return node
 
 
+def store_parameter(module: fx.GraphModule, path: str, value: nn.Parameter) -> None:
+    """Store a parameter at a dotted path of a module, in place of the tensor there."""
+    folder, _, leaf = path.rpartition(".")
+    owner = module.get_submodule(folder)
+    if hasattr(owner, leaf):
+        delattr(owner, leaf)
+    owner.register_parameter(leaf, value)
+
+
 def frozen(value: Tensor) -> nn.Parameter:
     """Return a copy of a tensor as a parameter without gradient."""
     return nn.Parameter(value.detach().clone(), requires_grad=False)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import fx
 from torch.export import ExportedProgram
+from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
 
-from edgedyn.graph.constants import unshare_constants
-from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, shape_of
+from edgedyn.graph.constants import store_parameter, unshare_constants
+from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, argument, bias_of, constant_of, shape_of, weight_of
 from edgedyn.graph.rewrites import explicit_padding
 
 _TRANSPOSED = {
@@ -40,25 +41,43 @@ def fold(program: ExportedProgram) -> fx.GraphModule:
     BatchNorm stays where it takes its statistics from each image, and where its layer has other readers or a
     weight that is computed from data.
     """
-    from torchao.quantization.pt2e.utils import (
-        fold_bn_weights_into_conv_node,
-        fold_bn_weights_into_linear_node,
-    )
-
     # without guards: shapes are fixed, and the interpreters of the graph know operators only
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     explicit_padding(module)
     unshare_constants(module, MULTIPLY_ADD_OPS | _CONVOLUTIONS)
     for norm in [node for node in module.graph.nodes if _is_foldable(node)]:
-        layer = norm.args[0]
-        bias = layer.args[2] if len(layer.args) > 2 else None
-        is_linear = layer.target is _LINEAR
-        into = fold_bn_weights_into_linear_node if is_linear else fold_bn_weights_into_conv_node
-        into(layer, layer.args[1], bias, norm, module)
+        _fold_norm(module, norm)
     module.graph.eliminate_dead_code()
     module.recompile()
     return module
+
+
+def _fold_norm(module: fx.GraphModule, norm: fx.Node) -> None:
+    """Fold one BatchNorm; torchao's own (0.18) cleans the whole graph for each, seconds in a deep network."""
+    layer = norm.args[0]
+    assert isinstance(layer, fx.Node)
+    is_plain = norm.target is torch.ops.aten.batch_norm.default
+    scale, shift, mean, variance = (x and constant_of(module, x) for x in norm.args[1:5])
+    old = weight_of(module, layer), bias_of(module, layer)
+    statistics = mean, variance, argument(norm, 7 if is_plain else 6), scale, shift
+    if layer.target is _LINEAR:
+        weight, bias = fuse_linear_bn_weights(*old, *statistics)  # type: ignore[arg-type]
+    else:
+        weight, bias = fuse_conv_bn_weights(*old, *statistics, layer.target in _TRANSPOSED)  # type: ignore[arg-type]
+    place = str(layer.args[1].target)  # type: ignore[union-attr]
+    store_parameter(module, place, weight)
+    if old[1] is not None:
+        store_parameter(module, str(layer.args[2].target), bias)  # type: ignore[union-attr]
+    else:
+        store_parameter(module, f"{place}_bias", bias)
+        with module.graph.inserting_before(layer):
+            reads = module.graph.get_attr(f"{place}_bias")
+        reads.meta["val"] = bias.detach()
+        layer.args = (*layer.args[:2], reads, *layer.args[3:])
+    # _native_batch_norm_legit_no_training returns a tuple
+    for output in [norm] if is_plain else [user for user in norm.users if user.args[1] == 0]:
+        output.replace_all_uses_with(layer)
 
 
 def _is_foldable(norm: fx.Node) -> bool:

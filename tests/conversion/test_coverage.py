@@ -297,7 +297,8 @@ def photos(tmp_path: Path, network: str, *overrides: str) -> list[str]:
 
 def convert(recipe: Recipe) -> Converted:
     images, samples = pipeline.load_sets(recipe)
-    return pipeline.convert(recipe, load_target(recipe), images, samples[0])
+    target = load_target(recipe)
+    return pipeline.convert(pipeline.rewrite_network(recipe, target), target, images, samples[0])
 
 
 def load(overrides: list[str], target: str = "phone") -> Recipe:

@@ -103,8 +103,10 @@ def test_table_of_other_noise_is_refused_by_its_field(tmp_path):
     pipeline.calibrate(recipe(*ONE_LEVEL), table)
     given = [f"quantize.table={table}", "noise.sigma=[25.0]", "noise.clip=true"]
     calibration, samples = pipeline.load_sets(recipe(*given))
+    target = load_target(recipe(*given))
+    network = pipeline.rewrite_network(recipe(*given), target)
     with pytest.raises(CalibrationError, match="of another data"):
-        pipeline.convert(recipe(*given), load_target(recipe(*given)), calibration, samples[0])
+        pipeline.convert(network, target, calibration, samples[0])
 
 
 def test_sets_of_different_clipping_rules_are_refused(tmp_path):
@@ -170,9 +172,10 @@ def test_set_from_python_has_a_digest_that_finds_its_table_again(tmp_path):
     pipeline.calibrate(given, tmp_path / "table.json", calibration=made)
     target, (_, samples) = load_target(given), pipeline.load_sets(given)
     again = CalibrationSet.of(photos(), samples=4)
-    assert pipeline.convert(given, target, again, samples[0]).mismatch == ""
+    network = pipeline.rewrite_network(given, target)
+    assert pipeline.convert(network, target, again, samples[0]).mismatch == ""
     with pytest.raises(CalibrationError, match="of another data"):
-        pipeline.convert(given, target, CalibrationSet.of(photos()[::-1], samples=4), samples[0])
+        pipeline.convert(network, target, CalibrationSet.of(photos()[::-1], samples=4), samples[0])
 
 
 def test_set_from_python_that_holds_validation_images_is_refused():

@@ -43,7 +43,9 @@ def recipe(folder: Path, *overrides: str, target: str = "phone") -> Recipe:
 
 def convert(given: Recipe, *, force: bool = False) -> Converted:
     calibration, samples = pipeline.load_sets(given)
-    return pipeline.convert(given, load_target(given), calibration, samples[0], force=force)
+    target = load_target(given)
+    network = pipeline.rewrite_network(given, target)
+    return pipeline.convert(network, target, calibration, samples[0], force=force)
 
 
 def bits(made: Converted) -> tuple[str, list[bytes]]:

@@ -11,9 +11,8 @@ import torch
 from small_networks import make_input, make_net
 from typer.testing import CliRunner
 
-from edgedyn import quantize, targets
+from edgedyn import pipeline, quantize, targets
 from edgedyn.cli.app import app
-from edgedyn.conversion import convert as conversion
 from edgedyn.errors import TargetMissingError
 from edgedyn.quantize import CalibrationInputs, Int8Method
 from edgedyn.recipe.keys import QuantizeSection
@@ -86,7 +85,7 @@ def test_ablation_needs_nncf_whatever_the_method_is(without_nncf):
 
 @pytest.mark.parametrize("options", [["--set", "quantize.bias_correction=fast"], ["--ablation"]])
 def test_command_ends_with_3_before_the_network_is_rewritten(tmp_path, monkeypatch, without_nncf, options):
-    monkeypatch.setattr(conversion, "rewrite_network", lambda *_, **__: pytest.fail("long work began"))
+    monkeypatch.setattr(pipeline, "rewrite_network", lambda *_, **__: pytest.fail("long work began"))
     recipe = str(RECIPES / "mallenet-s.phone.int8.yaml")
     done = CliRunner().invoke(app, ["calibrate", recipe, *options, "-o", str(tmp_path / "table.json")])
     assert isinstance(done.exception, TargetMissingError), done.output

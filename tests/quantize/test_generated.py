@@ -334,7 +334,8 @@ def convert(folder: Path, generated: str) -> Converted:
     overrides = [*SMALL, f"quantize.table={folder / 'table.json'}", f"quantize.generated={generated}"]
     recipe = load_recipe(RECIPES / "mallenet-s.phone.int8.yaml", overrides)
     calibration, samples = pipeline.load_sets(recipe)
-    return pipeline.convert(recipe, load_target(recipe), calibration, samples[0])
+    target = load_target(recipe)
+    return pipeline.convert(pipeline.rewrite_network(recipe, target), target, calibration, samples[0])
 
 
 @pytest.mark.parametrize("generated", ["tap", "float"])

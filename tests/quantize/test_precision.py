@@ -290,10 +290,11 @@ def test_limit_of_a_task_without_truth_is_refused():
     recipe = load_recipe(RECIPES / "dynconv-resnet32.phone.int8.yaml", values)
     calibration, samples = pipeline.load_sets(recipe)
     target = load_target(recipe)
+    network = pipeline.rewrite_network(recipe, target)
     with pytest.raises(
         RecipeError, match=r"max_drop_db, --sensitivity, .* is PSNR .* the task 'classify' has none"
     ):
-        pipeline.convert(recipe, target, calibration, samples[0])
+        pipeline.convert(network, target, calibration, samples[0])
 
 
 @pytest.mark.parametrize("verb", ["calibrate", "build"])

@@ -18,8 +18,9 @@ import torch
 
 from edgedyn import pipeline
 from edgedyn.conversion.convert import load_target
+from edgedyn.conversion.image_sets import to_tensors
 from edgedyn.conversion.reference import rewrite
-from edgedyn.layers import parts
+from edgedyn.layers import part_inputs, parts
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.targets.executorch import runner
 from edgedyn.targets.executorch.run import load
@@ -91,10 +92,12 @@ def run_all(name: str, kernels: str, smaller: tuple[str, ...], folder: Path) -> 
     recipe = load_recipe(RECIPES / f"{name}.yaml", overrides(name, kernels, smaller))
     target = load_target(recipe)
     calibration, samples = pipeline.load_sets(recipe)
-    made = pipeline.convert(recipe, target, calibration, samples[0])
+    network = pipeline.rewrite_network(recipe, target)
+    made = pipeline.convert(network, target, calibration, samples[0])
     programs = target.lower(made.programs, folder, recipe.precision).programs
     wide = parts(rewrite(copy.deepcopy(made.reference).double(), made.capacities))
-    inputs = {program: tuple(x.numpy() for x in part.inputs) for program, part in made.parts.items()}
+    tensors = part_inputs(rewrite(made.reference, made.capacities), to_tensors(samples[0]))
+    inputs = {program: tuple(x.numpy() for x in given) for program, given in tensors.items()}
     emulated = runner.run_all([runner.Job(folder / programs[p], p, inputs[p]) for p in made.parts])
     return {
         program: Outputs(
