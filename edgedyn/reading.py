@@ -21,7 +21,7 @@ _MAX_NUMBER = 2**53  # the integers that every JSON reader agrees on (RFC 8259, 
 
 
 class TextError(ValueError):
-    """A text is not what its format demands; the message names the line where it is known."""
+    """A text does not follow its format; the message names the line where it is known."""
 
 
 def open_regular(path: Path) -> BinaryIO:

@@ -33,7 +33,7 @@ Beside = Annotated[
 def write_manifest(
     folder: Path, out: Path, beside: Path | None, overrides: list[str], *, force: bool, as_json: bool
 ) -> None:
-    """Write the manifest of a folder, and print what was found in it."""
+    """Write the manifest of a folder, and print its counts."""
     from edgedyn.images.draft import make_manifest
     from edgedyn.recipe.recipe import apply_override
 

@@ -1,4 +1,4 @@
-"""SIGTERM and SIGHUP end a command as Ctrl-C does: what it made is removed on the way out."""
+"""SIGTERM and SIGHUP end a command as Ctrl-C does: its temporary files are removed on the way out."""
 
 from __future__ import annotations
 

@@ -53,7 +53,8 @@ def load_network(recipe: Recipe, *, trust: bool = False) -> Loaded:
     model, specs = recipe.load_model(trust=trust), recipe.input_specs()
     refuse_other_inputs(model, [spec.name for spec in specs])
     leaves = dict(flatten(_run(model, example_inputs(specs))))
-    chosen = choose_outputs(leaves, recipe.outputs, type(model).__name__)
+    fitting = [n for n, y in leaves.items() if isinstance(y, Tensor) and _fit(recipe, tuple(y.shape))[1]]
+    chosen = choose_outputs(leaves, recipe.outputs, type(model).__name__, fitting)
     if list(leaves) != [""]:  # a hook, so that the names of the layers stay
 
         def select(module: nn.Module, inputs: Any, output: Any) -> Any:
@@ -70,11 +71,11 @@ def load_network(recipe: Recipe, *, trust: bool = False) -> Loaded:
     return Loaded(recipe, model, tuple(outputs))
 
 
-def refuse_other_inputs(model: nn.Module, given: Sequence[str], giver: str = "the recipe") -> None:
+def refuse_other_inputs(model: nn.Module, names: Sequence[str], source: str = "the recipe") -> None:
     """Refuse a network that takes another number of inputs.
 
     Raises:
-        ModelError: with the names of both.
+        ModelError: with the names of its inputs and of those that the source gives.
     """
     parameters = list(inspect.signature(model.forward).parameters.values())
     positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
@@ -85,17 +86,17 @@ def refuse_other_inputs(model: nn.Module, given: Sequence[str], giver: str = "th
             f"{type(model).__name__} takes the input {keywords[0]!r} by keyword only; expected inputs by "
             "position. Move it in front of the * in forward."
         )
-    if len(required) <= len(given) and (unnamed or len(given) <= len(positional)):
+    if len(required) <= len(names) and (unnamed or len(names) <= len(positional)):
         return
-    takes = required if len(given) < len(required) else [p.name for p in positional]
+    expected = required if len(names) < len(required) else [p.name for p in positional]
     fix = (
         "add inputs: for the others, each with a name, a shape, and a value or a noise_level."
-        if len(given) < len(takes)
+        if len(names) < len(expected)
         else "remove those that it does not take."
     )
     raise ModelError(
-        f"{type(model).__name__} takes {_count(takes, 'input')}, {giver} gives {len(given)} "
-        f"({', '.join(given)}); {fix}"
+        f"{type(model).__name__} takes {_count(expected, 'input')}, {source} gives {len(names)} "
+        f"({', '.join(names)}); {fix}"
     )
 
 
@@ -120,8 +121,16 @@ def _items(value: Any) -> list[tuple[str, Any]] | None:
     return None
 
 
-def choose_outputs(leaves: Mapping[str, Any], keys: Sequence[str | int], network: str) -> list[str]:
+def choose_outputs(
+    leaves: Mapping[str, Any], keys: Sequence[str | int], network: str, fitting: Sequence[str] = ()
+) -> list[str]:
     """Return the names of the outputs that a recipe chooses; without a choice, of the only tensor.
+
+    Args:
+        leaves: the outputs by name.
+        keys: the recipe's ``outputs``.
+        network: its name, for a refusal.
+        fitting: names of the outputs that fit the task; a refusal suggests the first of them.
 
     Raises:
         ModelError: for several tensors and no choice, or for no tensor.
@@ -132,9 +141,10 @@ def choose_outputs(leaves: Mapping[str, Any], keys: Sequence[str | int], network
     if not tensors:
         raise ModelError(f"{network} returns {returned or 'nothing'}; expected a tensor. Return one.")
     if len(tensors) > 1 and not keys:
+        likely = [*fitting, *tensors][0]
         raise ModelError(
             f"{network} returns {returned}; expected one tensor, or a choice. Set outputs: in the recipe to "
-            f"those that the program shall have, the picture first, for instance outputs: [{tensors[0]}]."
+            f"those that the program shall have, the picture first, for instance outputs: [{likely}]."
         )
     chosen = [_find(leaves, key) for key in keys or tensors]
     for key, name in zip(keys or tensors, chosen, strict=True):

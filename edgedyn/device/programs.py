@@ -41,7 +41,7 @@ _MAX_FIELDS = 10_000  # of an ONNX file at its top level; graph, metadata and fu
 
 
 def identify(bundle: Bundle, *, rebuilt: Collection[str] = ()) -> None:
-    """Refuse files that are not what their ending says.
+    """Refuse files that are not of the format of their ending.
 
     Args:
         bundle: verified.

@@ -113,7 +113,7 @@ class Session:
         *,
         progress: Progress = silent,
     ) -> Iterator[tuple[int, np.ndarray]]:
-        """Yield what ``process`` returns from top to bottom, in strips, so that few rows are in memory.
+        """Yield the output of ``process`` from top to bottom, in strips, so that few rows are in memory.
 
         Rows of the image above the next tiles are not read again: with a scale of 1 the result may take
         their place while this runs.

@@ -80,7 +80,7 @@ def need_reader(name: str) -> None:
     """Make Pillow able to read a format.
 
     Raises:
-        TargetMissingError: with the command that installs what is missing.
+        TargetMissingError: with the command that installs the missing package.
     """
     if name == "HEIF":
         try:

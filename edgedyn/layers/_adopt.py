@@ -67,7 +67,7 @@ SIZE = (32, 48)  # pixels: the strides and pools of the published layers divide 
 
 
 def require_outputs(ours: nn.Module, foreign: nn.Module, *rest: Tensor) -> nn.Module:
-    """Return our module, proved to compute what a foreign one does, in float64 on a random input.
+    """Return our module, proved equal to a foreign one, in float64 on a random input.
 
     A foreign module that cannot run here is adopted by its structure alone: published operators need a GPU.
 

@@ -177,7 +177,7 @@ class Recipe(Section):
 
     @property
     def sampling(self) -> Task:
-        """The task with the recipe's own scale: how samples are drawn, and what their truth is."""
+        """The task with the recipe's own scale: how samples are drawn, and their truth."""
         task = TASKS[self.task]
         return task if self.scale is None else replace(task, scale=self.scale)
 
