@@ -77,13 +77,14 @@ def unshare_constants(module: fx.GraphModule, operators: Container[Any]) -> None
 
     A layer that is called twice shares them. XNNPACK then keeps the quantization parameters of the first call
     for a shared bias, silently wrong at the second (executorch 1.5.1). NNCF quantizes a shared weight at one
-    call only (3.4). torchao folds the BatchNorm of every call into the one weight (0.18).
+    call only (3.4). A BatchNorm is folded into the weight of one call, which no other operator may read.
 
     Args:
         module: a float program, changed in place.
         operators: overloads of the convolutions and linear layers to look at.
     """
-    seen: set[str] = set()
+    constants = [node for node in module.graph.nodes if node.op == "get_attr"]
+    seen = {str(c.target) for c in constants if any(user.target not in operators for user in c.users)}
     for node in [n for n in module.graph.nodes if n.target in operators]:
         for index, constant in enumerate(node.args[1:3], start=1):
             if isinstance(constant, fx.Node) and constant.op == "get_attr" and constant.target in seen:
@@ -146,8 +147,7 @@ def _is_weight(node: fx.Node) -> bool:
 def _constant_values(module: fx.GraphModule) -> dict[fx.Node, Any]:
     """Evaluate the nodes that read constants and nothing else."""
     values: dict[fx.Node, Any] = {}
-    in_place = [node for node in module.graph.nodes if _is_in_place(node) and not works_on_its_own(node)]
-    changed = {_storage(argument(node, 0)) for node in in_place}
+    changed = changed_in_place(module.graph)
     for node in module.graph.nodes:
         if node in changed:
             continue
@@ -177,13 +177,28 @@ def _is_foldable(node: fx.Node) -> bool:
     )
 
 
+def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
+    """Return the nodes whose memory an operator changes through a view, or where a view shows it."""
+    in_place = [node for node in graph.nodes if _is_in_place(node) and not works_on_its_own(node)]
+    return {memory_of(argument(node, 0)) for node in in_place}
+
+
+def work_on_copy(node: fx.Node) -> None:
+    """Let an operator that works in place on its own return a new value: its input can be read later."""
+    if not (_is_in_place(node) and works_on_its_own(node)):
+        return
+    target: Any = node.target
+    copying = getattr(torch.ops.aten, target._schema.name.partition("::")[2].removesuffix("_"), None)
+    node.target = getattr(copying, target._overloadname, target)
+
+
 def works_on_its_own(node: fx.Node) -> bool:
     """Tell whether an operator that works in place changes a value that no view shows."""
     source = argument(node, 0)
     return (
         isinstance(source, fx.Node)
         and source.op == "call_function"
-        and not any(getattr(other.target, "is_view", False) for other in (source, *source.users))
+        and not any(_is_view(other) for other in (source, *source.users))
     )
 
 
@@ -192,8 +207,13 @@ def _is_in_place(node: fx.Node) -> bool:
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable and node.args)
 
 
-def _storage(node: Any) -> Any:
+def memory_of(node: Any) -> Any:
     """Return the node whose memory a view shares."""
-    while isinstance(node, fx.Node) and node.op == "call_function" and getattr(node.target, "is_view", False):
+    while isinstance(node, fx.Node) and node.op == "call_function" and _is_view(node):
         node = argument(node, 0)
     return node
+
+
+def _is_view(node: fx.Node) -> bool:
+    """Whether a node shares the memory of its input; one of a list of views does."""
+    return node.target is operator.getitem or bool(getattr(node.target, "is_view", False))

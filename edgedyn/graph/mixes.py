@@ -18,8 +18,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from edgedyn.graph.constants import add_constant, frozen, works_on_its_own
-from edgedyn.graph.nodes import COUNTED_OPS, argument, attribute, by_output, shape_of
+from edgedyn.graph.constants import (
+    add_constant,
+    changed_in_place,
+    frozen,
+    memory_of,
+    work_on_copy,
+    works_on_its_own,
+)
+from edgedyn.graph.nodes import COUNTED_OPS, argument, attribute, by_output, shape_of, sources
 
 # K convolutions write K feature maps; CondConv has 8 kernels, dynamic convolution 4
 MOST_KERNELS = 16
@@ -61,6 +68,8 @@ def mix_outputs(module: fx.GraphModule) -> bool:
     """
     inputs = [node for node in module.graph.nodes if node.op == "placeholder"]
     layers = dynamic_layers(module.graph, inputs)
+    for node in sources(argument(layer, 1) for layer in layers):
+        work_on_copy(node)
     for layer in layers:
         _fold_norm(module, layer)
     data = depending(module.graph, inputs)
@@ -68,8 +77,8 @@ def mix_outputs(module: fx.GraphModule) -> bool:
     for layer in biased:
         _add_behind(module, layer, _bias(layer))
         layer.update_arg(2, None)
-    for layer in layers:
-        if numbers := find_mix(argument(layer, 1), data):
+    for layer in layers:  # its numbers may be computed from the outputs of mixes before it
+        if numbers := find_mix(argument(layer, 1), depending(module.graph, inputs)):
             _mix(module, layer, numbers)
     module.graph.eliminate_dead_code()
     module.recompile()
@@ -79,6 +88,8 @@ def mix_outputs(module: fx.GraphModule) -> bool:
 def find_mix(weight: fx.Node, data: Collection[fx.Node]) -> list[fx.Node]:
     """Return the nodes that hold the numbers a_k of a weight; empty where it is no mix of few constants.
 
+    A value that is changed through a view ends the search: the graph does not show what reads the change.
+
     Args:
         weight: node of a weight from data.
         data: all nodes that depend on the input.
@@ -86,9 +97,12 @@ def find_mix(weight: fx.Node, data: Collection[fx.Node]) -> list[fx.Node]:
     order = {node: number for number, node in enumerate(weight.graph.nodes)}
     cut, fewest = {weight}, MOST_KERNELS + 1
     best: list[fx.Node] = []
+    changed = changed_in_place(weight.graph)
     while affine := [node for node in cut if _is_affine(node, data)]:
         latest = max(affine, key=order.__getitem__)
         cut = (cut - {latest}) | {node for node in latest.all_input_nodes if node in data}
+        if not changed.isdisjoint(map(memory_of, (latest, *cut))):
+            break
         count = sum(_count(node) for node in cut)
         if count < fewest:
             best, fewest = sorted(cut, key=order.__getitem__), count
@@ -167,7 +181,7 @@ def _mix(module: fx.GraphModule, layer: fx.Node, numbers: list[fx.Node]) -> None
 def _kernels(
     module: fx.GraphModule, weight: Any, numbers: list[fx.Node]
 ) -> tuple[list[tuple[fx.Node, int, Tensor]], Tensor | None]:
-    """Return W_k with the node and index of a_k, and W_0, None where it is zero; computed in float64."""
+    """Return W_k with the node and index of a_k, and W_0, None where it adds nothing; computed in float64."""
     zeros = {node: torch.zeros(node.meta["val"].shape, dtype=torch.float64) for node in numbers}
     dtype = weight.meta["val"].dtype
     origin = _evaluate(module, weight, zeros)
@@ -179,7 +193,7 @@ def _kernels(
             kernel = _evaluate(module, weight, {**zeros, node: unit}) - origin
             if kernel.any():
                 kernels.append((node, index, kernel.to(dtype)))
-    return kernels, (origin.to(dtype) if origin.any() else None)
+    return kernels, (origin.to(dtype) if origin.any() or not kernels else None)
 
 
 def _evaluate(module: fx.GraphModule, node: fx.Node, known: dict[fx.Node, Any]) -> Tensor:
@@ -212,13 +226,12 @@ def _bias(layer: fx.Node) -> Any:
 def _add_behind(module: fx.GraphModule, y: fx.Node, bias: Any, like: fx.Node | None = None) -> None:
     """Add a bias (O,) to an output in an operator of its own."""
     like = like or y
-    rank, is_linear = len(like.meta["val"].shape), like.target is _ATEN.linear.default
     with module.graph.inserting_after(y):
         total = module.graph.call_function(_ATEN.add.Tensor)
     total.meta = dict(like.meta)
     shaped = bias
-    if not is_linear:
-        shaped = _call(module, total, _ATEN.reshape.default, (bias, [1, -1, *[1] * (rank - 2)]), like=like)
+    if positions := [1] * (len(shape_of(argument(like, 1))) - 2):  # axes behind the channels
+        shaped = _call(module, total, _ATEN.reshape.default, (bias, [-1, *positions]), like=like)
     y.replace_all_uses_with(total)
     total.args = (y, shaped)
 

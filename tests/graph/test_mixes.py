@@ -104,3 +104,64 @@ def test_fewest_numbers_are_chosen():
     data = {node for node in module.graph.nodes if node.op != "get_attr"}
     (numbers,) = find_mix(layer.args[1], data)
     assert numbers.meta["val"].numel() == K
+
+
+class Changed(torch.nn.Module):
+    """A mix of values that are changed in place: at once, through a view, or after they were read."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.fc, self.gain = kind, torch.nn.Linear(C, 2), torch.nn.Linear(C, 1)
+        self.bank, self.one = (torch.nn.Parameter(torch.randn(n, C * C)) for n in (2, 1))
+
+    def forward(self, x):
+        pooled = x.mean((2, 3))
+        gain, a = self.gain(pooled).expand(1, C * C) * 2, self.fc(pooled).sigmoid()
+        if self.kind == "numbers":
+            a += 1
+        w = a @ self.bank
+        if self.kind == "read before":
+            before = w * self.one
+            w += 1
+            w = w + before
+        w = w + gain * self.one
+        w = w.view(C, C, 1, 1)
+        if self.kind == "view":
+            w[:, 0] = 0
+            w[:, 1] *= a[0, 0]
+        return torch.conv2d(x, w)
+
+
+@pytest.mark.parametrize(
+    ("kind", "is_mix"), [("nothing", True), ("numbers", True), ("read before", True), ("view", False)]
+)
+def test_values_that_are_changed_in_place_count_as_they_are_read(kind, is_mix):
+    torch.manual_seed(0)
+    net, x = Changed(kind).double(), torch.rand(1, C, 4, 5, dtype=torch.float64)
+    module, _, dynamic = captured(net, x)
+    assert bool(dynamic) is not is_mix
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), net(x), rtol=1e-12, atol=1e-13)
+
+
+class Stacked(torch.nn.Module):
+    """Two mixes; the numbers of the second are a linear function of the first one's output."""
+
+    def __init__(self, bank):
+        super().__init__()
+        self.bank, self.fc = torch.nn.Parameter(bank), torch.nn.Linear(C, 2)
+
+    def forward(self, x):
+        for _ in range(2):
+            w = self.fc(x.mean((2, 3))) @ self.bank
+            x = torch.conv2d(x, w.view(C, C, 1, 1))
+        return x
+
+
+@pytest.mark.parametrize("bank", [torch.randn(2, C * C), torch.zeros(2, C * C)], ids=["random", "zero"])
+def test_mix_behind_a_mix_is_one_too(bank):
+    net, x = Stacked(bank).double(), torch.rand(1, C, 4, 5, dtype=torch.float64)
+    module, _, dynamic = captured(net, x)
+    assert dynamic == []
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), net(x), rtol=1e-12, atol=1e-13)
