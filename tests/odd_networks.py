@@ -186,12 +186,25 @@ class SharedOutput(nn.Module):
 class LinearNorm(nn.Module):
     """A linear layer with BatchNorm that weighs the channels."""
 
+    def __init__(self, *, affine: bool = True) -> None:
+        super().__init__()
+        self.linear, self.norm = nn.Linear(C, C), nn.BatchNorm1d(C, affine=affine)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.norm(self.linear(x.mean((2, 3)))).sigmoid()[:, :, None, None]
+
+
+class TiedNorm(nn.Module):
+    """A linear layer with BatchNorm, and a product with the weight of that layer."""
+
     def __init__(self) -> None:
         super().__init__()
         self.linear, self.norm = nn.Linear(C, C), nn.BatchNorm1d(C)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x * self.norm(self.linear(x.mean((2, 3)))).sigmoid()[:, :, None, None]
+        mean = x.mean((2, 3))
+        tied = torch.mm(self.linear.weight, mean.t()).t()
+        return x * (self.norm(self.linear(mean)) + tied).sigmoid()[:, :, None, None]
 
 
 class Upsampled(nn.Module):
@@ -238,6 +251,8 @@ NORMS: dict[str, tuple[Callable[[], nn.Module], bool]] = {
     "shared norm": (SharedNorm, False),
     "shared output": (SharedOutput, False),
     "linear": (LinearNorm, False),
+    "linear, not affine": (lambda: LinearNorm(affine=False), False),
+    "linear, tied": (TiedNorm, False),
     "transposed": (Upsampled, False),
     "transposed, grouped": (lambda: Upsampled(groups=2), False),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 from torch.export import ExportedProgram
-from torch.nn.utils.fusion import fuse_conv_bn_weights, fuse_linear_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from edgedyn.graph.constants import store_parameter, unshare_constants
 from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, argument, bias_of, constant_of, shape_of, weight_of
@@ -61,10 +61,8 @@ def _fold_norm(module: fx.GraphModule, norm: fx.Node) -> None:
     scale, shift, mean, variance = (x and constant_of(module, x) for x in norm.args[1:5])
     old = weight_of(module, layer), bias_of(module, layer)
     statistics = mean, variance, argument(norm, 7 if is_plain else 6), scale, shift
-    if layer.target is _LINEAR:
-        weight, bias = fuse_linear_bn_weights(*old, *statistics)  # type: ignore[arg-type]
-    else:
-        weight, bias = fuse_conv_bn_weights(*old, *statistics, layer.target in _TRANSPOSED)  # type: ignore[arg-type]
+    # also for a linear layer: torch's fuse_linear_bn_weights (2.13) takes no BatchNorm without gain and bias
+    weight, bias = fuse_conv_bn_weights(*old, *statistics, layer.target in _TRANSPOSED)  # type: ignore[arg-type]
     place = str(layer.args[1].target)  # type: ignore[union-attr]
     store_parameter(module, place, weight)
     if old[1] is not None:
