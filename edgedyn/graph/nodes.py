@@ -69,11 +69,11 @@ def is_int8(node: fx.Node) -> bool:
 
 
 def has_stored_weight(node: fx.Node) -> bool:
-    """Whether a convolution or linear layer has a constant as its weight, dequantized or not."""
+    """Whether a convolution or linear layer of a module has a constant as its weight, dequantized or not."""
     weight = argument(node, 1)
     while isinstance(weight, fx.Node) and "dequantize" in str(weight.target):
         weight = argument(weight, 0)
-    return isinstance(weight, fx.Node) and weight.op in ("get_attr", "placeholder")
+    return isinstance(weight, fx.Node) and weight.op == "get_attr"  # a placeholder is an input
 
 
 def is_quantizable(node: fx.Node) -> bool:

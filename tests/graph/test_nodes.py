@@ -6,7 +6,13 @@ import pytest
 import torch
 from torch import fx, nn
 
-from edgedyn.graph.nodes import convolution_arguments, module_path, multiply_adds, number_repeats
+from edgedyn.graph.nodes import (
+    convolution_arguments,
+    is_quantizable,
+    module_path,
+    multiply_adds,
+    number_repeats,
+)
 
 
 def trace(model: nn.Module, x: torch.Tensor, *, decompose: bool = False) -> list[fx.Node]:
@@ -72,3 +78,19 @@ def test_arguments_that_a_call_leaves_out_have_their_defaults(decompose):
     assert arguments(nn.Conv2d(6, 4, 1)) == [[1, 1], [0, 0], [1, 1], 1]
     full = nn.Conv2d(6, 12, 3, stride=(2, 1), padding=(1, 0), dilation=(1, 2), groups=3)
     assert arguments(full) == [[2, 1], [1, 0], [1, 2], 3]
+
+
+class TakesKernel(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 3, 1)
+
+    def forward(self, x, kernel):
+        return torch.conv2d(self.layer(x), kernel)
+
+
+def test_a_kernel_that_is_an_input_is_not_stored():
+    program = torch.export.export(TakesKernel(), (torch.zeros(1, 3, 5, 5), torch.zeros(3, 3, 3, 3)))
+    nodes = program.module(check_guards=False).graph.nodes
+    layers = [node for node in nodes if node.target is torch.ops.aten.conv2d.default]
+    assert [is_quantizable(layer) for layer in layers] == [True, False]
