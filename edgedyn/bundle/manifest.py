@@ -21,7 +21,7 @@ from typing import Any
 
 from edgedyn.bundle.tensors import ORDERS, ROLES, TensorSpec, contract_keys
 from edgedyn.errors import BundleError
-from edgedyn.reading import TextError, parse_json, read_bytes
+from edgedyn.reading import TextError, open_regular, parse_json, read_bytes
 
 FORMAT = 4  # 4: role, range, mean, std and order of tensors; several outputs per vector
 MANIFEST = "manifest.json"
@@ -181,9 +181,13 @@ def list_files(path: Path) -> set[str]:
 
 
 def describe_file(path: Path) -> dict[str, Any]:
-    """Return a file's entry in the manifest: its size in bytes and its sha256."""
+    """Return a file's entry in the manifest: its size in bytes and its sha256.
+
+    Raises:
+        OSError: for anything but a regular file, too: a stranger's list may name a device without end.
+    """
     sha256 = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(2**20):
             sha256.update(block)
     return {"size": path.stat().st_size, "sha256": sha256.hexdigest()}

@@ -9,7 +9,7 @@ import typer
 from edgedyn.cli.options import AsJson, BundlePath, Replace, Verbosity
 from edgedyn.cli.predictions import print_predictions
 from edgedyn.cli.terminal import ERR, exit_unless, library_output, print_json, progress_bars, result, warn
-from edgedyn.errors import UsageError
+from edgedyn.errors import UsageError, printable
 
 if TYPE_CHECKING:
     from edgedyn.device.files import Outcome
@@ -120,7 +120,7 @@ def _report(outcomes: list[Outcome], *, as_json: bool) -> None:
                 result(str(outcome.job.result))
     for outcome in outcomes:
         for note in outcome.notes:
-            ERR.print(f"note: {outcome.job.image}: {note}", soft_wrap=True)
+            ERR.print(printable(f"note: {outcome.job.image}: {note}"), soft_wrap=True)
     if there:
         them = "it" if len(there) == 1 else "them"
         were = "was" if len(there) == 1 else "were"

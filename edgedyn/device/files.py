@@ -13,6 +13,7 @@ import glob
 import io
 import os
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -314,9 +315,8 @@ def _place(found: list[tuple[Path, Path]], out: Path) -> list[Job]:
 
 
 def _refuse_doubled(jobs: list[Job], out: Path) -> None:
-    names = [str(job.result).lower() for job in jobs]
-    if len(set(names)) < len(names):
-        doubled = sorted({Path(name).name for name in names if names.count(name) > 1})
+    counts = Counter(str(job.result).lower() for job in jobs)
+    if doubled := sorted({Path(name).name for name, count in counts.items() if count > 1}):
         raise UsageError(
             f"found images of one name, {doubled[:5]}, expected distinct ones in {out}. Run them apart."
         )

@@ -13,7 +13,7 @@ import pytest
 
 from edgedyn.bundle import bundle as bundles
 from edgedyn.bundle.bundle import add_files, open_bundle, refuse_existing, write_bundle
-from edgedyn.bundle.manifest import FORMAT, canonical
+from edgedyn.bundle.manifest import FORMAT, canonical, seal
 from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.errors import BundleError, UsageError
 from edgedyn.files import staging_folder
@@ -554,6 +554,16 @@ def test_an_addition_that_fits_another_bundle_is_dropped(path, tmp_path):
     before = (path / "manifest.json").read_bytes()
     assert open_bundle(path).manifest["name"] == "small.onnxruntime.fp32"
     assert (path / "manifest.json").read_bytes() == before
+    assert not addition.exists()
+
+
+@pytest.mark.parametrize("name", ["/dev/zero", "a\0b", "../.."])
+def test_an_addition_reads_only_regular_files(path, name):
+    addition = path.with_name(".out.adding")
+    addition.mkdir()
+    values = json.loads((path / "manifest.json").read_bytes()) | {"files": {name: {}}, "vectors": []}
+    (addition / "manifest.json").write_bytes(canonical(seal(values)))
+    assert "model.onnx" in open_bundle(path).manifest["files"]
     assert not addition.exists()
 
 
