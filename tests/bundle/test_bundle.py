@@ -241,6 +241,7 @@ def test_a_huge_manifest_is_refused_before_it_is_read(path):
                 {"mean": [True]},
                 {"mean": []},
                 {"std": [0]},
+                {"shape": [1, 8, 16], "mean": [], "std": []},
                 {"std": ["0.2"]},
                 {"order": "GBR"},
                 {"order": 3},
