@@ -1,7 +1,7 @@
 """The refusals of edgedyn, each with the exit code of the command line.
 
     0    ok
-    1    a check failed, or a bundle is not as its manifest says
+    1    a check failed, a bundle is not as its manifest says, or images of a batch failed
     2    wrong usage, recipe, weights or image, or an existing file is in the way
     3    a target, device or package is not available here
     4    the network or a layer is not supported
