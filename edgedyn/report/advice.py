@@ -9,31 +9,33 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 _COSTLY = (
-    "INT8 costs too much quality. {worst}Set quantize.max_drop_db to the limit, so that the costliest layers "
-    "stay float, or name them in quantize.keep_float; `edgedyn calibrate RECIPE -o table.json --sensitivity` "
-    "measures every layer. Read docs/calibration.md."
+    "The precision costs too much quality. {worst}In INT8, set quantize.max_drop_db to the limit, so that "
+    "the costliest layers stay float, or name them in quantize.keep_float; `edgedyn calibrate RECIPE -o "
+    "table.json --sensitivity` measures every layer. Read docs/calibration.md."
 )
 _RUNTIME = (
     "The runtime computes another result than the exported program. Run `edgedyn doctor` and compare the "
-    "versions with the manifest's; then keep layers in float one by one (quantize.keep_float) to find the "
-    "one that the runtime computes otherwise. Read docs/limits.md."
+    "versions with the manifest's. In INT8, then keep layers in float one by one (quantize.keep_float) to "
+    "find the one that the runtime computes otherwise. Read docs/limits.md."
 )
 _MASKS = (
-    "INT8 changes decisions of a mask. {mask}Keep the layers that write its input in float "
+    "The precision changes decisions of a mask. {mask}Keep the layers that write its input in float "
     "(quantize.keep_float), or train on with a larger margin; limits.{limit} is the limit. Read "
     "docs/calibration.md."
 )
 _GATES = (
-    "INT8 changes the choice of a variant. Keep the gate's layers and those in front of it in float "
-    "(quantize.keep_float), or train the gate on; limits.{limit} is the limit. Read docs/calibration.md."
+    "The precision changes the choice of a variant. In INT8, keep the gate's layers and those in front of it "
+    "in float (quantize.keep_float), or train the gate on; limits.{limit} is the limit. Read "
+    "docs/calibration.md."
 )
 _EXACT = (
     "The rewrite is not equal to the reference. Check that the class is the published one and that its "
     "weights fit it (edgedyn.from_authors), and pick another form (forms). Read docs/your-network.md."
 )
 _PREDICTIONS = (
-    "INT8 changes predictions. {worst}Keep the last layers and the costliest in float (quantize.keep_float), "
-    "and calibrate on more images of the same kind (quantize.samples). Read docs/calibration.md."
+    "The precision changes predictions. {worst}In INT8, keep the last layers and the costliest in float "
+    "(quantize.keep_float), and calibrate on more images of the same kind (quantize.samples). Read "
+    "docs/calibration.md."
 )
 _WEAK = (
     "The output is no better than the input, before or after deployment. Check model.weights, the noise "

@@ -69,7 +69,7 @@ def test_page_shows_advice_notes_and_where_the_latency_is_from(tmp_path: Path):
     rows = [failed("largest_flipped_margin[device]")]
     write_report(tmp_path, title="t", ok=False, rows=rows, manifest=manifest, pictures=[], facts=facts)
     page = (tmp_path / "report.html").read_text()
-    assert "INT8 changes decisions of a mask" in page
+    assert "The precision changes decisions of a mask" in page
     assert "channel 5 is large" in page
     assert "Latency on the build machine" in page
     assert all(value in page for value in place.values())
