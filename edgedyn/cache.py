@@ -6,7 +6,7 @@
         <file>.sha256                     its digest, written last
 
 A library is loaded only if its digest is right: loading a truncated one ends the process with SIGBUS. The
-digest finds damage; against other users stand the owner and the mode of the folder.
+digest finds damage; owner and mode of the folder keep other users out.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Processes that we start. Device side: standard library only.
 
 A Python child imports only from where this process does, and never from the working directory: a ``numpy.py``
-that lies there, or in a bundle from somebody else, must not run. A tool takes its own children with it: an
-interrupted build leaves no compiler running.
+that lies there, or in a bundle from somebody else, must not run. An interruption ends a tool with all of its
+own children: no compiler keeps running.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def run_tool(command: Sequence[object], *, seconds: float | None = None) -> subp
 
     Args:
         command: program and arguments.
-        seconds: time after which it is ended; None: any.
+        seconds: time after which it is ended; None: no limit.
 
     Raises:
         OSError: if the program cannot be started.

@@ -1,6 +1,6 @@
 """Files of strangers: only regular ones of a limited size, as UTF-8 text or as strict JSON.
 
-Strict: every parser reads it alike. Device side: standard library only.
+Every parser reads strict JSON alike. Device side: standard library only.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def read_text(path: Path, most: int = MAX_TEXT_BYTES) -> str:
 
 
 def parse_json(text: str | bytes) -> Any:
-    """Return the values of a strict JSON text: no key twice, finite numbers up to 2**53 without a fraction.
+    """Return the values of a strict JSON text: no key twice, finite numbers, integers up to 2**53.
 
     Raises:
         TextError: for any other text.

@@ -63,13 +63,13 @@ class TensorSpec:
 
     @classmethod
     def from_json(cls, values: dict[str, Any]) -> TensorSpec:
-        """Read the values of ``to_json``; others are passed over."""
+        """Read the values of ``to_json``; other keys are ignored."""
         keys = ("name", "dtype", "shape", "meaning", "role", *contract_keys(values["role"]))
         known: dict[str, Any] = {k: tuple(v) if isinstance(v := values[k], list) else v for k in keys}
         return cls(**known)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON values, without the keys that say nothing about its role."""
+        """Return it as JSON values; keys that its role does not have are left out."""
         values = {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(self).items()}
         keys = ("name", "dtype", "shape", "meaning", "role", *contract_keys(self.role))
         return {key: values[key] for key in keys}

@@ -113,7 +113,7 @@ def _tensors(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
 def _prefixes(
     place: tuple[str, ...], tensors: dict[str, Tensor], own: Mapping[str, Tensor]
 ) -> Iterator[Candidate]:
-    """Yield the tensors with each prefix that leaves a key of the network; all of them, or a part."""
+    """Yield all tensors, and those under each prefix behind which a key of the network stands."""
     yield Candidate(place, "", tensors)
     known = own.keys() | {new for key in own for new in _spellings(key)}
     found = {

@@ -73,7 +73,7 @@ def _advice(error: BaseException) -> str:
     if "data-dependent" in str(error).lower() or "GuardOnDataDependent" in type(error).__name__:
         return (
             "This line decides on data. A choice for the whole image is a routed program "
-            "(edgedyn.RoutedModel), a choice of positions a DynConv block "
-            "(edgedyn.layers.dynconv), of kernels one of: edgedyn list layers."
+            "(edgedyn.RoutedModel), a choice of positions a DynConv block (edgedyn.layers.dynconv), "
+            "generated kernels a layer of edgedyn list layers."
         )
-    return "Does the input shape fit (input.shape)? Has each dynamic layer a canonical form (list layers)?"
+    return "Does the input shape fit (input.shape)? Is each dynamic layer one of edgedyn list layers?"

@@ -90,7 +90,7 @@ def refuse_other_inputs(model: nn.Module, names: Sequence[str], source: str = "t
         return
     expected = required if len(names) < len(required) else [p.name for p in positional]
     fix = (
-        "add inputs: for the others, each with a name, a shape, and a value or a noise_level."
+        "give the others in inputs: of a recipe, each with a name, a shape, and a value or a noise_level."
         if len(names) < len(expected)
         else "remove those that it does not take."
     )
@@ -209,7 +209,7 @@ def _with_scale(recipe: Recipe, leaves: Mapping[str, Any], first: str) -> Recipe
     expected, fits = _fit(recipe, shape)
     if not fits:
         others = [f"{n} {tuple(t.shape)}" for n, t in leaves.items() if isinstance(t, Tensor) and n != first]
-        listed = f" It also returns {', '.join(others)}; choose by outputs:." if others else ""
+        listed = f" It also returns {', '.join(others)}: choose one in outputs:." if others else ""
         raise ModelError(
             f"the output {first or 'of the network'} is {shape} for an input of "
             f"{tuple(recipe.input.shape)}; expected {expected} for the task {recipe.task}. Fix task or "

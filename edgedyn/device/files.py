@@ -97,8 +97,8 @@ def run(
 
     Raises:
         UsageError: for no images, two of one name, a result in place of an input, or inside the bundle.
-        ImageError: for a file that is missing or has a suffix of no format; after all other images, for one
-            that cannot be read or written.
+        ImageError: for a file that is missing or has an unknown suffix; after all other images, for one that
+            cannot be read or written.
         EdgedynError: as ``open_session``, where ``bundle`` is a path.
     """
     session = bundle if isinstance(bundle, Session) else open_session(bundle)
@@ -122,7 +122,7 @@ def plan(
 
     Raises:
         UsageError: for no images, two of one name, a result in place of an input, or inside the bundle.
-        ImageError: for a file that is missing or has a suffix of no format.
+        ImageError: for a file that is missing or has an unknown suffix.
     """
     jobs = _place(find_images(sources, Path(out), recursive=recursive), Path(out))
     for job in jobs:
@@ -143,7 +143,7 @@ def find_images(
 
     Raises:
         UsageError: for no images.
-        ImageError: for a file that is missing or has a suffix of no format.
+        ImageError: for a file that is missing or has an unknown suffix.
     """
     found = [pair for source in sources for pair in _expand(str(source), out, recursive=recursive)]
     found = list({os.path.abspath(image): (image, name) for image, name in found}.values())
@@ -323,4 +323,4 @@ def _refuse_doubled(jobs: list[Job], out: Path) -> None:
     inputs = {os.path.realpath(job.image) for job in jobs}
     for job in jobs:
         if str(job.result) != STDIN and os.path.realpath(job.result) in inputs:
-            raise UsageError(f"{job.result} would be overwritten by a result. Choose another output folder.")
+            raise UsageError(f"the input {job.result} would be overwritten. Choose another output folder.")

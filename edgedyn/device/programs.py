@@ -1,12 +1,12 @@
 """The programs of a bundle, which somebody else may have written, on their way into this process.
 
-    identify   the first bytes of each file fit its ending
+    identify   each file has the format of its ending
     try        a child loads and runs each program once: a runtime that aborts ends the child alone
     load       here; whatever the runtime raises becomes a BundleError with its own words
 
 The runtimes check a damaged program only in part: ExecuTorch ends the process, ONNX Runtime raises exceptions
-of ten classes. A trial that passed is remembered by the digests of program and vectors, in this user's own
-cache, and so is a build, which has run its programs. Device side: numpy and the target's runtime.
+of ten classes. This user's cache notes each trial that passed, by the digests of programs and vectors. A
+build has run its programs and counts as a trial. Device side: numpy and the target's runtime.
 """
 
 from __future__ import annotations

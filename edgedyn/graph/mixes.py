@@ -149,7 +149,7 @@ def _is_affine(node: fx.Node, data: Collection[fx.Node]) -> bool:
 
 
 def _mix(module: fx.GraphModule, layer: fx.Node, numbers: list[fx.Node]) -> None:
-    """Replace a layer by static ones, a number each, and the sum of their outputs."""
+    """Replace a layer by static ones, one per number, and the sum of their outputs times these numbers."""
     x, weight, bias, rest = layer.args[0], argument(layer, 1), _bias(layer), layer.args[3:]
     kernels, constant = _kernels(module, weight, numbers)
     rank = len(layer.meta["val"].shape)

@@ -27,7 +27,7 @@ class CleanFile(Section):
 class SetFile(Section):
     """One image of a set."""
 
-    name: str = Field(description="Path, relative to its folder: PNG, JPEG, TIFF, .npy, .npz or .raw.")
+    name: str = Field(description="Path, relative to its folder: a photo, .npy, .npz or .raw.")
     root: str | None = Field(default=None, description="Folder of this file, in place of the set's `root`.")
     sha256: str = Field(pattern=_DIGEST, description="SHA-256 that the file must have.")
     clean: CleanFile | None = Field(

@@ -1,7 +1,7 @@
 """Tasks of networks: how inputs are made from photos, and how outputs are compared.
 
     denoise     x = truth + noise                                  y and truth: (1, C, H, W)
-    upscale     x = 2 x 2 means of truth, + noise [, guide]        y and truth: (1, C, 2 H, 2 W)
+    upscale     x = s x s means of truth, + noise [, guide]        y and truth: (1, C, s H, s W)
     classify    x = a crop of a photo, + noise                     y: logits (1, K), no truth
     keypoints   x = a crop of a photo, + noise                     y: heatmaps (1, K, h, w), no truth
 

@@ -39,8 +39,8 @@ class InputSection(Section):
     range: _Range = Field(
         default=[0.0, 1.0],
         description="Values of black and white that the network was trained for, before mean and std: "
-        "[0, 255] for 8-bit values. Images are converted in calibration, validation and `edgedyn run`; the "
-        "manifest states all four for an app.",
+        "[0, 255] for 8-bit values. Images are converted in calibration, validation and `edgedyn run`. The "
+        "manifest states range, mean, std and order for an app.",
     )
     mean: _Finite | list[_Finite] = Field(
         default=0.0,
@@ -48,7 +48,7 @@ class InputSection(Section):
         "range [0, 1]: [0.485, 0.456, 0.406], and std [0.229, 0.224, 0.225].",
     )
     std: _Positive | list[_Positive] = Field(
-        default=1.0, description=f"Standard deviation that divides them then: {_PerChannel}."
+        default=1.0, description=f"Standard deviation that divides the difference: {_PerChannel}."
     )
     order: Literal["RGB", "BGR"] = Field(default="RGB", description="Order of the channels of colour images.")
     meaning: str | None = Field(
@@ -62,8 +62,8 @@ class InputSection(Section):
     def _has_no_bounds(cls, values: Any) -> Any:
         if isinstance(values, dict) and (old := sorted({"low", "high"} & values.keys())):
             raise ValueError(
-                f"{old[0]!r} is no key, and never changed a value; expected range: [low, high], the values "
-                "of black and white that the network takes"
+                f"{old[0]!r} is no key; expected range: [low, high], the values of black and white that the "
+                "network takes"
             )
         return values
 

@@ -60,10 +60,9 @@ class Recipe(Section):
     )
     inputs: list[FurtherInputSection] = Field(
         default=[],
-        description="Inputs of the network after these, in order: a list of sections with `name`, `shape`, "
-        "and either `value`, a constant, or `noise_level`, a factor: the input then holds the standard "
-        "deviation of the picture's noise on the scale of 0 to 1, times the factor (`noise_level: 255` for "
-        "0 to 255).",
+        description="Further inputs of the network, in order. Each has `name`, `shape`, and either `value`, "
+        "a constant, or `noise_level`, a factor. With `noise_level` the input holds the standard deviation "
+        "of the picture's noise, 0..1 scale, times the factor: 255 for a network that takes 0 to 255.",
     )
     output: OutputSection = OutputSection()
     outputs: list[str | int] = Field(

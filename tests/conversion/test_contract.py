@@ -321,7 +321,7 @@ NOISE_LEVEL += "{name: offset, shape: [1, 1, 1, 1], value: 0.01}]"
         (
             "WithNoiseLevel",
             "[]",
-            r"takes 3 inputs \(x, sigma, offset\), the recipe gives 1 \(image\); add inputs:",
+            r"takes 3 inputs \(x, sigma, offset\), the recipe gives 1 \(image\); give the others in inputs:",
         ),
         (
             "blur",

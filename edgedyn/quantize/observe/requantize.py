@@ -3,9 +3,9 @@
     input scale * weight scale < 256 * output scale        for every output channel
 
 XNNPACK refuses a program in which a convolution breaks this (executorch 1.5.1: XNN Runtime creation failed
-with xnn_status_unsupported_parameter). A layer does whose outputs are nothing but zeros on the calibration
-images, behind large activations: PMRID's ``encdec`` with its ReLU. At 128 one step of the sum of products is
-128 steps of the output, so that nothing is lost that eight bits could tell apart.
+with xnn_status_unsupported_parameter). An example is a layer with large inputs whose outputs are all zero on
+the calibration images: PMRID's ``encdec`` with its ReLU. With 128 in place of 256, two different sums of
+products are 128 quantized values apart: a smaller scale would distinguish no more.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _LARGEST = 128.0
 
 
 def raise_scales(entries: Mapping[str, Entry], layers: Sequence[QuantizableLayer]) -> dict[str, Entry]:
-    """Return the output activations whose scale is too small, with the smallest one that is not.
+    """Return the output activations whose scale is too small, each with the smallest scale that is allowed.
 
     Args:
         entries: tensors by name, weights included.
