@@ -61,7 +61,10 @@ def calibrate(
     beside: Beside = None,
     verbose: Verbosity = None,
 ) -> None:
-    """Write only the calibration table, which builds reuse where quantize.table names it."""
+    """Write only the calibration table, which builds reuse where quantize.table names it.
+
+    With --make-manifest FOLDER it writes the set manifest of a folder of images, and takes no recipe.
+    """
     from edgedyn.recipe.recipe import load_recipe
 
     if recipe is None and manifest_of is not None:

@@ -41,7 +41,7 @@ def init(
     as_json: AsJson = False,
     verbose: Verbosity = None,
 ) -> None:
-    """Write a commented recipe for a network of yours; its layers and shapes are read from the network."""
+    """Write a commented recipe for a network of yours; layers, task and outputs are read from it."""
     with library_output():
         from edgedyn import targets
         from edgedyn.conversion import inspection

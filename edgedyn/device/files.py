@@ -267,8 +267,8 @@ def _expand(source: str, out: Path, *, recursive: bool) -> list[tuple[Path, Path
         results = out.resolve()
         taken = [
             (file, file.relative_to(path))
-            for file in files
-            if _is_photo(file, path) and not (results != path.resolve() and results in file.resolve().parents)
+            for file in _images(files, path)
+            if results == path.resolve() or results not in file.resolve().parents
         ]
         if not taken:
             more = "" if recursive else "; --recursive takes the folders in it too"
@@ -276,8 +276,8 @@ def _expand(source: str, out: Path, *, recursive: bool) -> list[tuple[Path, Path
         return taken
     if not path.is_file() and glob.has_magic(source):
         matched = [Path(name) for name in sorted(glob.glob(source, recursive=True))]
-        if taken := [(file, Path(file.name)) for file in matched if _is_photo(file, file.parent)]:
-            return taken
+        if taken := _images(matched):
+            return [(file, Path(file.name)) for file in taken]
         raise ImageError(f"pattern {source}: found no image, expected {NAMES}. Check the pattern.")
     if not path.is_file():
         raise ImageError(f"image {source}: found no file, expected {NAMES}. Check the path.")
@@ -289,12 +289,17 @@ def _expand(source: str, out: Path, *, recursive: bool) -> list[tuple[Path, Path
     return [(path, Path(path.name))]
 
 
-def _is_photo(file: Path, folder: Path) -> bool:
-    """Tell an image from other files of a folder; what starts with a dot is hidden there."""
+def _images(files: list[Path], folder: Path | None = None) -> list[Path]:
+    """Return the photos among files, or the arrays where there is no photo; names with a dot are hidden."""
     from edgedyn.images.formats import SUFFIXES
 
-    is_hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-    return file.suffix.lower() in SUFFIXES and not is_hidden and file.is_file()
+    def is_hidden(file: Path) -> bool:
+        return any(part.startswith(".") for part in file.relative_to(folder or file.parent).parts)
+
+    for suffixes in (SUFFIXES, {arrays.SUFFIX}):
+        if taken := [x for x in files if x.suffix.lower() in suffixes and not is_hidden(x) and x.is_file()]:
+            return taken
+    return []
 
 
 def _place(found: list[tuple[Path, Path]], out: Path) -> list[Job]:

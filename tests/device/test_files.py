@@ -239,6 +239,19 @@ def test_a_folder_gives_its_own_images_and_recursive_those_below_in_their_places
         assert names(inside) == ["a.JPG", "b.png", "sub/a.png", "sub/deep/c.webp"]
 
 
+def test_a_folder_or_pattern_without_photos_gives_its_arrays(tmp_path, session):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.npy", "b.npy", ".c.npy"):
+        np.save(folder / name, picture(9, 9))
+    run(session, folder, tmp_path / "arrays")
+    run(session, str(folder / "*.npy"), tmp_path / "pattern")
+    assert names(tmp_path / "arrays") == names(tmp_path / "pattern") == ["a.npy", "b.npy"]
+    save(folder / "photo.png", picture(9, 9))
+    run(session, folder, tmp_path / "photos")
+    assert names(tmp_path / "photos") == ["photo.png"]
+
+
 def test_a_pattern_gives_the_images_that_match(tmp_path, session):
     for name in ("a1.png", "a2.png", "b1.png", "x/a3.png"):
         save(tmp_path / "in" / name, picture(9, 9))
