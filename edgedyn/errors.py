@@ -24,7 +24,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 MAX_LINE = 2000  # characters of a line of a message; longer ones hold data, not words
-_UNSAFE = re.compile(  # what moves a cursor, hides text, turns its direction, or cannot be encoded
+_UNSAFE = re.compile(  # characters that move a cursor, hide text, turn its direction, or have no encoding
     "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
 )
 

@@ -39,7 +39,7 @@ class TensorSpec:
         name: of the input in the recipe, or of the output in the network.
         dtype: numpy name, ``float32`` or ``float16``.
         shape: fixed shape, B C H W for pictures.
-        meaning: one phrase for people: colour space, order, what black and white are.
+        meaning: one phrase for people: colour space, order, values of black and white.
         role: ``picture``; ``guide``, the picture that guides a joint upsampler; ``constant``, an input that
             always holds ``value``; ``noise_level``, an input that holds the standard deviation of the
             picture's noise, 0..1 scale, times ``value``; ``other``, an output that is no picture.

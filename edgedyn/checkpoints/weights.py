@@ -34,7 +34,7 @@ def load_weights(
         trust: allow ``torch.load(weights_only=True)``.
 
     Returns:
-        Notes: which weights of the file were taken, and what was converted; none for a plain state_dict.
+        Notes on the weights that were taken from the file, and on conversions; none for a plain state_dict.
 
     Raises:
         WeightsError: when the file is missing, altered, unsafe, damaged, not finite, or of another network.

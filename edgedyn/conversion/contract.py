@@ -45,8 +45,9 @@ def load_network(recipe: Recipe, *, trust: bool = False) -> Loaded:
     """Load the recipe's network, run it once on a ramp of grey, and choose its outputs.
 
     Raises:
-        ModelError: when it takes another number of inputs, cannot run on the recipe's shapes, returns several
-            tensors of which the recipe chooses none, or outputs that do not fit the task or are not finite.
+        ModelError: when it takes another number of inputs, or cannot run on the recipe's shapes; when it
+            returns several tensors of which the recipe chooses none, or outputs that do not fit the task or
+            are not finite.
         RecipeError: for a name in ``outputs`` that the network does not return.
         EdgedynError: as ``Recipe.load_model``.
     """

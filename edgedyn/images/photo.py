@@ -326,7 +326,7 @@ def _read_pillow(path: Path, file: BinaryIO, kind: str) -> Photo:
         plain = plain.transpose(_TURNS[orientation])
     elif plain is image:
         plain = image._new(image.im)  # without the file: no copy
-    plain.info = {}  # what a writer would take from there is lost on purpose
+    plain.info = {}  # so that a writer takes no metadata from there
     return Photo(plain, image.mode, kind, icc, exif, notes)
 
 
