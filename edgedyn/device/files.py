@@ -296,7 +296,7 @@ def _images(files: list[Path], folder: Path | None = None) -> list[Path]:
     def is_hidden(file: Path) -> bool:
         return any(part.startswith(".") for part in file.relative_to(folder or file.parent).parts)
 
-    for suffixes in (SUFFIXES, {arrays.SUFFIX}):
+    for suffixes in (tuple(SUFFIXES), (arrays.SUFFIX,)):
         if taken := [x for x in files if x.suffix.lower() in suffixes and not is_hidden(x) and x.is_file()]:
             return taken
     return []

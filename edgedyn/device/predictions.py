@@ -44,8 +44,8 @@ def predict(session: Session, image: Path, data: bytes | None = None) -> dict[st
 
     Returns:
         ``{"image": path, "classes": [{"index", "probability"[, "name"]}]}``, the most probable first, or
-        ``{"image": path, "keypoints": [{"index", "x", "y", "score"}]}``. x and y are in pixels of the photo; 0, 0
-        is the centre of its first one. The score is the heatmap's value.
+        ``{"image": path, "keypoints": [{"index", "x", "y", "score"}]}``. x and y are in pixels of the photo;
+        0, 0 is the centre of its first one. The score is the heatmap's value.
 
     Raises:
         BundleError: for a bundle that makes no predictions, or names more or fewer classes than logits.
