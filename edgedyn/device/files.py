@@ -276,8 +276,8 @@ def _expand(source: str, out: Path, *, recursive: bool) -> list[tuple[Path, Path
         return taken
     if not path.is_file() and glob.has_magic(source):
         matched = [Path(name) for name in sorted(glob.glob(source, recursive=True))]
-        if taken := _images(matched):
-            return [(file, Path(file.name)) for file in taken]
+        if taken := [(file, Path(file.name)) for file in _images(matched)]:
+            return taken
         raise ImageError(f"pattern {source}: found no image, expected {NAMES}. Check the pattern.")
     if not path.is_file():
         raise ImageError(f"image {source}: found no file, expected {NAMES}. Check the path.")
