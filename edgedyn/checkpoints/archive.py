@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
+import datetime
+import pathlib
 import re
 import tarfile
 import zipfile
@@ -15,10 +18,15 @@ from edgedyn.errors import WeightsError
 
 _SLACK = 2**20  # bytes by which a whole archive's contents may exceed the file
 _CLASS = re.compile(r"(?:GLOBAL|global) ['\"]?([\w.]+)['\"]? was not")
-# numpy's scalars, which trainers store beside weights, under their old and new names
+# data that trainers store beside weights: their making runs no code. NumPy's, under its old and new names
 _NUMPY = [
-    (np._core.multiarray.scalar, name)  # type: ignore[attr-defined]
-    for name in ("numpy.core.multiarray.scalar", "numpy._core.multiarray.scalar")
+    (getattr(np._core.multiarray, name), f"numpy.{core}.multiarray.{name}")  # type: ignore[attr-defined]
+    for name in ("scalar", "_reconstruct")
+    for core in ("core", "_core")
+]
+_DATA = [
+    *(argparse.Namespace, np.ndarray, np.dtype),
+    *(pathlib.PosixPath, pathlib.PurePosixPath, datetime.datetime, datetime.date, datetime.timedelta),
 ]
 _SAVE = "Save the weights alone where the network was trained: torch.save(model.state_dict(), 'weights.pth')."
 
@@ -31,9 +39,9 @@ def read_pickle(path: Path) -> Any:
             tensors, containers and numbers; nothing of these is executed.
     """
     _refuse_formats(path)
-    scalars: list[Any] = [np.dtype, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"), *_NUMPY]
+    allowed: list[Any] = [*_DATA, *(type(np.dtype(code)) for code in "?bBhHiIlLqQefd"), *_NUMPY]
     try:
-        with torch.serialization.safe_globals(scalars):
+        with torch.serialization.safe_globals(allowed):
             return torch.load(path, weights_only=True, map_location="cpu")
     except Exception as error:  # torch.load raises half a dozen unrelated types for a damaged file
         found = _CLASS.search(str(error))

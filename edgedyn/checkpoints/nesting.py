@@ -21,7 +21,10 @@ from torch import Tensor
 from edgedyn.errors import shown
 
 _DEPTH = 4  # of dictionaries in dictionaries
-_AVERAGED = {"ema", "averaged", "swa", "shadow"}
+_AVERAGED = {"ema", "averaged", "average", "avg", "polyak", "swa", "shadow"}
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # modelEMA: model, EMA
+# modules that torch puts around a network or around its parts
+_WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 # weights of torch's parametrizations, and of the hooks before them: the same values under other names
 _SPELLINGS = (
     ("weight_g", "parametrizations.weight.original0"),
@@ -41,18 +44,20 @@ class Candidate:
         prefix: removed from its keys.
         state: key -> tensor.
         beside: number of tensors of the same dictionary that have another prefix.
+        wrappers: names removed from the middle of its keys.
     """
 
     place: tuple[str, ...]
     prefix: str
     state: Mapping[str, Tensor]
     beside: int = 0
+    wrappers: tuple[str, ...] = ()
 
     @property
     def is_averaged(self) -> bool:
         """Whether its names say that it is an average over training steps."""
-        words = re.split(r"[._-]", ".".join((*self.place, self.prefix)).lower())
-        return bool(_AVERAGED & set(words))
+        words = _WORD.findall(".".join((*self.place, self.prefix)))
+        return bool(_AVERAGED & {word.lower() for word in words})
 
     def describe(self, others: list[Candidate]) -> list[str]:
         """Return notes on the choice; ``others`` fit the network too."""
@@ -61,6 +66,8 @@ class Candidate:
             notes.append(f"taken from {shown('.'.join(self.place))}")
         if self.prefix:
             notes.append(f"prefix {shown(self.prefix)} removed")
+        if self.wrappers:
+            notes.append(f"{' and '.join(self.wrappers)} removed from keys")
         if self.beside:
             notes.append(f"{self.beside} tensors beside it ignored")
         if self.is_averaged and any(not other.is_averaged for other in others):
@@ -82,7 +89,7 @@ def choose_state(
         return None
     faults = [_faults(own, candidate.state) for candidate in candidates]
     fitting = [c for c, number in zip(candidates, faults, strict=True) if number == min(faults)]
-    chosen = min(fitting, key=lambda c: (not c.is_averaged, c.beside > 0))
+    chosen = min(fitting, key=lambda c: (not c.is_averaged, c.beside > 0, len(c.wrappers)))
     state, notes = _respelled(own, chosen.state), chosen.describe(fitting)
     if state.keys() != chosen.state.keys():
         notes.append("weight_norm or spectral_norm spelled as in the network")
@@ -113,8 +120,24 @@ def _tensors(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ..
 def _prefixes(
     place: tuple[str, ...], tensors: dict[str, Tensor], own: Mapping[str, Tensor]
 ) -> Iterator[Candidate]:
-    """Yield all tensors, and those under each prefix behind which a key of the network stands."""
-    yield Candidate(place, "", tensors)
+    """Yield all tensors, and those under each prefix behind which a key of the network stands.
+
+    Then the same without the names of wrappers, which also stand in the middle of keys.
+    """
+    yield from _with_prefixes(place, tensors, own, ())
+    bare = {".".join(p for p in key.split(".") if p not in _WRAPPERS): t for key, t in tensors.items()}
+    found = {part for key in tensors for part in key.split(".")} & _WRAPPERS
+    if found and len(bare) == len(tensors):
+        yield from _with_prefixes(place, bare, own, tuple(sorted(found)))
+
+
+def _with_prefixes(
+    place: tuple[str, ...],
+    tensors: dict[str, Tensor],
+    own: Mapping[str, Tensor],
+    wrappers: tuple[str, ...],
+) -> Iterator[Candidate]:
+    yield Candidate(place, "", tensors, wrappers=wrappers)
     known = own.keys() | {new for key in own for new in _spellings(key)}
     found = {
         key[:at]
@@ -124,7 +147,7 @@ def _prefixes(
     }
     for prefix in sorted(found, key=len):
         part = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        yield Candidate(place, prefix, part, len(tensors) - len(part))
+        yield Candidate(place, prefix, part, len(tensors) - len(part), wrappers)
 
 
 def _faults(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> int:

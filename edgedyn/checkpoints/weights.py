@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from edgedyn.checkpoints.archive import read_pickle
+from edgedyn.checkpoints.formats import refuse_others
 from edgedyn.checkpoints.nesting import choose_state
 from edgedyn.errors import ModelError, WeightsError, shown
 
@@ -98,6 +99,7 @@ def _refuse_dtypes(model: nn.Module, state: Mapping[str, Tensor], path: Path) ->
 
 
 def _read(path: Path, *, trust: bool) -> Any:
+    refuse_others(path)
     if path.suffix.lower() in _PICKLES or _looks_pickled(path):
         if not trust:
             raise WeightsError(

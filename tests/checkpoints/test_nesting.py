@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
 import io
+import pathlib
+import re
 import tarfile
 import zipfile
 
@@ -85,6 +88,27 @@ NESTED = {
         {"state_dict": PLAIN, "best": np.float64(31.2), "step": np.int64(5), "epoch": 3, "name": "x"},
         ("taken from 'state_dict'",),
     ),
+    "timm": (
+        {"arch": "net", "state_dict": PLAIN, "args": argparse.Namespace(lr=0.1, out=pathlib.Path("/x"))},
+        ("taken from 'state_dict'",),
+    ),
+    "history": (
+        {
+            "model": PLAIN,
+            "losses": np.ones(3),
+            "at": datetime.datetime(2026, 1, 1),
+            "log": collections.Counter("ab"),
+        },
+        ("taken from 'model'",),
+    ),
+    "fsdp_parts": (
+        {"model": {key.replace("2.0.", "2._fsdp_wrapped_module.0."): t for key, t in PLAIN.items()}},
+        ("taken from 'model'", "_fsdp_wrapped_module removed from keys"),
+    ),
+    "compiled_part": (
+        {key.replace("2.0.", "2._orig_mod.module.0."): tensor for key, tensor in prefixed("net.").items()},
+        ("'net.' removed", "_orig_mod and module removed from keys"),
+    ),
     "ordered": ({"params": collections.OrderedDict(PLAIN)}, ("taken from 'params'",)),
 }
 
@@ -105,6 +129,9 @@ AVERAGED = {
     "timm": {"state_dict": PLAIN, "state_dict_ema": EMA},
     "model_ema": {"model": prefixed("module."), "model_ema": prefixed("module.", EMA)},
     "ema": {"model": PLAIN, "ema": EMA, "optimizer": optimizer()},
+    "camel": {"model": PLAIN, "modelEMA": EMA},
+    "average": {"moving_average": EMA, "model": PLAIN},
+    "avg": {"model": PLAIN, "model_avg": EMA},
     "nested": {"ema": {"decay": 0.99, "model": prefixed("module.", EMA)}, "model": prefixed("module.")},
     "by_prefix": {"state_dict": prefixed("net.") | prefixed("ema_net.", EMA)},
     "ema_pytorch": prefixed("online_model.") | prefixed("ema_model.", EMA) | {"step": torch.tensor(3)},
@@ -122,6 +149,33 @@ def test_averaged_weights_of_another_network_are_not_taken(tmp_path):
     net, notes = load(tmp_path, {"params": PLAIN, "params_ema": OTHER})
     assert same(net, PLAIN)
     assert notes == ("taken from 'params'",)
+
+
+def test_of_two_sets_the_one_without_other_tensors_is_taken(tmp_path):
+    net, notes = load(tmp_path, {"a": prefixed("net.", EMA) | prefixed("loss.", OTHER), "b": PLAIN})
+    assert same(net, PLAIN)
+    assert notes == ("taken from 'b'",)
+
+
+def test_a_set_of_other_shapes_is_passed_over(tmp_path):
+    wide = PLAIN | {"0.weight": torch.zeros(8, 3, 3, 3)}
+    net, notes = load(tmp_path, {"wide": wide, "b": PLAIN})
+    assert same(net, PLAIN)
+    assert notes == ("taken from 'b'",)
+
+
+def test_wrappers_whose_removal_would_join_two_keys_stay(tmp_path):
+    twice = PLAIN | prefixed("module.", EMA)
+    net, notes = load(tmp_path, twice)
+    assert same(net, EMA)
+    assert notes == ("prefix 'module.' removed", "9 tensors beside it ignored")
+
+
+def test_a_wrapper_of_the_network_itself_stays_in_its_keys(tmp_path):
+    inner = nn.ModuleDict({"a": nn.ModuleDict({"module": make_net()})})
+    net, notes = load(tmp_path, prefixed("net.a.module."), inner)
+    assert same(net, prefixed("a.module."))
+    assert notes == ("prefix 'net.' removed",)
 
 
 def test_a_prefix_of_the_network_itself_is_not_removed(tmp_path):
@@ -189,9 +243,52 @@ def test_a_pickled_module_is_refused_in_our_words(tmp_path, wrap):
     assert "torch.save(model.state_dict()" in text
 
 
+class History:
+    """A class of a trainer."""
+
+
 def test_an_object_of_any_other_class_is_refused_by_its_name(tmp_path):
-    torch.save({"state_dict": PLAIN, "args": argparse.Namespace(lr=1)}, tmp_path / "w.ckpt")
-    assert "containers and numbers, argparse.Namespace" in refused(tmp_path / "w.ckpt")
+    torch.save({"state_dict": PLAIN, "history": History()}, tmp_path / "w.ckpt")
+    assert f"containers and numbers, {__name__}.History" in refused(tmp_path / "w.ckpt")
+
+
+OTHERS = {
+    "w.npz": (lambda path: np.savez(path, a=np.ones(3)), r"a NumPy archive; .*save_file\("),
+    "n.pth": (lambda path: np.savez(path.open("wb"), a=np.ones(3)), "a NumPy archive"),
+    "w.npy": (lambda path: np.save(path, np.ones(3)), "a NumPy array"),
+    "w.h5": (lambda path: path.write_bytes(b"\x89HDF\r\n\x1a\n" + bytes(99)), "an HDF5 file of Keras"),
+    "w.onnx": (lambda path: path.write_bytes(b"\x08\x0a\x12\x07pytorch"), "an ONNX model"),
+    "w.pb": (lambda path: path.write_bytes(b"\x0a\x07abc"), "a TensorFlow graph"),
+    "m.ckpt.index": (lambda path: path.write_bytes(b"\0\0\1abc"), "the index of a TensorFlow checkpoint"),
+    "w.pth": (lambda path: path.write_text("\n<!DOCTYPE html>"), "a web page; .* Fetch the file itself"),
+    "w.safetensors": (
+        lambda path: path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\n"),
+        "a Git LFS pointer, .* git lfs pull",
+    ),
+    "model.safetensors.index.json": (
+        lambda path: path.write_text('{"weight_map": {}}'),
+        "the index of several files; .* Join them",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_file_of_another_kind_is_refused_by_its_kind(tmp_path, name):
+    write, words = OTHERS[name]
+    write(tmp_path / name)
+    assert re.search(words, refused(tmp_path / name))
+
+
+def test_a_header_that_starts_like_a_web_page_is_read(tmp_path):
+    tensor = torch.arange(3.0)
+    header = b'{"weight":{"dtype":"F32","shape":[3],"data_offsets":[0,12]}}'
+    size = len(header) + (ord("<") - len(header)) % 256
+    data = size.to_bytes(8, "little") + header.ljust(size) + tensor.numpy().tobytes()
+    (tmp_path / "w.safetensors").write_bytes(data)
+    net = nn.LayerNorm(3, bias=False)
+    load_weights(net, tmp_path / "w.safetensors")
+    assert data.startswith(b"<")
+    assert torch.equal(net.weight, tensor)
 
 
 def test_torchscript_is_refused_by_its_name(tmp_path):
