@@ -84,14 +84,19 @@ def advise(rows: Iterable[Mapping[str, Any]], facts: Mapping[str, Any]) -> list[
         name, _, condition = str(row["metric"]).partition("[")
         if row["passed"] or name in advice:
             continue
-        shown = " ".join(f"{_SIGNS[key]} {float(value):.4g}" for key, value in row["limit"].items())
+        shown = " ".join(f"{_SIGNS[key]} {_number(value, row)}" for key, value in row["limit"].items())
         text = ADVICE.get(name, _OTHER).replace("{worst}", _worst_layer(facts))
         text = text.replace("{mask}", _worst_mask(facts, condition.rstrip("]")))
-        advice[name] = {
-            "row": f"{row['between']} {row['metric']} is {float(row['value']):.4g}, limit {shown or 'none'}",
-            "advice": text,
-        }
+        value = f"{row['between']} {row['metric']} is {_number(row['value'], row)}"
+        advice[name] = {"row": f"{value}, limit {shown or 'none'}", "advice": text}
     return list(advice.values())
+
+
+def _number(value: Any, row: Mapping[str, Any]) -> str:
+    """Return a number in four digits, or in as many as tell the value of a row from its limits."""
+    others = {float(x) for x in (row["value"], *row["limit"].values())}
+    digits = next((n for n in range(4, 17) if len({f"{x:.{n}g}" for x in others}) == len(others)), 17)
+    return f"{float(value):.{digits}g}"
 
 
 _SIGNS = {"at_most": "<=", "at_least": ">="}

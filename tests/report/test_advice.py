@@ -43,9 +43,17 @@ def test_margin_names_the_mask_that_decides():
 
 
 def test_drop_names_the_costliest_layer_and_the_notes():
-    facts = {"precision": {"forward": {"layers": LAYERS}}, "notes": {"body.2.input": "channel 5 is large"}}
+    facts = {
+        "precision": {"forward": {"layers": LAYERS}},
+        "notes": {"body.2.input": "channel 5 is large"},
+    }
     (found,) = advise([failed("psnr_drop_db[sigma=25]", "device:truth")], facts)
     assert "Layer body.3 costs most, 0.40 dB. body.2.input: channel 5 is large." in found["advice"]
+
+
+def test_a_value_next_to_its_limit_is_told_from_it():
+    row = Row("float:truth", "psnr_db", 24.53001, {"at_least": 24.53002}, 9).to_json()
+    assert advise([row], {})[0]["row"] == "float:truth psnr_db is 24.53001, limit >= 24.53002"
 
 
 def test_passed_rows_and_repeats_have_none():
