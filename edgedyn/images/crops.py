@@ -20,6 +20,7 @@ CORRELATED = 0.2
 _SATURATION = 3.0
 _AREA = 8  # pixels per side
 _OVERSHOOT = 0.02  # of resizing and sharpening, and of a black level
+_DARKEST = 1 / 16  # of the brightest pixel of a set: 12 bits in uint16, or a division by 255 too many
 _DRAWS = 64  # attempts per crop: a photo may have a margin without contents
 
 
@@ -50,6 +51,20 @@ def refuse_off_scale(pixels: np.ndarray, name: str) -> None:
             f"{name} has areas of {means.min():.2f} to {means.max():.2f}; expected a picture, 0 black to 1 "
             "white. Pass pictures before any normalization, as uint8 or divided by their largest value, and "
             "state the network's values in the recipe: input.range, input.mean, input.std."
+        )
+
+
+def refuse_dark(brightest: float, name: str) -> None:
+    """Refuse a set whose brightest pixel, 0 black, 1 white, is almost black.
+
+    Raises:
+        CalibrationError: naming the set, with the value.
+    """
+    if brightest < _DARKEST:
+        raise CalibrationError(
+            f"the brightest pixel of the set {name!r} is {brightest:.3g}; expected pictures, 0 black to 1 "
+            "white. Integers are divided by the largest value of their type: divide values of fewer bits, "
+            "such as 12 bits in uint16, by their white level, and others only once."
         )
 
 

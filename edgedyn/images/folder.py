@@ -13,13 +13,16 @@ refused, since a clean and a noisy photo would count as two scenes.
 from __future__ import annotations
 
 import csv
+import io
+import math
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from edgedyn.errors import CalibrationError, nearest
+from edgedyn.errors import CalibrationError, nearest, shown
 from edgedyn.images.noise import FOLDER_NOISE, NO_NOISE, NoiseSection
 from edgedyn.images.pixels import SUFFIXES
 from edgedyn.reading import TextError, read_text
@@ -93,13 +96,19 @@ def list_folder(folder: Path, beside: Path | None = None, classes: Sequence[str]
             f"expected files with a suffix of {', '.join(sorted(SUFFIXES))}, or one folder per class. "
             "Put images there or name another folder."
         )
-    return _labelled(folder, [(path, path.relative_to(folder).parts[0]) for path in deep], classes)
+    # ImageFolder's numbers count folders without images too
+    folders = [path.name for path in folder.iterdir() if path.is_dir() and not _is_hidden(path, folder)]
+    rows = [(path, path.relative_to(folder).parts[0]) for path in deep]
+    return _labelled(folder, rows, classes, folders)
 
 
 def _images_in(folder: Path, pattern: str) -> list[Path]:
     found = (path for path in folder.glob(pattern) if path.suffix.lower() in SUFFIXES)
-    visible = (path for path in found if not path.name.startswith(".") and path.is_file())
-    return sorted(visible)
+    return sorted(path for path in found if path.is_file() and not _is_hidden(path, folder))
+
+
+def _is_hidden(path: Path, folder: Path) -> bool:
+    return any(part.startswith(".") for part in path.relative_to(folder).parts)
 
 
 def _clean_of(folder: Path, clean: Path) -> Iterator[FolderImage]:
@@ -151,38 +160,66 @@ def _key(folder: Path, path: Path) -> str:
 def _rows(table: Path, folder: Path) -> Iterator[tuple[Path, str]]:
     """Yield image and class of each line of a CSV file; the first line may be a header."""
     try:
-        lines = list(csv.reader(read_text(table).splitlines(), strict=True))
+        reader = csv.reader(io.StringIO(read_text(table), newline=""), strict=True)
+        lines = [(reader.line_num, [cell.strip() for cell in line]) for line in reader if any(line)]
     except (OSError, TextError, csv.Error) as error:
         raise CalibrationError(f"labels {table} cannot be read ({error}). Write CSV in UTF-8.") from error
+    lines = [(number, line) for number, line in lines if any(line)]
     seen: set[str] = set()
-    for number, line in enumerate(lines, 1):
-        if not line or (number == 1 and [x.strip().lower() for x in line[1:]] in (["class"], ["label"])):
+    for number, line in lines:
+        if number == lines[0][0] and [cell.lower() for cell in line[1:]] in (["class"], ["label"]):
             continue
-        name, label = (line[0].strip(), line[1].strip()) if len(line) == 2 else ("", "")
-        is_inside = not PurePosixPath(name).is_absolute() and ".." not in PurePosixPath(name).parts
-        if not name or not label or name in seen or not is_inside or not os.path.isfile(folder / name):
-            fault = "is listed twice" if name in seen else "is no line file,class of a file in"
+        if fault := _fault(line, folder, seen):
             raise CalibrationError(
-                f"labels {table}, line {number}: {','.join(line)[:80]!r} {fault} {folder}. Fix this line."
+                f"labels {table}, line {number}: {shown(','.join(line)[:80])} {fault}; expected file,class "
+                f"of each file in {folder} once. Fix this line."
             )
-        seen.add(name)
-        yield folder / name, label
+        yield folder / line[0], line[1]
     if not seen:
         raise CalibrationError(f"labels {table} name no image. Write lines of file,class.")
+
+
+def _fault(line: Sequence[str], folder: Path, seen: set[str]) -> str:
+    """Return the fault of a line of labels, or the empty string; its file is added to those seen."""
+    if len(line) != 2 or not all(line):
+        return "is no line file,class"
+    if any(unicodedata.category(letter) == "Cc" for letter in line[1]):
+        return "has a control character in the class"
+    path = PurePosixPath(line[0])
+    if path.is_absolute() or ".." in path.parts or not os.path.isfile(folder / path):
+        return "names no file"
+    if str(path) in seen:
+        return "is listed twice"
+    seen.add(str(path))
+    return ""
 
 
 def _is_index(label: str) -> bool:
     return label.isascii() and label.isdigit()
 
 
-def _labelled(folder: Path, rows: list[tuple[Path, str]], classes: Sequence[str]) -> Listing:
-    named = sorted({label for _, label in rows})
+def _is_number(label: str) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
+
+
+def _labelled(
+    folder: Path, rows: list[tuple[Path, str]], classes: Sequence[str], folders: Sequence[str] = ()
+) -> Listing:
+    named = sorted({*(label for _, label in rows), *folders})
     if not classes and all(map(_is_index, named)):
         if sorted(named, key=int) == named:
             return _with_labels(rows, int, ())
         raise CalibrationError(
             f"the classes of {folder} are the numbers {', '.join(named[:4])}...: in sorted order, as "
             "ImageFolder has them, or by value? Name all classes in the order of the logits: classes: [...]."
+        )
+    if not classes and all(map(_is_number, named)):
+        raise CalibrationError(
+            f"the classes of {folder} are the numbers {', '.join(named[:4])}; expected whole numbers from 0, "
+            "the indices of logits. Write them so, or name all classes in their order: classes: [...]."
         )
     names = list(classes) or named
     if unknown := [label for label in named if label not in names]:

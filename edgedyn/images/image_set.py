@@ -29,6 +29,7 @@ from edgedyn.images.crops import (
     draw_crops,
     random_error,
     refuse_constant,
+    refuse_dark,
 )
 from edgedyn.images.folder import list_folder
 from edgedyn.images.framing import frame, resize
@@ -130,9 +131,11 @@ class CalibrationSet:
             CalibrationError: for an image that cannot be read, is too small for ``short_side``, constant, or
                 random; for a clean photo of another size. Where images may be noisy themselves (kind none, or
                 real without clean photos), random ones are refused only if all are: flat noise looks random.
+                Also for a set that is almost black.
         """
         _, channels, height, width = shapes[0]
         correlations: dict[Path, float] = {}
+        brightest = 0.0
         for index in range(self.samples + self.color_augmented):
             is_augmented = index >= self.samples
             place, samples = (
@@ -143,6 +146,7 @@ class CalibrationSet:
             photo, truth = self._pixels(image, channels)
             if image.path not in correlations:
                 correlations[image.path] = correlate(truth)
+                brightest = max(brightest, float(truth.max()))
                 self._refuse_random(image, correlations[image.path])
             photo, truth = self._crops(image, photo, truth, (height, width), task, rng)
             if is_augmented:
@@ -159,6 +163,7 @@ class CalibrationSet:
             yield Sample((noisy, *guides), truth, sigma, image.path.name, name, *facts)
         if max(correlations.values()) < CORRELATED:
             raise random_error(f"every image of the set {self.name!r}", max(correlations.values()))
+        refuse_dark(brightest, self.name)
 
     def _image(self, index: int, samples: int) -> SetImage:
         count = len(self.images)

@@ -28,7 +28,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 import tifffile
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from edgedyn.errors import ImageError
 from edgedyn.files import replacing
@@ -184,7 +184,8 @@ def read_image(path: Path, data: bytes | None = None) -> Photo:
         TargetMissingError: when the package that reads its format is not installed.
     """
     try:
-        with open_regular(path) if data is None else io.BytesIO(data) as file:
+        with warnings.catch_warnings(), open_regular(path) if data is None else io.BytesIO(data) as file:
+            warnings.simplefilter("ignore")  # Pillow's: sizes, checked here, and EXIF entries that it skips
             start = file.read(64)
             kind = identify(start)
             if not kind:
@@ -197,7 +198,7 @@ def read_image(path: Path, data: bytes | None = None) -> Photo:
     except MemoryError as error:
         raise ImageError(f"image {path} needs more memory than is free. Make it smaller.") from error
     except _DAMAGE as error:
-        raise _refusal(path, str(error) or type(error).__name__, "a whole image file") from error
+        raise _refusal(path, _fault(error), "a whole image file") from error
 
 
 def write_image(photo: Photo, pixels: np.ndarray, path: Path) -> None:
@@ -273,6 +274,13 @@ def encode(photo: Photo, kind: str, file: BinaryIO, path: Path) -> None:
         raise _refusal(path, str(error), f"pixels that {kind} can hold") from error
 
 
+def _fault(error: Exception) -> str:
+    """Return what a decoder says, in one line; of an unknown start Pillow shows its own file object."""
+    if isinstance(error, UnidentifiedImageError):
+        return "a damaged header"
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
 def _refusal(path: Path, actual: str, expected: str) -> ImageError:
     return ImageError(
         f"image {path}: found {actual}, expected {expected}. Check it, or convert it to 8-bit PNG."
@@ -300,10 +308,10 @@ def _image(samples: np.ndarray) -> Image.Image:
     return Image.fromarray(samples[:, :, 0] if samples.shape[2] == 1 else samples)
 
 
-def _read_pillow(path: Path, file: BinaryIO, kind: str) -> Photo:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        image: Image.Image = Image.open(file, formats=[kind])
+def _read_pillow(path: Path, file: BinaryIO, kind: str, page: int = 0) -> Photo:
+    image: Image.Image = Image.open(file, formats=[kind])
+    if page:  # of a TIFF, behind its preview
+        image.seek(page)
     _refuse_bomb(path, file, *image.size)
     # In a phone's JPEG (MPO) and HEIC, further frames are previews and depth maps.
     if kind in ("PNG", "WEBP", "AVIF") and getattr(image, "n_frames", 1) != 1:
@@ -313,11 +321,12 @@ def _read_pillow(path: Path, file: BinaryIO, kind: str) -> Photo:
         raise _refusal(path, f"colour mode {image.mode}", f"one of {', '.join(PLAIN_MODES)}")
     file.seek(0)
     image.load()
-    orientation, exif = _exif(image)
+    orientation, exif, faults = _exif(image)
     if is_deep:
         samples = _UPRIGHT.get(orientation, _UPRIGHT[1])(png16.decode(file))
-        return Photo(samples, _MODES[samples.shape[2]], kind, image.info.get("icc_profile"), exif)
+        return Photo(samples, _MODES[samples.shape[2]], kind, image.info.get("icc_profile"), exif, faults)
     plain, icc, notes = to_plain(image)
+    notes = (*notes, *faults)
     if kind == "GIF" and getattr(image, "is_animated", False):
         notes = (*notes, "the first frame of an animation")
     if int(image.info.get("bit_depth", 8)) > 8:
@@ -343,7 +352,15 @@ def _refuse_bomb(path: Path, file: BinaryIO, width: int, height: int) -> None:
         )
 
 
-def _exif(image: Image.Image) -> tuple[int, bytes | None]:
+def _exif(image: Image.Image) -> tuple[int, bytes | None, tuple[str, ...]]:
+    """Return the orientation, the EXIF data without it, and a note where that is damaged."""
+    try:
+        return *_read_exif(image), ()
+    except _DAMAGE:
+        return 1, None, ("its EXIF data is damaged, and is left out",)
+
+
+def _read_exif(image: Image.Image) -> tuple[int, bytes | None]:
     exif = image.getexif()
     orientation = int(exif.pop(ExifTags.Base.Orientation, 1))
     if not exif or image.format == "TIFF":
@@ -363,5 +380,6 @@ def _read_tiff(path: Path, file: BinaryIO) -> Photo:
             samples, orientation = tiff.decode(page)
             upright = _UPRIGHT.get(orientation, _UPRIGHT[1])(samples)
             return Photo(upright, _MODES[samples.shape[2]], "TIFF", page.iccprofile, None)
+        number = page.index
     file.seek(0)
-    return _read_pillow(path, file, "TIFF")
+    return _read_pillow(path, file, "TIFF", number)

@@ -12,6 +12,7 @@ normalization may exceed it.
 
 from __future__ import annotations
 
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -108,7 +109,8 @@ def to_pixels(array: np.ndarray, name: str) -> np.ndarray:
         array = array.transpose(1, 2, 0)
     if array.dtype not in (np.uint8, np.uint16) and array.dtype.kind != "f":
         raise CalibrationError(
-            f"{name} holds {array.dtype}; expected uint8, uint16, or floats on the scale of 0 to 1. {_FIX}"
+            f"{name} holds {array.dtype}; expected uint8, uint16, or floats on the scale of 0 to 1. Convert "
+            "it, for instance astype('uint8')."
         )
     pixels = np.ascontiguousarray(array, dtype=np.float32)
     if array.dtype.kind == "u":
@@ -131,17 +133,19 @@ def unpack(item: Any, name: str) -> Iterator[np.ndarray]:
     """
     if isinstance(item, Image.Image) and item.mode not in ("L", "RGB"):
         item = item.convert("RGB")
-    if isinstance(item, tuple | list | dict):
+    if item is None or isinstance(item, tuple | list | dict | str | os.PathLike):
+        size = f" of {len(item)}" if isinstance(item, tuple | list | dict) else ""
+        fix = "lambda batch: batch[0]" if size else "PIL.Image.open"
         raise CalibrationError(
-            f"{name} is a {type(item).__name__} of {len(item)}; expected an image, an array or a tensor. "
-            "Select the image, for instance transform=lambda batch: batch[0]."
+            f"{name} is a {type(item).__name__}{size}; expected an image, an array or a tensor. Select or "
+            f"open the image, for instance transform={fix}."
         )
     try:
         array = np.asarray(item)
     except (TypeError, ValueError, RuntimeError) as error:  # a tensor on a GPU, or one that needs gradients
         raise CalibrationError(
             f"{name} cannot become an array ({str(error).splitlines()[0]}). Convert it in transform, "
-            "for instance transform=lambda batch: batch[0].detach().cpu()."
+            "for instance transform=lambda batch: batch[0].detach().cpu().float()."
         ) from error
     for image in array if array.ndim == 4 else [array]:
         pixels = to_pixels(image, name)

@@ -47,7 +47,7 @@ def decode(page: Any) -> tuple[np.ndarray, int]:
         raise Refusal(f"{page.dtype} samples, {colour}", "uint8, uint16 or float32, MINISBLACK or RGB")
     if page.samplesperpixel > 4:
         raise Refusal(f"{page.samplesperpixel} bands", "gray or RGB, and at most one alpha")
-    samples: np.ndarray = page.asarray()
+    samples = _read(page)
     if page.axes == "SYX":
         samples = np.moveaxis(samples, 0, 2)
     samples = samples.reshape(page.imagelength, page.imagewidth, -1)
@@ -96,6 +96,21 @@ def encode(
         iccprofile=icc,
         metadata=None,
     )
+
+
+def _read(page: Any) -> np.ndarray:
+    """Return the samples of a page as tifffile orders them."""
+    try:
+        samples: np.ndarray = page.asarray()
+        return samples
+    except (ImportError, ValueError) as error:  # tifffile 2025 and later raise one or the other
+        if isinstance(error, ValueError) and "imagecodecs" not in str(error):
+            raise
+        name = getattr(page.compression, "name", page.compression)
+        raise Refusal(
+            f"compression {name}, whose decoder is missing",
+            "none or deflate, or the package imagecodecs (pip install imagecodecs)",
+        ) from error
 
 
 def _straight(samples: np.ndarray) -> np.ndarray:

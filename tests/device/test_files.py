@@ -262,6 +262,18 @@ def test_a_pattern_gives_the_images_that_match(tmp_path, session):
     assert run(session, bracket, tmp_path / "three") == [tmp_path / "three" / "IMG[1].png"]
 
 
+def test_arrays_of_a_folder_are_taken_where_it_has_no_photos(tmp_path, session):
+    (tmp_path / "in").mkdir()
+    for name in ("b.npy", "a.npy", ".hidden.npy"):
+        np.save(tmp_path / "in" / name, picture(9, 9))
+    for source in (tmp_path / "in", str(tmp_path / "in" / "*.npy")):
+        run(session, source, tmp_path / "out", force=True)
+        assert names(tmp_path / "out") == ["a.npy", "b.npy"]
+    save(tmp_path / "in" / "c.png", picture(9, 9))
+    run(session, tmp_path / "in", tmp_path / "photos")
+    assert names(tmp_path / "photos") == ["c.png"]
+
+
 def test_formats_that_are_only_read_become_png(tmp_path, session):
     save(tmp_path / "a.gif", picture(9, 9))
     assert run(session, tmp_path / "a.gif", tmp_path / "out") == [tmp_path / "out" / "a.png"]

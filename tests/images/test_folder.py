@@ -68,7 +68,10 @@ def test_photos_whose_names_differ_in_one_word_are_pairs(tmp_path, noisy_name, c
     assert listing.noise.kind == "real"
 
 
-@pytest.mark.parametrize("names", [("real_madrid.png", "b.png"), ("noisyb.png", "cleanb.png"), ("a.png",)])
+@pytest.mark.parametrize(
+    "names",
+    [("real_madrid.png", "b.png"), ("noisyb.png", "cleanb.png"), ("a_gt.png", "a_real.png"), ("a.png",)],
+)
 def test_other_photos_are_clean_ones(tmp_path, names):
     listing = list_folder(photos(tmp_path, *names))
     assert [x.path.name for x in listing.images] == sorted(names)
@@ -86,6 +89,7 @@ def test_a_folder_of_clean_photos_pairs_by_name_with_any_suffix(tmp_path):
     photos(tmp_path / "n", "a.png", "b.png")
     photos(tmp_path / "c", "a.jpg", "b.png", "more.png")
     assert names_of(tmp_path / "n", beside=tmp_path / "c") == [("a.png", "a.jpg"), ("b.png", "b.png")]
+    assert list_folder(tmp_path / "n", tmp_path / "c").noise.kind == "real"
     photos(tmp_path / "c", "a.png")
     with pytest.raises(CalibrationError, match=r"1 of 2 images .* \(a\.png\)"):
         list_folder(tmp_path / "n", tmp_path / "c")
@@ -127,6 +131,24 @@ def test_a_csv_file_gives_classes(tmp_path, header):
     assert listing.classes == ("cat", "dog")
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_lines_of_any_ends_and_empty_ones_are_read(tmp_path, end):
+    photos(tmp_path, "a.png", "b.png")
+    text = end.join(["", "File,Class", "a.png, dog ", ",", 'b.png,"cat, ""big"""', "  ", ""])
+    (tmp_path / "labels.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    listing = list_folder(tmp_path)
+    assert [(x.path.name, x.label) for x in listing.images] == [("a.png", 1), ("b.png", 0)]
+    assert listing.classes == ('cat, "big"', "dog")
+
+
+def test_folders_without_images_are_classes_and_hidden_ones_are_not(tmp_path):
+    photos(tmp_path, "dog/x.png", "ant/y.png", ".cache/z.png", "dog/.cache/z.png", "dog/.z.png")
+    (tmp_path / "cat").mkdir()
+    listing = list_folder(tmp_path)
+    assert listing.classes == ("ant", "cat", "dog")
+    assert [(x.path.name, x.label) for x in listing.images] == [("y.png", 0), ("x.png", 2)]
+
+
 def test_numbers_of_a_csv_file_are_indices(tmp_path):
     photos(tmp_path, "a.png", "b.png")
     rows = table(tmp_path / "elsewhere.csv", "a.png,10", "b.png,2")
@@ -140,7 +162,12 @@ def test_numbers_of_a_csv_file_are_indices(tmp_path):
     [
         (["a.png"], "line 1: 'a.png' is no line"),
         (["a.png,x", "a.png,y"], "line 2: 'a.png,y' is listed twice"),
-        (["gone.png,x"], "line 1"),
+        (["a.png,x", "./a.png,y"], "line 2: './a.png,y' is listed twice"),
+        (["a.png,x,y"], "line 1: 'a.png,x,y' is no line"),
+        (["", "file,class", "gone.png,x"], "line 3: 'gone.png,x' names no file"),
+        (['a.png,"x', 'y"'], "line 2: .* control character"),
+        (["a.png,1.0"], "are the numbers 1.0; expected whole numbers from 0"),
+        (["a.png,-1"], "are the numbers -1; expected whole numbers from 0"),
         (["a.png,"], "line 1"),
         (["../a.png,x"], "line 1"),
         (["/etc/passwd,x"], "line 1"),
@@ -218,6 +245,20 @@ def test_without_a_short_side_a_photo_covers_the_crop(size):
     assert height >= 32
     assert width >= 48
     assert height <= 33 or width <= 49
+
+
+def test_a_rounding_of_the_scale_adds_no_pixel():
+    # 293 * (224 / 293) is 224.00000000000003
+    framed = frame(np.zeros((293, 400, 1), np.float32), (224, 224))
+    assert framed.scale[0] == 224 / 293
+    assert framed.top == 0
+
+
+def test_a_position_in_the_crop_is_one_in_the_photo():
+    framed = frame(np.zeros((40, 80, 1), np.float32), (20, 30))
+    # half the size, 5 columns on the left cut off; the centre of 2 x 2 pixels is between them
+    assert framed.to_photo(0, 0) == (10.5, 0.5)
+    assert framed.to_photo(29, 19) == (68.5, 38.5)
 
 
 def test_values_take_the_place_of_the_found_ones(tmp_path):

@@ -159,6 +159,15 @@ def test_colours_of_associated_alpha_are_divided_by_it(tmp_path, dtype):
     np.testing.assert_allclose(again.pixels, photo.pixels, rtol=0, atol=1 / 65535)
 
 
+@pytest.mark.parametrize("dtype", [np.uint16, np.float32])
+def test_a_colour_above_its_associated_alpha_is_white(tmp_path, dtype):
+    full = 1.0 if dtype == np.float32 else 65535.0
+    array = (np.array([[[0.25, 0.5, 0.75, 0.5], [0.2, 0.2, 0.2, 0.7]]]) * full).astype(dtype)
+    tifffile.imwrite(tmp_path / "in.tif", array, photometric="rgb", extrasamples=["assocalpha"])
+    expected = [[[0.5, 1, 1], [2 / 7] * 3]]
+    np.testing.assert_allclose(read_image(tmp_path / "in.tif").pixels, expected, rtol=0, atol=2 / 65535)
+
+
 def test_an_extra_band_of_unknown_meaning_is_refused(tmp_path):
     array = samples(4, np.uint16)
     tifffile.imwrite(tmp_path / "in.tif", array, photometric="rgb", extrasamples=["unspecified"])
@@ -223,3 +232,29 @@ def test_values_are_clipped_and_rounded_to_the_nearest(tmp_path):
     write_image(photo, values, tmp_path / "out.png")
     written = np.asarray(Image.open(tmp_path / "out.png")).ravel()
     assert written[:5].tolist() == [0, 255, 0, 1, 255]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_of_a_tiff_with_a_preview_in_front_the_photo_is_read(tmp_path, dtype):
+    array = samples(3, dtype)
+    with tifffile.TiffWriter(tmp_path / "in.tif") as file:
+        file.write(array[::2, ::2], photometric="rgb", subfiletype=1)
+        file.write(array, photometric="rgb", subfiletype=0, iccprofile=ICC, extratags=[(274, 3, 1, 3, True)])
+    photo = read_image(tmp_path / "in.tif")
+    assert np.array_equal(np.rint(photo.pixels * np.iinfo(dtype).max), array[::-1, ::-1])
+    assert photo.icc == ICC
+
+
+@pytest.mark.parametrize("suffix", [".png", ".webp"])
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0II*\0", b"xx"])
+def test_damaged_exif_is_left_out_with_a_note(tmp_path, suffix, exif):
+    array = samples(3, np.uint8)
+    Image.fromarray(array).save(
+        tmp_path / f"in{suffix}", exif=exif, **({"lossless": True} if suffix == ".webp" else {})
+    )
+    photo = read_image(tmp_path / f"in{suffix}")
+    assert np.array_equal(np.rint(photo.pixels * 255), array)
+    assert photo.exif is None
+    assert photo.notes == ("its EXIF data is damaged, and is left out",)
+    write_image(photo, photo.pixels, tmp_path / "out.png")
+    assert not Image.open(tmp_path / "out.png").getexif()

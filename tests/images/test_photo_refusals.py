@@ -50,6 +50,18 @@ NOT_IMAGES = {
     "tiff_pages": (tiff(np.zeros((3, 4, 5), np.uint16), photometric="minisblack"), "3 pages"),
     "tiff_cmyk_16": (tiff(np.zeros((4, 5, 4), np.uint16), photometric="separated"), "SEPARATED"),
     "tiff_miniswhite": (tiff(GRAY16, photometric="miniswhite"), "MINISWHITE"),
+    "tiff_lzw_16": (
+        encoded(GRAY16, "TIFF", compression="tiff_lzw"),
+        "compression LZW.*pip install imagecodecs",
+    ),
+    "tiff_zstd_16": (
+        encoded(GRAY16, "TIFF", compression="zstd"),
+        "compression ZSTD.*pip install imagecodecs",
+    ),
+    "damaged_header": (
+        png([(b"IDAT", b""), (b"IEND", b"")]),
+        r"found a damaged header, expected a whole image file\. Check",
+    ),
     "tiff_bands": (tiff(np.zeros((4, 5, 6), np.uint16), photometric="rgb", planarconfig="contig"), "6 bands"),
 }
 
@@ -117,7 +129,7 @@ def test_a_flip_of_any_byte_of_a_png_is_refused(tmp_path, name):
             read_image(tmp_path / "in")
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # Pillow's, about EXIF entries that it skips
+@pytest.mark.filterwarnings("error")  # Pillow's, about EXIF entries that it skips, are none of the user's
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_damaged_file_is_read_or_refused_and_nothing_else_escapes(tmp_path, name):
     rng = np.random.default_rng(7)

@@ -224,7 +224,7 @@ def test_pillow_image_with_a_palette_is_taken_by_its_colours():
         ([(waves(), 3)], "item 0 of the set 'images' is a tuple of 2; .*transform=lambda batch: batch"),
         ([{"image": waves()}], "item 0 of the set 'images' is a dict of 1"),
         ([tensors(1).requires_grad_()], "cannot become an array .*detach"),
-        (["photo.png"], "item 0 .* has shape"),
+        (["photo.png"], "item 0 .* is a str"),
         ([waves(), np.full((90, 70), np.nan)], "item 1 .* holds 6300 values that are NaN or infinite"),
         (images(2), "the set 'images' has 2 images; expected 3, one per sample"),
     ],
@@ -311,3 +311,33 @@ def test_random_values_of_any_size_are_uncorrelated(size):
 def test_read_pixels_of_an_image_is_the_image(tmp_path):
     path = save_image(tmp_path / "a.png")
     np.testing.assert_array_equal(read_pixels(path), read_image(path).pixels)
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        (None, "is a NoneType; expected an image.* transform=PIL.Image.open"),
+        ("a.png", "is a str; expected an image"),
+        (Path("a.png"), "is a PosixPath; expected an image"),
+        ([waves()], "is a list of 1; .* transform=lambda batch"),
+        (waves().astype(np.int64), "holds int64; .* astype"),
+    ],
+)
+def test_an_item_that_is_no_image_is_refused_with_the_next_step(item, words):
+    with pytest.raises(CalibrationError, match=words):
+        CalibrationSet.of([item], samples=1)
+
+
+def test_a_set_that_is_almost_black_is_refused(tmp_path):
+    dark = {
+        "12 bits": waves().astype(np.uint16) * 16,
+        "divided twice": waves().astype(np.float32) / 255**2,
+        "8 bits": waves().astype(np.uint16),
+    }
+    for array in dark.values():
+        with pytest.raises(
+            CalibrationError, match=r"brightest pixel of the set 'images' is 0\.0.* white level"
+        ):
+            list(CalibrationSet.of([array], samples=1).draw([SHAPE]))
+    # one picture that is not dark: the others may be
+    assert len(list(CalibrationSet.of([*dark.values(), waves()], samples=4).draw([SHAPE]))) == 4
