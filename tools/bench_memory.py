@@ -9,7 +9,7 @@ largest with the smallest photo, so that runtime and libraries do not count.
 from __future__ import annotations
 
 import json
-import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
@@ -22,6 +22,15 @@ import typer
 from PIL import Image
 
 MB = 1e6
+RUN = """
+from edgedyn.bench.process import status_bytes
+from edgedyn.cli.app import main
+
+try:
+    main()
+finally:
+    print(status_bytes("VmHWM"))
+"""
 
 
 def main(
@@ -55,24 +64,12 @@ def make_photo(folder: Path, size: str, suffix: str) -> Path:
 
 
 def peak_bytes(bundle: Path, photo: Path, out: Path) -> int:
-    """Return the largest resident set of ``edgedyn run``."""
-    command = [
-        sys.executable,
-        "-m",
-        "edgedyn",
-        "run",
-        str(bundle),
-        str(photo),
-        "-o",
-        str(out),
-        "--force",
-        "-q",
-    ]
-    child = os.posix_spawn(sys.executable, command, os.environ)
-    _, status, usage = os.wait4(child, 0)
-    if code := os.waitstatus_to_exitcode(status):
-        raise typer.BadParameter(f"edgedyn run {bundle} {photo.name} ended with {code}")
-    return usage.ru_maxrss * 1024
+    """Return the largest resident set of ``edgedyn run``; ``ru_maxrss`` would include this process's own."""
+    arguments = ["run", str(bundle), str(photo), "-o", str(out), "--force", "-q"]
+    done = subprocess.run([sys.executable, "-c", RUN, *arguments], stdout=subprocess.PIPE, text=True)
+    if done.returncode:
+        raise typer.BadParameter(f"edgedyn run {bundle} {photo.name} ended with {done.returncode}")
+    return int(done.stdout.splitlines()[-1])
 
 
 def summary(peaks: dict[str, int]) -> dict[str, object]:
