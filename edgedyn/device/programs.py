@@ -14,7 +14,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
-import signal
+import re
 import subprocess
 import sys
 from collections.abc import Collection, Iterator, Sequence
@@ -24,12 +24,21 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edgedyn import targets
+from edgedyn import errors, targets
 from edgedyn.bundle.arrays import read_array
 from edgedyn.bundle.bundle import Bundle, open_bundle
 from edgedyn.bundle.dispatch import Decision, Dispatcher, load_programs
 from edgedyn.cache import cache, private_folder
-from edgedyn.children import python_command, run_tool
+from edgedyn.children import (
+    MEMORY_SHARE,
+    end_of,
+    last_words,
+    limit_resources,
+    memory_limit,
+    one_line,
+    python_command,
+    run_tool,
+)
 from edgedyn.errors import BundleError, EdgedynError, UsageError
 from edgedyn.targets.quiet import quiet_libraries
 
@@ -37,6 +46,8 @@ if TYPE_CHECKING:
     from edgedyn.targets import Target
 
 TRIAL_SECONDS = 300.0  # imports, a build of our kernels on a slow device, and a run per vector
+_REFUSED = 3  # exit status of the child; its last line holds class and message
+_MEMORY = re.compile(r"alloc|memory", re.IGNORECASE)
 _MAX_FIELDS = 10_000  # of an ONNX file at its top level; graph, metadata and functions are a few hundred
 
 
@@ -67,6 +78,7 @@ def try_in_child(bundle: Bundle, runtime: str) -> None:
 
     Raises:
         BundleError: if that process ends badly or takes longer than ``TRIAL_SECONDS``.
+        EdgedynError: as ``load``, from that process.
     """
     record = _record(bundle, runtime)
     if record is not None and record.exists():
@@ -75,11 +87,10 @@ def try_in_child(bundle: Bundle, runtime: str) -> None:
         done = run_tool(python_command(__name__, bundle.path), seconds=TRIAL_SECONDS)
     except subprocess.TimeoutExpired as error:
         raise _failed_trial(bundle, runtime, f"did not end within {TRIAL_SECONDS:.0f} s", "") from error
+    if done.returncode == _REFUSED and (refusal := _read_refusal(done.stderr)):
+        raise refusal
     if done.returncode:
-        ended = f"ended with status {done.returncode}"
-        if done.returncode < 0:
-            ended = f"was ended by {signal.Signals(-done.returncode).name}"
-        raise _failed_trial(bundle, runtime, ended, done.stderr)
+        raise _failed_trial(bundle, runtime, end_of(done.returncode), done.stderr)
     remember(bundle, runtime)
 
 
@@ -135,23 +146,33 @@ def _border(bundle: Bundle) -> Iterator[None]:
     except Exception as error:  # each runtime has classes of its own
         raise BundleError(
             f"bundle {bundle.path}: its runtime cannot run it: {type(error).__name__}: "
-            f"{_one_line(str(error))}. Build it again with this runtime's version: edgedyn doctor prints it."
+            f"{one_line(str(error))}. Build it again with this runtime's version: edgedyn doctor prints it."
         ) from error
 
 
 def _failed_trial(bundle: Bundle, runtime: str, ended: str, stderr: str) -> BundleError:
-    lines = [line for line in stderr.splitlines() if line.strip()]
-    words = f"; its last words: {_one_line(lines[-1])}" if lines else ""
+    words = last_words(stderr)
     return BundleError(
-        f"bundle {bundle.path}: the process that tried its programs in {runtime} {ended}{words}. Expected "
-        "programs that this runtime can load and run. Do not use this bundle; build it again."
+        f"bundle {bundle.path}: the process that tried its programs in {runtime} {ended}{words}."
+        f"{_on_memory(words)} Expected programs that this runtime can load and run. Do not use this bundle; "
+        "build it again."
     )
 
 
-def _one_line(text: str) -> str:
-    """Return a text of a runtime as one printable line of at most 300 characters."""
-    line = " ".join(text.split())[:300]
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+def _read_refusal(stderr: str) -> EdgedynError | None:
+    """Return the refusal that a child wrote as its last line."""
+    try:
+        name, message = json.loads(stderr.splitlines()[-1])
+        kind = getattr(errors, name)
+        return kind(message + _on_memory(message)) if issubclass(kind, EdgedynError) else None
+    except (ValueError, TypeError, IndexError, AttributeError):
+        return None
+
+
+def _on_memory(words: str) -> str:
+    if not _MEMORY.search(words):
+        return ""
+    return f" It may use {memory_limit() / 1e9:.1f} GB, {MEMORY_SHARE:.0%} of this machine's memory."
 
 
 def _record(bundle: Bundle, runtime: str) -> Path | None:
@@ -223,5 +244,10 @@ def _inputs(bundle: Bundle) -> list[Sequence[np.ndarray]]:
 
 
 if __name__ == "__main__":
-    with suppress(EdgedynError), quiet_libraries():  # the caller meets the same refusal itself
-        _try_here(Path(sys.argv[1]))
+    limit_resources()
+    try:
+        with quiet_libraries():
+            _try_here(Path(sys.argv[1]))
+    except EdgedynError as error:
+        print(json.dumps([type(error).__name__, str(error)]), file=sys.stderr)
+        sys.exit(_REFUSED)

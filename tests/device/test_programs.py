@@ -15,10 +15,11 @@ from edgedyn import targets
 from edgedyn.bundle.arrays import read_array
 from edgedyn.bundle.bundle import open_bundle
 from edgedyn.bundle.tensors import TensorSpec
+from edgedyn.children import memory_limit
 from edgedyn.cli.app import execute
 from edgedyn.device import programs
 from edgedyn.device.session import check, open_session, open_verified
-from edgedyn.errors import BundleError, EdgedynError
+from edgedyn.errors import BundleError, EdgedynError, ModelError
 
 SPEC = TensorSpec("x", "float32", SHAPE, "")
 
@@ -122,6 +123,37 @@ def test_the_signal_and_the_last_words_of_the_child_are_quoted(tmp_path, monkeyp
         caught.value
     )
     assert "first" not in str(caught.value)
+
+
+def allocate(elements):
+    """Return a model that fills a tensor of float32 zeros and adds its largest value to x."""
+    nodes = [
+        helper.make_node("ConstantOfShape", ["large"], ["z"]),
+        helper.make_node("ReduceMax", ["z"], ["m"]),
+        helper.make_node("Add", ["x", "m"], ["y"]),
+    ]
+    return onnx_model(*nodes, initializers=[constant("large", np.array([elements], np.int64))])
+
+
+def test_a_program_that_asks_for_most_of_the_memory_is_refused(tmp_path):
+    write_small(tmp_path / "out", allocate(memory_limit() // 4 + 1))
+    with pytest.raises(BundleError, match=r"(?i)alloc.* It may use \d+\.\d GB, 75% of this machine's memory"):
+        open_session(tmp_path / "out")
+    write_small(tmp_path / "modest", allocate(1 << 20))
+    open_session(tmp_path / "modest")
+
+
+def test_a_refusal_of_the_child_is_the_refusal_and_is_not_remembered(tmp_path, monkeypatch):
+    write_small(tmp_path / "out", onnx_model(helper.make_node("Nothing", ["x"], ["y"])))
+    monkeypatch.setattr(programs, "load", lambda *a: pytest.fail("loaded here"))
+    for _ in range(2):
+        with pytest.raises(ModelError, match="Nothing"):
+            open_session(tmp_path / "out")
+
+
+@pytest.mark.parametrize("words", ["", "x", "[1, 2]", "[]", '["Path", "x"]', '["EdgedynError"]'])
+def test_last_lines_that_are_no_refusal(words):
+    assert programs._read_refusal(f"first\n{words}") is None
 
 
 def test_a_program_without_end_is_ended(tmp_path, monkeypatch):

@@ -6,7 +6,7 @@ import contextlib
 import io
 import os
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 _NOISE = "[cpuinfo_utils.cpp"  # about the CPU that the runtime detects
-_SHOWN = 4  # lines of a refusal; the first names the cause
+SHOWN = 4  # lines of a refusal; the first names the cause
 
 
 @contextlib.contextmanager
@@ -44,7 +44,12 @@ def runtime_log() -> Iterator[list[str]]:
             os.close(before)
             file.seek(0)
             written = text.getvalue() + file.read().decode(errors="replace")
-            lines += [x for x in map(_printable, written.splitlines()) if x and not x.startswith(_NOISE)]
+            lines += refusal_lines(map(_printable, written.splitlines()))
+
+
+def refusal_lines(lines: Iterable[str]) -> list[str]:
+    """Return the runtime's lines without those about the machine."""
+    return [line for line in lines if line and not line.startswith(_NOISE)]
 
 
 def _printable(line: str) -> str:
@@ -62,11 +67,20 @@ def find_refusal(path: Path, program: str, arrays: Sequence[np.ndarray]) -> str:
     failure = ""
     with runtime_log() as lines:
         try:
-            kept = _open(path, program)
-            kept[2](to_tensors(arrays))
+            attempt(path, program, arrays)
         except RuntimeError as error:
             failure = _printable(str(error))
-    return "; ".join([*lines[:_SHOWN], failure]) if failure else ""
+    return "; ".join([*lines[:SHOWN], failure]) if failure else ""
+
+
+def attempt(path: Path, program: str, arrays: Sequence[np.ndarray]) -> None:
+    """Load a program and run it once; the runtime's exceptions and messages pass, or end the process.
+
+    Args:
+        path, program, arrays: as for ``find_refusal``.
+    """
+    kept = _open(path, program)
+    kept[2](to_tensors(arrays))
 
 
 def load(path: Path, program: str = FORWARD) -> Run:
@@ -114,7 +128,7 @@ def open_method(path: Path, program: str, *, is_traced: bool = False) -> tuple[b
     except RuntimeError as error:
         raise BundleError(
             f"ExecuTorch {version('executorch')} refuses {program!r} of {path.name} "
-            f"({path.stat().st_size} bytes): {'; '.join([*lines[:_SHOWN], _printable(str(error))])}. "
+            f"({path.stat().st_size} bytes): {'; '.join([*lines[:SHOWN], _printable(str(error))])}. "
             "Expected a program built for this runtime version; build the bundle again, `edgedyn doctor` "
             "prints the versions."
         ) from error

@@ -18,7 +18,8 @@ from torch.export import ExportedProgram
 
 from edgedyn.errors import ModelError
 from edgedyn.graph.nodes import is_int8, module_path
-from edgedyn.targets.executorch.run import find_refusal
+from edgedyn.targets.executorch.run import SHOWN, refusal_lines
+from edgedyn.targets.trial import find_refusal
 
 _HANDLE = re.compile(r"Failed to create \S+ node (\d+) ")
 _OPERATOR = re.compile(r"in operator (\w+::\w+)")
@@ -42,11 +43,11 @@ def refuse_failing(
     """
     assert program.example_inputs is not None  # torch.export keeps them
     arrays = [x.numpy() for x in program.example_inputs[0]]
-    refusal = find_refusal(path, name, arrays)
-    if refusal:
+    if refusal := find_refusal("executorch", path, name, arrays):
         path.unlink()
-        place = locate(refusal, make_edge().exported_program(name).graph)
-        raise ModelError(f"ExecuTorch {version('executorch')} refuses program {name!r}: {refusal}. {place}")
+        text = "; ".join([*refusal_lines(refusal.log)[:SHOWN], refusal.words])
+        place = locate(text, make_edge().exported_program(name).graph)
+        raise ModelError(f"ExecuTorch {version('executorch')} refuses program {name!r}: {text}. {place}")
 
 
 def locate(refusal: str, graph: fx.Graph) -> str:

@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edgedyn.bundle.manifest import FORWARD
-from edgedyn.errors import ModelError, TargetMissingError
+from edgedyn.errors import ModelError
 from edgedyn.graph.nodes import module_path
 from edgedyn.targets import Artifact
 from edgedyn.targets.onnx_export import check_precision, describe, export_onnx
-from edgedyn.targets.onnxruntime.run import load
+from edgedyn.targets.onnxruntime.run import load, runtime_name
+from edgedyn.targets.trial import find_refusal
 
 if TYPE_CHECKING:
     import onnx
     from torch.export import ExportedProgram
+
+_SHOWN = 4  # lines of a runtime that ended
 
 
 def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) -> Artifact:
@@ -45,16 +48,16 @@ def refuse_failing(path: Path, program: ExportedProgram) -> None:
 
     Raises:
         ModelError: with ONNX Runtime's own line, and the layer of the node that it names.
+        TargetMissingError: where ONNX Runtime is not installed.
     """
     assert program.example_inputs is not None  # torch.export keeps them
-    try:
-        load(path)(*(x.numpy() for x in program.example_inputs[0]))
-    except TargetMissingError:
-        raise
-    except Exception as error:  # ONNX Runtime's exceptions have no common base of their own
+    runtime_name(path)  # refuses where ONNX Runtime is not installed
+    if refusal := find_refusal("onnxruntime", path, FORWARD, [x.numpy() for x in program.example_inputs[0]]):
         path.unlink()
-        line = " ".join(str(error).split())
-        raise ModelError(f"{_quote(line)} {_place(line, program)}") from error
+        # its exceptions repeat the lines that it wrote
+        words = [*refusal.log[-_SHOWN:], refusal.words] if refusal.has_ended else [refusal.words]
+        line = " ".join("; ".join(words).split())
+        raise ModelError(f"{_quote(line)} {_place(line, program)}")
 
 
 def _quote(line: str) -> str:

@@ -56,6 +56,16 @@ def load(path: Path, program: str = FORWARD) -> Run:
     return run
 
 
+def attempt(path: Path, program: str, arrays: Sequence[np.ndarray]) -> None:
+    """Load a program and run it once; ONNX Runtime's exceptions and messages pass, or end the process.
+
+    Args:
+        path, program: as for ``load``.
+        arrays: its inputs.
+    """
+    load(path, program)(*arrays)
+
+
 def runtime_name(path: Path) -> str:
     """Return the runtime of ``load(path)`` for people: ``ONNX Runtime 1.31.1, unoptimized``."""
     return f"ONNX Runtime {_import_onnxruntime().__version__}, unoptimized"
