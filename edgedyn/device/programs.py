@@ -226,12 +226,18 @@ _FORMATS = {".pte": ("ExecuTorch program", _is_pte), ".onnx": ("ONNX model", _is
 
 
 def _try_here(path: Path) -> None:
-    """Run every program on every vector, or on zeros."""
+    """Run every program on every vector, and on zeros; a manifest that gives other shapes is refused."""
     bundle = open_bundle(path)
     run = load(bundle, targets.load(bundle.target))
     for arrays in _inputs(bundle):
         for forced in range(len(run.routing.variants)) if run.routing else [None]:
-            run.run(*arrays, forced=forced)
+            outputs, _ = run.run(*arrays, forced=forced)
+            found, expected = [np.shape(y) for y in outputs], [spec.shape for spec in bundle.outputs]
+            if found != expected:
+                raise BundleError(
+                    f"bundle {path}: its program returns {found}, expected {expected} by its manifest. Build "
+                    "it again."
+                )
 
 
 def _inputs(bundle: Bundle) -> list[Sequence[np.ndarray]]:

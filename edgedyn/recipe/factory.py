@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import inspect
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +24,8 @@ def import_factory(module_name: str) -> ModuleType:
         ModelError: when it raises or exits while it is imported, with the line.
     """
     try:
-        return importlib.import_module(module_name)
+        with _no_command_line():
+            return importlib.import_module(module_name)
     except EdgedynError:
         raise
     except (Exception, SystemExit) as error:
@@ -67,7 +70,8 @@ def make_network(factory: Callable[..., Any], name: str, arguments: Mapping[str,
     except ValueError:  # some classes of C have no signature; the call itself tells
         pass
     try:
-        network = factory(**arguments)
+        with _no_command_line():
+            network = factory(**arguments)
     except EdgedynError:  # a network of ours refuses the value of an argument
         raise
     except (Exception, SystemExit) as error:
@@ -81,6 +85,17 @@ def make_network(factory: Callable[..., Any], name: str, arguments: Mapping[str,
             "the network itself."
         )
     return network
+
+
+@contextlib.contextmanager
+def _no_command_line() -> Iterator[None]:
+    """Hide the command line: the ``main`` of a package, named in a recipe, would start what stands in it."""
+    words = sys.argv
+    sys.argv = words[:1]
+    try:
+        yield
+    finally:
+        sys.argv = words
 
 
 def _kind(value: object) -> str:

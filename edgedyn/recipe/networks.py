@@ -129,7 +129,9 @@ def _check_function(name: str, found: Any, arguments: Mapping[str, Any]) -> None
     place = _find_top(module_name)
     if top != "edgedyn" and place is not None and place.parent == Path.cwd().resolve():
         return  # the user's own code, or a checkout that the user went into
-    takes_words = inspect.isclass(found) and _is_network(found)
+    takes_words = inspect.isclass(found)
+    if takes_words and not _is_network(found):
+        raise _refusal(name, f"it is a class of {top} that is no torch.nn.Module")
     for key, value in arguments.items():
         odd = [x for x in _leaves(value) if not _is_plain(x, takes_words=takes_words)]
         if odd:

@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 import torch
 from onnx import TensorProto, helper, numpy_helper
-from small_bundles import SHAPE, onnx_model, write_small
+from small_bundles import SHAPE, make_manifest, onnx_model, tensor, write_small
 
 from edgedyn import targets
 from edgedyn.bundle.arrays import read_array
-from edgedyn.bundle.bundle import open_bundle
+from edgedyn.bundle.bundle import open_bundle, write_bundle
 from edgedyn.bundle.tensors import TensorSpec
 from edgedyn.children import memory_limit
 from edgedyn.cli.app import execute
 from edgedyn.device import programs
 from edgedyn.device.session import check, open_session, open_verified
 from edgedyn.errors import BundleError, EdgedynError, ModelError
+from edgedyn.files import staging_folder
 
 SPEC = TensorSpec("x", "float32", SHAPE, "")
 
@@ -141,6 +142,16 @@ def test_a_program_that_asks_for_most_of_the_memory_is_refused(tmp_path):
         open_session(tmp_path / "out")
     write_small(tmp_path / "modest", allocate(1 << 20))
     open_session(tmp_path / "modest")
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 8, 13), (1, 3, 16 * 10**8, 24 * 10**7), (3, 8, 12)])
+def test_an_output_of_another_shape_than_the_manifest_gives_is_refused(tmp_path, shape):
+    manifest = make_manifest("small", [tensor("x")], [tensor("y", shape)], 2) | {"vectors": []}
+    with staging_folder(tmp_path / "out") as staging:
+        (staging / "model.onnx").write_bytes(onnx_model())
+        write_bundle(tmp_path / "out", staging, manifest)
+    with pytest.raises(BundleError, match=r"returns \[\(1, 3, 8, 12\)\], expected \[\(.* by its manifest"):
+        open_session(tmp_path / "out")
 
 
 def test_a_refusal_of_the_child_is_the_refusal_and_is_not_remembered(tmp_path, monkeypatch):

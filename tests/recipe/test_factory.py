@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import strangers
 import torch
 
 from edgedyn.conversion.inspection import inspect
 from edgedyn.errors import EdgedynError, ModelError, RecipeError
-from edgedyn.recipe.factory import make_network
+from edgedyn.recipe.factory import import_factory, make_network
 from edgedyn.recipe.recipe import Recipe
 
 LINE = r"\(at .*strangers\.py:\d+: "
@@ -81,3 +83,22 @@ def test_class_without_a_signature_is_called():
     with pytest.raises(ModelError, match="returned a value that is int"):
         make_network(int, "builtins:int", {})
     assert isinstance(strangers.made, torch.nn.Module)
+
+
+def test_the_main_function_of_a_package_does_not_see_the_command_line(tmp_path, monkeypatch):
+    """``edgedyn build x.yaml`` made torchrun start a file ``build`` of the working directory."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "build").write_text("open('started', 'w')")
+    words = ["edgedyn", "build", "x.yaml"]
+    monkeypatch.setattr("sys.argv", words)
+    with pytest.raises(ModelError, match=r"run:main' cannot be made: SystemExit: 2"):
+        recipe("torch.distributed.run:main").load_model()
+    assert not (tmp_path / "started").exists()
+    assert sys.argv is words
+
+
+def test_a_module_does_not_see_the_command_line_while_it_is_imported(tmp_path, monkeypatch):
+    (tmp_path / "reads_words.py").write_text("import sys\nassert len(sys.argv) == 1\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr("sys.argv", ["edgedyn", "build"])
+    assert import_factory("reads_words").sys is sys

@@ -86,6 +86,7 @@ def test_networks_that_the_user_names_are_found(folder, name, arguments):
         ("numpy:load", {"file": "file", "allow_pickle": True}, "'file'"),
         ("yaml:unsafe_load", {"stream": "!!python/object/apply:os.system [touch ran]"}, "numbers"),
         ("edgedyn.files:replace_file", {"path": "x", "data": "y"}, "numbers"),
+        ("edgedyn.errors:EdgedynError", {}, "a class of edgedyn that is no torch.nn.Module"),
     ],
 )
 def test_networks_that_only_a_recipe_would_name_are_refused_and_nothing_runs(folder, name, arguments, words):
