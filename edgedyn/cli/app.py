@@ -34,7 +34,16 @@ from edgedyn.cli.report import report
 from edgedyn.cli.run import run
 from edgedyn.cli.schema import schema
 from edgedyn.cli.signals import interruptible
-from edgedyn.cli.terminal import ERR, is_verbose, print_json, reset_verbosity, result, set_verbosity
+from edgedyn.cli.terminal import (
+    ERR,
+    flush_streams,
+    is_verbose,
+    print_json,
+    reopen_closed_streams,
+    reset_verbosity,
+    result,
+    set_verbosity,
+)
 from edgedyn.errors import EdgedynError, UsageError, printable
 
 INTERRUPTED = 130
@@ -96,14 +105,12 @@ def options(
 
 def main() -> None:
     """Run the command line; every refusal becomes one message and its exit code."""
+    reopen_closed_streams()
     keep_freed_memory()
     leave_working_directory()
     code = execute(sys.argv[1:])
-    try:
-        sys.stdout.flush()
-    except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again at its end
-        code = _refuse_disk(error, as_json=False)
+    if error := flush_streams():
+        code = code or _refuse_disk(error, as_json=False)
     sys.exit(code)
 
 
@@ -122,18 +129,24 @@ def execute(arguments: list[str]) -> int:
             code = INTERRUPTED
         except OSError as error:
             return _refuse_disk(error, as_json)
+        except SystemExit as error:  # typer leaves with 1, a failed check, where nobody reads the output
+            if not isinstance(error.__context__, BrokenPipeError):
+                raise
+            return PIPE_CLOSED
         except Exception as error:
             if not hasattr(error, "format_message"):  # those of typer have it; their class is not public
                 return _refuse(type(error).__name__, _unexpected(error), UNEXPECTED, as_json)
             usage: Any = error
             usage.message = printable(str(usage.message))
-            usage.show()
+            with suppress(OSError):
+                usage.show()
             return _fail("UsageError", printable(usage.format_message()), usage.exit_code, as_json)
     if code == INTERRUPTED:
         code = 128 + (interruption.number or signal.SIGINT)
         name = "" if code == INTERRUPTED else f" by {signal.Signals(interruption.number).name}"
         message = f"Interrupted{name}. No partial file was left. Run the same command again to continue."
-        ERR.print(message, soft_wrap=True)
+        with suppress(OSError):
+            ERR.print(message, soft_wrap=True)
         return _fail("Interrupted", message, code, as_json)
     return int(code)
 
@@ -156,10 +169,11 @@ def _unexpected(error: Exception) -> str:
 
 def _refuse(kind: str, message: str, exit_code: int, as_json: bool) -> int:
     """Print an error, with its traceback where asked, and return its exit code."""
-    if is_verbose():
-        traceback.print_exc()
-    ERR.print(f"error {kind}: ", style="bold red", end="")
-    ERR.print(message, soft_wrap=True)
+    with suppress(OSError):  # standard error may be closed or full
+        if is_verbose():
+            traceback.print_exc()
+        ERR.print(f"error {kind}: ", style="bold red", end="")
+        ERR.print(message, soft_wrap=True)
     return _fail(kind, message, exit_code, as_json)
 
 

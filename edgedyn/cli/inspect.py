@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any
 
 import typer
@@ -9,7 +10,8 @@ import typer
 from edgedyn.cli.options import AsJson, Set, Trust, Verbosity
 from edgedyn.cli.tables import Column, print_details
 from edgedyn.cli.terminal import detail, fold, library_output, print_json, result
-from edgedyn.errors import UsageError
+from edgedyn.errors import UsageError, shown
+from edgedyn.recipe.inputs import MAX_SIZE
 
 _COLUMNS = (
     Column("layer"),
@@ -55,12 +57,15 @@ def parse_shape(shape: str) -> list[int]:
     """Return the sizes of ``B,C,H,W``.
 
     Raises:
-        UsageError: for another number of sizes, or one below 1.
+        UsageError: for another number of sizes, or one that is not from 1 to ``MAX_SIZE``.
     """
-    sizes = shape.split(",")
-    if len(sizes) != 4 or not all(size.strip().isdigit() and int(size) for size in sizes):
-        raise UsageError(f"--shape {shape!r}: expected four sizes from 1, for instance 1,3,256,256.")
-    return [int(size) for size in sizes]
+    is_shape = re.fullmatch(r" *[0-9]{1,9} *(, *[0-9]{1,9} *){3}", shape)
+    sizes = [int(size) for size in shape.split(",")] if is_shape else []
+    if not sizes or not all(1 <= size <= MAX_SIZE for size in sizes):
+        raise UsageError(
+            f"--shape {shown(shape)}: expected four sizes from 1 to {MAX_SIZE}, for instance 1,3,256,256."
+        )
+    return sizes
 
 
 def _print_inspection(network: str, found: dict[str, Any]) -> None:

@@ -27,10 +27,39 @@ from edgedyn.errors import printable
 from edgedyn.files import to_json
 from edgedyn.targets.quiet import quiet_libraries
 
-OUT = Console(highlight=False, markup=False)  # file names hold brackets
-ERR = Console(highlight=False, markup=False, stderr=True)
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Let BrokenPipeError pass; rich would leave with exit code 1, that of a failed check."""
+        raise BrokenPipeError
+
+
+OUT = _Console(highlight=False, markup=False)  # file names hold brackets
+ERR = _Console(highlight=False, markup=False, stderr=True)
 LOG = logging.getLogger("edgedyn.cli")  # its level is the verbosity
 LOG.setLevel(logging.INFO)
+
+
+def reopen_closed_streams() -> None:
+    """Give the standard streams that the caller has closed, as with ``>&-``, an empty file.
+
+    Python has None for them, and the next file that is opened takes their number.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # by number, which is given again
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
+
+
+def flush_streams() -> OSError | None:
+    """Write out what is printed; return the error of standard output. Python then meets none at its end."""
+    failure = None
+    for stream in (sys.stderr, sys.stdout):
+        try:
+            stream.flush()
+        except OSError as error:
+            failure = error if stream is sys.stdout else None
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+    return failure
 
 
 def set_verbosity(verbose: bool | None) -> bool | None:

@@ -14,6 +14,7 @@ from edgedyn.bundle.tensors import CONSTANT, GUIDE, NOISE_LEVEL, OTHER, PICTURE,
 from edgedyn.images.tasks import Task
 from edgedyn.sections import Section
 
+MAX_SIZE = 2**14  # of each axis: programs have fixed shapes, and larger photos are run in tiles
 _Finite = Annotated[float, Field(allow_inf_nan=False)]
 _Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 _Range = Annotated[list[_Finite], Field(min_length=2, max_length=2)]

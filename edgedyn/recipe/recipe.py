@@ -22,6 +22,7 @@ from edgedyn.images.tasks import TASKS, Task
 from edgedyn.reading import TextError
 from edgedyn.recipe.factory import make_network
 from edgedyn.recipe.inputs import (
+    MAX_SIZE,
     FurtherInputSection,
     InputSection,
     OutputSection,
@@ -119,6 +120,12 @@ class Recipe(Section):
             raise ValueError(f"guide is for the task 'upscale'; the task is {self.task!r}")
         if self.scale is not None and self.task != "upscale":
             raise ValueError(f"scale is for the task 'upscale'; the task is {self.task!r}")
+        for spec in self.input_specs():
+            if not all(1 <= size <= MAX_SIZE for size in spec.shape):
+                raise ValueError(
+                    f"the shape of {spec.name!r} is {shown(list(spec.shape))}; expected sizes from 1 to "
+                    f"{MAX_SIZE}"
+                )
         names = [spec.name for spec in self.input_specs()]
         if len(set(names)) != len(names):
             raise ValueError(f"the inputs have the names {names}; expected another one for each")

@@ -64,7 +64,10 @@ def test_a_recipe_is_written_and_loads(folder, capsys):
         (["net_of_init:mak"], "cannot be loaded"),
         (["os:getcwd"], "not trusted"),
         (["mallenet"], "expected package.module:function"),
-        (["net_of_init:make", "--shape", "1,3"], "expected four sizes"),
+        *(
+            (["net_of_init:make", "--shape", shape], "expected four sizes from 1 to 16384")
+            for shape in ("1,3", "1,3,\u00b2,2", "1,3,0,2", "1,3,16385,2", f"1,3,2,{'9' * 5000}", "1,3,-2,2")
+        ),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

@@ -101,6 +101,11 @@ def test_recipe_cannot_be_changed(tmp_path):
         ({"target": 3}, ["target is 3", "string", "Fix this value"]),
         ({"input": {"shape": [1, 3, 32]}}, ["input.shape is [1, 3, 32]", "at least 4 items"]),
         ({"input": {"shape": "1x3x32x32"}}, ["input.shape is '1x3x32x32'", "list"]),
+        *(
+            ({"input": {"shape": [1, 3, 64, size]}}, [str(size)[:10], "expected sizes from 1 to 16384"])
+            for size in (2**14 + 1, 2**63, 10**30)
+        ),
+        ({"inputs": [{"name": "n", "shape": [1, 99999], "value": 1}]}, ["'n' is [1, 99999]; expected sizes"]),
         ({"input": {}}, ["the key 'input.shape' is missing. Add it."]),
         ({"limits": {"drop_db": math.nan}}, ["limits.drop_db is nan", "finite number"]),
         ({"limits": {"sqnr_db": math.inf}}, ["limits.sqnr_db is inf", "finite number"]),
