@@ -25,7 +25,8 @@ from pathlib import Path
 
 MAX_LINE = 2000  # characters of a line of a message; longer ones hold data, not words
 _UNSAFE = re.compile(  # characters that move a cursor, hide text, turn its direction, or have no encoding
-    "[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]"
+    "[\x00-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u115f\u1160\u180e\u200b-\u200f\u2028-\u202e\u2060-\u206f\u3164"
+    "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e0fff]"
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from edgedyn import targets
-from edgedyn.errors import EdgedynError, RecipeError, UsageError, nearest, shown
+from edgedyn.errors import EdgedynError, RecipeError, UsageError, nearest, printable, shown
 from edgedyn.ops import choose_form, choose_forms, load_all
 from edgedyn.recipe.networks import find_network
 
@@ -67,6 +67,14 @@ def test_every_exit_code_stands_in_the_table_of_the_module():
     assert len(kinds) > 8
     for kind in kinds:
         assert f"\n    {kind.exit_code}    " in errors.__doc__
+
+
+@pytest.mark.parametrize(
+    "code", [0, 0x1B, 0x9B, 0xAD, 0x61C, 0x180E, 0x200D, 0x202E, 0x2060, 0x206F, 0xE0041]
+)
+def test_no_invisible_character_is_printed(code):
+    assert not any(c != "\\" and not c.isalnum() for c in printable(chr(code)))
+    assert printable("\u00e9 \u4e2d\t\n\u0634 \U0001f600") == "\u00e9 \u4e2d\t\n\u0634 \U0001f600"
 
 
 def test_a_message_is_safe_to_print_and_its_next_step_survives_a_long_value():

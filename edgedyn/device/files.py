@@ -14,7 +14,8 @@ import io
 import os
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -176,19 +177,37 @@ def run_jobs(
     """
     session.scale  # noqa: B018 - a bundle that takes no image is refused once, not for each image
     session.further_inputs()  # so is a noise level that is missing
-    for folder, result in {job.result.parent: job.result for job in jobs if str(job.result) != STDIN}.items():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UsageError(
-                f"cannot make the folder {folder}: {error}. Choose another output folder."
-            ) from error
-        refuse_unwritable(result)
     outcomes = []
-    for job in jobs:
-        outcomes.append(_run_one(session, job, functools.partial(progress, job), force=force))
-        finished(outcomes[-1])
+    with _folders(jobs):
+        for job in jobs:
+            outcomes.append(_run_one(session, job, functools.partial(progress, job), force=force))
+            finished(outcomes[-1])
     return outcomes
+
+
+@contextmanager
+def _folders(jobs: Sequence[Job]) -> Iterator[None]:
+    """Make the folders of the results, and remove those that are still empty at the end.
+
+    Raises:
+        UsageError: when one cannot be made or written.
+    """
+    results = {job.result.parent: job.result for job in jobs if str(job.result) != STDIN}
+    absent = {p for folder in results for p in (folder, *folder.parents) if not os.path.lexists(p)}
+    try:
+        for folder, result in results.items():
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise UsageError(
+                    f"cannot make the folder {folder}: {error}. Choose another output folder."
+                ) from error
+            refuse_unwritable(result)
+        yield
+    finally:
+        for folder in sorted(absent, key=lambda path: len(path.parts), reverse=True):
+            with suppress(OSError):  # it holds a result
+                folder.rmdir()
 
 
 def _run_one(session: Session, job: Job, progress: Progress, *, force: bool) -> Outcome:

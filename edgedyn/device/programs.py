@@ -231,7 +231,10 @@ def _try_here(path: Path) -> None:
     run = load(bundle, targets.load(bundle.target))
     for arrays in _inputs(bundle):
         for forced in range(len(run.routing.variants)) if run.routing else [None]:
-            outputs, _ = run.run(*arrays, forced=forced)
+            try:
+                outputs, _ = run.run(*arrays, forced=forced)
+            except UsageError as error:  # of arrays that are as the manifest says
+                raise BundleError(f"bundle {path}: its manifest does not fit its program: {error}") from error
             found, expected = [np.shape(y) for y in outputs], [spec.shape for spec in bundle.outputs]
             if found != expected:
                 raise BundleError(

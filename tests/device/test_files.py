@@ -220,6 +220,16 @@ def test_one_bad_file_stops_no_other_one(tmp_path, session):
         run(session, tmp_path / "in", tmp_path / "out")
 
 
+def test_a_folder_that_gets_no_result_is_not_left(tmp_path, session):
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    (tmp_path / "there").mkdir()
+    for out in (tmp_path / "new/deep/folder", tmp_path / "there"):
+        with pytest.raises(ImageError):
+            run(session, [tmp_path / "bad.png"], out)
+    assert not (tmp_path / "new").exists()
+    assert (tmp_path / "there").is_dir()
+
+
 def test_a_program_that_fails_on_one_image_stops_no_other_one(tmp_path, session):
     dark, light = save(tmp_path / "a.png", picture(9, 9) * 0), save(tmp_path / "b.png", picture(9, 9))
     program = Session(session.bundle, lambda x: [x if x.max() else x * np.float32("nan")])
@@ -341,7 +351,7 @@ def test_a_full_disk_leaves_no_part_and_says_why(tmp_path, session):
             run(session, path, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-    assert os.listdir(tmp_path / "out") == []
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc"), reason="needs a folder in which nobody can write")

@@ -154,6 +154,16 @@ def test_an_output_of_another_shape_than_the_manifest_gives_is_refused(tmp_path,
         open_session(tmp_path / "out")
 
 
+@pytest.mark.parametrize("shape", [(), (1, 3, 8, 13), (1, 2**31 - 1, 2**31 - 1), (1,) * 100])
+def test_an_input_of_another_shape_than_the_program_takes_is_refused(tmp_path, shape):
+    manifest = make_manifest("small", [tensor("x", shape)], [tensor("y")], 2) | {"vectors": []}
+    with staging_folder(tmp_path / "out") as staging:
+        (staging / "model.onnx").write_bytes(onnx_model())
+        write_bundle(tmp_path / "out", staging, manifest)
+    with pytest.raises(BundleError, match=rf"bundle {tmp_path}/out: "):
+        open_session(tmp_path / "out")
+
+
 def test_a_refusal_of_the_child_is_the_refusal_and_is_not_remembered(tmp_path, monkeypatch):
     write_small(tmp_path / "out", onnx_model(helper.make_node("Nothing", ["x"], ["y"])))
     monkeypatch.setattr(programs, "load", lambda *a: pytest.fail("loaded here"))
