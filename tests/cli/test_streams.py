@@ -32,6 +32,7 @@ def start(line: str, folder: Path) -> tuple[int, str]:
         ("edgedyn check missing --json >/dev/full", 1),
         ("edgedyn check missing 2>/dev/full", 1),
         ("edgedyn check missing 2>&1 | true", 1),
+        ("edgedyn inspect missing.yaml 2>&1 | true", 2),
         ("edgedyn nothing 2>/dev/full", 2),
         ("edgedyn run bundle - -o out <&-", 2),
     ],
