@@ -254,7 +254,35 @@ class HyperNetwork(nn.Module):
         return F.conv2d(x, weight, padding=1, groups=C)
 
 
+class Rows(Mixed):
+    """A convolution along rows; BatchNorm behind it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.norm = nn.Parameter(torch.randn(K, C, C, 3) / 9), nn.BatchNorm1d(C)
+        self.norm.running_var.fill_(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = torch.einsum("bk,koit->boit", self.attention(x), self.rows)[0]
+        return self.norm(F.conv1d(x.flatten(2), weight, padding=1)).view(x.shape)
+
+
+class OfOneImage(Mixed):
+    """Takes one image alone, and BatchNorm follows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(C)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(x) != 1:
+            raise ValueError("one image at a time")
+        return self.norm(super().forward(x))
+
+
 MIXES = {
+    "rows": Rows,
+    "of_one_image": OfOneImage,
     "condconv": Mixed,
     "by_sample": BySample,
     "by_sample_in_groups": lambda: BySample(groups=2),
@@ -310,7 +338,20 @@ class Branches(nn.Module):
         return F.conv2d(x, weight, self.square.bias + self.point.bias, padding=1)
 
 
+class Products(nn.Module):
+    """Products with stored matrices: a low-rank layer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down, self.up = nn.Parameter(torch.randn(C, 4) / 4), nn.Parameter(torch.randn(C, 4) / 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x.flatten(2).transpose(1, 2) @ self.down).relu().view(1, *x.shape[2:], 4)
+        return torch.matmul(y, self.up.t()).permute(0, 3, 1, 2)
+
+
 FOLDED = {
+    "products": Products,
     "standardized": lambda: Standardized(C, C, 3, padding=1),
     "averaged": lambda: Averaged(C, C, 3, padding=1),
     "branches": Branches,
@@ -331,6 +372,158 @@ class MaskedLinear(nn.Linear):
 
 def folded(kind: str) -> nn.Module:
     return around(FOLDED[kind]())
+
+
+# types in other words: they are float32 whatever the type of the network
+
+
+class Typed(nn.Module):
+    """A layer whose weight a subclass makes in float32; float64 may not reach its convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(C, C, 3, 3) / 9)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.make(), padding=1)
+
+
+class Ternary(Typed):
+    def make(self) -> Tensor:
+        return ((self.weight > 0.05).float() - (self.weight < -0.05).float()) * 0.1
+
+
+class InHalf(Typed):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight.data = self.weight.data.half()
+
+    def make(self) -> Tensor:
+        return self.weight.float()
+
+
+class InComplex(Typed):
+    """A weight stored by its spectrum."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.fft.rfft2(self.weight.data))
+
+    def make(self) -> Tensor:
+        return torch.fft.irfft2(self.weight, s=(3, 3))
+
+
+class Blur(nn.Module):
+    """A kernel computed from a range of numbers, moved by a grid that ``linspace`` makes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sigma = nn.Parameter(torch.tensor(1.3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        row = torch.exp(-(torch.arange(-2.0, 3.0) ** 2) / (2 * self.sigma.float() ** 2))
+        kernel = (row[:, None] * row).expand(x.shape[1], 1, 5, 5) / row.sum() ** 2
+        return F.conv2d(x, kernel, padding=2, groups=x.shape[1])
+
+
+TYPED = {"ternary": Ternary, "in_half": InHalf, "in_complex": InComplex, "blur": Blur}
+
+
+def typed(kind: str) -> nn.Module:
+    return around(TYPED[kind]())
+
+
+class Open(nn.Module):
+    """A network that makes a tensor of a size that the image decides."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = conv(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.body(x)
+        return y - y[y > 0].mean()
+
+
+class Vectorised(Mixed):
+    """Mixes kernels under ``torch.vmap``."""
+
+    def mix(self, x: Tensor, a: Tensor) -> Tensor:
+        return F.conv2d(x[None], torch.einsum("k,koihw->oihw", a, self.weight), padding=1)[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.vmap(self.mix)(x, self.attention(x))
+
+
+def vectorised() -> nn.Module:
+    return around(Vectorised())
+
+
+class Spectrum(nn.Module):
+    """Filters a map's spectrum by complex numbers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.fft.irfft2(torch.fft.rfft2(x) * 0.9, s=x.shape[2:])
+
+
+def spectrum() -> nn.Module:
+    return around(Spectrum())
+
+
+class Brightness(nn.Module):
+    """A network that decides on a number of the image."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = conv(3, 3), conv(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.where(x.mean() > 0.3, self.a(x), self.b(x))
+
+
+class OnlyFloat32(nn.Module):
+    """A network that asks for its type."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = conv(3, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert x.dtype == torch.float32, "expected float32"
+        return self.body(x)
+
+
+# operators that can draw random numbers, and draw none in evaluation mode
+
+
+class Attention(nn.Module):
+    """Attention between pixels, by torch's operator or by its layer."""
+
+    def __init__(self, *, layer: bool = False) -> None:
+        super().__init__()
+        self.qkv, self.last = nn.Linear(C, 3 * C), nn.Linear(C, C)
+        self.layer = nn.MultiheadAttention(C, 2, dropout=0.1, batch_first=True) if layer else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.avg_pool2d(x, 4).flatten(2).transpose(1, 2)
+        if self.layer:
+            mixed = self.layer(rows, rows, rows, need_weights=False)[0]
+        else:
+            q, k, v = (t[:, None] for t in self.qkv(rows).chunk(3, 2))
+            mixed = F.scaled_dot_product_attention(q, k, v)[:, 0]
+        y = self.last(mixed).transpose(1, 2).reshape(*x.shape[:2], x.shape[2] // 4, x.shape[3] // 4)
+        return x + F.interpolate(y, scale_factor=4.0)
+
+
+IDLE = {
+    "attention": Attention,
+    "attention_layer": lambda: Attention(layer=True),
+    "alpha_dropout": lambda: nn.Sequential(nn.AlphaDropout(0.2), nn.Dropout2d(0.3)),
+}
+
+
+def idle(kind: str) -> nn.Module:
+    return around(IDLE[kind]())
 
 
 # padding in other words

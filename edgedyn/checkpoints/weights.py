@@ -159,13 +159,13 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], complaint: str, adv
     model.load_state_dict({**state, **{key: own[key] for key in counters}})
 
 
-def settle_norms(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
+def settle_norms(model: nn.Module, *batches: tuple[Tensor, ...]) -> int:
     """Set every BatchNorm that keeps statistics to those of its input; for a network without trained ones.
 
     Args:
         model: in evaluation mode, before and after. If it has a method ``every_path(*inputs)``, which runs
             every path that an input can take, that method is called instead of ``forward``.
-        inputs: a batch of real images, at least two: a feature map of one pixel has no variance.
+        batches: inputs, each of a batch of real images, at least two where a feature map has one pixel.
 
     Returns:
         The number of BatchNorm modules that had an input; the others keep their initial values.
@@ -184,7 +184,8 @@ def settle_norms(model: nn.Module, inputs: tuple[Tensor, ...]) -> int:
         norm.momentum = None  # the plain mean over all batches
         norm.train()
     with torch.no_grad():
-        getattr(model, "every_path", model)(*inputs)
+        for inputs in batches:
+            getattr(model, "every_path", model)(*inputs)
     for name, norm in norms.items():
         norm.eval()
         norm.momentum = momenta[name]

@@ -11,17 +11,34 @@ from torch.export import ExportedProgram
 
 from edgedyn.errors import EdgedynError, ModelError, place_of, quote
 from edgedyn.graph.mixes import dynamic_layers
-from edgedyn.graph.nodes import argument, module_path
+from edgedyn.graph.nodes import module_path
 from edgedyn.graph.rewrites import simplify
 
 
 def capture(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
-    """Export the network with fixed shapes and simplify it (``graph.rewrites.simplify``).
+    """Export the network with fixed shapes and simplify it.
 
     Raises:
-        ModelError: as ``export``.
+        ModelError: as ``export`` and ``refine``.
     """
-    return simplify(export(model, inputs))
+    return refine(export(model, inputs))
+
+
+def refine(program: ExportedProgram) -> ExportedProgram:
+    """Simplify an exported program (``graph.rewrites.simplify``).
+
+    Raises:
+        ModelError: when ``torch.export`` cannot follow the program that it wrote itself.
+    """
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):
+            return simplify(program)
+    except Exception as error:  # torch's own, of any kind
+        raise ModelError(
+            "torch.export captures the network and cannot follow its own program: "
+            f"{type(error).__name__}: {str(error).splitlines()[0]}{place_of(str(error))}. Write the layer "
+            "without torch.vmap and the like."
+        ) from error
 
 
 def find_generated(program: ExportedProgram) -> list[fx.Node]:
@@ -52,20 +69,39 @@ def export(model: nn.Module, inputs: tuple[Tensor, ...]) -> ExportedProgram:
         ) from error
 
     _refuse_random(program)
+    _refuse_open_sizes(program)
     return program
 
 
 def _refuse_random(program: ExportedProgram) -> None:
-    """Refuse a program that draws random numbers; Dropout in evaluation mode draws none."""
+    """Refuse a program that draws random numbers."""
     for node in program.graph.nodes:
-        tags = getattr(node.target, "tags", ())
-        is_idle = "dropout" in str(node.target) and argument(node, 2) is False
-        if torch.Tag.nondeterministic_seeded in tags and not is_idle:
+        if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()) and not _is_idle(node):
             raise ModelError(
                 f"the network draws random numbers in {module_path(node) or 'its forward'}: {node.target}"
                 f"{place_of(node.meta.get('stack_trace') or '')}; a deployed program gives one image one "
                 "output. Is this layer in training mode? F.dropout takes training=self.training."
             )
+
+
+def _refuse_open_sizes(program: ExportedProgram) -> None:
+    """Refuse a program that holds tensors or numbers whose size is known only with the image."""
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        sizes = value.shape if isinstance(value, Tensor) else (value,)
+        if any(isinstance(size, torch.SymInt | torch.SymFloat | torch.SymBool) for size in sizes):
+            raise ModelError(
+                f"{node.target} in {module_path(node) or 'the network itself'} makes a tensor or a number of "
+                f"the image's own size{place_of(node.meta.get('stack_trace') or '')}; a deployed program has "
+                "fixed sizes. Write it with a mask of a fixed size."
+            )
+
+
+def _is_idle(node: fx.Node) -> bool:
+    """Whether an operator that can draw random numbers draws none: Dropout, RReLU, attention or an LSTM."""
+    defaults = {a.name: a.default_value for a in node.target._schema.arguments}  # type: ignore[union-attr]
+    values = defaults | dict(zip(defaults, node.args, strict=False)) | node.kwargs
+    return values.get("train", values.get("training")) is False or values.get("dropout_p") == 0
 
 
 def _advice(error: BaseException) -> str:

@@ -21,13 +21,12 @@ from torch.export import ExportedProgram
 
 from edgedyn import ops, targets
 from edgedyn.conversion import contract
-from edgedyn.conversion.capture import export
+from edgedyn.conversion.capture import export, refine
 from edgedyn.conversion.convert import load_target
 from edgedyn.conversion.generated import generated_rows, sizes_of
 from edgedyn.errors import EdgedynError
 from edgedyn.graph.nodes import all_multiply_adds, module_path, sources
 from edgedyn.graph.provenance import shared_provenance
-from edgedyn.graph.rewrites import simplify
 from edgedyn.layers import RoutedModel, canonicalize, load_all, part_inputs, parts, recognise
 from edgedyn.recipe.factory import make_network
 from edgedyn.recipe.networks import find_network
@@ -128,7 +127,7 @@ def inspect_model(
     modules = dict(reference.named_modules(remove_duplicate=False))
     examples = part_inputs(canonical, inputs)
     exported = {name: export(part, examples[name]) for name, part in parts(canonical).items()}
-    programs = {name: simplify(program) for name, program in exported.items()}
+    programs = {name: refine(program) for name, program in exported.items()}
     known = {name: targets.load(name) for name in targets.names()} | (
         {instead.name: instead} if instead else {}
     )

@@ -16,14 +16,13 @@ from torch.export import ExportedProgram
 
 from edgedyn import ops
 from edgedyn.bundle.manifest import ROUTER
-from edgedyn.conversion.capture import export, find_generated
+from edgedyn.conversion.capture import export, find_generated, refine
 from edgedyn.conversion.contract import Loaded, example_inputs, load_network
 from edgedyn.conversion.image_sets import draw, to_tensors
 from edgedyn.conversion.reference import count_capacities, rewrite, settle
 from edgedyn.conversion.unsupported import refuse_unsupported
 from edgedyn.errors import CalibrationError, ModelError
 from edgedyn.graph.nodes import module_path
-from edgedyn.graph.rewrites import simplify
 from edgedyn.images.tasks import TASKS, predict_classes
 from edgedyn.layers import RoutedModel, part_inputs, parts
 from edgedyn.quantize.progress import Progress, silent
@@ -126,7 +125,7 @@ def _rewrite(loaded: Loaded, target: Target, capacities: dict[str, int] | None) 
     inputs = part_inputs(canonical, example_inputs(recipe.input_specs()))
     exported = {name: export(module, inputs[name]) for name, module in parts(canonical).items()}
     generated = tuple(module_path(node) for p in exported.values() for node in find_generated(p))
-    captured = {name: simplify(program) for name, program in exported.items()}
+    captured = {name: refine(program) for name, program in exported.items()}
     decomposed = {name: decompose_part(program, target, recipe) for name, program in captured.items()}
     refuse_unsupported(
         {name: ops.decompose(p, forms, "after_quantize") for name, (forms, p) in decomposed.items()}, target

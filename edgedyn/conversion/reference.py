@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from edgedyn.checkpoints.weights import settle_norms
 from edgedyn.conversion.contract import load_network
-from edgedyn.errors import CalibrationError, ModelError
+from edgedyn.errors import CalibrationError, EdgedynError, ModelError, quote
 from edgedyn.layers import RoutedModel, canonicalize
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def settle(recipe: Recipe, reference: nn.Module, drawn: Sequence[tuple[Tensor, .
 
     Raises:
         CalibrationError: when it needs images and the recipe names no set.
-        ModelError: when the network cannot run on a batch of them.
+        ModelError: when the network cannot run on them.
     """
     has_norms = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in reference.modules())
     if recipe.is_trained or not has_norms:
@@ -56,12 +56,21 @@ def settle(recipe: Recipe, reference: nn.Module, drawn: Sequence[tuple[Tensor, .
             f"recipe {recipe.name!r} has no weights, so its BatchNorm takes its statistics from images, and "
             "it names no calibration set. Set calibration: to a manifest in calib/, or give it model.weights."
         )
+    batch = tuple(torch.cat(images) for images in zip(*drawn, strict=True))
     try:
-        settle_norms(reference, tuple(torch.cat(batch) for batch in zip(*drawn, strict=True)))
-    except RuntimeError as error:  # torch's own, for shapes that do not fit
+        try:
+            settle_norms(reference, batch)
+        except EdgedynError:
+            raise
+        except Exception:  # a network that mixes its weights may take one image only
+            settle_norms(reference, *drawn)
+    except EdgedynError:
+        raise
+    except Exception as error:  # the network's own, of any kind
         raise ModelError(
-            f"{type(reference).__name__} cannot run on inputs {[tuple(x.shape) for x in drawn[0]]}: "
-            f"{str(error).splitlines()[0]}. Does the input shape fit (input.shape, model.arguments)?"
+            f"{type(reference).__name__} cannot take BatchNorm statistics from images "
+            f"{[tuple(x.shape) for x in drawn[0]]}: {quote(error)}. Give the recipe trained weights "
+            "(model.weights)."
         ) from error
     return True
 

@@ -1,6 +1,6 @@
 """Operators and ranks that a target cannot run, refused on the float program: before any image is read.
 
-ordinary operators at ranks up to 4        every target runs them
+ordinary operators, real, ranks up to 4     every target runs them
 anything else                              the target lowers the float program in memory (``Target.preview``)
 """
 
@@ -63,7 +63,8 @@ def _strange_nodes(program: ExportedProgram) -> Iterator[fx.Node]:
         rank = value.dim() if isinstance(value, Tensor) else 0
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if rank > 4 or (node.target.namespace == "aten" and _short_name(node) not in _ORDINARY):
+        is_complex = isinstance(value, Tensor) and value.is_complex()
+        if rank > 4 or is_complex or (node.target.namespace == "aten" and _short_name(node) not in _ORDINARY):
             yield node
 
 

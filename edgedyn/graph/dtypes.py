@@ -2,17 +2,23 @@
 
 to_float16    float16, with excluded nodes in float32 between boundary casts
 to_float64    float64, to measure the error of a rewrite; exact
+InFloat64     the same for code: a network that calls ``.float()`` or ``linspace`` computes in float64, too
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Collection, Container
+from collections.abc import Collection, Container, Iterator
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+_TO_DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 def to_float16(module: fx.GraphModule, excluded: Collection[fx.Node]) -> None:
@@ -45,11 +51,41 @@ def to_float16(module: fx.GraphModule, excluded: Collection[fx.Node]) -> None:
 
 def to_float64(module: fx.GraphModule) -> None:
     """Convert a float32 program to float64 in place: constants, casts, and the tensors that it creates."""
-    module.double()
+    module.double()._apply(_double)
     drop_type_assertions(module)
     for node in module.graph.nodes:
-        set_dtype(node, torch.float64)
+        node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _double)
     module.recompile()
+
+
+class InFloat64(TorchDispatchMode):
+    """Compute in float64 wherever code names float32, or a tensor of the default type; complex likewise."""
+
+    supports_higher_order_operators = True
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Call an operator of torch with float64 in its arguments."""
+        args, kwargs = tree_map(_double, (args, kwargs or {}))
+        with float64_by_default():
+            return function(*args, **kwargs)
+
+
+@contextlib.contextmanager
+def float64_by_default() -> Iterator[None]:
+    """Let ``linspace`` and its like make float64."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+def _double(value: Any) -> Any:
+    """Return a tensor or a type in float64 in place of float32, any other value as it is."""
+    if isinstance(value, Tensor):
+        return value.to(_TO_DOUBLE.get(value.dtype, value.dtype))
+    return _TO_DOUBLE.get(value, value) if isinstance(value, torch.dtype) else value
 
 
 def to_float64_like(program: ExportedProgram, source: nn.Module) -> nn.Module:

@@ -26,7 +26,7 @@ from edgedyn.graph.constants import (
     work_on_copy,
     works_on_its_own,
 )
-from edgedyn.graph.nodes import COUNTED_OPS, argument, attribute, by_output, shape_of, sources
+from edgedyn.graph.nodes import COUNTED_OPS, TRANSPOSED, argument, attribute, by_output, shape_of, sources
 
 # K convolutions write K feature maps; CondConv has 8 kernels, dynamic convolution 4
 MOST_KERNELS = 16
@@ -141,7 +141,7 @@ def _is_affine(node: fx.Node, data: Collection[fx.Node]) -> bool:
     varying = [argument for argument in arguments if argument in data]  # w * w has two
     if name in _VIEWS | _LISTS | _SUMS:
         return node.kwargs.get("dtype") is None
-    if name in ("div", "linear", "conv2d"):
+    if name in ("div", "linear", "conv1d", "conv2d"):
         return varying == [node.args[0]] and "rounding_mode" not in node.kwargs
     if name in ("addmm", "baddbmm"):
         return not all(argument in data for argument in node.args[1:3])
@@ -295,7 +295,7 @@ def _fold_norm(module: fx.GraphModule, layer: fx.Node) -> None:
 def _per_output(layer: fx.Node, values: Tensor) -> Tensor:
     """Shape one value per output channel so that it multiplies the weight of a convolution."""
     shape = shape_of(argument(layer, 1))
-    if layer.target is not _ATEN.conv_transpose2d.input:
+    if layer.target not in TRANSPOSED:
         return by_output(values, torch.empty(shape, device="meta"))
     groups = len(values) // shape[1]  # weights are (I, O / groups, kernel)
     rows = values.view(groups, shape[1]).repeat_interleave(shape[0] // groups, 0)

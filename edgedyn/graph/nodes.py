@@ -27,8 +27,23 @@ FUSED_ACTIVATIONS = RELUS | {
     torch.ops.aten.hardtanh.default,
     torch.ops.aten.hardtanh_.default,
 }
+TRANSPOSED = {
+    torch.ops.aten.conv_transpose1d.default,
+    torch.ops.aten.conv_transpose2d.input,
+    torch.ops.aten.conv_transpose3d.input,
+}
 # also the convolutions that no target runs in INT8
-COUNTED_OPS = MULTIPLY_ADD_OPS | {torch.ops.aten.conv2d.padding, torch.ops.aten.conv_transpose2d.input}
+COUNTED_OPS = (
+    MULTIPLY_ADD_OPS
+    | TRANSPOSED
+    | {
+        torch.ops.aten.conv1d.default,
+        torch.ops.aten.conv1d.padding,
+        torch.ops.aten.conv2d.padding,
+        torch.ops.aten.conv3d.default,
+        torch.ops.aten.conv3d.padding,
+    }
+)
 
 
 def module_path(node: fx.Node) -> str:
@@ -87,7 +102,7 @@ def multiply_adds(node: fx.Node) -> int:
     size = math.prod(shape_of(node))
     if name in ("mm", "addmm"):
         return size * shape_of(node.args[-1])[0]
-    if name == "conv_transpose2d" or (name == "convolution" and node.args[6]):
+    if name.startswith("conv_transpose") or (name == "convolution" and node.args[6]):
         size = math.prod(shape_of(node.args[0]))  # a transposed one applies a whole kernel per input value
     return size * math.prod(weight_shape(node)[1:])
 

@@ -7,9 +7,9 @@ import torch.nn.functional as F
 from torch import fx
 from torch.export import ExportedProgram
 
-from edgedyn.graph.constants import export_again, store_constants
+from edgedyn.graph.constants import add_constant, export_again, frozen, store_constants
 from edgedyn.graph.mixes import mix_outputs
-from edgedyn.graph.nodes import COUNTED_OPS, argument, shape_of, with_defaults
+from edgedyn.graph.nodes import COUNTED_OPS, argument, constant_of, shape_of, with_defaults
 
 _ATEN = torch.ops.aten
 
@@ -21,8 +21,8 @@ def simplify(program: ExportedProgram) -> ExportedProgram:
     """
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
-    rewrites = (store_constants, drop_views, explicit_padding, flatten_linear, mix_outputs)
-    changed = [rewrite(module) for rewrite in rewrites]
+    layers = (explicit_padding, products_as_linear, flatten_linear, mix_outputs)
+    changed = [rewrite(module) for rewrite in (store_constants, drop_views, *layers)]
     if not any(changed):
         return program
     store_constants(module)  # a mix leaves reshaped biases
@@ -71,6 +71,24 @@ def explicit_padding(module: fx.GraphModule) -> bool:
             x, before = _pad(module, node, [left, right, top, bottom]), [0, 0]
         node.target = _ATEN.conv2d.default
         node.args = (x, weight, bias, stride, before, dilation, groups)
+    module.recompile()
+    return bool(found)
+
+
+def products_as_linear(module: fx.GraphModule) -> bool:
+    """Write ``x @ weight``, x (..., T, I) and weight stored (I, O), as linear layers, which can be INT8.
+
+    Returns:
+        Whether there was such a product.
+    """
+    products = [node for node in module.graph.nodes if node.target is _ATEN.matmul.default]
+    products = [node for node in products if argument(node, 1).op == "get_attr"]
+    found = [n for n in products if len(shape_of(n.args[0])) > 2 == len(shape_of(n.args[1]))]
+    for node in found:
+        weight = frozen(constant_of(module, node.args[1]).t().contiguous())
+        stored = add_constant(module, node, f"{node.name}_weight", weight, {**node.meta, "val": weight})
+        node.target, node.args = _ATEN.linear.default, (node.args[0], stored)
+    module.graph.eliminate_dead_code()
     module.recompile()
     return bool(found)
 

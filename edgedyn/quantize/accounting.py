@@ -97,6 +97,8 @@ def account(module: fx.GraphModule, reasons: Mapping[str, str]) -> tuple[dict[st
 def _reason(node: fx.Node, name: str) -> str:
     if node.target in (torch.ops.aten.batch_norm.default, torch.ops.aten.instance_norm.default):
         return _BY_IMAGE if node.args[5] else _KEPT_FLOAT["batch_norm"]
+    if name == "mul" and not all(isinstance(x, fx.Node) and x.op != "get_attr" for x in node.args[:2]):
+        return _NO_RULE  # a constant scales an activation
     return _GENERATED if is_ours(node) else _KEPT_FLOAT.get(name, _NO_RULE)
 
 

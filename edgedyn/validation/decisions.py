@@ -114,7 +114,7 @@ def run_noting(
     assert isinstance(module, fx.GraphModule)
     results = []
     for index, sample in enumerate(samples):
-        set_masks = [torch.from_numpy(mask) for mask in forced[index]] if forced else []
+        set_masks = [torch.from_numpy(np.asarray(mask)) for mask in forced[index]] if forced else []
         interpreter = _Interpreter(module, masks, set_masks)
         with torch.no_grad():
             y = interpreter.run(*(torch.from_numpy(x).to(dtype) for x in sample.inputs))

@@ -16,9 +16,11 @@ from torch.export import ExportedProgram
 
 from edgedyn import ops
 from edgedyn.bundle.dispatch import Dispatcher, Run
-from edgedyn.conversion.capture import capture
+from edgedyn.conversion.capture import export
 from edgedyn.conversion.reference import rewrite
-from edgedyn.graph.dtypes import to_float64_like
+from edgedyn.errors import ModelError, quote
+from edgedyn.graph.dtypes import InFloat64, float64_by_default, to_float64_like
+from edgedyn.graph.rewrites import simplify
 from edgedyn.images import metrics
 from edgedyn.layers import parts
 from edgedyn.report.rows import Row
@@ -47,6 +49,9 @@ def exactness_rows(
 
     Returns:
         The relative rounding error of float32, and the rows; the first row holds this error.
+
+    Raises:
+        ModelError: when the network cannot run in float64.
     """
     reference = copy.deepcopy(converted.reference).double()
     canonical = rewrite(reference, converted.capacities)
@@ -55,7 +60,13 @@ def exactness_rows(
         for name, module in parts(canonical).items()
     }
     samples = outputs.samples if precision == "fp32" else outputs.samples[:_SAMPLES]
-    exact = run_float64(in_torch(reference, torch.float64), samples)
+    try:
+        exact = run_float64(in_torch(reference, torch.float64), samples)
+    except Exception as error:  # the network's own, of any kind
+        raise ModelError(
+            f"{type(reference).__name__} runs in float32 and not in float64, in which edgedyn checks its "
+            f"rewrite: {quote(error)}. Compare types with x.dtype, and make tensors of it."
+        ) from error
     float32 = [y for ys in outputs.returned["decomposed"][: len(samples)] for y in ys]
     rounding = rounding_row(exact, float32)
     rewritten = rewrite_rows(
@@ -83,7 +94,11 @@ def _in_float64(part: Part, canonical: nn.Module) -> nn.Module:
     names = {name for name, value in tensors.items() if value.is_floating_point()}
     if not names - canonical.state_dict().keys():
         return to_float64_like(program, canonical)
-    captured = capture(canonical, tuple(x.double() for x in part.inputs))
+    # exported in float32: a network may name this type
+    exported = export(copy.deepcopy(canonical).float(), part.inputs)
+    module, inputs = to_float64_like(exported, canonical), tuple(x.double() for x in part.inputs)
+    with float64_by_default():
+        captured = simplify(torch.export.export(module, inputs))
     again = decompose(ops.decompose(captured, part.forms, "before_quantize")).module()
     return to_float64_like(program, again)
 
@@ -130,4 +145,5 @@ def rewrite_rows(
 
 def run_float64(program: Callable[..., list[np.ndarray]], samples: Sequence[Sample]) -> list[np.ndarray]:
     """Return every output of a float64 program for every sample."""
-    return [y for sample in samples for y in program(*(x.astype(np.float64) for x in sample.inputs))]
+    with InFloat64():
+        return [y for sample in samples for y in program(*(x.astype(np.float64) for x in sample.inputs))]

@@ -60,7 +60,8 @@ def float_layers(facts) -> dict[str, str]:
 def test_mixes_of_kernels_are_int8(photos, tmp_path, kind, target):
     facts = build(photos, tmp_path, "dynamic", target, kind=kind)
     kept = float_layers(facts)
-    assert kept == ({} if kind != "transposed" else {"body.2": "no INT8 rule for this operator"})
+    static = "no INT8 rule for this operator"  # of XNNPACK and TensorRT for these convolutions
+    assert kept == ({"body.2": static} if kind in ("transposed", "rows") else {})
     assert facts["dynamic_layers"] == ["body.2"]
 
 
@@ -87,6 +88,46 @@ def test_normed_weight_is_int8(photos, tmp_path, kind, target):
     facts = build(photos, tmp_path, "normed", target, kind=kind)
     assert float_layers(facts) == {}
     assert facts["int8_mac_share"] == 1
+
+
+@pytest.mark.parametrize(("kind", "target"), on(strangers.TYPED, "blur"))
+def test_network_that_names_float32_is_checked_in_float64(photos, tmp_path, kind, target):
+    facts = build(photos, tmp_path, "typed", target, kind=kind)
+    assert float_layers(facts) == {}
+    assert facts["int8_mac_share"] == 1
+
+
+def test_network_that_only_runs_in_float32_is_refused_with_its_line(photos, tmp_path):
+    with pytest.raises(ModelError, match=r"runs in float32 and not in float64.*expected float32.*strangers"):
+        build(photos, tmp_path, "OnlyFloat32", "onnxruntime")
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("Open", r"index.* makes a tensor or a number of the image's own size \(at .*y\[y > 0\]"),
+        ("vectorised", r"cannot follow its own program: RuntimeError.*\(at .*torch.vmap\(self.mix"),
+        ("spectrum", r"cannot run mul.* of complex numbers.*mul of shape .* in body.2 "),
+    ],
+)
+def test_network_without_a_program_is_refused_before_an_image_is_read(
+    photos, tmp_path, monkeypatch, network, message
+):
+    def refuse(*arguments, **options):
+        raise AssertionError("an image is read")
+
+    monkeypatch.setattr(pipeline, "draw", refuse)
+    with pytest.raises(ModelError, match=message):
+        build(photos, tmp_path, network, "executorch")
+
+
+def test_decision_on_a_number_of_the_image_is_measured(photos, tmp_path):
+    build(photos, tmp_path, "Brightness", "executorch")
+
+
+@pytest.mark.parametrize(("kind", "target"), on(strangers.IDLE, "attention_layer"))
+def test_operators_that_draw_no_number_in_evaluation_mode_are_built(photos, tmp_path, kind, target):
+    build(photos, tmp_path, "idle", target, kind=kind)
 
 
 @pytest.mark.parametrize(("kind", "target"), on(strangers.PADDED, "even_same"))

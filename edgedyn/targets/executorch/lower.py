@@ -19,7 +19,9 @@ from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPar
 from executorch.exir import EdgeCompileConfig, EdgeProgramManager, to_edge_transform_and_lower
 from executorch.exir.backend.partitioner import PartitionResult
 from executorch.runtime import Runtime
+from torch import Tensor
 from torch.export import ExportedProgram
+from torch.fx import Node
 
 from edgedyn.errors import ModelError
 from edgedyn.graph.nodes import module_path
@@ -90,6 +92,7 @@ def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
     lowered = _to_executorch(edge)
     unsupported = Counter[str]()
     for name in programs:
+        unsupported += _complex_operators(edge.exported_program(name))
         missing = missing_operators(lowered.exported_program(name))
         unsupported += Counter({operator: len(nodes) for operator, nodes in missing.items()})
     return {
@@ -97,6 +100,18 @@ def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
         "portable": dict(sorted(portable.items())),
         "unsupported": dict(unsupported),
     }
+
+
+def _complex_operators(program: ExportedProgram) -> Counter[str]:
+    """Count the operators on complex numbers: portable kernels compute spectra, and nothing with them."""
+    complex_ = {n for n in program.graph.nodes if "aten." in str(n.target) and _is_complex(n)}
+    found = [n for n in complex_ if "fft" not in str(n.target) and complex_.intersection(n.all_input_nodes)]
+    return Counter(f"{str(n.target).partition('aten.')[2]} of complex numbers" for n in found)
+
+
+def _is_complex(node: Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.is_complex()
 
 
 def _prepare(programs: Mapping[str, ExportedProgram]) -> Mapping[str, ExportedProgram]:
@@ -128,7 +143,7 @@ def _to_edge(programs: Mapping[str, ExportedProgram], *, is_delegated: bool = Tr
 
 
 def _cannot_lower(error: BaseException) -> str:
-    line = next(iter(str(error).strip().splitlines()), "") or type(error).__name__
+    line = next(iter(str(error).strip().splitlines()), "").rstrip(".") or type(error).__name__
     return (
         f"ExecuTorch {version('executorch')} cannot make a program of the network: {line}. Write its layers "
         "with other operators, or pick another form in the recipe (forms)."
