@@ -51,14 +51,14 @@ def to_float16(module: fx.GraphModule, excluded: Collection[fx.Node]) -> None:
 
 def to_float64(module: fx.GraphModule) -> None:
     """Convert a float32 program to float64 in place: constants, casts, and the tensors that it creates."""
-    module.double()._apply(_double)
+    module.double()._apply(_double)  # type: ignore[no-untyped-call]
     drop_type_assertions(module)
     for node in module.graph.nodes:
         node.args, node.kwargs = fx.node.map_aggregate((node.args, node.kwargs), _double)
     module.recompile()
 
 
-class InFloat64(TorchDispatchMode):
+class InFloat64(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Compute in float64 wherever code names float32, or a tensor of the default type; complex likewise."""
 
     supports_higher_order_operators = True

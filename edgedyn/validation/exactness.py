@@ -145,5 +145,5 @@ def rewrite_rows(
 
 def run_float64(program: Callable[..., list[np.ndarray]], samples: Sequence[Sample]) -> list[np.ndarray]:
     """Return every output of a float64 program for every sample."""
-    with InFloat64():
+    with InFloat64():  # type: ignore[no-untyped-call]
         return [y for sample in samples for y in program(*(x.astype(np.float64) for x in sample.inputs))]
