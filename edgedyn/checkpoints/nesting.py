@@ -11,6 +11,7 @@ that fits best is taken. Where several fit, averaged weights (EMA) come first.
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from torch import Tensor
 from edgedyn.errors import shown
 
 _DEPTH = 4  # of dictionaries in dictionaries
+_PREFIXES = 100  # of one dictionary: trainers write a few, and each is compared with the network
 _AVERAGED = {"ema", "averaged", "average", "avg", "polyak", "swa", "shadow"}
 _WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # modelEMA: model, EMA
 # modules that torch puts around a network or around its parts
@@ -59,6 +61,16 @@ class Candidate:
         words = _WORD.findall(".".join((*self.place, self.prefix)))
         return bool(_AVERAGED & {word.lower() for word in words})
 
+    @property
+    def rank(self) -> tuple[bool, bool]:
+        """Place among the sets that fit: averaged ones first, then those that stand alone."""
+        return not self.is_averaged, self.beside > 0
+
+    @property
+    def tensors(self) -> set[int]:
+        """Identities of its tensors."""
+        return set(map(id, self.state.values()))
+
     def describe(self, others: list[Candidate]) -> list[str]:
         """Return notes on the choice; ``others`` fit the network too."""
         notes = []
@@ -72,6 +84,9 @@ class Candidate:
             notes.append(f"{self.beside} tensors beside it ignored")
         if self.is_averaged and any(not other.is_averaged for other in others):
             notes.append("averaged weights (EMA), which stand beside plain ones")
+        alike = [c for c in others if c.rank == self.rank and c.tensors != self.tensors]
+        if alike:
+            notes.append(f"{shown('.'.join((*alike[0].place, alike[0].prefix)).strip('.'))} fits as well")
         return notes
 
 
@@ -84,12 +99,13 @@ def choose_state(
         own: the network's state_dict.
         contents: of a checkpoint.
     """
-    candidates = [c for place, tensors in _tensors(contents, ()) for c in _prefixes(place, tensors, own)]
+    dictionaries = _tensors(contents, (), set())
+    candidates = [c for place, tensors in dictionaries for c in _prefixes(place, tensors, own)]
     if not candidates:
         return None
     faults = [_faults(own, candidate.state) for candidate in candidates]
     fitting = [c for c, number in zip(candidates, faults, strict=True) if number == min(faults)]
-    chosen = min(fitting, key=lambda c: (not c.is_averaged, c.beside > 0, len(c.wrappers)))
+    chosen = min(fitting, key=lambda c: (c.rank, len(c.wrappers)))
     state, notes = _respelled(own, chosen.state), chosen.describe(fitting)
     if state.keys() != chosen.state.keys():
         notes.append("weight_norm or spectral_norm spelled as in the network")
@@ -106,21 +122,24 @@ def _is_converted(own: Mapping[str, Tensor], key: str, kind: torch.dtype) -> boo
     return key in own and own[key].dtype == torch.float32 and kind != torch.float32
 
 
-def _tensors(value: Any, place: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Yield every dictionary of tensors with its place, the outer ones first."""
-    if not isinstance(value, Mapping) or len(place) > _DEPTH:
+def _tensors(
+    value: Any, place: tuple[str, ...], seen: set[int]
+) -> Iterator[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Yield every dictionary of tensors once, with its place, the outer ones first."""
+    if not isinstance(value, Mapping) or len(place) > _DEPTH or id(value) in seen:
         return
+    seen.add(id(value))
     named = {key: item for key, item in value.items() if isinstance(key, str)}
     if tensors := {key: item for key, item in named.items() if isinstance(item, Tensor)}:
         yield place, tensors
     for key, item in named.items():
-        yield from _tensors(item, (*place, key))
+        yield from _tensors(item, (*place, key), seen)
 
 
 def _prefixes(
     place: tuple[str, ...], tensors: dict[str, Tensor], own: Mapping[str, Tensor]
 ) -> Iterator[Candidate]:
-    """Yield all tensors, and those under each prefix behind which a key of the network stands.
+    """Yield all tensors, and those under each frequent prefix behind which a key of the network stands.
 
     Then the same without the names of wrappers, which also stand in the middle of keys.
     """
@@ -139,13 +158,14 @@ def _with_prefixes(
 ) -> Iterator[Candidate]:
     yield Candidate(place, "", tensors, wrappers=wrappers)
     known = own.keys() | {new for key in own for new in _spellings(key)}
-    found = {
+    longest = max(map(len, known), default=0)
+    found = Counter(
         key[:at]
         for key in tensors
-        for at in (match.end() for match in re.finditer(r"\.", key))
-        if key[at:] in known
-    }
-    for prefix in sorted(found, key=len):
+        for at in range(max(1, len(key) - longest), len(key))
+        if key[at - 1] == "." and key[at:] in known
+    )
+    for prefix in sorted((prefix for prefix, _ in found.most_common(_PREFIXES)), key=len):
         part = {key[len(prefix) :]: tensor for key, tensor in tensors.items() if key.startswith(prefix)}
         yield Candidate(place, prefix, part, len(tensors) - len(part), wrappers)
 

@@ -19,6 +19,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
+from edgedyn.checkpoints import nesting
 from edgedyn.checkpoints.weights import load_weights
 from edgedyn.errors import WeightsError
 
@@ -155,6 +156,27 @@ def test_of_two_sets_the_one_without_other_tensors_is_taken(tmp_path):
     net, notes = load(tmp_path, {"a": prefixed("net.", EMA) | prefixed("loss.", OTHER), "b": PLAIN})
     assert same(net, PLAIN)
     assert notes == ("taken from 'b'",)
+
+
+def test_another_set_that_fits_as_well_is_said(tmp_path):
+    net, notes = load(tmp_path, {"netG_A": PLAIN, "netG_B": EMA})
+    assert same(net, PLAIN)
+    assert "'netG_B' fits as well" in ", ".join(notes)
+    net, notes = load(tmp_path, {**prefixed("student."), **prefixed("teacher.", EMA)})
+    assert same(net, PLAIN)
+    assert "'teacher' fits as well" in ", ".join(notes)
+    same_twice = {"model": PLAIN, "state_dict": PLAIN}
+    assert "fits as well" not in ", ".join(load(tmp_path, same_twice)[1])
+
+
+def test_a_crafted_file_of_many_prefixes_makes_few_candidates():
+    value = torch.zeros(4)
+    tensors = {f"p{k}.{'2.0.bias.' * 20}2.0.bias": value for k in range(300)}
+    candidates = list(nesting._prefixes((), tensors, {"2.0.bias": value}))
+    assert len(candidates) == 1 + nesting._PREFIXES
+    shared = {"deep": {"state": PLAIN}}
+    again = {"a": shared, "b": shared, "c": {"d": shared}}
+    assert len(list(nesting._tensors(again, (), set()))) == 1
 
 
 def test_a_set_of_other_shapes_is_passed_over(tmp_path):
