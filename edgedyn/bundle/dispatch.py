@@ -67,7 +67,8 @@ class Dispatcher:
         variants = [self.runs[name] for name in self.routing.variants]
         if self.routing.rule == "fallback":
             y, overflow = variants[0](*arrays)
-            decision = Decision(int(overflow.max() > 0), np.asarray(overflow, np.float32).reshape(-1))
+            fits = overflow.max() <= 0  # not where it is NaN: the dense variant has no capacity
+            decision = Decision(int(not fits), np.asarray(overflow, np.float32).reshape(-1))
             index = decision.index if forced is None else forced
             return ([y] if index == 0 else variants[1](*arrays)), decision
         logits, *carried = self.runs[self.routing.router](*arrays)

@@ -66,8 +66,9 @@ def _quote(line: str) -> str:
 
 def _place(line: str, program: ExportedProgram) -> str:
     """Return the next step: the layers of the nodes that a line names, or those in INT8."""
-    words = set(re.findall(r"\w+", line))
-    nodes = [n for n in program.graph.nodes if words & {n.name, f"node_{n.name}"} and n.op == "call_function"]
+    # a name stands behind node_, in quotes or in brackets; "add" in a sentence is none
+    words = {name.removeprefix("node_") for name in re.findall(r"(?:\bnode_|['\"(])(\w+)", line)}
+    nodes = [n for n in program.graph.nodes if n.name in words and n.op == "call_function"]
     layers = dict.fromkeys(path for node in nodes if (path := module_path(node)))
     if not layers:
         return "Keep layers in float (quantize.keep_float), or write them with other operators."
