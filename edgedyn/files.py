@@ -192,9 +192,13 @@ def _locked_part(path: Path, *, is_folder: bool) -> Iterator[Path]:
 
 
 def remove_remains(path: Path) -> None:
-    """Remove hidden files and folders of writers of ``path`` that were killed; their locks are free."""
+    """Remove hidden files and folders of writers of ``path`` that were killed; their locks are free.
+
+    An old version of it is kept while ``path`` itself is missing.
+    """
     full = Path(os.path.abspath(path))
-    named = re.compile(re.escape(f".{full.name[:_NAME]}.part-") + "[0-9a-f]{8}")
+    kinds = "(part|old)" if full.exists() else "part"
+    named = re.compile(re.escape(f".{full.name[:_NAME]}.") + kinds + "-[0-9a-f]{8}")
     if fcntl is None or not full.parent.is_dir():
         return
     for name in filter(named.fullmatch, os.listdir(full.parent)):

@@ -181,6 +181,16 @@ def test_remains_of_a_killed_writer_go_with_the_next_write_and_other_files_stay(
     assert sorted(os.listdir(tmp_path)) == [".a.part-mine", "a", "a.part-0123abcd"]
 
 
+def test_an_old_version_goes_once_the_new_one_is_there(tmp_path):
+    (tmp_path / ".a.old-0123abcd").mkdir()
+    with staging_folder(tmp_path / "a") as staging:
+        assert (tmp_path / ".a.old-0123abcd").is_dir()  # nothing else is left of it
+        staging.rename(tmp_path / "a")
+    with staging_folder(tmp_path / "a"):
+        pass
+    assert os.listdir(tmp_path) == ["a"]
+
+
 def test_an_error_of_a_reader_in_a_staging_folder_is_not_called_a_full_disk(tmp_path):
     with pytest.raises(FileNotFoundError), staging_folder(tmp_path / "out"):
         (tmp_path / "nowhere").read_bytes()
