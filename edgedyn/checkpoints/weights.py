@@ -183,12 +183,15 @@ def settle_norms(model: nn.Module, *batches: tuple[Tensor, ...]) -> int:
         norm.reset_running_stats()
         norm.momentum = None  # the plain mean over all batches
         norm.train()
-    with torch.no_grad():
-        for inputs in batches:
-            getattr(model, "every_path", model)(*inputs)
+    try:
+        with torch.no_grad():
+            for inputs in batches:
+                getattr(model, "every_path", model)(*inputs)
+    finally:
+        for name, norm in norms.items():
+            norm.eval()
+            norm.momentum = momenta[name]
     for name, norm in norms.items():
-        norm.eval()
-        norm.momentum = momenta[name]
         assert norm.running_var is not None
         if not norm.running_var.isfinite().all():
             raise ModelError(

@@ -186,6 +186,14 @@ def test_untrained_norms_take_the_statistics_of_what_they_see():
     assert {norm.momentum for norm in (net[1], net[3])} == {0.1}
 
 
+def test_norms_of_a_network_that_cannot_run_are_left_in_evaluation_mode():
+    net = nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(4, 4, 1)).eval()
+    with pytest.raises(RuntimeError):
+        settle_norms(net, (torch.rand(2, 3, 4, 6),))
+    assert not net[0].training
+    assert net[0].momentum == 0.1
+
+
 def test_batch_norm_that_keeps_no_statistics_is_left_alone():
     net = nn.Sequential(
         nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, track_running_stats=False), nn.BatchNorm2d(4)
