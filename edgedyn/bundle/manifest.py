@@ -271,7 +271,7 @@ def _is_contract(tensor: dict[str, Any]) -> bool:
     if "range" not in values or any(type(number) not in _NUMBER for number in numbers):
         return not numbers
     channels = tensor["shape"][1] if len(tensor["shape"]) == 4 else 0
-    per_channel = all(len(values[key]) in {1, channels or 1} for key in ("mean", "std"))
+    per_channel = all(len(values[key]) in (1, channels or 1) for key in ("mean", "std"))
     ordered = values["order"] in ORDERS and (values["order"] == ORDERS[0] or channels == 3)
     increases = len(values["range"]) == 2 and values["range"][0] < values["range"][1]
     return per_channel and ordered and increases and min(values["std"]) > 0

@@ -251,6 +251,7 @@ def test_a_huge_manifest_is_refused_before_it_is_read(path):
             )
         ),
         (lambda m: m["inputs"][0].pop("std"), "the keys of its role"),
+        (lambda m: m["inputs"][0].update(shape=[1, [3], 8, 16]), "sizes from 1"),
         (lambda m: m["vectors"][0].update(max_abs=True), "'max_abs'.*found True"),
         (lambda m: m["vectors"][0].update(max_abs=[True]), "max_abs and rms from 0"),
         (lambda m: m["vectors"][0].update(rms=[1e-6] * 2), "max_abs and rms from 0"),
