@@ -151,9 +151,10 @@ def choose_outputs(
     for key, name in zip(keys or tensors, chosen, strict=True):
         leaf = leaves.get(name, "no output")
         if not isinstance(leaf, Tensor) or leaf.dtype != torch.float32:
+            hint = nearest(name, tensors) if name not in leaves else ""
             raise RecipeError(
-                f"outputs: {key!r} is {_shape(leaf)}; {nearest(name, tensors)}expected float32 tensors of "
-                f"{network}, which returns {returned}."
+                f"outputs: {key!r} is {_shape(leaf)}; {hint}expected float32 tensors of {network}, which "
+                f"returns {returned}."
             )
     return chosen
 

@@ -249,7 +249,7 @@ def test_output_differs_from_the_input_where_the_recipe_says(tmp_path):
         ("outputs_dict", "[state]", "'state' is None"),
         ("outputs_nested", "[side]", "'side' is no output; .*side.0"),
         ("outputs_nested", "[fine, score]", "'score' is None"),
-        ("outputs_counted", "[0, 1]", r"1 is \(1, 16, 24\) int64"),
+        ("outputs_counted", "[0, 1]", r"1 is \(1, 16, 24\) int64; expected float32 tensors"),
         ("outputs_nothing", "[]", "returns output None; expected a tensor"),
         ("outputs_infinite", "[]", "4608 values that are NaN or infinite"),
     ],
