@@ -187,7 +187,7 @@ def _run(model: nn.Module, inputs: tuple[Tensor, ...]) -> Any:
     except (Exception, SystemExit) as error:  # the network's own, of any kind
         raise ModelError(
             f"{type(model).__name__} cannot run on inputs {[tuple(x.shape) for x in inputs]}: "
-            f"{quote(error)}. Does the input shape fit (input.shape, model.arguments)?"
+            f"{quote(error)}. Does the input shape fit (input.shape, inputs, model.arguments)?"
         ) from error
 
 
