@@ -72,6 +72,33 @@ def test_outlier_that_no_pass_may_move_is_noted_with_the_setting(target):
     assert name.startswith("body.2.output") or name.startswith("body.4.input")
 
 
+class TwoReaders(nn.Module):
+    """Two layers that read a channel 1000 times as large as the others, which no pass may move."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.left, self.right, self.last = (
+            conv(i, o) for i, o in ((3, C), (C, C), (C, C), (C, 3))
+        )
+        with torch.no_grad():
+            self.first.weight[2] *= 1000
+            for reader in (self.left, self.right):
+                reader.weight[:, 2] /= 1000
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        return x - self.last(torch.relu(self.left(y) + self.right(y)))
+
+
+def test_setting_of_a_note_names_every_layer_of_the_tensor_and_mends_the_drop():
+    torch.manual_seed(1)
+    net = TwoReaders()
+    result, sqnr = calibrate(net, "executorch")
+    (note,) = notes(result).values()
+    assert "quantize.keep_float: [first, left, right] mends that" in note
+    assert calibrate(net, "executorch", keep_float=["first", "left", "right"])[1] > sqnr + 10
+
+
 def test_program_without_outliers_is_as_before(monkeypatch):
     torch.manual_seed(1)
     net = Residual(conv(3, C), nn.ReLU(), conv(C, C), nn.GELU(), conv(C, 3))

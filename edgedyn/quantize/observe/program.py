@@ -103,7 +103,8 @@ def observe_program(
     }
     entries |= {name: replace(entries[name], channels=tuple(x.tolist())) for name, x in factors.items()}
     for layer in layers:
-        note = _describe_outliers(layer, peaks.read(layer.input_node), section)
+        sharing = [other for other in layers if layer.input in (other.input, other.output)]
+        note = _describe_outliers(sharing, peaks.read(layer.input_node), section)
         entries[layer.input] = replace(entries[layer.input], note=note)
     entries |= {layer.weight: _weight_entry(module, layer, section) for layer in layers}
     entries |= raise_scales(entries, layers)
@@ -118,15 +119,17 @@ def _entry(name: str, kind: Kind, histogram: Histogram, section: QuantizeSection
     return Entry(name, kind, histogram, method, affine, symmetric)
 
 
-def _describe_outliers(layer: QuantizableLayer, largest: Tensor, section: QuantizeSection) -> str:
-    """Describe the outliers that are left in the input of a layer, with the setting that mends them."""
+def _describe_outliers(layers: Sequence[QuantizableLayer], largest: Tensor, section: QuantizeSection) -> str:
+    """Describe the outliers left in a tensor that layers write or read, with the setting that mends them.
+
+    Where a Mul in front of the layers pays, it is there already, whatever ``equalize_inputs`` says.
+    """
     found = find_outliers(largest)
     if not found.any():
         return ""
     ratio = float(largest.max() / largest[largest > 0].median())
-    setting = "quantize.equalize: true" if not section.equalize else "quantize.equalize_inputs: true"
-    if section.equalize and section.equalize_inputs:
-        setting = f"quantize.keep_float: [{module_path(layer.node) or layer.name}]"
+    names = ", ".join(module_path(layer.node) or layer.name for layer in layers)
+    setting = f"quantize.keep_float: [{names}]" if section.equalize else "quantize.equalize: true"
     channels = ", ".join(map(str, found.nonzero().flatten().tolist()[:_SHOWN]))
     return (
         f"outlier channels ({channels}): up to {ratio:.0f} times as large as the median channel, which "
