@@ -76,6 +76,16 @@ def identify(start: bytes) -> str:
     return next((name for magic, name in _STARTS.items() if start.startswith(magic)), "")
 
 
+def av1_bits(start: bytes) -> int:
+    """Return the bits per sample of an AVIF by its configuration box; 8 where none is found in ``start``.
+
+    Pillow decodes to 8 bits and does not say what the file had.
+    """
+    at = start.find(b"av1C\x81")  # marker and version; then profile and level, then the flags
+    flags = start[at + 6] if at >= 0 and at + 6 < len(start) else 0
+    return 8 if not flags & 0x40 else 12 if flags & 0x20 else 10
+
+
 def need_reader(name: str) -> None:
     """Make Pillow able to read a format.
 

@@ -33,7 +33,16 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from edgedyn.errors import ImageError
 from edgedyn.files import replacing
 from edgedyn.images import png16, tiff
-from edgedyn.images.formats import FORMATS, NAMES, PLAIN_MODES, SUFFIXES, identify, need_reader, to_plain
+from edgedyn.images.formats import (
+    FORMATS,
+    NAMES,
+    PLAIN_MODES,
+    SUFFIXES,
+    av1_bits,
+    identify,
+    need_reader,
+    to_plain,
+)
 from edgedyn.reading import open_regular
 
 # Twice Pillow's MAX_IMAGE_PIXELS, where it raises DecompressionBombError: 2 GB as float32 RGB.
@@ -44,6 +53,7 @@ _SMALL_PIXELS = 2**24  # whatever their file says, they need little memory
 _DEPTHS: dict[str, int] = {"uint8": 8, "uint16": 16, "float32": 32}
 _MODES = {1: "L", 2: "LA", 3: "RGB", 4: "RGBA"}
 _ROWS = 64  # rows that are converted at once
+_HEADER = 2**20  # bytes at the start of an AVIF that hold its configuration
 # EXIF orientation (CIPA DC-008, tag 274) -> the array turned upright.
 _UPRIGHT: dict[int, Callable[[np.ndarray], np.ndarray]] = {
     1: lambda a: a,
@@ -320,6 +330,8 @@ def _read_pillow(path: Path, file: BinaryIO, kind: str, page: int = 0) -> Photo:
     if not is_deep and image.mode not in PLAIN_MODES:
         raise _refusal(path, f"colour mode {image.mode}", f"one of {', '.join(PLAIN_MODES)}")
     file.seek(0)
+    start = file.read(_HEADER) if kind == "AVIF" else b""
+    file.seek(0)
     image.load()
     orientation, exif, faults = _exif(image)
     if is_deep:
@@ -329,8 +341,8 @@ def _read_pillow(path: Path, file: BinaryIO, kind: str, page: int = 0) -> Photo:
     notes = (*notes, *faults)
     if kind == "GIF" and getattr(image, "is_animated", False):
         notes = (*notes, "the first frame of an animation")
-    if int(image.info.get("bit_depth", 8)) > 8:
-        notes = (*notes, f"{image.info['bit_depth']} bits per sample were reduced to 8")
+    if (bits := av1_bits(start) if kind == "AVIF" else int(image.info.get("bit_depth", 8))) > 8:
+        notes = (*notes, f"{bits} bits per sample were reduced to 8")
     if orientation in _TURNS:
         plain = plain.transpose(_TURNS[orientation])
     elif plain is image:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import builtins
 import io
 
@@ -13,7 +14,7 @@ from small_images import ICC, encoded, exif_of, ink_profile
 from small_sets import waves
 
 from edgedyn.errors import CalibrationError, ImageError, TargetMissingError
-from edgedyn.images.formats import FORMATS, SUFFIXES, identify
+from edgedyn.images.formats import FORMATS, SUFFIXES, av1_bits, identify
 from edgedyn.images.photo import check_format, read_image, save, write_image
 from edgedyn.images.pixels import SUFFIXES as SET_SUFFIXES
 from edgedyn.images.pixels import read_pixels
@@ -177,3 +178,38 @@ def test_cmyk_becomes_srgb_by_its_profile(tmp_path, kind):
     assert ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(photo.icc))).strip()
     plain = np.asarray(image.convert("RGB"))[8, 8::16] / 255
     assert np.abs(plain - expected[0]).max() > 0.2, "the plain formula would pass too"
+
+
+# 8 x 8 ramps, written with imagecodecs 2026 (libavif): Pillow writes AVIF of 8 bits only
+_DEEP_AVIF = {
+    10: (
+        "AAAAIGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZk1BMUEAAADrbWV0YQAAAAAAAAAhaGRscgAAAAAAAAAAcGljdAAAAAAAAAAA"
+        "AAAAAAAAAAAOcGl0bQAAAAAAAQAAAB5pbG9jAAAAAEQAAAEAAQAAAAEAAAETAAAAJAAAAChpaW5mAAAAAAABAAAAGmluZmUC"
+        "AAAAAAEAAGF2MDFDb2xvcgAAAABqaXBycAAAAEtpcGNvAAAAFGlzcGUAAAAAAAAACAAAAAgAAAAQcGl4aQAAAAADCgoKAAAA"
+        "DGF2MUOBIEAAAAAAE2NvbHJuY2x4AAIAAgAGgAAAABdpcG1hAAAAAAAAAAEAAQQBAoMEAAAALG1kYXQSAAoIOAi/bwICBpAy"
+        "FhlCYwTAADQAAACQP743H2ZKj+1PWnw="
+    ),
+    12: (
+        "AAAAHGZ0eXBhdmlmAAAAAGF2aWZtaWYxbWlhZgAAAOttZXRhAAAAAAAAACFoZGxyAAAAAAAAAABwaWN0AAAAAAAAAAAAAAAA"
+        "AAAAAA5waXRtAAAAAAABAAAAHmlsb2MAAAAARAAAAQABAAAAAQAAAQ8AAAAkAAAAKGlpbmYAAAAAAAEAAAAaaW5mZQIAAAAA"
+        "AQAAYXYwMUNvbG9yAAAAAGppcHJwAAAAS2lwY28AAAAUaXNwZQAAAAAAAAAIAAAACAAAABBwaXhpAAAAAAMMDAwAAAAMYXYx"
+        "Q4FAYAAAAAATY29scm5jbHgAAgACAAaAAAAAF2lwbWEAAAAAAAAAAQABBAECgwQAAAAsbWRhdBIACghYCL9rQICBojIWGUJj"
+        "BMAANAAAkD+cIxUrBW/PLvSHgA=="
+    ),
+}
+
+
+@pytest.mark.parametrize("bits", _DEEP_AVIF)
+def test_a_deep_avif_is_reduced_with_a_note(tmp_path, bits):
+    path = tmp_path / "in.avif"
+    path.write_bytes(base64.b64decode(_DEEP_AVIF[bits]))
+    photo = read_image(path)
+    assert (photo.depth, photo.shape[:2]) == (8, (8, 8))
+    assert photo.pixels[-1, -1].min() > photo.pixels[0, 0].max() + 0.9
+    assert photo.notes == (f"{bits} bits per sample were reduced to 8",)
+
+
+def test_an_avif_of_8_bits_has_no_note(tmp_path):
+    (tmp_path / "in.avif").write_bytes(encoded(RGB8, "AVIF"))
+    assert read_image(tmp_path / "in.avif").notes == ()
+    assert av1_bits(b"") == av1_bits(b"....av1C\x81") == 8
