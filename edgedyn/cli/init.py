@@ -59,7 +59,7 @@ def init(
         place = out or Path(f"{network.partition(':')[2]}.{target}.{precision}.yaml")
         if os.path.exists(place) and not force:
             raise UsageError(f"{place} exists already. Choose another file with -o, or pass --force.")
-        model = inspection.load_network(network, trust=trust)
+        model = inspection.make_named(network, trust=trust)
         found = inspection.inspect(model, shape=sizes)
         task, outputs = guess_task(model, sizes)
         values = _values(network, target, precision, sizes, task, place)

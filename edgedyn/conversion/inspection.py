@@ -64,7 +64,7 @@ def inspect(
         EdgedynError: as ``pipeline.build`` for the recipe and the network.
     """
     if isinstance(network, str) and is_function(network):
-        network = load_network(network, trust=trust)
+        network = make_named(network, trust=trust)
     if isinstance(network, nn.Module):
         contract.refuse_other_inputs(network, ["--shape"], "the command")
         return inspect_model(network, (torch.zeros(tuple(shape)),))
@@ -82,7 +82,7 @@ def is_function(name: str) -> bool:
     return ":" in name and Path(name).suffix not in (".yaml", ".yml")
 
 
-def load_network(name: str, *, trust: bool = False) -> nn.Module:
+def make_named(name: str, *, trust: bool = False) -> nn.Module:
     """Call ``package.module:function`` without arguments and return the network, in evaluation mode.
 
     Raises:
