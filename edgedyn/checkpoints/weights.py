@@ -41,8 +41,9 @@ def load_weights(
         WeightsError: when the file is missing, altered, unsafe, damaged, not finite, or of another network.
     """
     if not os.path.isfile(path):
+        fault = "are no regular file" if os.path.exists(path) else "do not exist"
         raise WeightsError(
-            f"weights {path} do not exist; expected a safetensors file. Set model.weights in the recipe, or "
+            f"weights {path} {fault}; expected a safetensors file. Set model.weights in the recipe, or "
             "--set model.weights=PATH."
         )
     digest = hashlib.sha256(path.read_bytes()).hexdigest()

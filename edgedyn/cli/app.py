@@ -49,6 +49,8 @@ from edgedyn.errors import EdgedynError, UsageError, printable
 INTERRUPTED = 130
 UNEXPECTED = 70
 PIPE_CLOSED = 141  # 128 and SIGPIPE, as the shell counts
+# true also where the signal came after the result had taken its place, which most commands do not replace
+_AGAIN = "Run the same command again; a result that it says exists is whole."
 _PACKAGES = ("edgedyn", "torch", "executorch", "onnxruntime")
 _EXIT_CODES = (errors.__doc__ or "").partition("\n\n")[2].partition("\n\n")[0]
 
@@ -122,6 +124,7 @@ def execute(arguments: list[str]) -> int:
     as_json = "--json" in arguments
     with interruptible() as interruption:
         try:
+            _refuse_empty(arguments)
             code = app(arguments, prog_name="edgedyn", standalone_mode=False) or 0
         except EdgedynError as error:
             return _refuse(type(error).__name__, str(error), error.exit_code, as_json)
@@ -144,11 +147,21 @@ def execute(arguments: list[str]) -> int:
     if code == INTERRUPTED:
         code = 128 + (interruption.number or signal.SIGINT)
         name = "" if code == INTERRUPTED else f" by {signal.Signals(interruption.number).name}"
-        message = f"Interrupted{name}. No partial file was left. Run the same command again to continue."
+        message = f"Interrupted{name}. No partial file was left. {_AGAIN}"
         with suppress(OSError):
             ERR.print(message, soft_wrap=True)
         return _fail("Interrupted", message, code, as_json)
     return int(code)
+
+
+def _refuse_empty(arguments: list[str]) -> None:
+    """Refuse empty arguments, as of an unset variable in a script: a path would be the working directory."""
+    for at, argument in enumerate(arguments):
+        option, _, value = argument.partition("=")
+        if not argument or (option.startswith("--") and option != argument and not value):
+            place = f"argument {at + 1} is empty" if not argument else f"{option} has an empty value"
+            after = f", after {arguments[at - 1]!r}" if at and not argument else ""
+            raise UsageError(printable(f"{place}{after}; expected a value. Give one, or leave it out."))
 
 
 def _refuse_disk(error: OSError, as_json: bool) -> int:

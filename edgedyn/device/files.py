@@ -24,10 +24,10 @@ from edgedyn.device import arrays
 from edgedyn.device.session import Progress, Session, open_session
 from edgedyn.errors import EdgedynError, ImageError, UsageError
 from edgedyn.files import refuse_unwritable
+from edgedyn.reading import MAX_FILE_BYTES
 
 STDIN = "-"
 _CONVERTED = ".png"  # of formats that are only read
-_MOST_BYTES = 2**31  # of an image on standard input
 WRITTEN, THERE, FAILED = "written", "there already", "failed"
 
 
@@ -122,9 +122,12 @@ def plan(
     """Return the images that sources name, with the places of their results; nothing is read or written.
 
     Raises:
-        UsageError: for no images, two of one name, a result in place of an input, or inside the bundle.
+        UsageError: for no images, an empty name, two of one name, a result in place of an input, or inside
+            the bundle.
         ImageError: for a file that is missing or has an unknown suffix.
     """
+    if not str(out):
+        raise UsageError("found an empty name, expected a folder for the results. Name one.")
     jobs = _place(find_images(sources, Path(out), recursive=recursive), Path(out))
     for job in jobs:
         inside = job.result.resolve().is_relative_to(session.bundle.path.resolve())
@@ -143,7 +146,7 @@ def find_images(
     """Return the images that sources name, once each, with their paths relative to the output folder ``out``.
 
     Raises:
-        UsageError: for no images.
+        UsageError: for no images, or an empty name.
         ImageError: for a file that is missing or has an unknown suffix.
     """
     found = [pair for source in sources for pair in _expand(str(source), out, recursive=recursive)]
@@ -254,9 +257,12 @@ def read_stdin() -> bytes:
     if not identify(start):
         actual = f"{start[:4]!r} at its start" if start else "no bytes"
         raise ImageError(f"standard input: found {actual}, expected an image, {NAMES}. Pipe a file into it.")
-    data = start + stream.read(_MOST_BYTES)
-    if len(data) > _MOST_BYTES:
-        raise ImageError(f"standard input: found more than {_MOST_BYTES} bytes. Save the image as a file.")
+    data = start + stream.read(MAX_FILE_BYTES)
+    if len(data) > MAX_FILE_BYTES:
+        raise ImageError(
+            f"standard input: found more than {MAX_FILE_BYTES} bytes, expected at most that. Make the "
+            "image smaller."
+        )
     return data
 
 
@@ -279,6 +285,8 @@ def _expand(source: str, out: Path, *, recursive: bool) -> list[tuple[Path, Path
     from edgedyn.images.formats import NAMES, SUFFIXES
 
     path = Path(source)
+    if not source:
+        raise UsageError("found an empty name, expected an image, a folder or a pattern. Name what to run.")
     if source == STDIN:
         return [(path, Path("stdin.png"))]
     if path.is_dir():

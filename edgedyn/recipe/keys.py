@@ -15,6 +15,7 @@ from edgedyn.sections import Section, Seed
 Arguments = Annotated[dict[str, JsonValue], WithJsonSchema({"additionalProperties": True, "type": "object"})]
 _Share = Annotated[float, Field(ge=0, le=1)]
 _FromZero = Annotated[float, Field(ge=0)]
+PathName = Annotated[str, Field(min_length=1)]  # an empty one would be the recipe's own folder
 
 
 class ModelSection(Section):
@@ -27,7 +28,7 @@ class ModelSection(Section):
     arguments: Arguments = Field(
         default={}, description="Keyword arguments of the function that makes the network."
     )
-    weights: str | None = Field(
+    weights: PathName | None = Field(
         default=None,
         description="Trained weights: a safetensors file; a `.pth` file only with `--trust`. Without weights "
         "the network is initialized from `model.seed`, and its accuracy is reported without a limit.",
@@ -158,7 +159,7 @@ class QuantizeSection(Section):
         description="Steps of quantization-aware fine-tuning, the last resort. Each step runs one image in "
         "float and fake-quantized; a result that is not better on held-out samples is dropped.",
     )
-    finetune_images: str | None = Field(
+    finetune_images: PathName | None = Field(
         default=None,
         description="Images for fine-tuning: set manifest or folder. By default other crops of the "
         "calibration set.",
@@ -195,7 +196,7 @@ class QuantizeSection(Section):
         description="Number of further calibration samples in exchanged and saturated colours. They widen "
         "ranges: colours missing from the calibration images, such as pure yellow, would be clipped visibly.",
     )
-    table: str | None = Field(
+    table: PathName | None = Field(
         default=None,
         description="Calibration table: used if the file exists, in place of calibrating; written if not.",
     )
@@ -241,7 +242,7 @@ class LimitSection(Section):
         default=1e-12,
         description="Largest error of the exact rewrites in float64, relative to the largest output.",
     )
-    drop_db: float = Field(
+    drop_db: _FromZero = Field(
         default=0.25, description="Largest PSNR drop from float32 to the deployed precision, in dB."
     )
     int8_share: _Share = Field(
@@ -252,7 +253,7 @@ class LimitSection(Section):
         description="Largest mean difference between the runtime and the exported program at fp32 and fp16, "
         "in 8-bit grey levels.",
     )
-    sqnr_db: float = Field(
+    sqnr_db: _FromZero = Field(
         default=15.0,
         description="Least signal-to-quantization-noise ratio of outputs without a truth (classify, "
         "keypoints, noisy photos without clean ones), in dB. Of a denoiser also of output minus input.",

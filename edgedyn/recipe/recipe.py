@@ -33,6 +33,7 @@ from edgedyn.recipe.inputs import (
 from edgedyn.recipe.keys import (
     LimitSection,
     ModelSection,
+    PathName,
     QuantizeSection,
     RouteSection,
     TileSection,
@@ -94,10 +95,10 @@ class Recipe(Section):
     )
     route: RouteSection = RouteSection()
     quantize: QuantizeSection = QuantizeSection()
-    calibration: str | None = Field(
+    calibration: PathName | None = Field(
         default=None, description="Calibration images: set manifest or folder. Required for int8."
     )
-    validation: str = Field(
+    validation: PathName = Field(
         description="Validation images: set manifest or folder, without any image of the calibration set."
     )
     noise: NoiseSection | None = Field(

@@ -76,8 +76,9 @@ def test_missing_file_says_where_to_set_another(tmp_path):
     assert "--set model.weights=PATH" in text
 
 
-def test_folder_is_not_a_weights_file(tmp_path):
-    assert "do not exist" in refused(tmp_path)
+@pytest.mark.parametrize("place", [".", "/dev/zero"])
+def test_folders_and_devices_are_no_weights_files(tmp_path, place):
+    assert "are no regular file; expected a safetensors file" in refused(tmp_path / place)
 
 
 def test_wrong_digest_names_both(tmp_path):

@@ -111,6 +111,34 @@ def test_doctor_prints_one_json_value_though_something_is_missing(capsys, monkey
     assert "fix: pip install torch" in out
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (
+            ["calibrate", "--make-manifest", "", "-o", "set.json"],
+            "3 is empty, after '--make-manifest'",
+        ),
+        (["calibrate", "--make-manifest=", "-o", "set.json"], "--make-manifest has an empty value"),
+        (["run", "bundle", ""], "argument 3 is empty, after 'bundle'"),
+        (["check", ""], "argument 2 is empty, after 'check'"),
+        ([""], "argument 1 is empty; expected"),
+    ],
+)
+def test_an_empty_argument_is_not_the_working_directory(capsys, monkeypatch, tmp_path, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    code, _, err = execute(capsys, *arguments)
+    assert code == 2
+    assert words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_option_may_set_a_key_to_nothing(capsys):
+    code, _, err = execute(capsys, "build", "no-such-recipe", "-o", "out", "--set=model.weights=")
+    assert code == 2
+    assert "no-such-recipe" in err
+    assert "empty" not in err
+
+
 def test_an_interruption_says_that_nothing_is_half_written(capsys, monkeypatch):
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -118,7 +146,7 @@ def test_an_interruption_says_that_nothing_is_half_written(capsys, monkeypatch):
     monkeypatch.setitem(LISTS, "layers", interrupted)
     code, out, err = execute(capsys, "list", "layers", "--json")
     assert code == 130
-    assert "Interrupted. No partial file was left. Run the same command again to continue." in err
+    assert "Interrupted. No partial file was left. Run the same command again; a result" in err
     assert json.loads(out)["error"]["exit_code"] == 130
 
 

@@ -11,9 +11,10 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
-from small_images import exif_of
+from small_images import encoded, exif_of
 from small_sessions import picture, session_of, write
 
+from edgedyn.device import files
 from edgedyn.device.files import FAILED, THERE, WRITTEN, plan, run, run_jobs
 from edgedyn.device.session import Session
 from edgedyn.device.tiling import padded, tiles
@@ -340,6 +341,23 @@ def test_standard_input_that_is_no_image_is_refused(tmp_path, session, monkeypat
             with pytest.raises(ImageError, match=f"standard input: found .*{message}"):
                 run(session, "-", tmp_path / "out.png")
     assert not (tmp_path / "out.png").exists()
+
+
+def test_standard_input_has_the_limit_of_files(tmp_path, session, monkeypatch):
+    data = encoded((picture(64, 64) * 255).astype(np.uint8), "PNG")
+    monkeypatch.setattr(files, "MAX_FILE_BYTES", 64)
+    streams(monkeypatch, data)
+    with pytest.raises(ImageError, match="standard input: found more than 64 bytes, expected at most that"):
+        run(session, "-", tmp_path / "out.png")
+
+
+def test_an_empty_name_is_not_the_working_directory(tmp_path, session, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save(tmp_path / "a.png", picture(64, 64))
+    for images, out in (("", "out"), (["a.png", ""], "out"), ("a.png", "")):
+        with pytest.raises(UsageError, match="found an empty name, expected"):
+            run(session, images, out)
+    assert set(os.listdir(tmp_path)) == {"a.png", "bundle"}
 
 
 def test_a_full_disk_leaves_no_part_and_says_why(tmp_path, session):

@@ -16,6 +16,7 @@ from torch import nn
 
 from edgedyn import models, targets
 from edgedyn.errors import EdgedynError, RecipeError
+from edgedyn.recipe.keys import LimitSection
 from edgedyn.recipe.recipe import Recipe, load_recipe
 
 SMALLEST = {
@@ -110,7 +111,16 @@ def test_recipe_cannot_be_changed(tmp_path):
         ({"limits": {"drop_db": math.nan}}, ["limits.drop_db is nan", "finite number"]),
         ({"limits": {"sqnr_db": math.inf}}, ["limits.sqnr_db is inf", "finite number"]),
         ({"limits": {"int8_share": 1.5}}, ["limits.int8_share is 1.5", "less than or equal to 1"]),
-        ({"limits": {"mask_flips": -0.1}}, ["limits.mask_flips is -0.1", "greater than or equal to 0"]),
+        *(
+            ({"limits": {key: -0.1}}, [f"limits.{key} is -0.1", "greater than or equal to 0"])
+            for key in LimitSection.model_fields
+        ),
+        *(({key: ""}, [f"{key} is ''", "at least 1 character"]) for key in ("calibration", "validation")),
+        *(
+            ({"quantize": {key: ""}}, [f"quantize.{key} is ''", "at least 1 character"])
+            for key in ("table", "finetune_images")
+        ),
+        ({"model": {"network": "x", "weights": ""}}, ["model.weights is ''", "at least 1 character"]),
         ({"quantize": {"max_drop_db": math.inf}}, ["quantize.max_drop_db is inf", "finite number"]),
         ({"model": {"network": "x", "seed": -1}}, ["model.seed is -1", "greater than or equal to 0"]),
         ({"model": {"network": "x", "seed": 2**63}}, ["model.seed is 9223372036854775808", "less than"]),
@@ -218,8 +228,9 @@ def test_set_replaces_and_adds_values_of_any_type(tmp_path):
 def test_number_with_an_exponent_is_a_number_in_the_file_and_on_the_command_line(tmp_path, text):
     assert load_recipe(write(tmp_path), [f"quantize.max_drop_db={text}"]).quantize.max_drop_db == float(text)
     path = write(tmp_path)
-    path.write_text(path.read_text(encoding="utf-8") + f"limits: {{drop_db: -{text.lstrip('+')}}}\n")
-    assert load_recipe(path).limits.drop_db == -float(text)
+    further = f"inputs: [{{name: level, shape: [1], value: -{text.lstrip('+')}}}]\n"
+    path.write_text(path.read_text(encoding="utf-8") + further)
+    assert load_recipe(path).inputs[0].value == -float(text)
 
 
 @pytest.mark.parametrize("text", ["1e", "e5", "1e5x", "'1e-9'"])
