@@ -50,7 +50,7 @@ INTERRUPTED = 130
 UNEXPECTED = 70
 PIPE_CLOSED = 141  # 128 and SIGPIPE, as the shell counts
 # true also where the signal came after the result had taken its place, which most commands do not replace
-_AGAIN = "Run the same command again; a result that it says exists is whole."
+_AGAIN = "Run the same command again; if its result exists by then, it is complete."
 _PACKAGES = ("edgedyn", "torch", "executorch", "onnxruntime")
 _EXIT_CODES = (errors.__doc__ or "").partition("\n\n")[2].partition("\n\n")[0]
 

@@ -146,7 +146,7 @@ def test_an_interruption_says_that_nothing_is_half_written(capsys, monkeypatch):
     monkeypatch.setitem(LISTS, "layers", interrupted)
     code, out, err = execute(capsys, "list", "layers", "--json")
     assert code == 130
-    assert "Interrupted. No partial file was left. Run the same command again; a result" in err
+    assert "Interrupted. No partial file was left. Run the same command again; if its result" in err
     assert json.loads(out)["error"]["exit_code"] == 130
 
 

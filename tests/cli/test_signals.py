@@ -57,7 +57,7 @@ def test_a_signal_ends_a_command_as_ctrl_c_does(tmp_path, number, words):
     _, err = work.communicate(timeout=60)
     assert work.returncode == 128 + number
     assert words in err
-    assert "Run the same command again; a result that it says exists is whole." in err
+    assert "Run the same command again; if its result exists by then, it is complete." in err
     assert "Traceback" not in err
     assert os.listdir(tmp_path) == []
 
