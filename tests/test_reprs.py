@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from small_decisions import make_recipe
 
 from edgedyn.bench.speed import Comparison, LayerTime
 from edgedyn.bundle.bundle import Bundle
@@ -72,7 +73,7 @@ def test_programs_and_outputs_show_shapes_and_never_their_values():
     made = Converted(network, {"forward": part}, None, None, ("body.0",))
     nodes = len(program.graph.nodes)
     assert repr(made) == f"Converted(forward: {nodes} nodes; 1 dynamic layers)"
-    captured = Network(network, network, None, {"forward": (x,)}, {"forward": program}, {})
+    captured = Network(make_recipe(), network, (), network, None, {"forward": (x,)}, {"forward": program}, {})
     assert repr(captured) == "Network(Conv2d: forward; 0 samples)"
     y = np.zeros((1, 3, 8, 10), np.float32)
     assert repr(Outputs([Sample((y,), y, 0.0, "a")] * 2, [y] * 2, [y] * 2, [y] * 2)) == (

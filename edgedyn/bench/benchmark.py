@@ -89,7 +89,7 @@ def compare_with_float(
         TargetMissingError: for a target without times by layer, or one that is not installed here.
         BundleError: when the bundle does not map its operators to layers.
     """
-    bundle = session.open_tried(path)
+    bundle = session.open_verified(path)
     refuse_unwritable(path, is_folder=True)
     if bundle.precision != "int8":
         raise UsageError(
@@ -110,6 +110,7 @@ def compare_with_float(
             f"bundle {path} does not map its operators to layers; found {sorted(traces)}, expected "
             f"{sorted(bundle.programs)}. Build it again with this version."
         )
+    session.open_tried(path)  # its programs run in this process
     with tempfile.TemporaryDirectory() as folder:
         inputs, lowered = lower_in_float(bundle, Path(folder), progress, trust=trust)
         pairs = {
