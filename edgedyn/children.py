@@ -1,4 +1,4 @@
-"""Processes that we start. Device side: standard library only.
+"""Processes that we start. Device side.
 
 A Python child imports only from where this process does, and never from the working directory: a ``numpy.py``
 that lies there, or in a bundle from somebody else, must not run. An interruption ends a tool with all of its
@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
+
+from edgedyn.errors import printable
 
 MEMORY_SHARE = 0.75  # of this machine's memory, for a child that runs a program of somebody
 
@@ -117,7 +119,7 @@ def _terminated_as_interrupted() -> Iterator[None]:
 def limit_resources() -> None:
     """Limit the memory of this process to ``MEMORY_SHARE`` of the machine's, and let it leave no core file.
 
-    Linux counts what the process can write to; other systems may ignore the limit.
+    Linux counts memory that the process may write; other systems may ignore the limit.
     """
     try:
         import resource
@@ -152,8 +154,7 @@ def last_words(text: str) -> str:
 
 def one_line(text: str) -> str:
     """Return a text of a runtime as one printable line of at most 300 characters."""
-    line = " ".join(text.split())[:300]
-    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in line)
+    return printable(" ".join(text.split())[:300])
 
 
 class ChildEndedError(Exception):
@@ -188,14 +189,14 @@ class Child:
         )
 
     def ask(
-        self, question: object, *, seconds: float | None = None, told: Callable[[Any], None] | None = None
+        self, question: object, *, seconds: float | None = None, notify: Callable[[Any], None] | None = None
     ) -> tuple[Any, str]:
         """Return the child's answer, and the text that it wrote to its standard streams meanwhile.
 
         Args:
             question: a value of JSON.
-            seconds: time after which the child is ended; None: any.
-            told: called with each value that the child tells before it answers.
+            seconds: time after which the child is ended; None: no limit.
+            notify: called with each value that the child reports before its answer.
 
         Raises:
             ChildEndedError: if the child ended first.
@@ -221,8 +222,8 @@ class Child:
                     is_answer, value = json.loads(line)
                     if is_answer:
                         return value, self._read_log(start)
-                    if told is not None:
-                        told(value)
+                    if notify is not None:
+                        notify(value)
         except BaseException:
             self.close()
             raise
@@ -249,13 +250,13 @@ def serve(answer: Callable[[Any, Callable[[Any], None]], Any]) -> None:
     """Answer the questions of the process that made this one a ``Child``, until it closes the pipe.
 
     Args:
-        answer: ``answer(question, tell)`` returns a value of JSON; ``tell(value)`` reports one before.
+        answer: ``answer(question, report)`` returns a value of JSON; ``report(value)`` sends one before it.
     """
     replies, one_at_a_time = os.fdopen(os.dup(1), "w", encoding="utf-8"), threading.Lock()
     os.dup2(2, 1)  # for libraries that print
 
     def reply(is_answer: bool, value: object) -> None:
-        with one_at_a_time:  # a library may tell from its threads
+        with one_at_a_time:  # a library may report from its threads
             replies.write(json.dumps([is_answer, value]) + "\n")
             replies.flush()
 

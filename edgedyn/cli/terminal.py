@@ -45,7 +45,8 @@ def reopen_closed_streams() -> None:
 
     Python has None for them, and the next file that is opened takes their number.
     """
-    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):  # by number, which is given again
+    # in this order: a new file takes the lowest free number
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115
 

@@ -35,9 +35,8 @@ def refine(program: ExportedProgram) -> ExportedProgram:
             return simplify(program)
     except Exception as error:  # torch's own, of any kind
         raise ModelError(
-            "torch.export captures the network and cannot follow its own program: "
-            f"{type(error).__name__}: {str(error).splitlines()[0]}{place_of(str(error))}. Write the layer "
-            "without torch.vmap and the like."
+            f"torch.export captures the network and cannot follow its own program: {quote(error)}"
+            f"{place_of(str(error))}. Write the layer without torch.vmap and the like."
         ) from error
 
 

@@ -88,7 +88,7 @@ def _compile(
     child = Child(__name__)
     question = [target, str(source.absolute()), str(engine.absolute()), workspace_bytes]
     try:
-        (refusal, value), _ = child.ask(question, told=lambda step: progress(*step))
+        (refusal, value), _ = child.ask(question, notify=lambda step: progress(*step))
     except ChildEndedError as error:
         raise ModelError(
             f"the process that compiled {source} for {target} {error.how}{last_words(error.log)}. Expected a "
@@ -102,7 +102,7 @@ def _compile(
     return facts
 
 
-def _answer(question: Any, tell: Callable[[Any], None]) -> list[Any]:
+def _answer(question: Any, report: Callable[[Any], None]) -> list[Any]:
     """Return the class of a refusal, or None, with its message, or the facts."""
     target, source, engine, workspace_bytes = question
     build = targets.load(target).compile
@@ -114,7 +114,7 @@ def _answer(question: Any, tell: Callable[[Any], None]) -> list[Any]:
                 Path(source),
                 Path(engine),
                 workspace_bytes=workspace_bytes,
-                progress=lambda *step: tell(step),
+                progress=lambda *step: report(step),
             ),
         ]
     except EdgedynError as error:

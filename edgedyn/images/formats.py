@@ -79,7 +79,7 @@ def identify(start: bytes) -> str:
 def av1_bits(start: bytes) -> int:
     """Return the bits per sample of an AVIF by its configuration box; 8 where none is found in ``start``.
 
-    Pillow decodes to 8 bits and does not say what the file had.
+    Pillow decodes to 8 bits and does not report the depth of the file.
     """
     at = start.find(b"av1C\x81")  # marker and version; then profile and level, then the flags
     flags = start[at + 6] if at >= 0 and at + 6 < len(start) else 0

@@ -285,7 +285,7 @@ def encode(photo: Photo, kind: str, file: BinaryIO, path: Path) -> None:
 
 
 def _fault(error: Exception) -> str:
-    """Return what a decoder says, in one line; of an unknown start Pillow shows its own file object."""
+    """Return the first line of a decoder's message; of an unknown start Pillow shows its own file object."""
     if isinstance(error, UnidentifiedImageError):
         return "a damaged header"
     return next(iter(str(error).strip().splitlines()), type(error).__name__)

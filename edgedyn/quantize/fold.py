@@ -8,29 +8,24 @@ from torch.export import ExportedProgram
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from edgedyn.graph.constants import store_parameter, unshare_constants
-from edgedyn.graph.nodes import MULTIPLY_ADD_OPS, argument, bias_of, constant_of, shape_of, weight_of
+from edgedyn.graph.nodes import (
+    COUNTED_OPS,
+    TRANSPOSED,
+    argument,
+    bias_of,
+    constant_of,
+    shape_of,
+    weight_of,
+)
 from edgedyn.graph.rewrites import explicit_padding
-
-_TRANSPOSED = {
-    torch.ops.aten.conv_transpose1d.default,
-    torch.ops.aten.conv_transpose2d.input,
-    torch.ops.aten.conv_transpose3d.input,
-}
-_CONVOLUTIONS = _TRANSPOSED | {
-    torch.ops.aten.conv1d.default,
-    torch.ops.aten.conv1d.padding,
-    torch.ops.aten.conv2d.default,
-    torch.ops.aten.conv2d.padding,
-    torch.ops.aten.conv3d.default,
-    torch.ops.aten.conv3d.padding,
-}
-
 
 _NORMS = {
     torch.ops.aten.batch_norm.default,
     torch.ops.aten._native_batch_norm_legit_no_training.default,
 }
 _LINEAR = torch.ops.aten.linear.default
+# the general operator states its kind in an argument; programs hold it only once they are lowered
+_CONVOLUTIONS = COUNTED_OPS - {_LINEAR, torch.ops.aten.convolution.default}
 _ALIAS = torch.ops.aten.alias.default
 
 
@@ -45,7 +40,7 @@ def fold(program: ExportedProgram) -> fx.GraphModule:
     module = program.module(check_guards=False)
     assert isinstance(module, fx.GraphModule)
     explicit_padding(module)
-    unshare_constants(module, MULTIPLY_ADD_OPS | _CONVOLUTIONS)
+    unshare_constants(module, COUNTED_OPS)
     for norm in [node for node in module.graph.nodes if _is_foldable(node)]:
         _fold_norm(module, norm)
     module.graph.eliminate_dead_code()
@@ -62,7 +57,7 @@ def _fold_norm(module: fx.GraphModule, norm: fx.Node) -> None:
     old = weight_of(module, layer), bias_of(module, layer)
     statistics = mean, variance, argument(norm, 7 if is_plain else 6), scale, shift
     # also for a linear layer: torch's fuse_linear_bn_weights (2.13) takes no BatchNorm without gain and bias
-    weight, bias = fuse_conv_bn_weights(*old, *statistics, layer.target in _TRANSPOSED)  # type: ignore[arg-type]
+    weight, bias = fuse_conv_bn_weights(*old, *statistics, layer.target in TRANSPOSED)  # type: ignore[arg-type]
     place = str(layer.args[1].target)  # type: ignore[union-attr]
     store_parameter(module, place, weight)
     if old[1] is not None:
@@ -95,7 +90,7 @@ def _is_foldable(norm: fx.Node) -> bool:
     if not all(isinstance(x, fx.Node) and x.op == "get_attr" for x in constants):
         return False
     # torch's formula takes a transposed convolution's output channels from one axis: (I, O / groups, ...)
-    return layer.target not in _TRANSPOSED or shape_of(weight)[1] == shape_of(mean)[0]
+    return layer.target not in TRANSPOSED or shape_of(weight)[1] == shape_of(mean)[0]
 
 
 def hide_norms(module: fx.GraphModule) -> None:

@@ -83,7 +83,7 @@ def _lines(log: str) -> tuple[str, ...]:
 
 
 def _answer(target: str, question: Any) -> str | None:
-    path, program, files = question
+    path, program, files = question  # of the process that lowers; target is a name that it has loaded
     run = importlib.import_module(f"edgedyn.targets.{target}.run")
     try:
         run.attempt(Path(path), program, [np.load(file) for file in files])
@@ -97,4 +97,4 @@ if hasattr(os, "register_at_fork"):
 
 if __name__ == "__main__":
     limit_resources()
-    serve(lambda question, tell: _answer(sys.argv[1], question))
+    serve(lambda question, _: _answer(sys.argv[1], question))
