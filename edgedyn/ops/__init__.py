@@ -73,6 +73,8 @@ class Op:
         generated: names of the arguments that the network computes from its input: kernels, coefficients,
             masks.
         apply_macs: multiply-adds of one call from its arguments, of which only shapes are read.
+        has_affine_int8: whether ``name_int8`` is the variant that ``register`` derives, with x and y in
+            int8; False where it has a schema of its own.
     """
 
     name: str
@@ -81,6 +83,7 @@ class Op:
     examples: Callable[[], Iterable[tuple[Any, ...]]]
     generated: tuple[str, ...]
     apply_macs: Callable[..., int]
+    has_affine_int8: bool = True
 
 
 def register(
@@ -113,13 +116,27 @@ def register(
     def fake_int8(x: torch.Tensor, scale: float, zero_point: int, *rest: Any) -> torch.Tensor:
         return fake(x.to(torch.float32), *rest[:-2]).to(torch.int8)
 
-    _define(name, f"{first}, {rest}", oracle, fake)
+    overload = define(name, f"{first}, {rest}", oracle, fake)
     affine = f"{first}, float x_scale, int x_zero_point, {rest}, float y_scale, int y_zero_point"
-    _define(f"{name}_int8", _without_defaults(affine), oracle_int8, fake_int8)
-    return getattr(torch.ops.edgedyn, name).default  # type: ignore[no-any-return]
+    define(f"{name}_int8", _without_defaults(affine), oracle_int8, fake_int8)
+    return overload
 
 
-def _define(name: str, arguments: str, body: Callable[..., torch.Tensor], fake: Callable[..., Any]) -> None:
+def define(
+    name: str, arguments: str, body: Callable[..., torch.Tensor], fake: Callable[..., Any]
+) -> torch._ops.OpOverload:
+    """Register ``edgedyn::name`` and its ``.out`` variant; ``register`` does so for both of its ops.
+
+    Args:
+        name: name of the op.
+        arguments: of the schema, ``Tensor x, ...``.
+        body: the definition.
+        fake: returns an empty tensor of the output's shape; makes the same checks as ``body``.
+
+    Returns:
+        The overload ``torch.ops.edgedyn.<name>.default``.
+    """
+
     def body_out(*args: Any, out: torch.Tensor, **kwargs: Any) -> torch.Tensor:
         y = body(*args, **kwargs)
         return out.resize_(y.shape).copy_(y)
@@ -129,6 +146,7 @@ def _define(name: str, arguments: str, body: Callable[..., torch.Tensor], fake: 
     torch.library.impl(f"edgedyn::{name}", "CompositeExplicitAutograd", body)
     torch.library.impl(f"edgedyn::{name}.out", "CompositeExplicitAutograd", body_out)
     torch.library.register_fake(f"edgedyn::{name}", fake)
+    return getattr(torch.ops.edgedyn, name).default  # type: ignore[no-any-return]
 
 
 def _without_defaults(arguments: str) -> str:

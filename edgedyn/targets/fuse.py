@@ -28,7 +28,9 @@ def calls_kernels(program: ExportedProgram) -> bool:
 def fuse_int8(program: ExportedProgram) -> ExportedProgram:
     """Return a program in which every op of ours between INT8 tensors is one INT8 node."""
     variants = {
-        op.overload: getattr(torch.ops.edgedyn, f"{op.name}_int8").default for op in ops.load_all().values()
+        op.overload: getattr(torch.ops.edgedyn, f"{op.name}_int8").default
+        for op in ops.load_all().values()
+        if op.has_affine_int8
     }
     module = program.module()
     assert isinstance(module, fx.GraphModule)
