@@ -8,14 +8,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+import block_check
 import torch
 import torch.nn.functional as F
+from block_check import UNIT, is_block
 from torch import Tensor
 
 from edgedyn.ops import Op
 
 TYPES = ("float32", "float16", "int8")
-UNIT = 2.0**-24  # half the distance between 1 and the next float32
 
 
 def to_double(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -33,6 +34,8 @@ def rounding(op: Op, args: tuple[Any, ...]) -> Tensor:
     A sum of n float32 terms, each a product of a few factors, is off by at most (n + roundings per term)
     * 2^-24 * sum |terms|, in any order of summation (Higham, Accuracy and Stability, section 3.1).
     """
+    if is_block(op):
+        return block_check.rounding(args)
     # infinities and NaN add nothing to an output that is finite
     x, *rest = (a.double().nan_to_num(0, 0, 0).abs() if isinstance(a, Tensor) else a for a in args)
     rest = ["none" if a in ("relu", "relu6") else a for a in rest]  # an activation would hide terms
@@ -55,13 +58,15 @@ def int8_call(
 ) -> tuple[Any, tuple[Any, ...]]:
     """Return the INT8 variant of an op and its arguments: scales of these values, zero points off centre."""
     of_x, of_y = zero_points
+    variant = getattr(torch.ops.edgedyn, f"{op.name}_int8").default
+    if is_block(op):
+        return variant, block_check.int8_args(with_defaults(op, args), zero_points)
     x, *rest = with_defaults(op, args)
     # an empty tensor, or one of zeros, still has a scale
     x_scale, y = float(x.abs().amax()) / 100 if x.numel() else 1.0, op.overload(*args)
     y_scale = float(y.abs().amax()) / 90 if y.numel() else 1.0  # some values saturate behind the zero point
     x_scale, y_scale = x_scale or 1.0, y_scale or 1.0
     stored = ((x / x_scale).round() + of_x).clamp(-128, 127).to(torch.int8)
-    variant = getattr(torch.ops.edgedyn, f"{op.name}_int8").default
     return variant, (stored, x_scale, of_x, *rest, y_scale, of_y)
 
 
@@ -74,6 +79,14 @@ def exact_int8(op: Op, args: tuple[Any, ...]) -> Tensor:
 
 # 0.5 is a tie; float32 is off by some 1e-4 of a step in values of up to 256 steps
 INT8_LIMIT = 0.5 + 1e-3
+
+
+def int8_bounds(op: Op, args: tuple[Any, ...]) -> tuple[Tensor, Tensor]:
+    """Return the least and the largest y that a kernel of the INT8 variant may give, at every output."""
+    if is_block(op):
+        return block_check.int8_bounds(args)
+    exact = exact_int8(op, args)
+    return exact - INT8_LIMIT, exact + INT8_LIMIT
 
 
 class Case(NamedTuple):

@@ -6,6 +6,7 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
+import block_check
 import numpy as np
 import torch
 from drivers import Job, Result
@@ -35,6 +36,11 @@ class OpCall:
     args: tuple[Any, ...]
     int8: Quantization | None = None
     shift: int = 0
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it calls the INT8 variant."""
+        return self.int8 is not None
 
     def kernel_job(self) -> Job:
         """Return the call of the op's kernel."""
@@ -67,16 +73,21 @@ class OpCall:
         if result.y.shape != self.exact.shape:
             return f"shape {result.y.shape}, expected {self.exact.shape}"
         with np.errstate(invalid="ignore", over="ignore"):
-            wrong = self._wrong_int8(result.y) if self.int8 else self._wrong(result.y)
+            wrong = self._wrong(result.y)
         if not wrong.any():
             return ""
         at = tuple(map(int, np.argwhere(wrong)[0]))
-        expected = self._steps()[at] if self.int8 else self.exact[at]
         return (
-            f"{result.y[at]} at {at} of {self.exact.shape}, expected {expected:.9g}; {wrong.sum()} are wrong"
+            f"{result.y[at]} at {at} of {self.exact.shape}, expected {self._expected(at)}; "
+            f"{wrong.sum()} are wrong"
         )
 
+    def _expected(self, at: tuple[int, ...]) -> str:
+        return f"{(self._steps() if self.int8 else self.exact)[at]:.9g}"
+
     def _wrong(self, y: np.ndarray) -> np.ndarray:
+        if self.int8:
+            return self._wrong_int8(y)
         is_finite = np.isfinite(self.exact)
         same = (y == self.exact) | (np.isnan(y) & np.isnan(self.exact))
         return ~np.where(is_finite, np.abs(y - self.exact) <= self.rounding, same)
@@ -99,8 +110,46 @@ class OpCall:
         return (x, *rest)
 
 
+class BlockInt8Call(OpCall):
+    """A call of ``inverted_residual_int8`` with all its arguments; x and y are float."""
+
+    @property
+    def is_int8(self) -> bool:
+        """Whether it calls the INT8 variant: it does."""
+        return True
+
+    def kernel_job(self) -> Job:
+        """Return the call of the op's kernel."""
+        y = torch.full(self.exact.shape, 77.0)
+        return Job("edgedyn::inverted_residual_int8.out", (*self.args, y), self.shift)
+
+    @functools.cached_property
+    def exact(self) -> np.ndarray:
+        """The middle of ``bounds``."""
+        return sum(self.bounds) / 2
+
+    @functools.cached_property
+    def bounds(self) -> tuple[np.ndarray, np.ndarray]:
+        """The least and the largest result at every output."""
+        low, high = block_check.int8_bounds(self.args)
+        return low.numpy(), high.numpy()
+
+    def _expected(self, at: tuple[int, ...]) -> str:
+        return " to ".join(f"{bound[at]:.9g}" for bound in self.bounds)
+
+    def _wrong(self, y: np.ndarray) -> np.ndarray:
+        low, high = self.bounds
+        # NaN has no INT8
+        return np.where(np.isnan(self.exact), False, ~((low <= y) & (y <= high)))
+
+
 def to_int8(call: OpCall, zero_points: tuple[int, int] = (11, -50), steps: float = 90) -> OpCall:
-    """Return a float call as INT8; the largest x is 100 quantization steps, the largest y ``steps``."""
+    """Return a float call as INT8; the largest x is 100 quantization steps, the largest y ``steps``.
+
+    The y of an inverted residual is float: there ``steps`` are of both hidden maps.
+    """
+    if block_check.is_block(call.op):
+        return BlockInt8Call(call.op, block_check.int8_args(call.args, zero_points, steps), None, call.shift)
     x, *rest = call.args
     y = np.abs(call.exact[np.isfinite(call.exact)]).max(initial=0)
     x_scale = float(x.abs().max()) / 100 if x.numel() else 1.0

@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from block_check import is_block
 from op_calls import OPS, OpCall, to_int8
 from torch import Tensor
+
+from edgedyn.ops import Op
 
 _MOST = 2_000_000  # multiply-adds of a call: the oracle is slow
 
@@ -40,6 +44,16 @@ class Draw:
     def tensor(self, *shape: int) -> Tensor:
         """Return normal values."""
         return torch.from_numpy(self.generator.standard_normal(shape, np.float32))
+
+    def mask(self, *shape: int) -> Tensor:
+        """Return zeros and ones: none, few, some, half, all, or a single position."""
+        density = self.one_of(0, 0.02, 0.2, 0.5, 1, None)
+        if density is not None:
+            return torch.from_numpy((self.generator.random(shape) < density).astype(np.float32))
+        single = torch.zeros(shape)
+        if single.numel():
+            single.flatten()[int(self.generator.integers(single.numel()))] = 1
+        return single
 
 
 def _sliced(d: Draw) -> tuple[Any, ...]:
@@ -83,12 +97,26 @@ def _masked(d: Draw) -> tuple[Any, ...]:
     least = max(1, reach - 2 * padding)
     h, w = least - 1 + d.extent(90), least - 1 + d.extent(300)
     size = tuple((n + 2 * padding - reach) // stride + 1 for n in (h, w))
-    density = d.one_of(0, 0.02, 0.2, 0.5, 1)
-    mask = torch.from_numpy((d.generator.random((b, 1, *size)) < density).astype(np.float32))
+    mask = d.mask(b, 1, *size)
     bias = d.tensor(outputs) if d.one_of(True, False) else None
     weight = d.tensor(outputs, depth, side, side)
     x, activation = d.tensor(b, groups * depth, h, w), d.one_of("none", "relu", "relu6")
     return x, weight, bias, mask, stride, padding, dilation, groups, activation
+
+
+def _inverted(d: Draw) -> tuple[Any, ...]:
+    b, side, stride = d.batch(), d.one_of(3, 3, 5), d.one_of(1, 1, 2)
+    channels, hidden, residual = d.extent(48), d.extent(320), stride == 1 and d.one_of(True, False)
+    outputs, h, w = channels if residual else d.extent(48), d.one_of(1, d.extent(60)), d.extent(200)
+    size = (b, 1, (h - 1) // stride + 1, (w - 1) // stride + 1)
+    activations = [d.one_of("none", "relu", "relu6", "prelu", "hardswish") for _ in range(3)]
+    tensors: list[Tensor | None] = []
+    weights = (hidden, channels, 1, 1), (hidden, 1, side, side), (outputs, hidden, 1, 1)
+    for shape, activation in zip(weights, activations, strict=True):
+        slopes = d.tensor(shape[0]) * d.one_of(0.2, 0.2, 1) if activation == "prelu" else None
+        tensors += [d.tensor(*shape), d.tensor(shape[0]), slopes]
+    mask = d.mask(*size) if d.one_of(True, False) else None
+    return d.tensor(b, channels, h, w), *tensors, mask, *activations, stride, residual
 
 
 DRAWS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
@@ -96,6 +124,7 @@ DRAWS: dict[str, Callable[[Draw], tuple[Any, ...]]] = {
     "decoupled_depthwise2d": _decoupled,
     "atom_depthwise2d": _atoms,
     "masked_conv2d": _masked,
+    "inverted_residual": _inverted,
 }
 
 
@@ -105,17 +134,22 @@ def random_call(name: str, seed: int, index: int) -> OpCall:
     while op.apply_macs(*(args := DRAWS[name](draw))) > _MOST:
         pass
     if draw.generator.random() < 0.25:
-        _spoil(draw, [a for a in args[index % 2 :] if isinstance(a, Tensor) and not _is_mask(name, a, args)])
+        _spoil(draw, _may_be_spoiled(op, args, is_int8=bool(index % 2)))
     call = OpCall(op, args, shift=4 * int(draw.one_of(0, 0, 1, 3)))
     if index % 2 == 0:
         return call
     zero_points = draw.one_of((-128, 127), (127, -128), (0, 0), (11, -50), (-7, 3))
     quantized = to_int8(call, zero_points, draw.one_of(30, 90, 400))
-    return OpCall(op, quantized.args, quantized.int8, int(draw.one_of(0, 0, 1, 3, 5)) * 4)
+    return replace(quantized, shift=int(draw.one_of(0, 0, 1, 3, 5)) * 4)
 
 
-def _is_mask(name: str, tensor: Tensor, args: tuple[Any, ...]) -> bool:
-    return name == "masked_conv2d" and tensor is args[3]
+def _may_be_spoiled(op: Op, args: tuple[Any, ...], *, is_int8: bool) -> list[Tensor]:
+    """Return the tensors that may hold an infinity or a NaN: none that is INT8, and no mask."""
+    named = zip((argument.name for argument in op.overload._schema.arguments), args, strict=True)
+    tensors = {name: a for name, a in named if isinstance(a, Tensor) and name != "mask"}
+    if is_int8:
+        tensors = {"x": tensors["x"]} if is_block(op) else {n: a for n, a in tensors.items() if n != "x"}
+    return list(tensors.values())
 
 
 def _spoil(draw: Draw, tensors: list[Tensor]) -> None:
@@ -128,5 +162,5 @@ def _spoil(draw: Draw, tensors: list[Tensor]) -> None:
 def describe(call: OpCall) -> str:
     """Return the call in one line: shapes and options."""
     shown = [tuple(a.shape) if isinstance(a, Tensor) else a for a in call.args]
-    kind = "int8" if call.int8 else "float32"
+    kind = "int8" if call.is_int8 else "float32"
     return f"{call.op.name} {kind}{tuple(shown)} {call.shift} bytes behind a line"

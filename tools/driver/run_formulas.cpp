@@ -3,6 +3,7 @@
 // A job's type is that of its x: float, double or half; the other tensors have the same, y is float.
 #include "atom_depthwise2d/formula.h"
 #include "decoupled_depthwise2d/formula.h"
+#include "inverted_residual/formula.h"
 #include "jobs.h"
 #include "masked_conv2d/formula.h"
 #include "sliced_depthwise2d/formula.h"
@@ -79,12 +80,47 @@ void Masked(const Job& job) {
   });
 }
 
+edgedyn::BlockActivation ReadActivation(const std::string& text) {
+  if (text == "relu") return edgedyn::BlockActivation::kRelu;
+  if (text == "relu6") return edgedyn::BlockActivation::kRelu6;
+  if (text == "prelu") return edgedyn::BlockActivation::kPrelu;
+  if (text == "hardswish") return edgedyn::BlockActivation::kHardswish;
+  return edgedyn::BlockActivation::kNone;
+}
+
+template <typename T>
+void Inverted(const Job& job) {
+  const auto& v = job.values;
+  const auto &x = v[0].tensor->sizes, &y = job.out().sizes, &depthwise = v[4].tensor->sizes;
+  const edgedyn::InvertedResidual p{x[0],
+                                    x[1],
+                                    x[2],
+                                    x[3],
+                                    depthwise[0],
+                                    y[1],
+                                    y[2],
+                                    y[3],
+                                    depthwise[2],
+                                    v[14].integer,
+                                    ReadActivation(v[11].text),
+                                    ReadActivation(v[12].text),
+                                    ReadActivation(v[13].text),
+                                    v[15].integer != 0};
+  const auto layer = [&](int k) {
+    return edgedyn::BlockLayer<T>{Data<T>(v[k]), Data<T>(v[k + 1]), Data<T>(v[k + 2])};
+  };
+  ForEach(job, [&](int64_t b, int64_t o, int64_t h, int64_t w) {
+    return edgedyn::BlockPixel(p, Data<T>(v[0]), layer(1), layer(4), layer(7), Data<T>(v[10]), b, o, h, w);
+  });
+}
+
 template <typename T>
 bool Evaluate(const Job& job) {
   if (job.name == "sliced_depthwise2d") return Sliced<T>(job), true;
   if (job.name == "decoupled_depthwise2d") return Decoupled<T>(job), true;
   if (job.name == "atom_depthwise2d") return Atoms<T>(job), true;
   if (job.name == "masked_conv2d") return Masked<T>(job), true;
+  if (job.name == "inverted_residual") return Inverted<T>(job), true;
   return false;
 }
 
