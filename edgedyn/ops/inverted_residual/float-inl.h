@@ -1,0 +1,219 @@
+// A float tile of a block. Lanes are columns, and every weight is a broadcast; a register tile is four channels
+// by the four rows of a quad.
+#include <vector>
+
+#include "hwy/highway.h"
+#include "inverted_residual/tile-inl.h"
+
+#if defined(EDGEDYN_OPS_BLOCK_FLOAT_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef EDGEDYN_OPS_BLOCK_FLOAT_INL_H_
+#undef EDGEDYN_OPS_BLOCK_FLOAT_INL_H_
+#else
+#define EDGEDYN_OPS_BLOCK_FLOAT_INL_H_
+#endif
+
+HWY_BEFORE_NAMESPACE();
+namespace edgedyn {
+namespace HWY_NAMESPACE {
+
+struct FloatLayer {
+  std::vector<float> weight, bias, slopes;
+  Finish finish;
+};
+
+class FloatWeights {
+ public:
+  explicit FloatWeights(const BlockArguments<float>& a) {
+    const InvertedResidual& p = a.p;
+    PackPoints(a.expand, p.expand, p.hidden, p.channels, expand);
+    PackPoints(a.project, p.project, p.outputs, p.hidden, project);
+    CopyChannels(a.depthwise, p.depthwise, p.hidden, depthwise);
+    depthwise.weight.assign(a.depthwise.weight, a.depthwise.weight + p.hidden * p.side * p.side);
+  }
+
+  FloatLayer expand, depthwise, project;
+
+ private:
+  // [block of 4 outputs][input][output], as the register tile reads them
+  static void PackPoints(const LayerTensors<float>& from, BlockActivation activation, int64_t outputs,
+                         int64_t inputs, FloatLayer& to) {
+    CopyChannels(from, activation, outputs, to);
+    to.weight.resize(RoundUp(outputs, 4) * inputs);
+    for (int64_t o = 0; o < outputs; ++o) {
+      for (int64_t i = 0; i < inputs; ++i) to.weight[(o / 4 * inputs + i) * 4 + o % 4] = from.weight[o * inputs + i];
+    }
+  }
+
+  static void CopyChannels(const LayerTensors<float>& from, BlockActivation activation, int64_t outputs,
+                           FloatLayer& to) {
+    to.bias.assign(RoundUp(outputs, 4), 0), to.slopes = to.bias;
+    std::copy(from.bias, from.bias + outputs, to.bias.begin());
+    if (from.slopes) std::copy(from.slopes, from.slopes + outputs, to.slopes.begin());
+    to.finish = {activation, to.slopes.data(), 1, false};
+  }
+};
+
+template <int kSide, int kStride>
+class FloatTile {
+  static constexpr int kRows = kQuad / kStride;  // of y per step
+
+ public:
+  static int64_t Words(const InvertedResidual& p) { return p.hidden * 2 * kQuad; }
+
+  FloatTile(const BlockArguments<float>& a, const FloatWeights& weights, const BlockTile& tile,
+            std::vector<float>& scratch)
+      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile), lanes_(hn::Lanes(Floats())),
+        vectors_((columns_.end - columns_.begin + lanes_ - 1) / lanes_),
+        pitch_(columns_.Pitch(kStride, kSide, tile, lanes_)), y_pitch_(RoundUp(tile.columns, lanes_)) {
+    const int64_t in = vectors_ * p_.channels * kQuad * lanes_, maps = (p_.hidden + 3) * 2 * kQuad * pitch_;
+    const int64_t out = p_.hidden * kRows * lanes_;
+    x_ = Carve(scratch, in + maps + out + RoundUp(p_.outputs, 4) * kRows * y_pitch_);
+    maps_ = x_ + in, filtered_ = maps_ + maps, y_ = filtered_ + out;
+  }
+
+  void Run() {
+    const int64_t steps = (tile_.rows + kRows - 1) / kRows;
+    Expand(0);
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t rows = std::min<int64_t>(kRows, tile_.rows - step * kRows);
+      if ((rows - 1) * kStride + kSide > kQuad) Expand(step + 1);
+      for (int64_t v = 0; v * lanes_ < tile_.columns; ++v) {
+        Filter(step, v);
+        Project(v);
+      }
+      WriteRows(a_, tile_, step * kRows, rows, y_, y_pitch_);
+    }
+  }
+
+ private:
+  // x of a quad of rows: [vector][channel][row][lane]
+  void PackInput(int64_t top) {
+    const Floats d;
+    const int64_t count = columns_.end - columns_.begin;
+    const float* sample = a_.x + tile_.sample * p_.channels * p_.height * p_.width + columns_.left + columns_.begin;
+    for (int64_t c = 0; c < p_.channels; ++c) {
+      for (int64_t r = 0; r < kQuad; ++r) {
+        const int64_t row = std::clamp<int64_t>(top + r, 0, p_.height - 1);
+        const float* from = sample + (c * p_.height + row) * p_.width;
+        float* to = x_ + (c * kQuad + r) * lanes_;
+        for (int64_t v = 0; v < vectors_; ++v, to += p_.channels * kQuad * lanes_) {
+          hn::Store(LoadSome(from + v * lanes_, count - v * lanes_), d, to);
+        }
+      }
+    }
+  }
+
+  float* Map(int64_t e, int64_t quad) const { return maps_ + (e * 2 + quad % 2) * kQuad * pitch_; }
+
+  // The hidden rows of a quad; 0 outside of the image.
+  void Expand(int64_t quad) {
+    const int64_t top = tile_.row * kStride - kSide / 2 + quad * kQuad;
+    PackInput(top);
+    for (int64_t v = 0; v < vectors_; ++v) ExpandVector(quad, v);
+    for (int64_t e = 0; e < p_.hidden; ++e) {
+      for (int64_t r = 0; r < kQuad; ++r) {
+        float* row = Map(e, quad) + r * pitch_;
+        const bool is_outside = top + r < 0 || top + r >= p_.height;
+        std::fill(row, row + (is_outside ? columns_.width : columns_.begin), 0.0f);
+        std::fill(row + columns_.end, row + columns_.width, 0.0f);
+      }
+    }
+  }
+
+  void ExpandVector(int64_t quad, int64_t v) {
+    const Floats d;
+    for (int64_t e = 0; e < p_.hidden; e += 4) {
+      Vector sum[4][kQuad];
+      Multiply(w_.expand, e, p_.channels, x_ + v * p_.channels * kQuad * lanes_, sum);
+      HWY_UNROLL_ALL
+      for (int c = 0; c < 4; ++c) {
+        Activate(w_.expand.finish, e + c, sum[c]);
+        HWY_UNROLL_ALL
+        for (int r = 0; r < kQuad; ++r) {
+          hn::StoreU(sum[c][r], d, Map(e + c, quad) + r * pitch_ + columns_.begin + v * lanes_);
+        }
+      }
+    }
+  }
+
+  // A 1 x 1 convolution to the four channels from o on: from [input][row][lane].
+  template <int kCount>
+  HWY_INLINE void Multiply(const FloatLayer& layer, int64_t o, int64_t inputs, const float* HWY_RESTRICT from,
+                           Vector (&sum)[4][kCount]) const {
+    const Floats d;
+    const float* HWY_RESTRICT weight = layer.weight.data() + o * inputs;
+    HWY_UNROLL_ALL
+    for (int c = 0; c < 4; ++c) {
+      HWY_UNROLL_ALL
+      for (int r = 0; r < kCount; ++r) sum[c][r] = hn::Set(d, layer.bias[o + c]);
+    }
+    for (int64_t k = 0; k < inputs; ++k, from += kCount * lanes_, weight += 4) {
+      Vector x[kCount];
+      HWY_UNROLL_ALL
+      for (int r = 0; r < kCount; ++r) x[r] = hn::Load(d, from + r * lanes_);
+      HWY_UNROLL_ALL
+      for (int c = 0; c < 4; ++c) {
+        const Vector w = hn::Set(d, weight[c]);
+        HWY_UNROLL_ALL
+        for (int r = 0; r < kCount; ++r) sum[c][r] = hn::MulAdd(x[r], w, sum[c][r]);
+      }
+    }
+  }
+
+  // One vector of all channels and rows of a step: [channel][row][lane]
+  void Filter(int64_t step, int64_t v) {
+    const Floats d;
+    const float* weight = w_.depthwise.weight.data();
+    for (int64_t e = 0; e < p_.hidden; ++e, weight += kSide * kSide) {
+      Vector sum[kRows];
+      HWY_UNROLL_ALL
+      for (int i = 0; i < kRows; ++i) sum[i] = hn::Set(d, w_.depthwise.bias[e]);
+      HWY_UNROLL_ALL
+      for (int row = 0; row < (kRows - 1) * kStride + kSide; ++row) {
+        const float* from = Map(e, step + row / kQuad) + row % kQuad * pitch_ + v * lanes_ * kStride;
+        HWY_UNROLL_ALL
+        for (int column = 0; column < kSide; ++column) {
+          const Vector value = LoadStrided<kStride>(d, from + column);
+          HWY_UNROLL_ALL
+          for (int i = 0; i < kRows; ++i) {
+            const int tap = row - i * kStride;
+            if (tap >= 0 && tap < kSide) {
+              sum[i] = hn::MulAdd(value, hn::Set(d, weight[tap * kSide + column]), sum[i]);
+            }
+          }
+        }
+      }
+      Activate(w_.depthwise.finish, e, sum);
+      HWY_UNROLL_ALL
+      for (int i = 0; i < kRows; ++i) hn::Store(sum[i], d, filtered_ + (e * kRows + i) * lanes_);
+    }
+  }
+
+  void Project(int64_t v) {
+    const Floats d;
+    for (int64_t o = 0; o < p_.outputs; o += 4) {
+      Vector sum[4][kRows];
+      Multiply(w_.project, o, p_.hidden, filtered_, sum);
+      HWY_UNROLL_ALL
+      for (int c = 0; c < 4; ++c) {
+        Activate(w_.project.finish, o + c, sum[c]);
+        HWY_UNROLL_ALL
+        for (int i = 0; i < kRows; ++i) hn::Store(sum[c][i], d, y_ + ((o + c) * kRows + i) * y_pitch_ + v * lanes_);
+      }
+    }
+  }
+
+  const BlockArguments<float>& a_;
+  const InvertedResidual& p_;
+  const FloatWeights& w_;
+  const BlockTile tile_;
+  const TileColumns columns_;
+  const int64_t lanes_, vectors_, pitch_, y_pitch_;
+  float *x_, *maps_, *filtered_, *y_;
+};
+
+}  // namespace HWY_NAMESPACE
+}  // namespace edgedyn
+HWY_AFTER_NAMESPACE();
+
+#endif

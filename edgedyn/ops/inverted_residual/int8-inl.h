@@ -1,0 +1,458 @@
+// A tile of an INT8 block. Four bytes share a 32-bit lane: four channels of x, four rows of a hidden column,
+// four channels of a filtered pixel. So each of the three convolutions is a dot product of four bytes per
+// lane, lanes are columns, and every constant of a channel is a broadcast.
+//
+//   hidden word (e, j)     rows 4q .. 4q + 3 of hidden channel e at column j
+//   output row i           uses rows s i .. s i + R - 1 of the quads q and q + 1: at most two words per column
+#include "hwy/highway.h"
+#include <cstdlib>
+#include <vector>
+
+#include "inverted_residual/tile-inl.h"
+
+#if defined(EDGEDYN_OPS_BLOCK_INT8_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef EDGEDYN_OPS_BLOCK_INT8_INL_H_
+#undef EDGEDYN_OPS_BLOCK_INT8_INL_H_
+#else
+#define EDGEDYN_OPS_BLOCK_INT8_INL_H_
+#endif
+
+#undef HWY_UNROLL_ALL
+#define HWY_UNROLL_ALL _Pragma("GCC unroll 8")
+HWY_BEFORE_NAMESPACE();
+namespace edgedyn {
+namespace HWY_NAMESPACE {
+
+using Ints = hn::RebindToSigned<Floats>;
+using IntVector = hn::Vec<Ints>;
+
+// Dot products of four bytes per lane, in intrinsics: Highway 1.0 has none. x86 multiplies unsigned by signed
+// bytes, NEON signed by signed: stored values are offset by kOffset.
+#if HWY_TARGET == HWY_SCALAR
+constexpr int32_t kOffset = 0;
+constexpr int64_t kTapWords = 1;
+using Quads = int32_t;
+using Taps = int32_t;
+HWY_INLINE Quads MakeQuads(IntVector v) { return hn::GetLane(v); }
+HWY_INLINE Taps LoadTaps(const int32_t* from) { return *from; }
+HWY_INLINE IntVector Dot(IntVector sum, Quads x, Taps w) {
+  int32_t total = hn::GetLane(sum);
+  for (int k = 0; k < 4; ++k) total += static_cast<int8_t>(x >> 8 * k) * static_cast<int8_t>(w >> 8 * k);
+  return hn::Set(Ints(), total);
+}
+#elif HWY_TARGET == HWY_AVX3_DL
+constexpr int32_t kOffset = 128;
+constexpr int64_t kTapWords = 1;
+using Quads = IntVector;
+using Taps = IntVector;
+HWY_INLINE Quads MakeQuads(IntVector v) { return v; }
+HWY_INLINE Taps LoadTaps(const int32_t* from) { return hn::Set(Ints(), *from); }
+HWY_INLINE IntVector Dot(IntVector sum, Quads x, Taps w) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(x.raw), "v"(w.raw));
+  return sum;
+}
+#elif HWY_ARCH_X86
+// pmaddubsw would saturate: the even and the odd bytes are multiplied as 16 bits
+constexpr int32_t kOffset = 128;
+constexpr int64_t kTapWords = 2;
+using Shorts = hn::Repartition<int16_t, Ints>;
+struct Quads {
+  hn::Vec<Shorts> even, odd;
+};
+using Taps = Quads;
+HWY_INLINE Quads MakeQuads(IntVector v) {
+  return {hn::BitCast(Shorts(), hn::And(v, hn::Set(Ints(), 0x00FF00FF))),
+          hn::BitCast(Shorts(), hn::ShiftRight<8>(hn::BitCast(hn::RebindToUnsigned<Shorts>(), v)))};
+}
+HWY_INLINE Taps LoadTaps(const int32_t* from) {
+  return {hn::BitCast(Shorts(), hn::Set(Ints(), from[0])), hn::BitCast(Shorts(), hn::Set(Ints(), from[1]))};
+}
+HWY_INLINE IntVector Dot(IntVector sum, Quads x, Taps w) {
+  IntVector unused = hn::Zero(Ints());
+  sum = hn::ReorderWidenMulAccumulate(Ints(), x.even, w.even, sum, unused);
+  return hn::ReorderWidenMulAccumulate(Ints(), x.odd, w.odd, sum, unused);
+}
+#else
+constexpr int32_t kOffset = 0;
+constexpr int64_t kTapWords = 1;
+using Quads = IntVector;
+using Taps = IntVector;
+HWY_INLINE Quads MakeQuads(IntVector v) { return v; }
+HWY_INLINE Taps LoadTaps(const int32_t* from) { return hn::Set(Ints(), *from); }
+HWY_INLINE IntVector Dot(IntVector sum, Quads x, Taps w) {
+#if defined(__ARM_FEATURE_DOTPROD)
+  return IntVector(vdotq_s32(sum.raw, vreinterpretq_s8_s32(x.raw), vreinterpretq_s8_s32(w.raw)));
+#else
+  // two products of a value by a weight of at least -127 fit 16 bits
+  const int8x16_t a = vreinterpretq_s8_s32(x.raw), b = vreinterpretq_s8_s32(w.raw);
+  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
+  return IntVector(vpadalq_s16(sum.raw, vpaddq_s16(low, high)));
+#endif
+}
+#endif
+
+// Rounds values within int32 to the nearest integer, ties to even. hn::NearestInt also saturates, which takes
+// four more instructions on x86: half of the work behind a dot product.
+HWY_INLINE IntVector RoundedInts(Vector v) {
+#if !HWY_ARCH_X86 || HWY_TARGET == HWY_SCALAR
+  return hn::NearestInt(v);
+#elif HWY_TARGET <= HWY_AVX3
+  return IntVector{_mm512_cvtps_epi32(v.raw)};
+#elif HWY_TARGET == HWY_AVX2
+  return IntVector{_mm256_cvtps_epi32(v.raw)};
+#else
+  return IntVector{_mm_cvtps_epi32(v.raw)};
+#endif
+}
+
+// A zero point, for Pack.
+#if HWY_TARGET == HWY_SCALAR
+using ZeroPoint = int32_t;
+HWY_INLINE ZeroPoint MakeZeroPoint(const Quantization& q) { return q.zero_point; }
+#else
+using ZeroPoint = hn::Vec<hn::Repartition<int16_t, Ints>>;
+HWY_INLINE ZeroPoint MakeZeroPoint(const Quantization& q) {
+  return hn::Set(hn::Repartition<int16_t, Ints>(), static_cast<int16_t>(q.zero_point + kOffset));
+}
+#endif
+
+// The bytes of four vectors of rounded steps, a's in the lowest byte of each lane; saturates.
+HWY_INLINE IntVector Pack(IntVector a, IntVector b, IntVector c, IntVector d, ZeroPoint zero_point) {
+#if HWY_TARGET == HWY_SCALAR
+  uint32_t word = 0;
+  for (const IntVector v : {d, c, b, a}) {
+    const int64_t stored = static_cast<int64_t>(hn::GetLane(v)) + zero_point;
+    word = word << 8 | static_cast<uint8_t>(std::clamp<int64_t>(stored, -128, 127));
+  }
+  return hn::Set(Ints(), static_cast<int32_t>(word));
+#else
+  const hn::Repartition<int16_t, Ints> d16;
+  const hn::Repartition<uint8_t, Ints> d8;
+  const auto ab = hn::SaturatedAdd(hn::ReorderDemote2To(d16, a, b), zero_point);
+  const auto cd = hn::SaturatedAdd(hn::ReorderDemote2To(d16, c, d), zero_point);
+#if !HWY_ARCH_X86
+  const hn::Vec<decltype(d8)> bytes(vreinterpretq_u8_s8(vqmovn_high_s16(vqmovn_s16(ab.raw), cd.raw)));
+#elif HWY_TARGET <= HWY_AVX3
+  const hn::Vec<decltype(d8)> bytes{_mm512_packus_epi16(ab.raw, cd.raw)};
+#elif HWY_TARGET == HWY_AVX2
+  const hn::Vec<decltype(d8)> bytes{_mm256_packus_epi16(ab.raw, cd.raw)};
+#else
+  const hn::Vec<decltype(d8)> bytes{_mm_packus_epi16(ab.raw, cd.raw)};
+#endif
+  alignas(16) static constexpr uint8_t kTranspose[16] = {0, 4, 8,  12, 1, 5, 9,  13,
+                                                         2, 6, 10, 14, 3, 7, 11, 15};
+  return hn::BitCast(Ints(), hn::TableLookupBytes(bytes, hn::LoadDup128(d8, kTranspose)));
+#endif
+}
+
+// A layer's constants: weights as words of four bytes; per output channel the sum that cancels the zero point
+// of the input, and factor and offset from a sum to its output's unit.
+struct Int8Layer {
+  std::vector<int32_t> weight, start;
+  std::vector<float> factor, offset, slopes;
+  Finish finish;
+};
+
+class Int8Weights {
+ public:
+  explicit Int8Weights(const BlockArguments<int8_t>& a) : a_(a), p_(a.p) {
+    hidden_ = RoundUp(p_.hidden, 4), outputs_ = RoundUp(p_.outputs, 4), depth_ = RoundUp(p_.channels, 4) / 4;
+    expand.weight.resize(hidden_ * depth_ * kTapWords);
+    PackPoints(a.expand.weight, p_.hidden, p_.channels, expand.weight);
+    PackFilters();
+    project.weight.resize(outputs_ * hidden_ / 4 * kTapWords);
+    PackPoints(a.project.weight, p_.outputs, p_.hidden, project.weight);
+    Scale(a.expand, p_.expand, p_.hidden, p_.channels, a.of_x, a.of_hidden.scale, expand);
+    Scale(a.depthwise, p_.depthwise, p_.hidden, p_.side * p_.side, a.of_hidden, a.of_filtered.scale, depthwise);
+    Scale(a.project, p_.project, p_.outputs, p_.hidden, a.of_filtered, 1, project);
+  }
+
+  Int8Layer expand, depthwise, project;
+
+ private:
+  static void PutTaps(const int8_t (&taps)[4], int32_t* to) {
+    if constexpr (kTapWords == 1) {
+      std::memcpy(to, taps, 4);
+    } else {
+      const int16_t split[4] = {taps[0], taps[2], taps[1], taps[3]};
+      std::memcpy(to, split, 8);
+    }
+  }
+
+  // [block of 4 outputs][word of 4 inputs][output], as the register tile reads them
+  static void PackPoints(const int8_t* from, int64_t outputs, int64_t inputs, std::vector<int32_t>& to) {
+    const int64_t words = RoundUp(inputs, 4) / 4;
+    for (int64_t o = 0; o < RoundUp(outputs, 4); ++o) {
+      for (int64_t k = 0; k < words; ++k) {
+        int8_t taps[4] = {};
+        for (int64_t i = 4 * k; i < std::min(inputs, 4 * k + 4) && o < outputs; ++i) taps[i % 4] = from[o * inputs + i];
+        PutTaps(taps, &to[((o / 4 * words + k) * 4 + o % 4) * kTapWords]);
+      }
+    }
+  }
+
+  // [channel][output row of a step][column][quad]
+  void PackFilters() {
+    const int64_t side = p_.side, rows = kQuad / p_.stride;
+    depthwise.weight.resize(hidden_ * rows * side * 2 * kTapWords);
+    int32_t* to = depthwise.weight.data();
+    for (int64_t e = 0; e < hidden_; ++e) {
+      for (int64_t i = 0; i < rows; ++i) {
+        for (int64_t column = 0; column < side; ++column) {
+          int8_t taps[2][4] = {};
+          for (int64_t row = 0; row < side && e < p_.hidden; ++row) {
+            const int64_t at = i * p_.stride + row;
+            taps[at / 4][at % 4] = a_.depthwise.weight[(e * side + row) * side + column];
+          }
+          for (const auto& quad : taps) PutTaps(quad, to), to += kTapWords;
+        }
+      }
+    }
+  }
+
+  // real = scale of input * scale of weight * sum + bias, divided by the unit of the output
+  void Scale(const LayerTensors<int8_t>& from, BlockActivation activation, int64_t outputs, int64_t inputs,
+             const Quantization& of_input, float unit, Int8Layer& to) {
+    const int64_t rounded = RoundUp(outputs, 4);
+    to.start.resize(rounded), to.factor.resize(rounded), to.offset.resize(rounded), to.slopes.resize(rounded);
+    bool bounds = false;
+    for (int64_t o = 0; o < outputs; ++o) {
+      int64_t sum = 0, most = 0;
+      for (int64_t i = 0; i < inputs; ++i) {
+        sum += from.weight[o * inputs + i], most += std::abs(from.weight[o * inputs + i]);
+      }
+      to.start[o] = static_cast<int32_t>(-(of_input.zero_point + kOffset) * sum);
+      to.factor[o] = of_input.scale * from.scales[o] / unit;
+      to.offset[o] = from.bias[o] / unit;
+      if (from.slopes) to.slopes[o] = from.slopes[o];
+      const float slope = from.slopes ? std::max(1.0f, std::abs(from.slopes[o])) : 1;
+      bounds |= !((255.0f * most * to.factor[o] + std::abs(to.offset[o])) * slope < 1e9f);
+    }
+    to.finish = {activation, to.slopes.data(), unit, bounds};
+  }
+
+  const BlockArguments<int8_t>& a_;
+  const InvertedResidual& p_;
+  int64_t hidden_, outputs_, depth_;
+};
+
+template <int kSide, int kStride>
+class Int8Tile {
+  static constexpr int kRows = kQuad / kStride;  // of y per step
+
+ public:
+  static int64_t Words(const InvertedResidual& p) { return RoundUp(p.hidden, 4) * 2; }
+
+  Int8Tile(const BlockArguments<int8_t>& a, const Int8Weights& weights, const BlockTile& tile,
+           std::vector<int32_t>& scratch)
+      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile), lanes_(hn::Lanes(Ints())),
+        hidden_(RoundUp(p_.hidden, 4)), depth_((p_.channels + 3) / 4),
+        vectors_((columns_.end - columns_.begin + lanes_ - 1) / lanes_),
+        pitch_(columns_.Pitch(kStride, kSide, tile, lanes_)), y_pitch_(RoundUp(tile.columns, lanes_)) {
+    const int64_t in = vectors_ * depth_ * kQuad * lanes_, maps = hidden_ * 2 * pitch_, out = hidden_ * lanes_;
+    x_ = Carve(scratch, in + maps + out + RoundUp(p_.outputs, 4) * kRows * y_pitch_);
+    maps_ = x_ + in, filtered_ = maps_ + maps, y_ = reinterpret_cast<float*>(filtered_ + out);
+  }
+
+  void Run() {
+    const int64_t steps = (tile_.rows + kRows - 1) / kRows;
+    Expand(0);
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t rows = std::min<int64_t>(kRows, tile_.rows - step * kRows);
+      if ((rows - 1) * kStride + kSide > kQuad) Expand(step + 1);
+      for (int64_t v = 0; v * lanes_ < tile_.columns; ++v) {
+        Filter(step, v);
+        Project(v);
+      }
+      WriteRows(a_, tile_, step * kRows, rows, y_, y_pitch_);
+    }
+  }
+
+ private:
+  // x of a quad of rows, quantized: [vector][word of channels][row][lane]
+  void PackInput(int64_t top) {
+    const Floats d;
+    const int64_t count = columns_.end - columns_.begin;
+    const float* sample = a_.x + tile_.sample * p_.channels * p_.height * p_.width + columns_.left + columns_.begin;
+    const auto zero_point = MakeZeroPoint(a_.of_x);
+    const Vector inverse = hn::Set(d, a_.of_x.inverse);
+    const Vector most = hn::Set(d, 1e9f), least = hn::Set(d, -1e9f);
+    for (int64_t k = 0; k < depth_; ++k) {
+      for (int64_t r = 0; r < kQuad; ++r) {
+        const int64_t row = std::clamp<int64_t>(top + r, 0, p_.height - 1);
+        const float* from[4];
+        for (int64_t c = 0; c < 4; ++c) {
+          from[c] = sample + (std::min(4 * k + c, p_.channels - 1) * p_.height + row) * p_.width;
+        }
+        for (int64_t v = 0; v < vectors_; ++v) {
+          IntVector steps[4];
+          HWY_UNROLL_ALL
+          for (int c = 0; c < 4; ++c) {
+            const Vector value = LoadSome(from[c] + v * lanes_, count - v * lanes_);
+            steps[c] = RoundedInts(hn::Min(most, hn::Max(least, hn::Mul(value, inverse))));
+          }
+          hn::Store(Pack(steps[0], steps[1], steps[2], steps[3], zero_point), Ints(),
+                    x_ + ((v * depth_ + k) * kQuad + r) * lanes_);
+        }
+      }
+    }
+  }
+
+  int32_t* Map(int64_t e, int64_t quad) const { return maps_ + (e * 2 + quad % 2) * pitch_; }
+
+  // The hidden rows of a quad.
+  void Expand(int64_t quad) {
+    const int64_t top = tile_.row * kStride - kSide / 2 + quad * kQuad;
+    PackInput(top);
+    const uint32_t stored = (a_.of_hidden.zero_point + kOffset) & 0xFF;
+    const auto fill = static_cast<int32_t>(stored * 0x01010101u);
+    uint32_t outside = 0;  // bytes of rows outside of the image
+    for (int64_t r = 0; r < kQuad; ++r) {
+      if (top + r < 0 || top + r >= p_.height) outside |= 0xFFu << (8 * r);
+    }
+    for (int64_t v = 0; v < vectors_; ++v) ExpandVector(quad, v, outside, fill);
+    for (int64_t e = 0; e < hidden_; ++e) {
+      std::fill(Map(e, quad), Map(e, quad) + columns_.begin, fill);
+      std::fill(Map(e, quad) + columns_.end, Map(e, quad) + columns_.width, fill);
+    }
+  }
+
+  void ExpandVector(int64_t quad, int64_t v, uint32_t outside, int32_t fill) {
+    const Ints d;
+    const auto zero_point = MakeZeroPoint(a_.of_hidden);
+    const IntVector keep = hn::Set(d, static_cast<int32_t>(~outside));
+    const IntVector padding = hn::Set(d, fill & static_cast<int32_t>(outside));
+    const int32_t* weight = w_.expand.weight.data();
+    for (int64_t e = 0; e < hidden_; e += 4) {
+      IntVector sum[4][kQuad];
+      HWY_UNROLL_ALL
+      for (int c = 0; c < 4; ++c) {
+        HWY_UNROLL_ALL
+        for (auto& value : sum[c]) value = hn::Set(d, w_.expand.start[e + c]);
+      }
+      const int32_t* x = x_ + v * depth_ * kQuad * lanes_;
+      for (int64_t k = 0; k < depth_; ++k, x += kQuad * lanes_, weight += 4 * kTapWords) {
+        Quads values[kQuad];
+        HWY_UNROLL_ALL
+        for (int r = 0; r < kQuad; ++r) values[r] = MakeQuads(hn::Load(d, x + r * lanes_));
+        HWY_UNROLL_ALL
+        for (int c = 0; c < 4; ++c) {
+          const Taps taps = LoadTaps(weight + c * kTapWords);
+          HWY_UNROLL_ALL
+          for (int r = 0; r < kQuad; ++r) sum[c][r] = Dot(sum[c][r], values[r], taps);
+        }
+      }
+      HWY_UNROLL_ALL
+      for (int c = 0; c < 4; ++c) {
+        ToSteps(w_.expand, e + c, sum[c]);
+        IntVector word = Pack(sum[c][0], sum[c][1], sum[c][2], sum[c][3], zero_point);
+        if (outside) word = hn::Or(hn::And(word, keep), padding);
+        hn::StoreU(word, d, Map(e + c, quad) + columns_.begin + v * lanes_);
+      }
+    }
+  }
+
+  template <int kCount>
+  static HWY_INLINE void ToSteps(const Int8Layer& layer, int64_t channel, IntVector (&sum)[kCount]) {
+    const Floats d;
+    const Vector factor = hn::Set(d, layer.factor[channel]), offset = hn::Set(d, layer.offset[channel]);
+    Vector v[kCount];
+    HWY_UNROLL_ALL
+    for (int r = 0; r < kCount; ++r) v[r] = hn::MulAdd(hn::ConvertTo(d, sum[r]), factor, offset);
+    Activate(layer.finish, channel, v);
+    HWY_UNROLL_ALL
+    for (int r = 0; r < kCount; ++r) sum[r] = RoundedInts(v[r]);
+  }
+
+  // One vector of all channels and rows of a step: [row][word of channels][lane]
+  void Filter(int64_t step, int64_t v) {
+    const Ints d;
+    const auto zero_point = MakeZeroPoint(a_.of_filtered);
+    const int32_t* weight = w_.depthwise.weight.data();
+    for (int64_t e = 0; e < hidden_; e += 4) {
+      IntVector sum[4][kRows];
+      HWY_UNROLL_ALL
+      for (int c = 0; c < 4; ++c, weight += kRows * kSide * 2 * kTapWords) {
+        FilterChannel(step, e + c, v, weight, sum[c]);
+        ToSteps(w_.depthwise, e + c, sum[c]);
+      }
+      HWY_UNROLL_ALL
+      for (int i = 0; i < kRows; ++i) {
+        hn::Store(Pack(sum[0][i], sum[1][i], sum[2][i], sum[3][i], zero_point), d,
+                  filtered_ + (e / 4 * kRows + i) * lanes_);
+      }
+    }
+  }
+
+  HWY_INLINE void FilterChannel(int64_t step, int64_t e, int64_t v, const int32_t* weight, IntVector (&sum)[kRows]) {
+    const Ints d;
+    const int32_t* maps[2] = {Map(e, step) + v * lanes_ * kStride, Map(e, step + 1) + v * lanes_ * kStride};
+    HWY_UNROLL_ALL
+    for (auto& value : sum) value = hn::Set(d, w_.depthwise.start[e]);
+    HWY_UNROLL_ALL
+    for (int column = 0; column < kSide; ++column) {
+      HWY_UNROLL_ALL
+      for (int quad = 0; quad < 2; ++quad) {
+        const Quads values = MakeQuads(LoadStrided<kStride>(d, maps[quad] + column));
+        HWY_UNROLL_ALL
+        for (int i = 0; i < kRows; ++i) {
+          const bool is_used = quad ? i * kStride + kSide > kQuad : i * kStride < kQuad;
+          if (is_used) {
+            sum[i] = Dot(sum[i], values, LoadTaps(weight + ((i * kSide + column) * 2 + quad) * kTapWords));
+          }
+        }
+      }
+    }
+  }
+
+  void Project(int64_t v) {
+    const Ints d;
+    const Floats df;
+    const int32_t* weight = w_.project.weight.data();
+    for (int64_t o = 0; o < p_.outputs; o += 4) {
+      IntVector sum[4][kRows];
+      HWY_UNROLL_ALL
+      for (int c = 0; c < 4; ++c) {
+        HWY_UNROLL_ALL
+        for (auto& value : sum[c]) value = hn::Set(d, w_.project.start[o + c]);
+      }
+      const int32_t* from = filtered_;
+      for (int64_t k = 0; k < hidden_ / 4; ++k, from += kRows * lanes_, weight += 4 * kTapWords) {
+        Quads values[kRows];
+        HWY_UNROLL_ALL
+        for (int i = 0; i < kRows; ++i) values[i] = MakeQuads(hn::Load(d, from + i * lanes_));
+        HWY_UNROLL_ALL
+        for (int c = 0; c < 4; ++c) {
+          const Taps taps = LoadTaps(weight + c * kTapWords);
+          HWY_UNROLL_ALL
+          for (int i = 0; i < kRows; ++i) sum[c][i] = Dot(sum[c][i], values[i], taps);
+        }
+      }
+      HWY_UNROLL_ALL
+      for (int c = 0; c < 4; ++c) {
+        const Vector factor = hn::Set(df, w_.project.factor[o + c]), offset = hn::Set(df, w_.project.offset[o + c]);
+        Vector y[kRows];
+        HWY_UNROLL_ALL
+        for (int i = 0; i < kRows; ++i) y[i] = hn::MulAdd(hn::ConvertTo(df, sum[c][i]), factor, offset);
+        Activate(w_.project.finish, o + c, y);
+        HWY_UNROLL_ALL
+        for (int i = 0; i < kRows; ++i) hn::Store(y[i], df, y_ + ((o + c) * kRows + i) * y_pitch_ + v * lanes_);
+      }
+    }
+  }
+
+  const BlockArguments<int8_t>& a_;
+  const InvertedResidual& p_;
+  const Int8Weights& w_;
+  const BlockTile tile_;
+  const TileColumns columns_;
+  const int64_t lanes_, hidden_, depth_, vectors_, pitch_, y_pitch_;
+  int32_t *x_, *maps_, *filtered_;
+  float* y_;
+};
+
+}  // namespace HWY_NAMESPACE
+}  // namespace edgedyn
+HWY_AFTER_NAMESPACE();
+
+#endif

@@ -1,0 +1,161 @@
+// What float and INT8 tiles of a block share, for every instruction set that Highway compiles: activations,
+// the columns of a tile, and its output.
+#include <vector>
+
+#include "hwy/highway.h"
+#include "inverted_residual/work.h"
+#include "rows-inl.h"
+
+#if defined(EDGEDYN_OPS_BLOCK_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
+#ifdef EDGEDYN_OPS_BLOCK_TILE_INL_H_
+#undef EDGEDYN_OPS_BLOCK_TILE_INL_H_
+#else
+#define EDGEDYN_OPS_BLOCK_TILE_INL_H_
+#endif
+
+#undef HWY_UNROLL_ALL
+#define HWY_UNROLL_ALL _Pragma("GCC unroll 8")
+HWY_BEFORE_NAMESPACE();
+namespace edgedyn {
+namespace HWY_NAMESPACE {
+
+// An activation of values in units of `unit`: float values have unit 1, INT8 ones their quantization step.
+struct Finish {
+  BlockActivation activation = BlockActivation::kNone;
+  const float* slopes = nullptr;  // one per channel
+  float unit = 1;
+  bool bounds = false;  // keeps values within int32 when they are rounded
+};
+
+// Bounds that keep NaN: Highway's Min and Max return the other operand on some targets.
+HWY_INLINE Vector AtLeast(Vector v, Vector least) { return hn::IfThenElse(hn::Lt(v, least), least, v); }
+HWY_INLINE Vector AtMost(Vector v, Vector most) { return hn::IfThenElse(hn::Gt(v, most), most, v); }
+
+// Applies the activation to the vectors of one channel. NaN stays NaN, as in torch.
+template <int kCount>
+HWY_INLINE void Activate(const Finish& f, int64_t channel, Vector (&v)[kCount]) {
+  const Floats d;
+  const Vector zero = hn::Zero(d);
+  switch (f.activation) {
+    case BlockActivation::kNone:
+      break;
+    case BlockActivation::kRelu:
+      HWY_UNROLL_ALL
+      for (auto& value : v) value = AtLeast(value, zero);
+      break;
+    case BlockActivation::kRelu6: {
+      const Vector six = hn::Set(d, 6 / f.unit);
+      HWY_UNROLL_ALL
+      for (auto& value : v) value = AtMost(AtLeast(value, zero), six);
+      break;
+    }
+    case BlockActivation::kPrelu: {
+      const Vector slope = hn::Set(d, f.slopes[channel]);
+      HWY_UNROLL_ALL
+      for (auto& value : v) value = hn::IfThenElse(hn::Lt(value, zero), hn::Mul(value, slope), value);
+      break;
+    }
+    case BlockActivation::kHardswish: {
+      const Vector three = hn::Set(d, 3 / f.unit), six = hn::Set(d, 6 / f.unit);
+      const Vector sixth = hn::Set(d, f.unit / 6);
+      HWY_UNROLL_ALL
+      for (auto& value : v) {
+        const Vector gate = AtMost(AtLeast(hn::Add(value, three), zero), six);
+        value = hn::Mul(hn::Mul(value, gate), sixth);
+      }
+      break;
+    }
+  }
+  if (f.bounds) {
+    const Vector most = hn::Set(d, 1e9f), least = hn::Set(d, -1e9f);
+    HWY_UNROLL_ALL
+    for (auto& value : v) value = AtMost(AtLeast(value, least), most);
+  }
+}
+
+// The first `count` of a vector's values; 0 behind them.
+HWY_INLINE Vector LoadSome(const float* from, int64_t count) {
+  const Floats d;
+  if (count >= static_cast<int64_t>(hn::Lanes(d))) return hn::LoadU(d, from);
+  HWY_ALIGN float values[HWY_MAX_BYTES / sizeof(float)] = {};
+  std::memcpy(values, from, count * sizeof(float));
+  return hn::Load(d, values);
+}
+
+// Room for `words` values of 32 bits, at a cache line.
+template <typename T>
+HWY_INLINE T* Carve(std::vector<T>& scratch, int64_t words) {
+  scratch.resize(std::max<int64_t>(scratch.size(), words + 16));
+  return scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64 / 4;
+}
+
+// A vector of every stride-th value.
+template <int kStride, class D, typename T>
+HWY_INLINE hn::Vec<D> LoadStrided(D d, const T* from) {
+#if HWY_TARGET == HWY_SCALAR
+  return hn::LoadU(d, from);  // one lane
+#else
+  if constexpr (kStride == 1) return hn::LoadU(d, from);
+  return hn::ConcatEven(d, hn::LoadU(d, from + hn::Lanes(d)), hn::LoadU(d, from));
+#endif
+}
+
+// The columns of a tile, in its own coordinates: hidden column j of a row is column left + j of the image.
+struct TileColumns {
+  TileColumns(const InvertedResidual& p, const BlockTile& tile)
+      : left(tile.column * p.stride - p.side / 2),
+        width((tile.columns - 1) * p.stride + p.side),
+        begin(std::max<int64_t>(-left, 0)),
+        end(std::min(width, p.width - left)) {}
+
+  // Words between two rows of scratch, with room for the lanes behind the last column; an odd number of cache
+  // lines, because many rows would fall into one cache set otherwise.
+  int64_t Pitch(int64_t stride, int64_t side, const BlockTile& tile, int64_t lanes) const {
+    const int64_t read = RoundUp(tile.columns, lanes) * stride + side + lanes;
+    const int64_t written = begin + RoundUp(end - begin, lanes);
+    return (RoundUp(std::max(read, written), 16) / 16 | 1) * 16;
+  }
+
+  int64_t left, width;
+  int64_t begin, end;  // inside of the image
+};
+
+HWY_INLINE void WriteRow(const float* HWY_RESTRICT f, int64_t count, const float* residual, const float* mask, float* HWY_RESTRICT to) {
+  const Floats d;
+  const int64_t lanes = hn::Lanes(d);
+  int64_t j = 0;
+  for (; j + lanes <= count; j += lanes) {
+    Vector value = hn::LoadU(d, f + j);
+    if (mask) value = hn::IfThenElseZero(hn::Ne(hn::LoadU(d, mask + j), hn::Zero(d)), value);
+    if (residual) value = hn::Add(hn::LoadU(d, residual + j), value);
+    hn::StoreU(value, d, to + j);
+  }
+  for (; j < count; ++j) {
+    const float value = mask && mask[j] == 0 ? 0 : f[j];
+    to[j] = residual ? residual[j] + value : value;
+  }
+}
+
+// Writes `rows` rows of a tile from scratch [output][row of the step]: F(x) where the mask is set, plus x with a
+// residual. Whole rows: y's planes often lie a power of two apart, and single lines of them would fall into one
+// set of every cache.
+template <typename T>
+HWY_INLINE void WriteRows(const BlockArguments<T>& a, const BlockTile& tile, int64_t first, int64_t rows,
+                          const float* from, int64_t pitch) {
+  const InvertedResidual& p = a.p;
+  for (int64_t o = 0; o < p.outputs; ++o) {
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t row = tile.row + first + i;
+      const int64_t at = ((tile.sample * p.outputs + o) * p.out_height + row) * p.out_width + tile.column;
+      const float* f = from + (o * kQuad / p.stride + i) * pitch;
+      const float* mask = a.mask ? a.mask + (tile.sample * p.out_height + row) * p.out_width + tile.column : nullptr;
+      WriteRow(f, tile.columns, p.residual ? a.x + at : nullptr, mask, a.y + at);
+    }
+  }
+}
+
+}  // namespace HWY_NAMESPACE
+}  // namespace edgedyn
+HWY_AFTER_NAMESPACE();
+
+#endif
