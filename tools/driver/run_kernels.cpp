@@ -6,6 +6,8 @@
 //
 // parallel_for is this file's: plain threads which the thread sanitizer sees through, and it stands before that of
 // the package for a LIBRARY, too.
+// also sets that only some kernels are compiled for
+#define HWY_WANT_AVX3_DL
 #include <dlfcn.h>
 #include <executorch/runtime/core/evalue.h>
 #include <executorch/runtime/kernel/operator_registry.h>

@@ -53,7 +53,7 @@ class FloatWeights {
   }
 };
 
-template <int kSide, int kStride>
+template <int kSide, int kStride, bool kMasked>
 class FloatTile {
   static constexpr int kRows = kQuad / kStride;  // of y per step
 
@@ -62,9 +62,9 @@ class FloatTile {
 
   FloatTile(const BlockArguments<float>& a, const FloatWeights& weights, const BlockTile& tile,
             std::vector<float>& scratch)
-      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile), lanes_(hn::Lanes(Floats())),
+      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile), needed_(p_, a.mask, tile_, columns_), lanes_(hn::Lanes(Floats())),
         vectors_((columns_.end - columns_.begin + lanes_ - 1) / lanes_),
-        pitch_(columns_.Pitch(kStride, kSide, tile, lanes_)), y_pitch_(RoundUp(tile.columns, lanes_)) {
+        pitch_(columns_.Pitch(kStride, kSide, tile, lanes_)), y_pitch_(RoundUp(tile.columns + lanes_, lanes_)) {
     const int64_t in = vectors_ * p_.channels * kQuad * lanes_, maps = (p_.hidden + 3) * 2 * kQuad * pitch_;
     const int64_t out = p_.hidden * kRows * lanes_;
     x_ = Carve(scratch, in + maps + out + RoundUp(p_.outputs, 4) * kRows * y_pitch_);
@@ -77,9 +77,10 @@ class FloatTile {
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t rows = std::min<int64_t>(kRows, tile_.rows - step * kRows);
       if ((rows - 1) * kStride + kSide > kQuad) Expand(step + 1);
-      for (int64_t v = 0; v * lanes_ < tile_.columns; ++v) {
-        Filter(step, v);
-        Project(v);
+      const Windows windows = needed_.OfOutput(step * kRows, rows);
+      for (int64_t v = 0; v < windows.size(); ++v) {
+        Filter(step, windows[v]);
+        Project(windows[v]);
       }
       WriteRows(a_, tile_, step * kRows, rows, y_, y_pitch_);
     }
@@ -87,17 +88,17 @@ class FloatTile {
 
  private:
   // x of a quad of rows: [vector][channel][row][lane]
-  void PackInput(int64_t top) {
-    const Floats d;
-    const int64_t count = columns_.end - columns_.begin;
-    const float* sample = a_.x + tile_.sample * p_.channels * p_.height * p_.width + columns_.left + columns_.begin;
+  void PackInput(int64_t top, const Windows& windows) {
+    const float* begin = a_.x + tile_.sample * p_.channels * p_.height * p_.width;
+    const float* end = begin + p_.channels * p_.height * p_.width;
     for (int64_t c = 0; c < p_.channels; ++c) {
       for (int64_t r = 0; r < kQuad; ++r) {
         const int64_t row = std::clamp<int64_t>(top + r, 0, p_.height - 1);
-        const float* from = sample + (c * p_.height + row) * p_.width;
-        float* to = x_ + (c * kQuad + r) * lanes_;
-        for (int64_t v = 0; v < vectors_; ++v, to += p_.channels * kQuad * lanes_) {
-          hn::Store(LoadSome(from + v * lanes_, count - v * lanes_), d, to);
+        const float* from = begin + (c * p_.height + row) * p_.width + columns_.left + columns_.begin;
+        for (int64_t v = 0; v < windows.size(); ++v) {
+          const WindowAccess<Floats, kMasked> access(windows[v]);
+          hn::Store(access.LoadWithin(from, begin, end), Floats(),
+                    x_ + ((v * p_.channels + c) * kQuad + r) * lanes_);
         }
       }
     }
@@ -108,8 +109,9 @@ class FloatTile {
   // The hidden rows of a quad; 0 outside of the image.
   void Expand(int64_t quad) {
     const int64_t top = tile_.row * kStride - kSide / 2 + quad * kQuad;
-    PackInput(top);
-    for (int64_t v = 0; v < vectors_; ++v) ExpandVector(quad, v);
+    const Windows windows = needed_.OfHidden(quad);
+    PackInput(top, windows);
+    for (int64_t v = 0; v < windows.size(); ++v) ExpandWindow(quad, v, windows[v]);
     for (int64_t e = 0; e < p_.hidden; ++e) {
       for (int64_t r = 0; r < kQuad; ++r) {
         float* row = Map(e, quad) + r * pitch_;
@@ -120,8 +122,8 @@ class FloatTile {
     }
   }
 
-  void ExpandVector(int64_t quad, int64_t v) {
-    const Floats d;
+  void ExpandWindow(int64_t quad, int64_t v, const Window& window) {
+    const WindowAccess<Floats, kMasked> access(window);
     for (int64_t e = 0; e < p_.hidden; e += 4) {
       Vector sum[4][kQuad];
       Multiply(w_.expand, e, p_.channels, x_ + v * p_.channels * kQuad * lanes_, sum);
@@ -130,7 +132,7 @@ class FloatTile {
         Activate(w_.expand.finish, e + c, sum[c]);
         HWY_UNROLL_ALL
         for (int r = 0; r < kQuad; ++r) {
-          hn::StoreU(sum[c][r], d, Map(e + c, quad) + r * pitch_ + columns_.begin + v * lanes_);
+          access.Store(sum[c][r], Map(e + c, quad) + r * pitch_ + columns_.begin);
         }
       }
     }
@@ -161,8 +163,9 @@ class FloatTile {
   }
 
   // One vector of all channels and rows of a step: [channel][row][lane]
-  void Filter(int64_t step, int64_t v) {
+  void Filter(int64_t step, const Window& window) {
     const Floats d;
+    const WindowAccess<Floats, kMasked, kStride> access(window);
     const float* weight = w_.depthwise.weight.data();
     for (int64_t e = 0; e < p_.hidden; ++e, weight += kSide * kSide) {
       Vector sum[kRows];
@@ -170,10 +173,10 @@ class FloatTile {
       for (int i = 0; i < kRows; ++i) sum[i] = hn::Set(d, w_.depthwise.bias[e]);
       HWY_UNROLL_ALL
       for (int row = 0; row < (kRows - 1) * kStride + kSide; ++row) {
-        const float* from = Map(e, step + row / kQuad) + row % kQuad * pitch_ + v * lanes_ * kStride;
+        const float* from = Map(e, step + row / kQuad) + row % kQuad * pitch_;
         HWY_UNROLL_ALL
         for (int column = 0; column < kSide; ++column) {
-          const Vector value = LoadStrided<kStride>(d, from + column);
+          const Vector value = access.Load(from + column);
           HWY_UNROLL_ALL
           for (int i = 0; i < kRows; ++i) {
             const int tap = row - i * kStride;
@@ -189,8 +192,8 @@ class FloatTile {
     }
   }
 
-  void Project(int64_t v) {
-    const Floats d;
+  void Project(const Window& window) {
+    const WindowAccess<Floats, kMasked> access(window);
     for (int64_t o = 0; o < p_.outputs; o += 4) {
       Vector sum[4][kRows];
       Multiply(w_.project, o, p_.hidden, filtered_, sum);
@@ -198,7 +201,7 @@ class FloatTile {
       for (int c = 0; c < 4; ++c) {
         Activate(w_.project.finish, o + c, sum[c]);
         HWY_UNROLL_ALL
-        for (int i = 0; i < kRows; ++i) hn::Store(sum[c][i], d, y_ + ((o + c) * kRows + i) * y_pitch_ + v * lanes_);
+        for (int i = 0; i < kRows; ++i) access.Store(sum[c][i], y_ + ((o + c) * kRows + i) * y_pitch_);
       }
     }
   }
@@ -208,6 +211,7 @@ class FloatTile {
   const FloatWeights& w_;
   const BlockTile tile_;
   const TileColumns columns_;
+  const NeededColumns needed_;
   const int64_t lanes_, vectors_, pitch_, y_pitch_;
   float *x_, *maps_, *filtered_, *y_;
 };

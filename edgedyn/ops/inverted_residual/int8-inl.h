@@ -105,6 +105,17 @@ HWY_INLINE IntVector RoundedInts(Vector v) {
 #endif
 }
 
+// The two upper bytes of each lane of `first`, and above them the two lower ones of `second`.
+HWY_INLINE IntVector Funnel(IntVector first, IntVector second) {
+#if HWY_TARGET == HWY_AVX3_DL
+  return IntVector{_mm512_shrdi_epi32(first.raw, second.raw, 16)};
+#else
+  const hn::RebindToUnsigned<Ints> d;
+  return hn::BitCast(Ints(), hn::Or(hn::ShiftRight<16>(hn::BitCast(d, first)),
+                                    hn::ShiftLeft<16>(hn::BitCast(d, second))));
+#endif
+}
+
 // A zero point, for Pack.
 #if HWY_TARGET == HWY_SCALAR
 using ZeroPoint = int32_t;
@@ -191,10 +202,10 @@ class Int8Weights {
     }
   }
 
-  // [channel][output row of a step][column][quad]
+  // [channel][output row][column][quad]; R = 3 needs the first half of a step's rows and the first quad only
   void PackFilters() {
-    const int64_t side = p_.side, rows = kQuad / p_.stride;
-    depthwise.weight.resize(hidden_ * rows * side * 2 * kTapWords);
+    const int64_t side = p_.side, quads = side > 3 ? 2 : 1, rows = kQuad / p_.stride * quads / 2;
+    depthwise.weight.resize(hidden_ * rows * side * quads * kTapWords);
     int32_t* to = depthwise.weight.data();
     for (int64_t e = 0; e < hidden_; ++e) {
       for (int64_t i = 0; i < rows; ++i) {
@@ -204,7 +215,7 @@ class Int8Weights {
             const int64_t at = i * p_.stride + row;
             taps[at / 4][at % 4] = a_.depthwise.weight[(e * side + row) * side + column];
           }
-          for (const auto& quad : taps) PutTaps(quad, to), to += kTapWords;
+          for (int64_t quad = 0; quad < quads; ++quad, to += kTapWords) PutTaps(taps[quad], to);
         }
       }
     }
@@ -236,19 +247,21 @@ class Int8Weights {
   int64_t hidden_, outputs_, depth_;
 };
 
-template <int kSide, int kStride>
+template <int kSide, int kStride, bool kMasked>
 class Int8Tile {
+  using Columns = WindowAccess<Ints, kMasked, kStride>;  // of hidden rows
   static constexpr int kRows = kQuad / kStride;  // of y per step
+  static constexpr int64_t kFilterWords = kSide * kRows * (kSide > 3 ? 2 : 1) * kTapWords / (kSide > 3 ? 1 : 2);
 
  public:
   static int64_t Words(const InvertedResidual& p) { return RoundUp(p.hidden, 4) * 2; }
 
   Int8Tile(const BlockArguments<int8_t>& a, const Int8Weights& weights, const BlockTile& tile,
            std::vector<int32_t>& scratch)
-      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile), lanes_(hn::Lanes(Ints())),
+      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile), needed_(p_, a.mask, tile_, columns_), lanes_(hn::Lanes(Ints())),
         hidden_(RoundUp(p_.hidden, 4)), depth_((p_.channels + 3) / 4),
         vectors_((columns_.end - columns_.begin + lanes_ - 1) / lanes_),
-        pitch_(columns_.Pitch(kStride, kSide, tile, lanes_)), y_pitch_(RoundUp(tile.columns, lanes_)) {
+        pitch_(columns_.Pitch(kStride, kSide, tile, lanes_)), y_pitch_(RoundUp(tile.columns + lanes_, lanes_)) {
     const int64_t in = vectors_ * depth_ * kQuad * lanes_, maps = hidden_ * 2 * pitch_, out = hidden_ * lanes_;
     x_ = Carve(scratch, in + maps + out + RoundUp(p_.outputs, 4) * kRows * y_pitch_);
     maps_ = x_ + in, filtered_ = maps_ + maps, y_ = reinterpret_cast<float*>(filtered_ + out);
@@ -260,9 +273,10 @@ class Int8Tile {
     for (int64_t step = 0; step < steps; ++step) {
       const int64_t rows = std::min<int64_t>(kRows, tile_.rows - step * kRows);
       if ((rows - 1) * kStride + kSide > kQuad) Expand(step + 1);
-      for (int64_t v = 0; v * lanes_ < tile_.columns; ++v) {
-        Filter(step, v);
-        Project(v);
+      const Windows windows = needed_.OfOutput(step * kRows, rows);
+      for (int64_t v = 0; v < windows.size(); ++v) {
+        Filter(step, windows[v]);
+        Project(windows[v]);
       }
       WriteRows(a_, tile_, step * kRows, rows, y_, y_pitch_);
     }
@@ -270,10 +284,10 @@ class Int8Tile {
 
  private:
   // x of a quad of rows, quantized: [vector][word of channels][row][lane]
-  void PackInput(int64_t top) {
+  void PackInput(int64_t top, const Windows& windows) {
     const Floats d;
-    const int64_t count = columns_.end - columns_.begin;
-    const float* sample = a_.x + tile_.sample * p_.channels * p_.height * p_.width + columns_.left + columns_.begin;
+    const float* begin = a_.x + tile_.sample * p_.channels * p_.height * p_.width;
+    const float* end = begin + p_.channels * p_.height * p_.width;
     const auto zero_point = MakeZeroPoint(a_.of_x);
     const Vector inverse = hn::Set(d, a_.of_x.inverse);
     const Vector most = hn::Set(d, 1e9f), least = hn::Set(d, -1e9f);
@@ -282,13 +296,15 @@ class Int8Tile {
         const int64_t row = std::clamp<int64_t>(top + r, 0, p_.height - 1);
         const float* from[4];
         for (int64_t c = 0; c < 4; ++c) {
-          from[c] = sample + (std::min(4 * k + c, p_.channels - 1) * p_.height + row) * p_.width;
+          from[c] = begin + (std::min(4 * k + c, p_.channels - 1) * p_.height + row) * p_.width + columns_.left +
+                    columns_.begin;
         }
-        for (int64_t v = 0; v < vectors_; ++v) {
+        for (int64_t v = 0; v < windows.size(); ++v) {
+          const WindowAccess<Floats, kMasked> access(windows[v]);
           IntVector steps[4];
           HWY_UNROLL_ALL
           for (int c = 0; c < 4; ++c) {
-            const Vector value = LoadSome(from[c] + v * lanes_, count - v * lanes_);
+            const Vector value = access.LoadWithin(from[c], begin, end);
             steps[c] = RoundedInts(hn::Min(most, hn::Max(least, hn::Mul(value, inverse))));
           }
           hn::Store(Pack(steps[0], steps[1], steps[2], steps[3], zero_point), Ints(),
@@ -303,21 +319,23 @@ class Int8Tile {
   // The hidden rows of a quad.
   void Expand(int64_t quad) {
     const int64_t top = tile_.row * kStride - kSide / 2 + quad * kQuad;
-    PackInput(top);
+    const Windows windows = needed_.OfHidden(quad);
+    PackInput(top, windows);
     const uint32_t stored = (a_.of_hidden.zero_point + kOffset) & 0xFF;
     const auto fill = static_cast<int32_t>(stored * 0x01010101u);
     uint32_t outside = 0;  // bytes of rows outside of the image
     for (int64_t r = 0; r < kQuad; ++r) {
       if (top + r < 0 || top + r >= p_.height) outside |= 0xFFu << (8 * r);
     }
-    for (int64_t v = 0; v < vectors_; ++v) ExpandVector(quad, v, outside, fill);
+    for (int64_t v = 0; v < windows.size(); ++v) ExpandWindow(quad, v, windows[v], outside, fill);
     for (int64_t e = 0; e < hidden_; ++e) {
       std::fill(Map(e, quad), Map(e, quad) + columns_.begin, fill);
       std::fill(Map(e, quad) + columns_.end, Map(e, quad) + columns_.width, fill);
     }
   }
 
-  void ExpandVector(int64_t quad, int64_t v, uint32_t outside, int32_t fill) {
+  void ExpandWindow(int64_t quad, int64_t v, const Window& window, uint32_t outside, int32_t fill) {
+    const WindowAccess<Ints, kMasked> access(window);
     const Ints d;
     const auto zero_point = MakeZeroPoint(a_.of_hidden);
     const IntVector keep = hn::Set(d, static_cast<int32_t>(~outside));
@@ -347,7 +365,7 @@ class Int8Tile {
         ToSteps(w_.expand, e + c, sum[c]);
         IntVector word = Pack(sum[c][0], sum[c][1], sum[c][2], sum[c][3], zero_point);
         if (outside) word = hn::Or(hn::And(word, keep), padding);
-        hn::StoreU(word, d, Map(e + c, quad) + columns_.begin + v * lanes_);
+        access.Store(word, Map(e + c, quad) + columns_.begin);
       }
     }
   }
@@ -365,15 +383,16 @@ class Int8Tile {
   }
 
   // One vector of all channels and rows of a step: [row][word of channels][lane]
-  void Filter(int64_t step, int64_t v) {
+  void Filter(int64_t step, const Window& window) {
+    const Columns access(window);
     const Ints d;
     const auto zero_point = MakeZeroPoint(a_.of_filtered);
     const int32_t* weight = w_.depthwise.weight.data();
     for (int64_t e = 0; e < hidden_; e += 4) {
       IntVector sum[4][kRows];
       HWY_UNROLL_ALL
-      for (int c = 0; c < 4; ++c, weight += kRows * kSide * 2 * kTapWords) {
-        FilterChannel(step, e + c, v, weight, sum[c]);
+      for (int c = 0; c < 4; ++c, weight += kFilterWords) {
+        FilterChannel(step, e + c, access, weight, sum[c]);
         ToSteps(w_.depthwise, e + c, sum[c]);
       }
       HWY_UNROLL_ALL
@@ -384,28 +403,38 @@ class Int8Tile {
     }
   }
 
-  HWY_INLINE void FilterChannel(int64_t step, int64_t e, int64_t v, const int32_t* weight, IntVector (&sum)[kRows]) {
+  HWY_INLINE void FilterChannel(int64_t step, int64_t e, const Columns& access, const int32_t* weight,
+                                IntVector (&sum)[kRows]) {
     const Ints d;
-    const int32_t* maps[2] = {Map(e, step) + v * lanes_ * kStride, Map(e, step + 1) + v * lanes_ * kStride};
-    HWY_UNROLL_ALL
+    const int32_t* maps[2] = {Map(e, step), Map(e, step + 1)};
     for (auto& value : sum) value = hn::Set(d, w_.depthwise.start[e]);
     HWY_UNROLL_ALL
     for (int column = 0; column < kSide; ++column) {
-      HWY_UNROLL_ALL
-      for (int quad = 0; quad < 2; ++quad) {
-        const Quads values = MakeQuads(LoadStrided<kStride>(d, maps[quad] + column));
+      const IntVector first = access.Load(maps[0] + column);
+      const IntVector second = access.Load(maps[1] + column);
+      if constexpr (kSide == 3) {
+        // the second half of the rows is the first half two hidden rows further down
+        const Quads upper = MakeQuads(first), lower = MakeQuads(Funnel(first, second));
+        HWY_UNROLL_ALL
+        for (int i = 0; i < kRows / 2; ++i) {
+          const Taps taps = LoadTaps(weight + (i * kSide + column) * kTapWords);
+          sum[i] = Dot(sum[i], upper, taps);
+          sum[i + kRows / 2] = Dot(sum[i + kRows / 2], lower, taps);
+        }
+      } else {
+        const Quads quads[2] = {MakeQuads(first), MakeQuads(second)};
         HWY_UNROLL_ALL
         for (int i = 0; i < kRows; ++i) {
-          const bool is_used = quad ? i * kStride + kSide > kQuad : i * kStride < kQuad;
-          if (is_used) {
-            sum[i] = Dot(sum[i], values, LoadTaps(weight + ((i * kSide + column) * 2 + quad) * kTapWords));
-          }
+          const int32_t* taps = weight + (i * kSide + column) * 2 * kTapWords;
+          if (i * kStride < kQuad) sum[i] = Dot(sum[i], quads[0], LoadTaps(taps));
+          if (i * kStride + kSide > kQuad) sum[i] = Dot(sum[i], quads[1], LoadTaps(taps + kTapWords));
         }
       }
     }
   }
 
-  void Project(int64_t v) {
+  void Project(const Window& window) {
+    const WindowAccess<Floats, kMasked> access(window);
     const Ints d;
     const Floats df;
     const int32_t* weight = w_.project.weight.data();
@@ -436,7 +465,7 @@ class Int8Tile {
         for (int i = 0; i < kRows; ++i) y[i] = hn::MulAdd(hn::ConvertTo(df, sum[c][i]), factor, offset);
         Activate(w_.project.finish, o + c, y);
         HWY_UNROLL_ALL
-        for (int i = 0; i < kRows; ++i) hn::Store(y[i], df, y_ + ((o + c) * kRows + i) * y_pitch_ + v * lanes_);
+        for (int i = 0; i < kRows; ++i) access.Store(y[i], y_ + ((o + c) * kRows + i) * y_pitch_);
       }
     }
   }
@@ -446,6 +475,7 @@ class Int8Tile {
   const Int8Weights& w_;
   const BlockTile tile_;
   const TileColumns columns_;
+  const NeededColumns needed_;
   const int64_t lanes_, hidden_, depth_, vectors_, pitch_, y_pitch_;
   int32_t *x_, *maps_, *filtered_;
   float* y_;

@@ -32,13 +32,19 @@ void RunTiles(const BlockArguments<T>& a, const Weights& weights, int64_t budget
   });
 }
 
-template <template <int, int> class Tile, typename Word, typename Weights, typename T>
+template <template <int, int, bool> class Tile, bool kMasked, typename Word, typename Weights, typename T>
+void RunShape(const BlockArguments<T>& a, const Weights& weights, int64_t budget) {
+  if (a.p.side == 3 && a.p.stride == 1) return RunTiles<Tile<3, 1, kMasked>, Word>(a, weights, budget);
+  if (a.p.side == 3) return RunTiles<Tile<3, 2, kMasked>, Word>(a, weights, budget);
+  if (a.p.stride == 1) return RunTiles<Tile<5, 1, kMasked>, Word>(a, weights, budget);
+  RunTiles<Tile<5, 2, kMasked>, Word>(a, weights, budget);
+}
+
+template <template <int, int, bool> class Tile, typename Word, typename Weights, typename T>
 void RunBlock(const BlockArguments<T>& a, int64_t budget) {
   const Weights weights(a);
-  if (a.p.side == 3 && a.p.stride == 1) RunTiles<Tile<3, 1>, Word>(a, weights, budget);
-  if (a.p.side == 3 && a.p.stride == 2) RunTiles<Tile<3, 2>, Word>(a, weights, budget);
-  if (a.p.side == 5 && a.p.stride == 1) RunTiles<Tile<5, 1>, Word>(a, weights, budget);
-  if (a.p.side == 5 && a.p.stride == 2) RunTiles<Tile<5, 2>, Word>(a, weights, budget);
+  if (a.mask) return RunShape<Tile, true, Word>(a, weights, budget);
+  RunShape<Tile, false, Word>(a, weights, budget);
 }
 
 void RunFloat(const BlockArguments<float>& a, int64_t budget) {

@@ -3,8 +3,7 @@
 #include <vector>
 
 #include "hwy/highway.h"
-#include "inverted_residual/work.h"
-#include "rows-inl.h"
+#include "inverted_residual/windows-inl.h"
 
 #if defined(EDGEDYN_OPS_BLOCK_TILE_INL_H_) == defined(HWY_TARGET_TOGGLE)
 #ifdef EDGEDYN_OPS_BLOCK_TILE_INL_H_
@@ -73,31 +72,11 @@ HWY_INLINE void Activate(const Finish& f, int64_t channel, Vector (&v)[kCount]) 
   }
 }
 
-// The first `count` of a vector's values; 0 behind them.
-HWY_INLINE Vector LoadSome(const float* from, int64_t count) {
-  const Floats d;
-  if (count >= static_cast<int64_t>(hn::Lanes(d))) return hn::LoadU(d, from);
-  HWY_ALIGN float values[HWY_MAX_BYTES / sizeof(float)] = {};
-  std::memcpy(values, from, count * sizeof(float));
-  return hn::Load(d, values);
-}
-
 // Room for `words` values of 32 bits, at a cache line.
 template <typename T>
 HWY_INLINE T* Carve(std::vector<T>& scratch, int64_t words) {
   scratch.resize(std::max<int64_t>(scratch.size(), words + 16));
   return scratch.data() + (64 - reinterpret_cast<uintptr_t>(scratch.data()) % 64) % 64 / 4;
-}
-
-// A vector of every stride-th value.
-template <int kStride, class D, typename T>
-HWY_INLINE hn::Vec<D> LoadStrided(D d, const T* from) {
-#if HWY_TARGET == HWY_SCALAR
-  return hn::LoadU(d, from);  // one lane
-#else
-  if constexpr (kStride == 1) return hn::LoadU(d, from);
-  return hn::ConcatEven(d, hn::LoadU(d, from + hn::Lanes(d)), hn::LoadU(d, from));
-#endif
 }
 
 // The columns of a tile, in its own coordinates: hidden column j of a row is column left + j of the image.
@@ -111,13 +90,56 @@ struct TileColumns {
   // Words between two rows of scratch, with room for the lanes behind the last column; an odd number of cache
   // lines, because many rows would fall into one cache set otherwise.
   int64_t Pitch(int64_t stride, int64_t side, const BlockTile& tile, int64_t lanes) const {
-    const int64_t read = RoundUp(tile.columns, lanes) * stride + side + lanes;
-    const int64_t written = begin + RoundUp(end - begin, lanes);
+    const int64_t read = (tile.columns + lanes) * stride + side + lanes, written = end + lanes;
     return (RoundUp(std::max(read, written), 16) / 16 | 1) * 16;
   }
 
   int64_t left, width;
   int64_t begin, end;  // inside of the image
+};
+
+// The columns of a tile that are computed: all, or those that an active position of the mask needs.
+class NeededColumns {
+ public:
+  NeededColumns(const InvertedResidual& p, const float* mask, const BlockTile& tile, const TileColumns& columns)
+      : p_(p), tile_(tile), columns_(columns),
+        mask_(mask ? mask + (tile.sample * p.out_height + tile.row) * p.out_width + tile.column : nullptr) {}
+
+  // Columns of `rows` rows of y.
+  Windows OfOutput(int64_t row, int64_t rows) const {
+    return mask_ ? Windows(Active(row, row + rows)) : Windows(tile_.columns);
+  }
+
+  // Columns of a quad of hidden rows, counted from the first one inside of the image.
+  Windows OfHidden(int64_t quad) const {
+    const int64_t count = columns_.end - columns_.begin;
+    if (!mask_) return Windows(count);
+    const int64_t last = quad * kQuad + kQuad - 1;  // output rows from the first to the last that read the quad
+    const std::vector<uint8_t> active =
+        Active(std::max<int64_t>(quad * kQuad - p_.side + p_.stride, 0) / p_.stride, last / p_.stride + 1);
+    std::vector<uint8_t> needed(count);
+    for (int64_t j = 0; j < tile_.columns; ++j) {
+      if (!active[j]) continue;
+      const int64_t first = j * p_.stride - columns_.begin;
+      for (int64_t i = std::max<int64_t>(first, 0); i < std::min(first + p_.side, count); ++i) needed[i] = 1;
+    }
+    return Windows(needed);
+  }
+
+ private:
+  // Columns with an active position in output rows [row, last).
+  std::vector<uint8_t> Active(int64_t row, int64_t last) const {
+    std::vector<uint8_t> active(tile_.columns);
+    for (; row < std::min(last, tile_.rows); ++row) {
+      for (int64_t j = 0; j < tile_.columns; ++j) active[j] |= mask_[row * p_.out_width + j] != 0;
+    }
+    return active;
+  }
+
+  const InvertedResidual& p_;
+  const BlockTile& tile_;
+  const TileColumns& columns_;
+  const float* mask_;
 };
 
 HWY_INLINE void WriteRow(const float* HWY_RESTRICT f, int64_t count, const float* residual, const float* mask, float* HWY_RESTRICT to) {
