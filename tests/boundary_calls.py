@@ -44,6 +44,27 @@ def _masked(h: int, w: int, *, depth: int = 2, outputs: int = 2, groups: int = 1
     return rand(1, channels, h, w), weight, rand(outputs * groups), mask, 1, side // 2, 1, groups, "relu"
 
 
+def _inverted(
+    h: int,
+    w: int,
+    *,
+    sizes: tuple[int, int, int] = (3, 5, 2),
+    side: int = 3,
+    stride: int = 1,
+    masked: int = 0,
+) -> tuple[Any, ...]:
+    (channels, hidden, outputs), size = sizes, ((h - 1) // stride + 1, (w - 1) // stride + 1)
+    mask = (torch.rand(1, 1, *size, generator=_GENERATOR) < 0.3).float() if masked else None
+    return (
+        rand(1, channels, h, w),
+        *(rand(hidden, channels, 1, 1), rand(hidden), rand(hidden)),
+        *(rand(hidden, 1, side, side), rand(hidden), None),
+        *(rand(outputs, hidden, 1, 1), rand(outputs), None),
+        mask,
+        *("prelu", "relu6", "none", stride, channels == outputs),
+    )
+
+
 # vectors hold 16 floats at most
 BOUNDARIES: dict[str, list[tuple[Any, ...]]] = {
     "sliced_depthwise2d": [
@@ -75,6 +96,17 @@ BOUNDARIES: dict[str, list[tuple[Any, ...]]] = {
         *(_masked(h, 5, groups=3) for h in around(4, 16)),
         *(_masked(3, w, groups=3) for w in around(16, 128)),
         *(_masked(3, 4, groups=groups) for groups in around(16)),
+    ],
+    "inverted_residual": [
+        *(_inverted(3, w, masked=w % 2) for w in around(4, 8, 16, 32, 64, 128, 256, 512)),
+        *(_inverted(2, w, stride=2, masked=w % 2) for w in around(8, 16, 32, 64, 256, 512)),
+        *(_inverted(h, 5, stride=stride, masked=h % 2) for h in around(2, 4, 8) for stride in (1, 2)),
+        *(_inverted(h, 9, side=5, stride=stride) for h in around(2, 5) for stride in (1, 2)),
+        *(_inverted(3, w, side=5) for w in around(2, 16, 64)),
+        *(_inverted(3, 7, sizes=(channels, 5, 2)) for channels in around(4, 8, 16, 32, 64)),
+        *(_inverted(3, 7, sizes=(3, hidden, 3)) for hidden in around(4, 8, 16, 32, 64, 320)),
+        *(_inverted(3, 7, sizes=(3, 5, outputs)) for outputs in around(4, 8, 16, 32, 64)),
+        *(_inverted(1, 1, sizes=(1, hidden, 1), masked=hidden) for hidden in around(1, 16)[1:]),
     ],
 }
 

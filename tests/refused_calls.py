@@ -29,6 +29,14 @@ GOOD: dict[str, tuple[Any, ...]] = {
         torch.ones(2, 1, 6, 8),
         *(1, 1, 1, 2),
     ),
+    "inverted_residual": (
+        torch.rand(2, 4, 6, 8),
+        *(torch.rand(7, 4, 1, 1), torch.rand(7), torch.rand(7)),
+        *(torch.rand(7, 1, 3, 3), torch.rand(7), None),
+        *(torch.rand(5, 7, 1, 1), torch.rand(5), None),
+        torch.ones(2, 1, 6, 8),
+        *("prelu", "relu6"),
+    ),
 }
 Changes = list[dict[str, Any]]
 
@@ -172,9 +180,84 @@ MASKED = {
     **INT8,
 }
 
+INVERTED = {
+    "expected each activation as none, relu, relu6, prelu or hardswish": each(
+        expand_activation=["gelu", ""], depthwise_activation=["silu"], project_activation=["Relu"]
+    ),
+    "expected x as a contiguous (B, C, H, W) of float, at least one channel and pixel": each(
+        x=[*X, empty(2, 4, 0, 8), empty(2, 0, 6, 8)]
+    ),
+    "expected expand as a contiguous (E, C, 1, 1) of the op's type": [
+        *each(expand=[empty(7, 3, 1, 1), empty(7, 4, 1, 2), empty(7, 4, 3, 1), empty(0, 4, 1, 1)]),
+        *each(expand=ill_typed(7, 4, 1, 1)),
+        {"expand": empty(7, 4)},
+        {"expand": empty(7, 4, 1, 1), "x_scale": 0.1},
+    ],
+    "expected depthwise as a contiguous (E, 1, R, R) of the op's type, R 3 or 5": [
+        *each(depthwise=[*not_dense(7, 1, 3, 3)[:4], turned(7, 3, 3, 3)]),
+        *each(depthwise=[empty(8, 1, 3, 3), empty(7, 2, 3, 3), empty(7, 1, 3, 5), empty(7, 1, 7, 7)]),
+        *each(depthwise=[empty(7, 1, 1, 1), empty(7, 1, 4, 4)]),
+        {"depthwise": empty(7, 1, 3, 3), "x_scale": 0.1},
+    ],
+    "expected project as a contiguous (O, E, 1, 1) of the op's type": [
+        *each(project=[*ill_typed(5, 7, 1, 1), empty(5, 7), empty(5, 6, 1, 1), empty(5, 7, 1, 3)]),
+        *each(project=[empty(0, 7, 1, 1), empty(5, 7, 2, 1)]),
+        {"project": empty(5, 7, 1, 1), "x_scale": 0.1},
+    ],
+    "expected each bias as one float per output channel": each(
+        expand_bias=[empty(8), *ill_typed(7)],
+        depthwise_bias=[empty(6), empty(7, 1)],
+        project_bias=[empty(7), *ill_typed(5)],
+    ),
+    "expected slopes as one float per output channel of a prelu, and none of another activation": each(
+        expand_slopes=[None, empty(6), empty(1), empty(7, 1), *ill_typed(7)],
+        depthwise_slopes=[empty(7)],
+        project_slopes=[empty(5)],
+        expand_activation=["relu"],
+        depthwise_activation=["prelu"],
+        project_activation=["prelu"],
+    ),
+    "expected each tensor of scales as one float per output channel": each(
+        expand_scales=[empty(6), empty(7, 1), *ill_typed(7)],
+        depthwise_scales=[empty(8), empty(1)],
+        project_scales=[empty(7), *ill_typed(5)],
+    ),
+    "expected stride 1 or 2": each(stride=[0, 3, -1, 2**32 + 1]),
+    "expected stride 1 and as many outputs as inputs with a residual": [
+        {"residual": True},
+        {
+            "residual": True,
+            "stride": 2,
+            "mask": torch.ones(2, 1, 3, 4),
+            "project": empty(4, 7, 1, 1),
+            "project_bias": empty(4),
+        },
+    ],
+    "expected mask as a contiguous (B, 1, h, w) of float, one value per position of y": each(
+        mask=[
+            *(empty(1, 1, 6, 8), empty(2, 2, 6, 8), empty(2, 1, 5, 8), empty(2, 1, 6, 7), empty(2, 1, 48)),
+            *ill_typed(2, 1, 6, 8),
+        ],
+        stride=[2],
+    ),
+    "expected a mask of 0 and 1 only": each(
+        mask=[torch.full((2, 1, 6, 8), value) for value in (0.5, -1.0, float("nan"), float("inf"))]
+    ),
+    "out cannot hold y": each(out=[empty(2, 4, 6, 8), *not_dense(2, 5, 6, 8)]),
+    "expected scales > 0 and zero points in [-128, 127]": each(
+        x_scale=[0.0, float("nan")],
+        hidden_scale=[-1.0],
+        filtered_scale=[0.0],
+        x_zero_point=[128],
+        hidden_zero_point=[-129],
+        filtered_zero_point=[2**32],
+    ),
+}
+
 REFUSED: dict[str, dict[str, Changes]] = {
     "sliced_depthwise2d": SLICED,
     "decoupled_depthwise2d": DECOUPLED,
     "atom_depthwise2d": ATOMS,
     "masked_conv2d": MASKED,
+    "inverted_residual": INVERTED,
 }

@@ -15,7 +15,11 @@ from torch import Tensor
 from edgedyn import ops
 from edgedyn.targets import native
 
-OPS = ops.load_all()
+OPS = {
+    name: op
+    for name, op in ops.load_all().items()
+    if (native.SOURCES / name / "plugin_tensorrt.cpp").is_file()
+}
 KINDS = ("float32", "float16", "int8")
 KEPT: list[Any] = []
 CASES = [

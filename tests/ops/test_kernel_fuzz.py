@@ -78,7 +78,7 @@ def test_random_calls_reach_bad_input(name):
     assert any(shape[3] == 1 for shape in shapes)
     assert any(call.shift for call in calls)
     assert any(not torch.isfinite(a).all() for group in tensors for a in group)
-    assert {call.int8 is None for call in calls} == {True, False}
+    assert {call.is_int8 for call in calls} == {True, False}
 
 
 def test_random_grids_are_at_times_larger_than_the_image():

@@ -96,12 +96,12 @@ def check(x: Tensor, block: Block, op: str = "inverted_residual", weights: torch
     """
     _check_shapes(x, block, op)
     _check_activations(block, op)
-    if block.stride not in (1, 2) or (
-        block.residual and (block.stride != 1 or block.output(x)[1] != x.shape[1])
-    ):
+    outputs = block.project.weight.shape[0]
+    may_be_added = block.stride == 1 and outputs == x.shape[1]
+    if block.stride not in (1, 2) or (block.residual and not may_be_added):
         raise ModelError(
             f"{op} got stride={block.stride}, residual={block.residual}, x of {x.shape[1]} and project of "
-            f"{block.output(x)[1]} channels; expected stride 1 or 2, and with a residual stride 1 and "
+            f"{outputs} channels; expected stride 1 or 2, and with a residual stride 1 and "
             "as many outputs as inputs. Keep another block as three convolutions."
         )
     _check_mask(x, block, op)
