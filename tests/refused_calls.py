@@ -61,7 +61,7 @@ def not_dense(*shape: int) -> list[Tensor]:
 X = [*not_dense(2, 4, 6, 8), empty(2, 4, 8, 6).transpose(2, 3)]
 INT8 = {
     "expected scales > 0 and zero points in [-128, 127]": each(
-        x_scale=[0.0, float("nan")], y_scale=[-1.0], x_zero_point=[128], y_zero_point=[-129]
+        x_scale=[0.0, float("nan")], y_scale=[-1.0], x_zero_point=[128, 2**32], y_zero_point=[-129]
     )
 }
 
@@ -180,36 +180,36 @@ MASKED = {
     **INT8,
 }
 
+OF_WEIGHTS = {"expand": 1, "depthwise": 4, "project": 7}  # places in a call
 INVERTED = {
-    "expected each activation as none, relu, relu6, prelu or hardswish": each(
+    "expected activations none, relu, relu6, prelu or hardswish": each(
         expand_activation=["gelu", ""], depthwise_activation=["silu"], project_activation=["Relu"]
     ),
     "expected x as a contiguous (B, C, H, W) of float, at least one channel and pixel": each(
         x=[*X, empty(2, 4, 0, 8), empty(2, 0, 6, 8)]
     ),
-    "expected expand as a contiguous (E, C, 1, 1) of the op's type": [
-        *each(expand=[empty(7, 3, 1, 1), empty(7, 4, 1, 2), empty(7, 4, 3, 1), empty(0, 4, 1, 1)]),
-        *each(expand=ill_typed(7, 4, 1, 1)),
-        {"expand": empty(7, 4)},
-        {"expand": empty(7, 4, 1, 1), "x_scale": 0.1},
+    "expected weights as contiguous (outputs, inputs, R, R) of the op's type, each on the channels before": [
+        *each(expand=[empty(7, 3, 1, 1), empty(0, 4, 1, 1), empty(7, 4), *ill_typed(7, 4, 1, 1)]),
+        *each(depthwise=[empty(7, 2, 3, 3), *not_dense(7, 1, 3, 3)[:4], turned(7, 3, 3, 3)]),
+        *each(project=[empty(0, 7, 1, 1), empty(5, 6, 1, 1), empty(5, 7), *ill_typed(5, 7, 1, 1)]),
+        *({name: GOOD["inverted_residual"][k], "x_scale": 0.1} for name, k in OF_WEIGHTS.items()),
     ],
-    "expected depthwise as a contiguous (E, 1, R, R) of the op's type, R 3 or 5": [
-        *each(depthwise=[*not_dense(7, 1, 3, 3)[:4], turned(7, 3, 3, 3)]),
-        *each(depthwise=[empty(8, 1, 3, 3), empty(7, 2, 3, 3), empty(7, 1, 3, 5), empty(7, 1, 7, 7)]),
-        *each(depthwise=[empty(7, 1, 1, 1), empty(7, 1, 4, 4)]),
-        {"depthwise": empty(7, 1, 3, 3), "x_scale": 0.1},
+    "expected 1 x 1 weights around a depthwise one of 3 x 3 or 5 x 5, one kernel per hidden channel": [
+        *each(expand=[empty(7, 4, 1, 3), empty(7, 4, 3, 1)], project=[empty(5, 7, 3, 3), empty(5, 7, 1, 2)]),
+        *each(depthwise=[empty(7, 1, 3, 5), empty(7, 1, 5, 3), empty(7, 1, 7, 7), empty(7, 1, 1, 1)]),
+        *each(depthwise=[empty(7, 1, 4, 4), empty(7, 1, 0, 0)]),
+        {"depthwise": empty(8, 1, 3, 3), "depthwise_bias": empty(8)},
+        {"depthwise": empty(6, 1, 5, 5), "depthwise_bias": empty(6)},
     ],
-    "expected project as a contiguous (O, E, 1, 1) of the op's type": [
-        *each(project=[*ill_typed(5, 7, 1, 1), empty(5, 7), empty(5, 6, 1, 1), empty(5, 7, 1, 3)]),
-        *each(project=[empty(0, 7, 1, 1), empty(5, 7, 2, 1)]),
-        {"project": empty(5, 7, 1, 1), "x_scale": 0.1},
-    ],
-    "expected each bias as one float per output channel": each(
+    "expected biases and scales as one float per output channel": each(
         expand_bias=[empty(8), *ill_typed(7)],
         depthwise_bias=[empty(6), empty(7, 1)],
         project_bias=[empty(7), *ill_typed(5)],
+        expand_scales=[empty(6), empty(7, 1), *ill_typed(7)],
+        depthwise_scales=[empty(8), empty(1)],
+        project_scales=[empty(7), *ill_typed(5)],
     ),
-    "expected slopes as one float per output channel of a prelu, and none of another activation": each(
+    "expected slopes of a prelu, and of nothing else, as one float per output channel": each(
         expand_slopes=[None, empty(6), empty(1), empty(7, 1), *ill_typed(7)],
         depthwise_slopes=[empty(7)],
         project_slopes=[empty(5)],
@@ -217,13 +217,8 @@ INVERTED = {
         depthwise_activation=["prelu"],
         project_activation=["prelu"],
     ),
-    "expected each tensor of scales as one float per output channel": each(
-        expand_scales=[empty(6), empty(7, 1), *ill_typed(7)],
-        depthwise_scales=[empty(8), empty(1)],
-        project_scales=[empty(7), *ill_typed(5)],
-    ),
     "expected stride 1 or 2": each(stride=[0, 3, -1, 2**32 + 1]),
-    "expected stride 1 and as many outputs as inputs with a residual": [
+    "expected a residual only where y has the shape of x": [
         {"residual": True},
         {
             "residual": True,

@@ -5,6 +5,7 @@
 #include <executorch/runtime/kernel/kernel_includes.h>
 #include <executorch/runtime/kernel/thread_parallel_interface.h>
 
+#include <algorithm>
 #include <array>
 
 #include "shared.h"
@@ -62,8 +63,10 @@ inline bool ResizeTo(Tensor& out, ScalarType type, const std::array<int64_t, 4>&
              ::executorch::runtime::Error::Ok;
 }
 
+// A zero point that INT8 does not hold stays one that IsInt8 refuses, although its type is narrower here.
 inline Quantization Affine(double scale, int64_t zero_point) {
-  return {static_cast<float>(scale), static_cast<int32_t>(zero_point), static_cast<float>(1 / scale)};
+  const auto narrow = static_cast<int32_t>(std::clamp<int64_t>(zero_point, -129, 128));
+  return {static_cast<float>(scale), narrow, static_cast<float>(1 / scale)};
 }
 
 inline bool IsInt8(const Quantization& q) {

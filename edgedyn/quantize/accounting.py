@@ -36,6 +36,7 @@ _KEPT_FLOAT = {
     "avg_pool2d": "its input is float",
     "batch_norm": "normalises in float: no convolution in front that it alone reads",
     "instance_norm": _BY_IMAGE,
+    "inverted_residual": "called by the network itself: its form three_convolutions may be INT8",
 }
 KEPT_BY_RECIPE = "kept in float by the recipe (quantize.keep_float)"
 KEPT_FOR_QUALITY = "kept in float to meet the limit on the PSNR drop (quantize.max_drop_db)"
@@ -99,7 +100,7 @@ def _reason(node: fx.Node, name: str) -> str:
         return _BY_IMAGE if node.args[5] else _KEPT_FLOAT["batch_norm"]
     if name == "mul" and not all(isinstance(x, fx.Node) and x.op != "get_attr" for x in node.args[:2]):
         return _NO_RULE  # a constant scales an activation
-    return _GENERATED if is_ours(node) else _KEPT_FLOAT.get(name, _NO_RULE)
+    return _KEPT_FLOAT.get(name, _GENERATED if is_ours(node) else _NO_RULE)
 
 
 def _shown(node: fx.Node, name: str) -> str:
