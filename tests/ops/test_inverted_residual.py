@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from edgedyn import ops, targets
 from edgedyn.errors import ModelError
-from edgedyn.graph.nodes import all_multiply_adds
+from edgedyn.graph.nodes import COUNTED_OPS, all_multiply_adds
 from edgedyn.ops.inverted_residual import OP, Convolution, inverted_residual
 from edgedyn.ops.inverted_residual.forms import three_convolutions
+from edgedyn.quantize.accounting import account
 from edgedyn.targets.fuse import fuse_int8
 
 CASES = list(OP.examples())
@@ -424,3 +425,18 @@ def test_random_int8_calls_hold_infinities_in_x_alone():
     floats = [[a for a in call.args[1:] if isinstance(a, Tensor)] for call in calls]
     assert any(not torch.isfinite(call.args[0]).all() for call in calls)
     assert all(np.isfinite(a.numpy()).all() for group in floats for a in group)
+
+
+def test_call_of_a_network_itself_is_float_in_an_int8_program_and_says_how_it_becomes_int8():
+    class Net(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            tensors = CASES[0][1:10]
+            return inverted_residual(x, *(Convolution(*tensors[3 * k : 3 * k + 3]) for k in range(3)))
+
+    program = torch.export.export(Net(), CASES[0][:1])
+    found = account(program.module(), {})
+    assert [row["count"] for row in found] == [1]
+    assert "three_convolutions may be INT8" in found[0]["reason"]
+    form = {OP: ops.choose_form(OP, targets.load("executorch", "fused"), "three_convolutions")}
+    decomposed = ops.decompose(program, form, "before_quantize")
+    assert sum(node.target in COUNTED_OPS for node in decomposed.graph.nodes) == 3
