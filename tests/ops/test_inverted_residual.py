@@ -20,6 +20,7 @@ from edgedyn import ops, targets
 from edgedyn.errors import ModelError
 from edgedyn.graph.nodes import COUNTED_OPS, all_multiply_adds
 from edgedyn.ops.inverted_residual import OP, Convolution, inverted_residual
+from edgedyn.ops.inverted_residual.definition import Affine
 from edgedyn.ops.inverted_residual.forms import three_convolutions
 from edgedyn.quantize.accounting import account
 from edgedyn.targets.fuse import fuse_int8
@@ -164,6 +165,19 @@ def test_int8_op_equals_the_program_of_quantize_and_dequantize(args):
     step = (y - expected).abs().max() / y.abs().max()
     assert step < 1e-2  # a sum in another order tips a tie at most, one step of 90 on one of many channels
     assert ((y - expected).abs() > 1e-5 * y.abs().max()).float().mean() < 0.05
+
+
+@pytest.mark.parametrize("affine", [(0.1, 3), (0.037, -128), (1.7, 127), (0.5, 0)])
+def test_map_is_rounded_as_quantize_per_tensor_does(affine):
+    """To the bit, with ties, and with values on both sides of the range."""
+    scale, zero_point = affine
+    x = torch.cat([torch.arange(-600, 601) * (scale / 2), torch.randn(2000) * 200 * scale])
+    x = torch.cat([x, torch.tensor([math.inf, -math.inf])])
+    pair, of = torch.ops.quantized_decomposed, (scale, zero_point, -128, 127, torch.int8)
+    stored = pair.quantize_per_tensor(x, *of)
+    assert {-128, 127} <= set(stored.tolist())
+    assert torch.equal(Affine(*affine).store(x), stored.float())
+    assert torch.equal(Affine(*affine).round(x), pair.dequantize_per_tensor(stored, *of))
 
 
 @every_case
