@@ -53,25 +53,35 @@ class FloatWeights {
   }
 };
 
-template <int kSide, int kStride, bool kMasked>
+template <bool kMasked>
 class FloatTile {
-  static constexpr int kRows = kQuad / kStride;  // of y per step
-
  public:
   static int64_t Words(const InvertedResidual& p) { return p.hidden * 2 * kQuad; }
 
   FloatTile(const BlockArguments<float>& a, const FloatWeights& weights, const BlockTile& tile,
             std::vector<float>& scratch)
-      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile), needed_(p_, a.mask, tile_, columns_), lanes_(hn::Lanes(Floats())),
+      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile), needed_(p_, kMasked ? a.mask : nullptr, tile_, columns_), lanes_(hn::Lanes(Floats())),
         vectors_((columns_.end - columns_.begin + lanes_ - 1) / lanes_),
-        pitch_(columns_.Pitch(kStride, kSide, tile, lanes_)), y_pitch_(RoundUp(tile.columns + lanes_, lanes_)) {
+        pitch_(columns_.Pitch(p_, tile, lanes_)), y_pitch_(RoundUp(tile.columns + lanes_, lanes_)) {
     const int64_t in = vectors_ * p_.channels * kQuad * lanes_, maps = (p_.hidden + 3) * 2 * kQuad * pitch_;
-    const int64_t out = p_.hidden * kRows * lanes_;
-    x_ = Carve(scratch, in + maps + out + RoundUp(p_.outputs, 4) * kRows * y_pitch_);
+    const int64_t out = p_.hidden * kQuad * lanes_;
+    x_ = Carve(scratch, in + maps + out + RoundUp(p_.outputs, 4) * kQuad * y_pitch_);
     maps_ = x_ + in, filtered_ = maps_ + maps, y_ = filtered_ + out;
   }
 
   void Run() {
+    if (p_.side == 3 && p_.stride == 1) return RunSteps<3, 1>();
+    if constexpr (!kMasked) {
+      if (p_.side == 3) return RunSteps<3, 2>();
+      if (p_.stride == 1) return RunSteps<5, 1>();
+      RunSteps<5, 2>();
+    }
+  }
+
+ private:
+  template <int kSide, int kStride>
+  void RunSteps() {
+    constexpr int kRows = kQuad / kStride;  // of y per step
     const int64_t steps = (tile_.rows + kRows - 1) / kRows;
     Expand(0);
     for (int64_t step = 0; step < steps; ++step) {
@@ -79,14 +89,13 @@ class FloatTile {
       if ((rows - 1) * kStride + kSide > kQuad) Expand(step + 1);
       const Windows windows = needed_.OfOutput(step * kRows, rows);
       for (int64_t v = 0; v < windows.size(); ++v) {
-        Filter(step, windows[v]);
-        Project(windows[v]);
+        Filter<kSide, kStride>(step, windows[v]);
+        Project<kRows>(windows[v]);
       }
       WriteRows(a_, tile_, step * kRows, rows, y_, y_pitch_);
     }
   }
 
- private:
   // x of a quad of rows: [vector][channel][row][lane]
   void PackInput(int64_t top, const Windows& windows) {
     const float* begin = a_.x + tile_.sample * p_.channels * p_.height * p_.width;
@@ -108,7 +117,7 @@ class FloatTile {
 
   // The hidden rows of a quad; 0 outside of the image.
   void Expand(int64_t quad) {
-    const int64_t top = tile_.row * kStride - kSide / 2 + quad * kQuad;
+    const int64_t top = tile_.row * p_.stride - p_.side / 2 + quad * kQuad;
     const Windows windows = needed_.OfHidden(quad);
     PackInput(top, windows);
     for (int64_t v = 0; v < windows.size(); ++v) ExpandWindow(quad, v, windows[v]);
@@ -127,10 +136,10 @@ class FloatTile {
     for (int64_t e = 0; e < p_.hidden; e += 4) {
       Vector sum[4][kQuad];
       Multiply(w_.expand, e, p_.channels, x_ + v * p_.channels * kQuad * lanes_, sum);
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int c = 0; c < 4; ++c) {
         Activate(w_.expand.finish, e + c, sum[c]);
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (int r = 0; r < kQuad; ++r) {
           access.Store(sum[c][r], Map(e + c, quad) + r * pitch_ + columns_.begin);
         }
@@ -144,40 +153,42 @@ class FloatTile {
                            Vector (&sum)[4][kCount]) const {
     const Floats d;
     const float* HWY_RESTRICT weight = layer.weight.data() + o * inputs;
-    HWY_UNROLL_ALL
+    EDGEDYN_UNROLL
     for (int c = 0; c < 4; ++c) {
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int r = 0; r < kCount; ++r) sum[c][r] = hn::Set(d, layer.bias[o + c]);
     }
     for (int64_t k = 0; k < inputs; ++k, from += kCount * lanes_, weight += 4) {
       Vector x[kCount];
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int r = 0; r < kCount; ++r) x[r] = hn::Load(d, from + r * lanes_);
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int c = 0; c < 4; ++c) {
         const Vector w = hn::Set(d, weight[c]);
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (int r = 0; r < kCount; ++r) sum[c][r] = hn::MulAdd(x[r], w, sum[c][r]);
       }
     }
   }
 
   // One vector of all channels and rows of a step: [channel][row][lane]
+  template <int kSide, int kStride>
   void Filter(int64_t step, const Window& window) {
+    constexpr int kRows = kQuad / kStride;
     const Floats d;
     const WindowAccess<Floats, kMasked, kStride> access(window);
     const float* weight = w_.depthwise.weight.data();
     for (int64_t e = 0; e < p_.hidden; ++e, weight += kSide * kSide) {
       Vector sum[kRows];
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int i = 0; i < kRows; ++i) sum[i] = hn::Set(d, w_.depthwise.bias[e]);
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int row = 0; row < (kRows - 1) * kStride + kSide; ++row) {
         const float* from = Map(e, step + row / kQuad) + row % kQuad * pitch_;
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (int column = 0; column < kSide; ++column) {
           const Vector value = access.Load(from + column);
-          HWY_UNROLL_ALL
+          EDGEDYN_UNROLL
           for (int i = 0; i < kRows; ++i) {
             const int tap = row - i * kStride;
             if (tap >= 0 && tap < kSide) {
@@ -187,20 +198,21 @@ class FloatTile {
         }
       }
       Activate(w_.depthwise.finish, e, sum);
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int i = 0; i < kRows; ++i) hn::Store(sum[i], d, filtered_ + (e * kRows + i) * lanes_);
     }
   }
 
+  template <int kRows>
   void Project(const Window& window) {
     const WindowAccess<Floats, kMasked> access(window);
     for (int64_t o = 0; o < p_.outputs; o += 4) {
       Vector sum[4][kRows];
       Multiply(w_.project, o, p_.hidden, filtered_, sum);
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int c = 0; c < 4; ++c) {
         Activate(w_.project.finish, o + c, sum[c]);
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (int i = 0; i < kRows; ++i) access.Store(sum[c][i], y_ + ((o + c) * kRows + i) * y_pitch_);
       }
     }

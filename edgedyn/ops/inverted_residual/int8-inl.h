@@ -17,8 +17,6 @@
 #define EDGEDYN_OPS_BLOCK_INT8_INL_H_
 #endif
 
-#undef HWY_UNROLL_ALL
-#define HWY_UNROLL_ALL _Pragma("GCC unroll 8")
 HWY_BEFORE_NAMESPACE();
 namespace edgedyn {
 namespace HWY_NAMESPACE {
@@ -247,27 +245,35 @@ class Int8Weights {
   int64_t hidden_, outputs_, depth_;
 };
 
-template <int kSide, int kStride, bool kMasked>
+template <bool kMasked>
 class Int8Tile {
-  using Columns = WindowAccess<Ints, kMasked, kStride>;  // of hidden rows
-  static constexpr int kRows = kQuad / kStride;  // of y per step
-  static constexpr int64_t kFilterWords = kSide * kRows * (kSide > 3 ? 2 : 1) * kTapWords / (kSide > 3 ? 1 : 2);
-
  public:
   static int64_t Words(const InvertedResidual& p) { return RoundUp(p.hidden, 4) * 2; }
 
   Int8Tile(const BlockArguments<int8_t>& a, const Int8Weights& weights, const BlockTile& tile,
            std::vector<int32_t>& scratch)
-      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile), needed_(p_, a.mask, tile_, columns_), lanes_(hn::Lanes(Ints())),
+      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile), needed_(p_, kMasked ? a.mask : nullptr, tile_, columns_), lanes_(hn::Lanes(Ints())),
         hidden_(RoundUp(p_.hidden, 4)), depth_((p_.channels + 3) / 4),
         vectors_((columns_.end - columns_.begin + lanes_ - 1) / lanes_),
-        pitch_(columns_.Pitch(kStride, kSide, tile, lanes_)), y_pitch_(RoundUp(tile.columns + lanes_, lanes_)) {
+        pitch_(columns_.Pitch(p_, tile, lanes_)), y_pitch_(RoundUp(tile.columns + lanes_, lanes_)) {
     const int64_t in = vectors_ * depth_ * kQuad * lanes_, maps = hidden_ * 2 * pitch_, out = hidden_ * lanes_;
-    x_ = Carve(scratch, in + maps + out + RoundUp(p_.outputs, 4) * kRows * y_pitch_);
+    x_ = Carve(scratch, in + maps + out + RoundUp(p_.outputs, 4) * kQuad * y_pitch_);
     maps_ = x_ + in, filtered_ = maps_ + maps, y_ = reinterpret_cast<float*>(filtered_ + out);
   }
 
   void Run() {
+    if (p_.side == 3 && p_.stride == 1) return RunSteps<3, 1>();
+    if constexpr (!kMasked) {
+      if (p_.side == 3) return RunSteps<3, 2>();
+      if (p_.stride == 1) return RunSteps<5, 1>();
+      RunSteps<5, 2>();
+    }
+  }
+
+ private:
+  template <int kSide, int kStride>
+  void RunSteps() {
+    constexpr int kRows = kQuad / kStride;  // of y per step
     const int64_t steps = (tile_.rows + kRows - 1) / kRows;
     Expand(0);
     for (int64_t step = 0; step < steps; ++step) {
@@ -275,14 +281,13 @@ class Int8Tile {
       if ((rows - 1) * kStride + kSide > kQuad) Expand(step + 1);
       const Windows windows = needed_.OfOutput(step * kRows, rows);
       for (int64_t v = 0; v < windows.size(); ++v) {
-        Filter(step, windows[v]);
-        Project(windows[v]);
+        Filter<kSide, kStride>(step, windows[v]);
+        Project<kRows>(windows[v]);
       }
       WriteRows(a_, tile_, step * kRows, rows, y_, y_pitch_);
     }
   }
 
- private:
   // x of a quad of rows, quantized: [vector][word of channels][row][lane]
   void PackInput(int64_t top, const Windows& windows) {
     const Floats d;
@@ -302,7 +307,7 @@ class Int8Tile {
         for (int64_t v = 0; v < windows.size(); ++v) {
           const WindowAccess<Floats, kMasked> access(windows[v]);
           IntVector steps[4];
-          HWY_UNROLL_ALL
+          EDGEDYN_UNROLL
           for (int c = 0; c < 4; ++c) {
             const Vector value = access.LoadWithin(from[c], begin, end);
             steps[c] = RoundedInts(hn::Min(most, hn::Max(least, hn::Mul(value, inverse))));
@@ -318,7 +323,7 @@ class Int8Tile {
 
   // The hidden rows of a quad.
   void Expand(int64_t quad) {
-    const int64_t top = tile_.row * kStride - kSide / 2 + quad * kQuad;
+    const int64_t top = tile_.row * p_.stride - p_.side / 2 + quad * kQuad;
     const Windows windows = needed_.OfHidden(quad);
     PackInput(top, windows);
     const uint32_t stored = (a_.of_hidden.zero_point + kOffset) & 0xFF;
@@ -343,24 +348,24 @@ class Int8Tile {
     const int32_t* weight = w_.expand.weight.data();
     for (int64_t e = 0; e < hidden_; e += 4) {
       IntVector sum[4][kQuad];
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int c = 0; c < 4; ++c) {
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (auto& value : sum[c]) value = hn::Set(d, w_.expand.start[e + c]);
       }
       const int32_t* x = x_ + v * depth_ * kQuad * lanes_;
       for (int64_t k = 0; k < depth_; ++k, x += kQuad * lanes_, weight += 4 * kTapWords) {
         Quads values[kQuad];
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (int r = 0; r < kQuad; ++r) values[r] = MakeQuads(hn::Load(d, x + r * lanes_));
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (int c = 0; c < 4; ++c) {
           const Taps taps = LoadTaps(weight + c * kTapWords);
-          HWY_UNROLL_ALL
+          EDGEDYN_UNROLL
           for (int r = 0; r < kQuad; ++r) sum[c][r] = Dot(sum[c][r], values[r], taps);
         }
       }
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int c = 0; c < 4; ++c) {
         ToSteps(w_.expand, e + c, sum[c]);
         IntVector word = Pack(sum[c][0], sum[c][1], sum[c][2], sum[c][3], zero_point);
@@ -375,27 +380,30 @@ class Int8Tile {
     const Floats d;
     const Vector factor = hn::Set(d, layer.factor[channel]), offset = hn::Set(d, layer.offset[channel]);
     Vector v[kCount];
-    HWY_UNROLL_ALL
+    EDGEDYN_UNROLL
     for (int r = 0; r < kCount; ++r) v[r] = hn::MulAdd(hn::ConvertTo(d, sum[r]), factor, offset);
     Activate(layer.finish, channel, v);
-    HWY_UNROLL_ALL
+    EDGEDYN_UNROLL
     for (int r = 0; r < kCount; ++r) sum[r] = RoundedInts(v[r]);
   }
 
   // One vector of all channels and rows of a step: [row][word of channels][lane]
+  template <int kSide, int kStride>
   void Filter(int64_t step, const Window& window) {
-    const Columns access(window);
+    constexpr int kRows = kQuad / kStride;
+    const WindowAccess<Ints, kMasked, kStride> access(window);
+    constexpr int64_t kWords = kSide * kRows * (kSide > 3 ? 2 : 1) * kTapWords / (kSide > 3 ? 1 : 2);
     const Ints d;
     const auto zero_point = MakeZeroPoint(a_.of_filtered);
     const int32_t* weight = w_.depthwise.weight.data();
     for (int64_t e = 0; e < hidden_; e += 4) {
       IntVector sum[4][kRows];
-      HWY_UNROLL_ALL
-      for (int c = 0; c < 4; ++c, weight += kFilterWords) {
-        FilterChannel(step, e + c, access, weight, sum[c]);
+      EDGEDYN_UNROLL
+      for (int c = 0; c < 4; ++c, weight += kWords) {
+        FilterChannel<kSide, kStride>(step, e + c, access, weight, sum[c]);
         ToSteps(w_.depthwise, e + c, sum[c]);
       }
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int i = 0; i < kRows; ++i) {
         hn::Store(Pack(sum[0][i], sum[1][i], sum[2][i], sum[3][i], zero_point), d,
                   filtered_ + (e / 4 * kRows + i) * lanes_);
@@ -403,19 +411,20 @@ class Int8Tile {
     }
   }
 
-  HWY_INLINE void FilterChannel(int64_t step, int64_t e, const Columns& access, const int32_t* weight,
-                                IntVector (&sum)[kRows]) {
+  template <int kSide, int kStride, int kRows = kQuad / kStride>
+  HWY_INLINE void FilterChannel(int64_t step, int64_t e, const WindowAccess<Ints, kMasked, kStride>& access,
+                                const int32_t* weight, IntVector (&sum)[kRows]) {
     const Ints d;
     const int32_t* maps[2] = {Map(e, step), Map(e, step + 1)};
     for (auto& value : sum) value = hn::Set(d, w_.depthwise.start[e]);
-    HWY_UNROLL_ALL
+    EDGEDYN_UNROLL
     for (int column = 0; column < kSide; ++column) {
       const IntVector first = access.Load(maps[0] + column);
       const IntVector second = access.Load(maps[1] + column);
       if constexpr (kSide == 3) {
         // the second half of the rows is the first half two hidden rows further down
         const Quads upper = MakeQuads(first), lower = MakeQuads(Funnel(first, second));
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (int i = 0; i < kRows / 2; ++i) {
           const Taps taps = LoadTaps(weight + (i * kSide + column) * kTapWords);
           sum[i] = Dot(sum[i], upper, taps);
@@ -423,7 +432,7 @@ class Int8Tile {
         }
       } else {
         const Quads quads[2] = {MakeQuads(first), MakeQuads(second)};
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (int i = 0; i < kRows; ++i) {
           const int32_t* taps = weight + (i * kSide + column) * 2 * kTapWords;
           if (i * kStride < kQuad) sum[i] = Dot(sum[i], quads[0], LoadTaps(taps));
@@ -433,6 +442,7 @@ class Int8Tile {
     }
   }
 
+  template <int kRows>
   void Project(const Window& window) {
     const WindowAccess<Floats, kMasked> access(window);
     const Ints d;
@@ -440,31 +450,31 @@ class Int8Tile {
     const int32_t* weight = w_.project.weight.data();
     for (int64_t o = 0; o < p_.outputs; o += 4) {
       IntVector sum[4][kRows];
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int c = 0; c < 4; ++c) {
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (auto& value : sum[c]) value = hn::Set(d, w_.project.start[o + c]);
       }
       const int32_t* from = filtered_;
       for (int64_t k = 0; k < hidden_ / 4; ++k, from += kRows * lanes_, weight += 4 * kTapWords) {
         Quads values[kRows];
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (int i = 0; i < kRows; ++i) values[i] = MakeQuads(hn::Load(d, from + i * lanes_));
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (int c = 0; c < 4; ++c) {
           const Taps taps = LoadTaps(weight + c * kTapWords);
-          HWY_UNROLL_ALL
+          EDGEDYN_UNROLL
           for (int i = 0; i < kRows; ++i) sum[c][i] = Dot(sum[c][i], values[i], taps);
         }
       }
-      HWY_UNROLL_ALL
+      EDGEDYN_UNROLL
       for (int c = 0; c < 4; ++c) {
         const Vector factor = hn::Set(df, w_.project.factor[o + c]), offset = hn::Set(df, w_.project.offset[o + c]);
         Vector y[kRows];
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (int i = 0; i < kRows; ++i) y[i] = hn::MulAdd(hn::ConvertTo(df, sum[c][i]), factor, offset);
         Activate(w_.project.finish, o + c, y);
-        HWY_UNROLL_ALL
+        EDGEDYN_UNROLL
         for (int i = 0; i < kRows; ++i) access.Store(y[i], y_ + ((o + c) * kRows + i) * y_pitch_);
       }
     }

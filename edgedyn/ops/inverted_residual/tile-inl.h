@@ -1,5 +1,6 @@
 // What float and INT8 tiles of a block share, for every instruction set that Highway compiles: activations,
 // the columns of a tile, and its output.
+#include <limits>
 #include <vector>
 
 #include "hwy/highway.h"
@@ -12,8 +13,6 @@
 #define EDGEDYN_OPS_BLOCK_TILE_INL_H_
 #endif
 
-#undef HWY_UNROLL_ALL
-#define HWY_UNROLL_ALL _Pragma("GCC unroll 8")
 HWY_BEFORE_NAMESPACE();
 namespace edgedyn {
 namespace HWY_NAMESPACE {
@@ -30,45 +29,43 @@ struct Finish {
 HWY_INLINE Vector AtLeast(Vector v, Vector least) { return hn::IfThenElse(hn::Lt(v, least), least, v); }
 HWY_INLINE Vector AtMost(Vector v, Vector most) { return hn::IfThenElse(hn::Gt(v, most), most, v); }
 
+// Hardswish, and bounds that keep values within int32: out of line, since they are rare and long.
+template <int kCount>
+HWY_NOINLINE void ActivateRarely(const Finish& f, Vector (&v)[kCount]) {
+  const Floats d;
+  const Vector three = hn::Set(d, 3 / f.unit), six = hn::Set(d, 6 / f.unit), sixth = hn::Set(d, f.unit / 6);
+  const Vector most = hn::Set(d, 1e9f), least = hn::Set(d, -1e9f);
+  for (auto& value : v) {
+    if (f.activation == BlockActivation::kHardswish) {
+      const Vector gate = AtMost(AtLeast(hn::Add(value, three), hn::Zero(d)), six);
+      value = hn::Mul(hn::Mul(value, gate), sixth);
+    }
+    if (f.bounds) value = AtMost(AtLeast(value, least), most);
+  }
+}
+
 // Applies the activation to the vectors of one channel. NaN stays NaN, as in torch.
 template <int kCount>
 HWY_INLINE void Activate(const Finish& f, int64_t channel, Vector (&v)[kCount]) {
   const Floats d;
   const Vector zero = hn::Zero(d);
-  switch (f.activation) {
-    case BlockActivation::kNone:
-      break;
-    case BlockActivation::kRelu:
-      HWY_UNROLL_ALL
-      for (auto& value : v) value = AtLeast(value, zero);
-      break;
-    case BlockActivation::kRelu6: {
-      const Vector six = hn::Set(d, 6 / f.unit);
-      HWY_UNROLL_ALL
-      for (auto& value : v) value = AtMost(AtLeast(value, zero), six);
-      break;
-    }
-    case BlockActivation::kPrelu: {
-      const Vector slope = hn::Set(d, f.slopes[channel]);
-      HWY_UNROLL_ALL
-      for (auto& value : v) value = hn::IfThenElse(hn::Lt(value, zero), hn::Mul(value, slope), value);
-      break;
-    }
-    case BlockActivation::kHardswish: {
-      const Vector three = hn::Set(d, 3 / f.unit), six = hn::Set(d, 6 / f.unit);
-      const Vector sixth = hn::Set(d, f.unit / 6);
-      HWY_UNROLL_ALL
-      for (auto& value : v) {
-        const Vector gate = AtMost(AtLeast(hn::Add(value, three), zero), six);
-        value = hn::Mul(hn::Mul(value, gate), sixth);
-      }
-      break;
-    }
+  if (f.activation == BlockActivation::kPrelu) {
+    const Vector slope = hn::Set(d, f.slopes[channel]);
+    EDGEDYN_UNROLL
+    for (auto& value : v) value = hn::IfThenElse(hn::Lt(value, zero), hn::Mul(value, slope), value);
+  } else if (f.activation == BlockActivation::kRelu || f.activation == BlockActivation::kRelu6) {
+    const bool is_capped = f.activation == BlockActivation::kRelu6;
+    const Vector most = hn::Set(d, is_capped ? 6 / f.unit : std::numeric_limits<float>::infinity());
+    EDGEDYN_UNROLL
+    for (auto& value : v) value = AtMost(AtLeast(value, zero), most);
   }
-  if (f.bounds) {
-    const Vector most = hn::Set(d, 1e9f), least = hn::Set(d, -1e9f);
-    HWY_UNROLL_ALL
-    for (auto& value : v) value = AtMost(AtLeast(value, least), most);
+  if (f.activation == BlockActivation::kHardswish || f.bounds) {
+    Vector rare[kCount];
+    EDGEDYN_UNROLL
+    for (int k = 0; k < kCount; ++k) rare[k] = v[k];
+    ActivateRarely(f, rare);
+    EDGEDYN_UNROLL
+    for (int k = 0; k < kCount; ++k) v[k] = rare[k];
   }
 }
 
@@ -89,8 +86,8 @@ struct TileColumns {
 
   // Words between two rows of scratch, with room for the lanes behind the last column; an odd number of cache
   // lines, because many rows would fall into one cache set otherwise.
-  int64_t Pitch(int64_t stride, int64_t side, const BlockTile& tile, int64_t lanes) const {
-    const int64_t read = (tile.columns + lanes) * stride + side + lanes, written = end + lanes;
+  int64_t Pitch(const InvertedResidual& p, const BlockTile& tile, int64_t lanes) const {
+    const int64_t read = (tile.columns + lanes) * p.stride + p.side + lanes, written = end + lanes;
     return (RoundUp(std::max(read, written), 16) / 16 | 1) * 16;
   }
 

@@ -7,6 +7,10 @@
 
 #include "inverted_residual/formula.h"
 
+// Before a loop over the registers of a tile: GCC keeps an array in registers only if its loops are unrolled
+// early.
+#define EDGEDYN_UNROLL _Pragma("GCC unroll 8")
+
 namespace edgedyn {
 
 // A layer of a block as the runtime hands it over. T: the type of the weights; scales of int8 weights, one per
