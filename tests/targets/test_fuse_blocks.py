@@ -1,0 +1,70 @@
+"""Programs whose blocks are one node each compute the same as before."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from small_blocks import ACTIVATIONS, Block, Masked, MobileNetV2, dilated, export
+from torch import nn
+
+from edgedyn.graph.nodes import module_path
+from edgedyn.layers.malleconv import ResConvBlock
+from edgedyn.quantize.quantized import to_float
+from edgedyn.targets.fuse_blocks import fuse_blocks
+
+
+def same(mask):
+    return mask
+
+
+def fused_nodes(program):
+    return [n for n in program.graph.nodes if getattr(n.target, "namespace", "") == "edgedyn"]
+
+
+def left(program):
+    return [n for n in program.graph.nodes if n.target is torch.ops.aten.conv2d.default]
+
+
+FLOAT = {
+    **{f"act {name}": Block(activations=(name, name, name)) for name in ACTIVATIONS},
+    "5x5": Block(side=5),
+    "stride 2": Block(stride=2, residual=False, outputs=6),
+    "5x5 stride 2": Block(stride=2, side=5, residual=False),
+    "no bias": Block(bias=False),
+    "no sum": Block(residual=False),
+    "masked": Masked(dilated(3), same, same),
+    "masked behind": Masked(None, None, same),
+    "masked 5x5": Masked(dilated(5), None, same, side=5),
+    "chain": nn.Sequential(*[ResConvBlock(4) for _ in range(3)]),
+}
+
+
+@pytest.mark.parametrize("name", FLOAT)
+def test_float_blocks_compute_the_same(name):
+    network = FLOAT[name]
+    x = torch.randn(2, 4, 9, 7, generator=torch.Generator().manual_seed(1))
+    program = to_float(export(network), (x,), "fp32").program
+    before = len(left(program))
+    fused = fuse_blocks(program)
+    nodes = fused_nodes(fused)
+    assert len(nodes) == (3 if name == "chain" else 1)
+    assert len(left(fused)) == before - 3 * len(nodes)
+    torch.testing.assert_close(fused.module()(x), program.module()(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_mobilenet_keeps_its_logits_and_its_first_block():
+    x = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(2))
+    program = to_float(export(MobileNetV2(), 1, 3, 64, 64), (x,), "fp32").program
+    fused = fuse_blocks(program)
+    assert len(fused_nodes(fused)) == 16
+    assert [module_path(node) for node in fused_nodes(fused)[:2]] == ["features.2.conv", "features.3.conv"]
+    assert len(left(fused)) == 4  # stem, the block without expansion, head
+    expected = program.module()(x)
+    torch.testing.assert_close(
+        fused.module()(x), expected, rtol=1e-4, atol=1e-4 * float(expected.abs().max())
+    )
+
+
+def test_a_program_without_blocks_is_the_same_object():
+    program = export(nn.Conv2d(4, 4, 1))
+    assert fuse_blocks(program) is program
