@@ -140,7 +140,7 @@ def lower_in_float(
     from edgedyn.layers import float32_classes, part_inputs, parts
 
     recipe, samples = stored_recipe(bundle), stored_inputs(bundle)
-    target = targets.load(recipe.target, recipe.kernels)
+    target = targets.load(recipe.target, recipe.kernels, recipe.forms)
     with shared_provenance():
         progress("float32", 0, 1)
         reference = load_reference(recipe, samples, trust=trust)

@@ -188,7 +188,7 @@ def load_target(recipe: Recipe, *, ablates: bool = False) -> Target:
         TargetMissingError: when its packages are not installed, or the recipe or the ablation corrects
             biases and NNCF is not installed.
     """
-    target = targets.load(recipe.target, recipe.kernels)
+    target = targets.load(recipe.target, recipe.kernels, recipe.forms)
     if recipe.precision not in target.precisions:
         raise RecipeError(
             f"target {target.name!r} has no precision {recipe.precision!r}; it has "

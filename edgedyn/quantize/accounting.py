@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import torch
 from torch import Tensor, fx
@@ -41,6 +41,7 @@ _KEPT_FLOAT = {
 KEPT_BY_RECIPE = "kept in float by the recipe (quantize.keep_float)"
 KEPT_FOR_QUALITY = "kept in float to meet the limit on the PSNR drop (quantize.max_drop_db)"
 KEPT_ALWAYS = "decides or normalises: float32 in every precision"
+KEPT_IN_BLOCK = "belongs to a block of which another layer is kept in float"
 KEPT_GENERATED = "writes generated kernels, which stay float (quantize.generated)"
 KEPT_OUTPUT_RESCALE = "scales the channels of an INT8 output back (rescale Mul)"
 KEPT_INPUT_RESCALE = "scales the channels of an INT8 input to one range (rescale Mul)"
@@ -77,12 +78,15 @@ _MOVES_ONLY = {
 }
 
 
-def account(module: fx.GraphModule, reasons: Mapping[str, str]) -> tuple[dict[str, object], ...]:
+def account(
+    module: fx.GraphModule, reasons: Mapping[str, str], inside: Collection[fx.Node] = ()
+) -> tuple[dict[str, object], ...]:
     """List the float operators of a program: ``{"node", "count", "reason"}``.
 
     Args:
         module: a program with Q/DQ pairs.
         reasons: why layers that could be INT8 are float, by node name.
+        inside: operators that an INT8 kernel computes with its layers.
     """
     kept: Counter[tuple[str, str]] = Counter()
     for node in module.graph.nodes:
@@ -90,7 +94,7 @@ def account(module: fx.GraphModule, reasons: Mapping[str, str]) -> tuple[dict[st
             if not is_int8(node):
                 reason = _NO_RULE if has_stored_weight(node) else _DYNAMIC
                 kept[module_path(node) or node.name, reasons.get(node.name, reason)] += 1
-        elif name := None if _is_fused(node) else _float_operator(node):
+        elif name := None if node in inside or _is_fused(node) else _float_operator(node):
             kept[_shown(node, name), reasons.get(node.name, _reason(node, name))] += 1
     return tuple({"node": node, "count": count, "reason": reason} for (node, reason), count in kept.items())
 

@@ -14,7 +14,7 @@ from edgedyn.errors import CalibrationError, TargetMissingError
 from edgedyn.quantize.calibrated import Calibrated
 from edgedyn.quantize.fold import fold
 from edgedyn.quantize.observe.program import Observed, observe_program
-from edgedyn.quantize.plan import Int8Method
+from edgedyn.quantize.plan import Int8Method, blocks_of
 from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.rounding.program import round_program
 from edgedyn.quantize.search.ablation import ablate
@@ -130,6 +130,7 @@ class Calibrator:
             samples=self.inputs.samples,
             sources=self.inputs.sources,
             generated=self.generated,
+            blocks=blocks_of(module, self.method.scheme),
             progress=self.progress,
         )
         return module, observed

@@ -2,6 +2,7 @@
 
     x -> Q/DQ -> conv(int8 weights, per channel) [-> Q/DQ -> PReLU -> Q/DQ -> conv ...] -> float adds
     x -> min, max -> Q/DQ -> conv(int8 weights, per channel) -> float          where the range is dynamic
+    x -> Q/DQ -> conv -> PReLU -> Q/DQ -> conv -> PReLU -> Q/DQ -> conv -> PReLU -> float    a fused block
 
 Only convolutions and linear layers are INT8, with the PReLU between them where the runtime keeps it INT8.
 Residual sums, products of two activations, generated kernels and slicing stay float: in a residual stream,
@@ -12,12 +13,13 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, fx
 
 from edgedyn.errors import CalibrationError, RecipeError, nearest
+from edgedyn.graph.blocks import Block, find_blocks
 from edgedyn.graph.nodes import (
     belongs_to,
     fused_activation,
@@ -31,6 +33,7 @@ from edgedyn.quantize.accounting import (
     KEPT_BY_RECIPE,
     KEPT_FOR_QUALITY,
     KEPT_GENERATED,
+    KEPT_IN_BLOCK,
     moves_only,
 )
 from edgedyn.quantize.deciding import find_decided, find_deciding_layers
@@ -47,7 +50,8 @@ class QuantizableLayer:
     Attributes:
         name: dotted path of the layer; the second call of the same layer ends in ``#2``.
         node: the call.
-        output_node: the call, or the activation behind it that runtimes fuse into it.
+        output_node: the call, or the activation behind it that runtimes fuse into it; in a block that a
+            kernel of ours computes, the call behind activation and mask.
         input: name of the input activation.
     """
 
@@ -65,7 +69,7 @@ class QuantizableLayer:
 
     @property
     def output(self) -> str:
-        """Name of the output activation, behind the fused activation."""
+        """Name of the output activation, at ``output_node``."""
         return f"{self.name}.output"
 
     @property
@@ -79,18 +83,28 @@ class QuantizableLayer:
         return f"{self.name}.bias"
 
 
-def find_quantizable_layers(module: fx.GraphModule) -> list[QuantizableLayer]:
+def blocks_of(module: fx.GraphModule, scheme: Int8Scheme) -> tuple[Block, ...]:
+    """Return the blocks of a folded program that a kernel of the target computes; none for other targets."""
+    return find_blocks(module)[0] if scheme.fuses_blocks else ()
+
+
+def find_quantizable_layers(module: fx.GraphModule, blocks: Collection[Block] = ()) -> list[QuantizableLayer]:
     """Return every convolution and linear layer with stored weights of a folded program, in its order.
 
     An activation is named after the layer that computes it, else after the first layer that reads it. These
     names do not depend on the forms of our ops, which are their alternative implementations.
+
+    Args:
+        module: the program.
+        blocks: its blocks that a kernel computes, from ``blocks_of``.
     """
     calls = [node for node in module.graph.nodes if is_quantizable(node)]
+    ends = {stage.conv: stage.end for block in blocks for stage in block.stages}
     names: dict[fx.Node, str] = {}
     layers = []
     for node, name in zip(calls, number_repeats(module_path(n) or n.name for n in calls), strict=True):
         input_name = names.setdefault(node.args[0], f"{name}.input")
-        layer = QuantizableLayer(name, node, fused_activation(node) or node, input_name)
+        layer = QuantizableLayer(name, node, ends.get(node) or fused_activation(node) or node, input_name)
         names[layer.output_node] = layer.output
         layers.append(layer)
     return layers
@@ -203,16 +217,21 @@ class Plan:
         kernels: calls of our ops with an INT8 x, and the name of x.
         reasons: why other layers stay float, by node name.
         dynamic: calls of layers that take their input range from each image, and write float.
+        ends: calls of the last layers of blocks, which write float, too.
+        together: names of the layers of a block, by the name of each: all are INT8 or none.
     """
 
     layers: tuple[QuantizableLayer, ...]
     kernels: Mapping[fx.Node, str]
     reasons: Mapping[str, str]
     dynamic: frozenset[fx.Node] = frozenset()
+    ends: frozenset[fx.Node] = frozenset()
+    together: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     def quantized_outputs(self, scheme: Int8Scheme) -> tuple[QuantizableLayer, ...]:
         """Return the layers whose output activation is quantized."""
-        return tuple(layer for layer in self.layers if scheme.outputs and layer.node not in self.dynamic)
+        float_outputs = self.dynamic | self.ends
+        return tuple(layer for layer in self.layers if scheme.outputs and layer.node not in float_outputs)
 
 
 def make_plan(
@@ -244,22 +263,39 @@ def make_plan(
         is_router: whether the host compares the first output.
         generated: names of generated kernels that stay float, where the scheme quantizes outputs at all.
     """
-    candidates = find_quantizable_layers(module)
+    blocks = blocks_of(module, scheme)
+    inside = {stage.conv for block in blocks for stage in block.stages}
+    ends = frozenset(block.stages[-1].conv for block in blocks)
+    candidates = find_quantizable_layers(module, blocks)
     reasons = {layer.node.name: KEPT_FOR_QUALITY for layer in candidates if layer.name in kept}
     reasons |= dict.fromkeys(_matching(candidates, keep_float), KEPT_BY_RECIPE)
-    dynamic_names = _matching([layer for layer in candidates if scheme.dynamic(layer.node)], dynamic)
+    free = [layer for layer in candidates if layer.node not in inside]
+    dynamic_names = _matching([layer for layer in free if scheme.dynamic(layer.node)], dynamic)
     if scheme.outputs:
-        static = [layer for layer in candidates if layer.node.name not in dynamic_names]
+        static = [x for x in candidates if x.node.name not in dynamic_names and x.node not in ends]
         reasons |= {layer.node.name: KEPT_GENERATED for layer in static if layer.output in generated}
     reasons |= {node.name: KEPT_ALWAYS for node in module.graph.nodes if belongs_to(node, float32)}
     deciding = find_deciding_layers(module, is_router=is_router)
     reasons |= {node.name: KEPT_ALWAYS for node in deciding}
+    for block in blocks:
+        together = [stage.conv.name for stage in block.stages]
+        if any(name in reasons for name in together):
+            reasons = dict.fromkeys(together, KEPT_IN_BLOCK) | reasons
     layers = tuple(layer for layer in candidates if layer.node.name not in reasons)
     int8 = {layer.node for layer in layers}
     names = {node: name for name, node in name_tensors(module, candidates).items()}
     calls = [] if scheme.outputs else [node for node in module.graph.nodes if node.target in kernels]
     int8_calls = {node: names[node.args[0]] for node in calls if int8.issuperset(node.users)}
-    return Plan(layers, int8_calls, reasons, frozenset(node for node in int8 if node.name in dynamic_names))
+    named = {layer.node: layer.name for layer in candidates}
+    units = [tuple(named[stage.conv] for stage in block.stages) for block in blocks]
+    return Plan(
+        layers,
+        int8_calls,
+        reasons,
+        frozenset(node for node in int8 if node.name in dynamic_names),
+        ends,
+        {name: unit for unit in units for name in unit},
+    )
 
 
 @dataclass(frozen=True)

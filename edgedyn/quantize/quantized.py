@@ -25,7 +25,7 @@ from edgedyn.quantize.calibrated import (
     without_rescales,
 )
 from edgedyn.quantize.fold import fold
-from edgedyn.quantize.plan import Int8Method
+from edgedyn.quantize.plan import Int8Method, blocks_of
 from edgedyn.quantize.rescale.input_rescale import drop_input_rescales, insert_input_rescales
 from edgedyn.quantize.rescale.output_rescale import RESCALE, insert_output_rescales
 from edgedyn.quantize.rescale.shift import SHIFT, shift_zero_points
@@ -112,4 +112,7 @@ def apply(
     reasons |= {node.name: KEPT_SHIFT for node in converted.graph.nodes if SHIFT in node.meta}
     exported = torch.export.export(converted, inputs)
     dynamic = tuple(layer.name for layer in plan.layers if layer.node in plan.dynamic)
-    return Quantized(exported, *int8_share(exported), account(converted, reasons), calibrated, dynamic)
+    int8_blocks = [block for block in blocks_of(converted, scheme) if block.qparams is not None]
+    inside = {node for block in int8_blocks for node in block.nodes}
+    accounted = account(converted, reasons, inside)
+    return Quantized(exported, *int8_share(exported), accounted, calibrated, dynamic)

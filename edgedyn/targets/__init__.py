@@ -9,7 +9,9 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from edgedyn.errors import RecipeError, nearest
@@ -18,7 +20,6 @@ from edgedyn.extensions import extend_path, load_named, module_names
 if TYPE_CHECKING:
     import numpy as np
     from torch import fx
-    from torch.export import ExportedProgram
 
     from edgedyn.report.rows import Row
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 
 __path__ = extend_path(__path__, __name__)
+_BLOCK, _BLOCK_KERNEL = "inverted_residual", "edgedyn_block_kernel"  # the op, and its kernel's capability
 
 
 @dataclass(frozen=True)
@@ -37,11 +39,14 @@ class Int8Scheme:
         outputs: convolutions also need a quantized output, and PReLU may follow in INT8.
         dynamic: whether the input range of a convolution or linear layer may be computed from each image; the
             layer's output is float then.
+        fuses_blocks: whether a kernel of ours computes inverted-residual blocks (``graph/blocks.py``): a
+            block's layers are quantized behind activation and mask, and its output is float.
     """
 
     symmetric: bool
     outputs: bool
     dynamic: Callable[[fx.Node], bool] = lambda node: False
+    fuses_blocks: bool = False
 
 
 @dataclass(frozen=True)
@@ -100,6 +105,7 @@ class Target:
             lowered to and run here.
         compile: ``compile(lowered, engine, workspace_bytes=None, progress=None)`` builds the engine of a
             lowered file, on the device, and returns its facts. None where ``load`` runs the lowered file.
+        fuses_blocks: whether ``lower`` and ``preview`` make one node of every inverted-residual block.
     """
 
     name: str
@@ -108,12 +114,13 @@ class Target:
     kernels: frozenset[str]
     precisions: frozenset[str]
     int8: Int8Scheme | None
-    lower: Callable[[Mapping[str, ExportedProgram], Path, str], Artifact]
-    preview: Callable[[Mapping[str, ExportedProgram]], dict[str, Any]]
+    lower: Callable[..., Artifact]
+    preview: Callable[..., dict[str, Any]]
     load: Callable[[Path, str], Run]
     missing: Callable[[], str | None]
     profile: Callable[[Path, str], Any] | None = None
     compile: Callable[..., dict[str, object]] | None = None
+    fuses_blocks: bool = False
 
 
 def deferred(module: str, function: str) -> Callable[..., Any]:
@@ -130,11 +137,18 @@ def names() -> list[str]:
     return module_names(__path__, are_folders=True)
 
 
-def load(name: str, kernels: str = "stock") -> Target:
+def load(name: str, kernels: str = "stock", forms: Mapping[str, str] = MappingProxyType({})) -> Target:
     """Return the target of a name; with ``fused`` kernels its capabilities include those of our own kernels.
+
+    Args:
+        name: of the target.
+        kernels: ``stock`` or ``fused``.
+        forms: op name -> form name, a recipe's ``forms``: ``inverted_residual: three_convolutions`` keeps
+            blocks as they are.
 
     Raises:
         RecipeError: for an unknown name, with the known ones; for a target without kernels of ours.
+        NoFormError: where the target cannot run the form of a block that is asked for.
     """
     if name not in names():
         raise RecipeError(
@@ -143,7 +157,24 @@ def load(name: str, kernels: str = "stock") -> Target:
         )
     target = load_named(f"{__name__}.{name}", "TARGET", Target)
     if kernels == "stock":
-        return target
+        return _fuse_blocks(target, forms)
     if not target.kernels:
         raise RecipeError(f"target {name!r} has no kernels of ours; expected kernels: stock. Fix the recipe.")
-    return replace(target, capabilities=target.capabilities | target.kernels)
+    return _fuse_blocks(replace(target, capabilities=target.capabilities | target.kernels), forms)
+
+
+def _fuse_blocks(target: Target, forms: Mapping[str, str]) -> Target:
+    """Return the target so that it makes one node of every block, where it has the kernel for that form."""
+    if _BLOCK_KERNEL not in target.capabilities and _BLOCK not in forms:
+        return target
+    from edgedyn import ops
+
+    if ops.choose_form(ops.load_all()[_BLOCK], target, forms.get(_BLOCK)).fn is not None:
+        return target
+    return replace(
+        target,
+        fuses_blocks=True,
+        int8=target.int8 and replace(target.int8, fuses_blocks=True),
+        lower=partial(target.lower, fuses_blocks=True),
+        preview=partial(target.preview, fuses_blocks=True),
+    )

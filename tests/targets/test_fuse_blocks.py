@@ -5,11 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from small_blocks import ACTIVATIONS, Block, Masked, MobileNetV2, dilated, export
+from small_int8 import quantize_program
 from torch import nn
 
+from edgedyn import targets
 from edgedyn.graph.nodes import module_path
 from edgedyn.layers.malleconv import ResConvBlock
 from edgedyn.quantize.quantized import to_float
+from edgedyn.recipe.keys import QuantizeSection
 from edgedyn.targets.fuse_blocks import fuse_blocks
 
 
@@ -68,3 +71,50 @@ def test_a_mobilenet_keeps_its_logits_and_its_first_block():
 def test_a_program_without_blocks_is_the_same_object():
     program = export(nn.Conv2d(4, 4, 1))
     assert fuse_blocks(program) is program
+
+
+SCHEME = targets.load("executorch", "fused").int8
+
+
+def sample(seed: int, *shape: int) -> tuple[torch.Tensor, ...]:
+    return (torch.randn(shape or (2, 4, 9, 7), generator=torch.Generator().manual_seed(seed)),)
+
+
+def quantized(network, *shape, **section):
+    return quantize_program(
+        export(network, *shape),
+        sample(1, *shape),
+        scheme=SCHEME,
+        section=QuantizeSection(**section),
+        samples=[sample(seed, *shape) for seed in range(2, 6)],
+    )
+
+
+class Headed(nn.Module):
+    """A dense convolution in front, whose output a block and a sum read, and one behind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.head, self.body = nn.Conv2d(4, 4, 3, padding=1), FLOAT["chain"]
+        self.tail = nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = self.head(x)
+        return self.tail(self.body(y)) + y
+
+
+@pytest.mark.parametrize("name", [*FLOAT, "headed"])
+@pytest.mark.parametrize(
+    "section", [{}, {"equalize": False, "rounding": "nearest"}], ids=["default", "plain"]
+)
+def test_int8_blocks_compute_the_same(name, section):
+    done = quantized({**FLOAT, "headed": Headed()}[name], **section)
+    fused = fuse_blocks(done.program)
+    nodes = fused_nodes(fused)
+    assert [node.target for node in nodes] == [torch.ops.edgedyn.inverted_residual_int8.default] * (
+        3 if name in ("chain", "headed") else 1
+    )
+    for seed in (2, 7):
+        (x,) = sample(seed)
+        torch.testing.assert_close(fused.module()(x), done.program.module()(x), rtol=1e-4, atol=1e-4)
+    assert done.int8_mac_share == pytest.approx(1.0, abs=0.05)  # a mask's head decides in float

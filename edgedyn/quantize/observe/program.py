@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
+from edgedyn.graph.blocks import Block
 from edgedyn.graph.nodes import bias_of, module_path, weight_of
 from edgedyn.quantize.fake_quantize import round_weight
 from edgedyn.quantize.observe.histogram import Histogram
@@ -61,6 +62,7 @@ def observe_program(
     samples: Sequence[tuple[Tensor, ...]],
     sources: Sequence[str] = (),
     generated: Collection[str] = frozenset(),
+    blocks: Sequence[Block] = (),
     progress: Progress = silent,
 ) -> Observed:
     """Rescale a folded program, observe it on calibration samples and choose the range of every tensor.
@@ -71,18 +73,19 @@ def observe_program(
         samples: inputs of the program.
         sources: origin of each sample, for errors.
         generated: names of the generated kernels.
+        blocks: its blocks that a kernel of ours computes, from ``blocks_of``.
         progress: called with (phase, steps done, steps of the phase).
 
     Raises:
         CalibrationError: for a sample that brings NaN or infinite values to a tensor.
     """
-    places = find_places(module, section, generated, for_outliers=True)
+    places = find_places(module, section, generated, for_outliers=True, blocks=blocks)
     kernels = find_kernels(module, generated)  # before a Mul stands behind one
     meter = ContentMeter(kernels)
     activations = {node for _, place in places for node in place.activations}
     maxima = channel_maxima(module, activations, samples, dict.fromkeys(meter.names, meter.add))
     factors, changed = rescale_channels(module, places, maxima)
-    layers = find_quantizable_layers(module)
+    layers = find_quantizable_layers(module, blocks)
     peaks = ChannelPeaks(layer.input_node for layer in layers)
     constants = _changed_constants(module, [layer for layer in layers if layer.node in changed])
     histograms = observe(

@@ -25,6 +25,7 @@ from edgedyn.graph.nodes import (
     is_quantizable,
     weight_of,
 )
+from edgedyn.graph.stages import Stage
 from edgedyn.quantize.rescale.place import Place, RescalePass, Scope, always, rounding_error
 
 _LIMIT = 32.0
@@ -36,22 +37,30 @@ def find_pairs(module: fx.GraphModule, scope: Scope) -> list[Place]:
 
     The activations of a place are those that may be INT8: the output of the first convolution and the input
     of the second. Where the second is dense, the recipe limits the factors: all inputs of one of its output
-    channels share one weight scale.
+    channels share one weight scale. Inside a block that a kernel computes, a mask may stand between them.
     """
     pairs = []
-    for first in module.graph.nodes:
-        if not _is_convolution(first) or len(first.users) != 1:
-            continue
-        between = next(iter(first.users))
-        between = between if between.target in _HOMOGENEOUS else first
+    stages = {stage.conv: stage for block in scope.blocks for stage in block.stages}
+    for first in filter(_is_convolution, module.graph.nodes):
+        activations = _activations(first, stages.get(first))
+        between = activations[-1]
         second = next(iter(between.users)) if len(between.users) == 1 else None
         if second is None or not _is_convolution(second) or second.args[0] is not between:
             continue
         groups = convolution_arguments(second)[3]
         if groups in (1, between.meta["val"].shape[1]):  # dense, or depthwise
             limit = _LIMIT if groups > 1 else scope.section.equalize_dense
-            pairs.append(Place((fused_activation(first) or first, between), (first, second), limit))
+            pairs.append(Place(activations, (first, second), limit))
     return pairs
+
+
+def _activations(first: fx.Node, stage: Stage | None) -> tuple[fx.Node, ...]:
+    """Return the output of a convolution that may be INT8, and its value behind a homogeneous activation."""
+    if stage is not None:
+        return (stage.end,) if stage.activation in ("none", "relu", "prelu") else (first,)
+    reader = next(iter(first.users)) if len(first.users) == 1 else None
+    between = reader if reader is not None and reader.target in _HOMOGENEOUS else first
+    return fused_activation(first) or first, between
 
 
 def scale_pair(module: fx.GraphModule, place: Place, factors: Tensor) -> None:

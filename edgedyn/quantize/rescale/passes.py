@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor, fx
 
+from edgedyn.graph.blocks import Block
 from edgedyn.quantize.rescale.equalize import EQUALIZE
 from edgedyn.quantize.rescale.generated import EQUALIZE_TAPS
 from edgedyn.quantize.rescale.input_rescale import RESCALE_INPUTS
@@ -39,6 +40,7 @@ def find_places(
     generated: Collection[str] = frozenset(),
     *,
     for_outliers: bool = False,
+    blocks: Sequence[Block] = (),
 ) -> list[tuple[RescalePass, Place]]:
     """Return the places of every pass that the recipe asks for, in the order of ``PASSES``.
 
@@ -47,13 +49,15 @@ def find_places(
         section: the recipe's ``quantize`` section.
         generated: names of the generated kernels.
         for_outliers: also those of passes that mend outliers without being asked for.
+        blocks: inverted-residual blocks that a kernel of ours computes: nothing is inserted inside of one.
     """
+    inside = {node for block in blocks for node in block.nodes}
     places: list[tuple[RescalePass, Place]] = []
     for rescale_pass in PASSES:
         is_on = rescale_pass.is_on(section)
         if is_on or (for_outliers and rescale_pass.mends_outliers):
-            taken = frozenset(node for _, place in places for node in place.activations)
-            found = rescale_pass.find(module, Scope(section, generated, taken))
+            taken = inside.union(*(place.activations for _, place in places))
+            found = rescale_pass.find(module, Scope(section, generated, taken, blocks))
             places += [(rescale_pass, replace(place, for_outliers=not is_on)) for place in found]
     return places
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, fx
 
+from edgedyn.graph.blocks import Block
 from edgedyn.graph.nodes import by_input
 
 if TYPE_CHECKING:
@@ -55,12 +56,14 @@ class Scope:
     Attributes:
         section: the recipe's ``quantize`` section.
         generated: names of the generated kernels.
-        taken: activations that earlier passes rescale.
+        taken: activations that earlier passes rescale, and those inside of blocks.
+        blocks: inverted-residual blocks that a kernel of ours computes.
     """
 
     section: QuantizeSection
     generated: Collection[str]
     taken: Collection[fx.Node]
+    blocks: Sequence[Block] = ()
 
 
 @dataclass(frozen=True)

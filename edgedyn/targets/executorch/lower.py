@@ -32,19 +32,23 @@ from edgedyn.targets.executorch.passes import apply_edge_passes, apply_passes
 from edgedyn.targets.executorch.run import runtime_log
 from edgedyn.targets.executorch.trial import refuse_failing
 from edgedyn.targets.fuse import calls_kernels, fuse_int8
+from edgedyn.targets.fuse_blocks import fuse_blocks
 
 MODEL_NAME = "model.pte"
 # the ranks that portable kernels take; the operator itself is known (executorch 1.5.1)
 _RANKS = {"aten::convolution.out": (3, 4)}
 
 
-def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) -> Artifact:
+def lower(
+    programs: Mapping[str, ExportedProgram], out: Path, precision: str, *, fuses_blocks: bool = False
+) -> Artifact:
     """Write ``model.pte``, one method per program.
 
     Args:
         programs: by name; float32, or INT8 as Q/DQ pairs.
         out: existing folder.
         precision: ``fp32`` or ``int8``, that of the programs.
+        fuses_blocks: whether inverted-residual blocks become one call of our kernel each.
 
     Returns:
         The artifact; facts: ``delegates``, their number; ``portable``, {operator: count} on the portable
@@ -55,7 +59,7 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
         ModelError: for an operator that the stock runtime lacks, with its node and the fix; where the runtime
             cannot load the program, or run it on its example inputs, with the runtime's own lines.
     """
-    programs = _prepare(programs)
+    programs = _prepare(programs, fuses_blocks)
     edge = _to_edge(programs)
     counts = {name: _count(edge, name) for name in programs}
     operators = {name: trace_operators(edge.exported_program(name)) for name in programs}
@@ -79,9 +83,9 @@ def lower(programs: Mapping[str, ExportedProgram], out: Path, precision: str) ->
     return Artifact(dict.fromkeys(programs, MODEL_NAME), facts)
 
 
-def preview(programs: Mapping[str, ExportedProgram]) -> dict[str, Any]:
+def preview(programs: Mapping[str, ExportedProgram], *, fuses_blocks: bool = False) -> dict[str, Any]:
     """Lower float programs in memory and count their operators: delegated, portable, unsupported."""
-    edge = _to_edge(_prepare(programs))
+    edge = _to_edge(_prepare(programs, fuses_blocks))
     delegated, portable = 0, Counter[str]()
     for name in programs:
         portable += _count(edge, name)[1]
@@ -114,8 +118,10 @@ def _is_complex(node: Node) -> bool:
     return isinstance(value, Tensor) and value.is_complex()
 
 
-def _prepare(programs: Mapping[str, ExportedProgram]) -> Mapping[str, ExportedProgram]:
+def _prepare(programs: Mapping[str, ExportedProgram], fuses_blocks: bool) -> Mapping[str, ExportedProgram]:
     """Apply the passes for XNNPACK; where a program calls our kernels, load them and fuse INT8 calls."""
+    if fuses_blocks:
+        programs = {name: fuse_blocks(program) for name, program in programs.items()}
     programs = {name: apply_passes(program) for name, program in programs.items()}
     if not any(calls_kernels(program) for program in programs.values()):
         return programs
