@@ -77,7 +77,7 @@ def find_or_calibrate(
     modules = [module for _, module in before.values()]
     quantize.refuse_unknown_layers(modules, "keep_float", recipe.quantize.keep_float)
     quantize.refuse_unknown_layers(modules, "dynamic", recipe.quantize.dynamic)
-    key = table_key(recipe, images, folded, before, finetuning)
+    key = table_key(recipe, images, folded, before, finetuning, fuses_blocks=target.fuses_blocks)
     table, mismatch = find_table(recipe, key, force=force)
     if table is not None:
         return table, mismatch

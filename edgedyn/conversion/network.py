@@ -22,9 +22,13 @@ from edgedyn.conversion.image_sets import draw, to_tensors
 from edgedyn.conversion.reference import count_capacities, rewrite, settle
 from edgedyn.conversion.unsupported import refuse_unsupported
 from edgedyn.errors import CalibrationError, ModelError
+from edgedyn.graph.blocks import find_blocks
 from edgedyn.graph.nodes import module_path
 from edgedyn.images.tasks import TASKS, predict_classes
 from edgedyn.layers import RoutedModel, part_inputs, parts
+from edgedyn.ops.inverted_residual import OP as BLOCK
+from edgedyn.ops.masked_conv2d.unmask import unmask_blocks
+from edgedyn.quantize.fold import fold
 from edgedyn.quantize.progress import Progress, silent
 
 if TYPE_CHECKING:
@@ -167,6 +171,14 @@ def refuse_other_classes(network: Network, example: Sample) -> None:
 def decompose_part(
     captured: ExportedProgram, target: Target, recipe: Recipe
 ) -> tuple[dict[Op, Form], ExportedProgram]:
-    """Choose the forms of one program, and decompose the ops whose form comes before quantization."""
+    """Choose the forms of one program, and decompose the ops whose form comes before quantization.
+
+    Masked convolutions of a block that one kernel of the target computes become plain ones. Where there are
+    such blocks, the forms name the op of that kernel: lowering makes its nodes.
+    """
+    captured = unmask_blocks(captured) if target.fuses_blocks else captured
     forms = ops.choose_forms(captured, target, recipe.forms)
-    return forms, ops.decompose(captured, forms, "before_quantize")
+    decomposed = ops.decompose(captured, forms, "before_quantize")
+    if target.fuses_blocks and find_blocks(fold(decomposed))[0]:
+        forms[BLOCK] = ops.choose_form(BLOCK, target)
+    return forms, decomposed

@@ -2,7 +2,7 @@
 
     model       network, arguments, digest of the weights
     graph       operators and shapes of each program, our ops as single nodes
-    forms       of our ops, where they add convolutions
+    forms       of our ops, where they add convolutions, and of the blocks that a kernel computes
     data        digest of the image set: files, noise, samples, seed
     transform   task, scale, shapes and values, which turn an image into an input
     method      the recipe's quantize section
@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, fx
 
 from edgedyn.bundle.tensors import TensorSpec, contract_keys
+from edgedyn.graph.blocks import find_blocks
 from edgedyn.graph.nodes import shape_of
 from edgedyn.quantize import Calibrated
 from edgedyn.quantize.plan import find_quantizable_layers
@@ -43,6 +44,8 @@ def table_key(
     captured: Mapping[str, fx.GraphModule],
     decomposed: Mapping[str, tuple[dict[Op, Form], fx.GraphModule]],
     finetuning: CalibrationSet | None = None,
+    *,
+    fuses_blocks: bool = False,
 ) -> dict[str, Any]:
     """Return the key of the table of a recipe's programs.
 
@@ -52,6 +55,7 @@ def table_key(
         captured: the programs with our ops as nodes, folded.
         decomposed: the forms of these ops, and the decomposed float programs, folded.
         finetuning: the fine-tuning set, where the recipe names one.
+        fuses_blocks: whether a kernel computes the blocks of the programs, whose ranges are of other tensors.
     """
     layers = {name: _layers(program) for name, program in captured.items()}
     forms = {
@@ -61,6 +65,8 @@ def table_key(
         for op, form in chosen.items()
         if form.decompose == "before_quantize"
     }
+    if fuses_blocks and any(find_blocks(program)[0] for _, program in decomposed.values()):
+        forms["inverted_residual"] = "fused"
     model = {"network": recipe.model.network, "arguments": recipe.model.arguments}
     weights = recipe.weights_digest() or f"seed {recipe.model.seed}"
     more = {} if finetuning is None else {"finetuning": finetuning.digest()}
