@@ -4,11 +4,13 @@
 
 XNNPACK runs a quantize or dequantize node as an operator of its own, unless it stands between two INT8
 operators: the partitioner tags those. The time of a conversion counts for the layers that need it: the INT8
-consumers of a quantize, the INT8 producer of a dequantize.
+consumers of a quantize, the INT8 producer of a dequantize. A block that one kernel of ours computes is one
+layer, named by the path that its convolutions have in common.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -22,7 +24,7 @@ from executorch.backends.xnnpack.utils.quant_utils import (
 from torch.export import ExportedProgram
 from torch.fx import Node
 
-from edgedyn.graph.nodes import module_path, multiply_adds, number_repeats
+from edgedyn.graph.nodes import module_path, multiply_adds, number_repeats, shape_of
 
 # XNNPACK and the portable kernels run these as a convolution or a matrix product with static weights
 _LAYERS = {
@@ -31,6 +33,10 @@ _LAYERS = {
     "aten.addmm.default",
     "aten.mm.default",
 }
+_BLOCKS = {
+    "edgedyn.inverted_residual.default": False,
+    "edgedyn.inverted_residual_int8.default": True,
+}  # is INT8
 _FUSED = {"aten.relu.default", "aten.hardtanh.default", "aten.clamp.default"}
 _PADS = {"aten.constant_pad_nd.default", "aten.pad.default"}
 
@@ -62,7 +68,7 @@ def _nodes(program: ExportedProgram) -> Iterator[Node]:
 
 
 def _name_layers(nodes: list[Node]) -> dict[Node, str]:
-    layers = [node for node in nodes if _operator(node) in _LAYERS]
+    layers = [node for node in nodes if _operator(node) in _LAYERS or _operator(node) in _BLOCKS]
     names = number_repeats(module_path(node) or "the network itself" for node in layers)
     return dict(zip(layers, names, strict=True))
 
@@ -100,6 +106,19 @@ def _search(node: Node, names: dict[Node, str], follow: Callable[[Node], list[No
 
 
 def _describe(node: Node, name: str) -> dict[str, Any]:
-    is_int8 = any(is_dequant(x) and not _is_conversion(x) for x in node.all_input_nodes)
     shape = list(node.meta["val"].shape)
+    if _operator(node) in _BLOCKS:
+        counted = _block_multiply_adds(node)
+        return {"layer": name, "int8": _BLOCKS[_operator(node)], "shape": shape, "multiply_adds": counted}
+    is_int8 = any(is_dequant(x) and not _is_conversion(x) for x in node.all_input_nodes)
     return {"layer": name, "int8": is_int8, "shape": shape, "multiply_adds": multiply_adds(node)}
+
+
+def _block_multiply_adds(node: Node) -> int:
+    """Count the multiply-adds of a block's three convolutions, a mask of ones."""
+    (height, width), (h, w) = (shape_of(value)[2:] for value in (node.args[0], node))
+    positions = {"expand": height * width, "depthwise": h * w, "project": h * w}
+    arguments = (argument.name for argument in node.target._schema.arguments)  # type: ignore[union-attr]
+    called = dict(zip(arguments, node.args, strict=False))
+    each = (math.prod(shape_of(called[name])) * count for name, count in positions.items())
+    return shape_of(node)[0] * sum(each)

@@ -25,6 +25,7 @@ _KINDS = {
     "native_call_linear": "layer",
     "native_call_addmm": "layer",
     "native_call_mm": "layer",
+    "edgedyn::inverted_residual": "layer",
     "Convert": "conversion",
 }
 _WHOLE = "Method::execute"
