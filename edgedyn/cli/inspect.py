@@ -78,6 +78,7 @@ def _print_inspection(network: str, found: dict[str, Any]) -> None:
         for paper in dict.fromkeys(layer["paper"] for layer in found["layers"]):
             paths = (x["path"] or "(the network)" for x in found["layers"] if x["paper"] == paper)
             _item(f"{paper}: {', '.join(dict.fromkeys(paths))}")
+    _print_blocks(found["blocks"], found["refused_blocks"])
     for target, preview in found["targets"].items():
         detail()
         detail(target, style="bold")
@@ -103,6 +104,22 @@ def _print_inspection(network: str, found: dict[str, Any]) -> None:
             f"{found['generator_share']:.0%} of them generate kernels"
         )
     )
+
+
+def _print_blocks(blocks: list[dict[str, Any]], refused: list[dict[str, Any]]) -> None:
+    """Print the blocks that a fused kernel computes; equal refusals once, with the paths of all."""
+    if not blocks and not refused:
+        return
+    detail()
+    count = f"{len(blocks)} inverted-residual block{'' if len(blocks) == 1 else 's'}"
+    detail(f"{count}: one kernel each with kernels: fused on a phone (docs/kernels.md)", style="bold")
+    if blocks:
+        _item(", ".join(dict.fromkeys(row["path"] or row["layers"][1] for row in blocks)))
+    reasons: dict[str, list[str]] = {}
+    for row in refused:
+        reasons.setdefault(row["reason"], []).append(row["path"])
+    for reason, paths in reasons.items():
+        _item(f"no block: {', '.join(dict.fromkeys(paths))}: {reason}")
 
 
 def _item(text: str) -> None:

@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 
 from edgedyn import ops, targets
 from edgedyn.conversion import contract
+from edgedyn.conversion.blocks import block_rows
 from edgedyn.conversion.capture import export, refine
 from edgedyn.conversion.convert import load_target
 from edgedyn.conversion.generated import generated_rows, sizes_of
@@ -28,6 +29,8 @@ from edgedyn.errors import EdgedynError
 from edgedyn.graph.nodes import all_multiply_adds, module_path, sources
 from edgedyn.graph.provenance import shared_provenance
 from edgedyn.layers import RoutedModel, canonicalize, load_all, part_inputs, parts, recognise
+from edgedyn.ops.masked_conv2d.unmask import unmask_blocks
+from edgedyn.quantize.fold import fold
 from edgedyn.recipe.factory import make_network
 from edgedyn.recipe.networks import find_network
 from edgedyn.recipe.recipe import Recipe, as_recipe
@@ -116,6 +119,7 @@ def inspect_model(
         ``apply_macs``, ``generator_parameters``, ``apply_parameters``;
         ``targets``: each target's preview of the float programs, as ``targets.Target.preview`` returns it, or
         ``missing`` or ``refused`` with a sentence;
+        ``blocks`` and ``refused_blocks`` as ``blocks.block_rows``;
         and for the whole network ``shape``, ``parameters``, ``macs``, ``static_macs``,
         ``static_parameters``, ``generator_share``.
 
@@ -145,6 +149,7 @@ def inspect_model(
         "shape": [list(x.shape) for x in inputs],
         "layers": layers,
         "targets": {name: _preview(target, programs, chosen or {}) for name, target in known.items()},
+        **block_rows(programs),
         "parameters": parameters,
         "static_parameters": parameters - own - sum(row["apply_parameters"] for row in layers),
         "macs": macs,
@@ -269,8 +274,11 @@ def _preview(
     try:
         decomposed = {}
         for name, program in programs.items():
-            forms = ops.choose_forms(program, target, chosen.get(target.name, {}))
-            done = ops.decompose(program, forms, "before_quantize")
+            captured = unmask_blocks(program) if target.fuses_blocks else program
+            forms = ops.choose_forms(captured, target, chosen.get(target.name, {}))
+            done = ops.decompose(captured, forms, "before_quantize")
+            if target.fuses_blocks:  # blocks have no BatchNorm inside
+                done = torch.export.export(fold(done), *(done.example_inputs or ()))
             decomposed[name] = ops.decompose(done, forms, "after_quantize")
         return target.preview(decomposed)
     except EdgedynError as error:

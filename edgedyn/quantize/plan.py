@@ -228,6 +228,11 @@ class Plan:
     ends: frozenset[fx.Node] = frozenset()
     together: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
+    @property
+    def units(self) -> tuple[tuple[str, ...], ...]:
+        """Names of the INT8 layers; those of a block together."""
+        return tuple(dict.fromkeys(self.together.get(layer.name, (layer.name,)) for layer in self.layers))
+
     def quantized_outputs(self, scheme: Int8Scheme) -> tuple[QuantizableLayer, ...]:
         """Return the layers whose output activation is quantized."""
         float_outputs = self.dynamic | self.ends

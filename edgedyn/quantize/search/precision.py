@@ -216,12 +216,14 @@ def measure(
     calls = {layer.name: nodes[layer.node.name] for layer in rounded.plan.layers}
     weights = {name: (weight_of(module, node), bias_of(module, node)) for name, node in calls.items()}
     costs = all_multiply_adds(module.graph)
-    shares = {name: costs[node] / sum(costs.values()) for name, node in calls.items()}
+    units = {unit[0]: unit for unit in rounded.plan.units}
+    total = sum(costs.values())
+    shares = {first: sum(costs[calls[name]] for name in unit) / total for first, unit in units.items()}
     counted = itertools.count(1)
 
     def drops(*kept: str) -> Measured:
         def run() -> Measured:
-            float_layers = {name: weights[name] for name in kept}
+            float_layers = {name: weights[name] for first in kept for name in units[first]}
             after = evaluation.psnr_db([rounded.run(x, float_layers) for x in evaluation.inputs])
             return {level: before[level] - after[level] for level in before}
 
@@ -232,7 +234,10 @@ def measure(
     whole = drops()
     sqnr = evaluation.remember("sqnr", lambda: _sqnr_db(module, rounded, calls, evaluation.inputs))
     worst = max(whole, key=lambda level: whole[level])
-    layers = [LayerCost(n, share, sqnr[n], whole[worst] - drops(n)[worst]) for n, share in shares.items()]
+    layers = [
+        LayerCost(first, share, sqnr[units[first][-1]], whole[worst] - drops(first)[worst])
+        for first, share in shares.items()
+    ]
     layers.sort(key=lambda layer: layer.gain_db / layer.share, reverse=True)
 
     def point(count: int) -> Point:

@@ -119,10 +119,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class LayerCost:
-    """The cost of INT8 in one layer.
+    """The cost of INT8 in one layer, or in the layers of a block, which are INT8 together.
 
     Attributes:
-        layer: its name.
+        layer: its name; of a block the first layer's.
         share: its share of all multiply-adds.
         sqnr_db: power of its output over that of the error, with all layers in INT8.
         gain_db: PSNR gained with this layer alone in float, at the noise level with the largest drop.
