@@ -144,6 +144,11 @@ class MobileNetV2(nn.Module):
         return self.classifier(F.adaptive_avg_pool2d(self.features(x), 1).flatten(1))
 
 
+def small_mobilenet() -> nn.Module:
+    """Return a MobileNetV2 of a block without expansion and two with it."""
+    return MobileNetV2(0.25, 10, ((1, 8, 1, 1), (4, 8, 2, 1)))
+
+
 class InvertedResidual(nn.Module):
     """Block of MobileNetV2; an expansion of 1 has no first convolution."""
 

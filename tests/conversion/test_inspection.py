@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import strangers
 import torch
+from small_blocks import small_mobilenet
 from strangers import C
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from edgedyn import targets
 from edgedyn.cli.app import execute
 from edgedyn.conversion.inspection import inspect, inspect_model
 from edgedyn.errors import RecipeError
+from edgedyn.layers.dynconv import SparseInvertedResidual
 from edgedyn.layers.malleconv import AffineMalleConv, MalleConv
 from edgedyn.ops.sliced_depthwise2d import sliced_depthwise2d
 from edgedyn.recipe.recipe import Recipe
@@ -205,3 +207,34 @@ def test_command_names_the_paper_and_the_path(capsys, monkeypatch):
     printed = " ".join(capsys.readouterr().out.split())
     assert "kernels generated outside the five papers: body.2" in printed
     assert "no dynamic layer" not in printed
+
+
+def test_blocks_of_a_network_are_listed_with_the_reason_why_others_are_none():
+    found = inspect_model(small_mobilenet().eval(), (torch.zeros(1, 3, SIZE, SIZE),))
+    assert [row["path"] for row in found["blocks"]] == ["features.2.conv", "features.3.conv"]
+    assert found["blocks"][1] == {
+        "program": "forward",
+        "path": "features.3.conv",
+        "layers": ["features.3.conv.0.0", "features.3.conv.1.0", "features.3.conv.2"],
+        "activations": ["relu6", "relu6", "none"],
+        "stride": 1,
+        "masked": False,
+        "residual": True,
+    }
+    (refused,) = found["refused_blocks"]
+    assert refused["path"] == "features.1.conv.0.0"
+    assert "expand_ratio of 1" in refused["reason"]
+
+
+def test_blocks_behind_masks_are_listed_whatever_the_kernels_are():
+    network = nn.Sequential(nn.Conv2d(3, 4, 1), SparseInvertedResidual(4, 4)).eval()
+    found = inspect_model(network, (torch.zeros(1, 3, SIZE, SIZE),))
+    assert [(row["path"], row["masked"], row["residual"]) for row in found["blocks"]] == [("1", True, True)]
+
+
+def test_blocks_are_printed_with_each_reason_once(capfd):
+    assert execute(["inspect", "small_blocks:small_mobilenet", "--trust", "--shape", "1,3,16,16"]) == 0
+    text = " ".join("".join(capfd.readouterr()).split())
+    assert "2 inverted-residual blocks: one kernel each with kernels: fused on a phone" in text
+    assert "features.2.conv, features.3.conv" in text
+    assert "no block: features.1.conv.0.0: no 1 x 1 convolution stands in front of it" in text
