@@ -259,9 +259,8 @@ def make_plan(
     Args:
         module: a folded program.
         scheme: how the target annotates INT8.
-        keep_float: patterns of layer paths that stay float.
-        dynamic: patterns of layer paths that take their input range from each image, where the scheme
-            allows it.
+        keep_float: patterns of paths of layers or modules that stay float.
+        dynamic: the same of those that take their input range from each image, where the scheme allows it.
         float32: names of module classes that are never quantized.
         kernels: overloads of our ops that the target computes in INT8 where x is.
         kept: names of the layers that the precision search keeps in float.
@@ -363,14 +362,14 @@ def refuse_unknown_layers(programs: Sequence[fx.GraphModule], key: str, patterns
     Args:
         programs: all folded programs of a network.
         key: key in the recipe's ``quantize`` section, for the error.
-        patterns: of layer paths (``*`` as in file names).
+        patterns: of paths of layers, or of modules around them (``*`` as in file names).
 
     Raises:
         RecipeError: naming the first layers of the network.
     """
     paths = [module_path(layer.node) for module in programs for layer in find_quantizable_layers(module)]
     for pattern in patterns:
-        if not fnmatch.filter(paths, pattern):
+        if not any(matches(path, [pattern, f"{pattern}.*"]) for path in paths):
             first = ", ".join(dict.fromkeys(paths[:8]))
             raise RecipeError(
                 f"quantize.{key}: {pattern!r} matches no layer; {nearest(pattern, paths)}found {len(paths)} "
@@ -385,5 +384,6 @@ def matches(path: str, patterns: Sequence[str]) -> bool:
 
 
 def _matching(layers: Sequence[QuantizableLayer], patterns: Sequence[str]) -> list[str]:
-    """Name the nodes whose layer path matches a pattern."""
+    """Name the nodes whose path, or that of a module around, matches a pattern."""
+    patterns = [*patterns, *(f"{pattern}.*" for pattern in patterns)]
     return [layer.node.name for layer in layers if matches(module_path(layer.node), patterns)]

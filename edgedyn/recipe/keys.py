@@ -165,7 +165,9 @@ class QuantizeSection(Section):
         "calibration set.",
     )
     keep_float: list[str] = Field(
-        default=[], description="Layers that stay float: dotted paths, `*` matches any part."
+        default=[],
+        description="Layers that stay float: dotted paths, `*` matches any part; the path of a module names "
+        "its layers. A block that a fused kernel computes stays float with any of its layers.",
     )
     dynamic: list[str] = Field(
         default=[],

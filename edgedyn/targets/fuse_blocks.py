@@ -9,6 +9,7 @@ In INT8 it rounds x and the hidden maps as the Q/DQ pairs do.
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -30,15 +31,16 @@ def fuse_blocks(program: ExportedProgram) -> ExportedProgram:
     if not blocks:
         return program
     ops.load_all()  # registers the op
+    counted = Counter(block.path for block in blocks)
     for block in reversed(blocks):  # x of a later block is the output of an earlier one
-        _fuse(module, block)
+        _fuse(module, block, block.path if counted[block.path] == 1 else "")
     module.graph.eliminate_dead_code()
     module.recompile()
     return export_again(program, module)
 
 
-def _fuse(module: fx.GraphModule, block: Block) -> None:
-    """Replace one block; its constants become dead code."""
+def _fuse(module: fx.GraphModule, block: Block, path: str) -> None:
+    """Replace one block by a node of a path, else of its depthwise layer's; constants become dead code."""
     end, kinds = block.output, [stage.activation for stage in block.stages]
     stride = int(convolution_arguments(block.stages[1].conv)[0][0])
     maps = [block.qparams, *(stage.qparams for stage in block.stages[:2])]
@@ -51,19 +53,14 @@ def _fuse(module: fx.GraphModule, block: Block) -> None:
         y = module.graph.call_function(
             overload, (block.x, *tensors, block.mask, *kinds, stride, block.is_residual)
         )
-    stack = block.stages[2].conv.meta.get("nn_module_stack") or {}
-    around = {k: v for k, v in stack.items() if _is_around(str(v[0]), block.path)}
-    y.meta = {**end.meta, "nn_module_stack": around}
+    stack = block.stages[1].conv.meta.get("nn_module_stack") or {}
+    around = {key: value for key, value in stack.items() if f"{path}.".startswith(f"{value[0]}.")}
+    y.meta = {**end.meta, "nn_module_stack": around if path else stack}
     end.replace_all_uses_with(y)
     # dead code elimination keeps activations that work in place
     for node in reversed(module.graph.nodes):
         if not node.users and (node in block.nodes or node.target in (QUANTIZE, DEQUANTIZE)):
             module.graph.erase_node(node)
-
-
-def _is_around(path: str, inner: str) -> bool:
-    """Whether a module is another one or contains it, by their dotted paths."""
-    return not path or path == inner or inner.startswith(f"{path}.")
 
 
 def _tensors(module: fx.GraphModule, stage: Stage, before: fx.Node) -> list[fx.Node | None]:

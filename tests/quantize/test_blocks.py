@@ -12,6 +12,7 @@ from small_int8 import quantize_program
 from torch import nn
 
 from edgedyn import quantize, targets
+from edgedyn.errors import RecipeError
 from edgedyn.graph.blocks import find_blocks
 from edgedyn.layers.malleconv import ResConvBlock
 from edgedyn.quantize.accounting import KEPT_BY_RECIPE, KEPT_FOR_QUALITY, KEPT_IN_BLOCK
@@ -169,3 +170,12 @@ def test_the_search_takes_a_block_as_one_and_keeps_it_whole():
         if first.startswith("body"):
             assert reasons[f"{first[:-1]}6"] == KEPT_IN_BLOCK
     assert chosen.int8_mac_share == pytest.approx(1 - sum(rows[name].share for name in kept))
+
+
+def test_the_path_of_a_module_names_its_layers():
+    module = folded()
+    plan = make_plan(module, scheme=STOCK, keep_float=["body.0", "head"])
+    assert [layer.name for layer in plan.layers] == [f"body.1.body.{k}" for k in (0, 3, 6)] + ["tail"]
+    quantize.refuse_unknown_layers([module], "keep_float", ["body.0", "bod?.1"])
+    with pytest.raises(RecipeError, match=r"'body\.2' matches no layer"):
+        quantize.refuse_unknown_layers([module], "keep_float", ["body.2"])

@@ -118,3 +118,19 @@ def test_int8_blocks_compute_the_same(name, section):
         (x,) = sample(seed)
         torch.testing.assert_close(fused.module()(x), done.program.module()(x), rtol=1e-4, atol=1e-4)
     assert done.int8_mac_share == pytest.approx(1.0, abs=0.05)  # a mask's head decides in float
+
+
+def test_a_node_has_the_path_of_its_block_or_else_of_its_depthwise_layer():
+    layers = [
+        nn.Sequential(*(getattr(b, k) for k in ("expand", "depthwise", "project")))
+        for b in (Block(), Block())
+    ]
+    for network, expected in (
+        (nn.Sequential(*layers), ["0", "1"]),
+        (nn.Sequential(*layers[0], *layers[1]), ["1", "4"]),
+        (nn.Sequential(nn.Sequential(*layers[0], *layers[1])), ["0.1", "0.4"]),
+        (nn.Sequential(layers[0]), ["0"]),
+        (layers[0], ["1"]),
+    ):
+        fused = fuse_blocks(to_float(export(network), sample(1), "fp32").program)
+        assert [module_path(node) for node in fused_nodes(fused)] == expected
