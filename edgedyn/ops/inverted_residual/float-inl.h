@@ -1,5 +1,5 @@
-// A float tile of a block. Lanes are columns, and every weight is a broadcast; a register tile is four channels
-// by the four rows of a quad.
+// A float tile of a block. Lanes are columns, and every weight is a broadcast; a register tile is four
+// channels by the four rows of a quad.
 #include <vector>
 
 #include "hwy/highway.h"
@@ -40,7 +40,8 @@ class FloatWeights {
     CopyChannels(from, activation, outputs, to);
     to.weight.resize(RoundUp(outputs, 4) * inputs);
     for (int64_t o = 0; o < outputs; ++o) {
-      for (int64_t i = 0; i < inputs; ++i) to.weight[(o / 4 * inputs + i) * 4 + o % 4] = from.weight[o * inputs + i];
+      for (int64_t i = 0; i < inputs; ++i)
+        to.weight[(o / 4 * inputs + i) * 4 + o % 4] = from.weight[o * inputs + i];
     }
   }
 
@@ -60,7 +61,8 @@ class FloatTile {
 
   FloatTile(const BlockArguments<float>& a, const FloatWeights& weights, const BlockTile& tile,
             std::vector<float>& scratch)
-      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile), needed_(p_, kMasked ? a.mask : nullptr, tile_, columns_), lanes_(hn::Lanes(Floats())),
+      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile),
+        needed_(p_, kMasked ? a.mask : nullptr, tile_, columns_), lanes_(hn::Lanes(Floats())),
         vectors_((columns_.end - columns_.begin + lanes_ - 1) / lanes_),
         pitch_(columns_.Pitch(p_, tile, lanes_)), y_pitch_(RoundUp(tile.columns + lanes_, lanes_)) {
     const int64_t in = vectors_ * p_.channels * kQuad * lanes_, maps = (p_.hidden + 3) * 2 * kQuad * pitch_;

@@ -7,8 +7,8 @@
 //   y[b, o, p]        = 0                                                                    where mask is 0
 //   y                += x                                                                    if residual
 //
-// x: (B, C, H, W)   expand: (E, C, 1, 1)   depthwise: (E, 1, R, R)   project: (O, E, 1, 1)   mask: (B, 1, h, w)
-// of 0 and 1, or null   y: (B, O, h, w)   s stride, a activations; slopes: one per channel, of a PReLU
+// x: (B, C, H, W)   expand: (E, C, 1, 1)   depthwise: (E, 1, R, R)   project: (O, E, 1, 1)   mask: (B, 1, h,
+// w) of 0 and 1, or null   y: (B, O, h, w)   s stride, a activations; slopes: one per channel, of a PReLU
 //
 // The padding is of the hidden map, not of x: a hidden value outside of x is 0, not a1(expand_bias).
 #pragma once

@@ -3,11 +3,13 @@
 // lane, lanes are columns, and every constant of a channel is a broadcast.
 //
 //   hidden word (e, j)     rows 4q .. 4q + 3 of hidden channel e at column j
-//   output row i           uses rows s i .. s i + R - 1 of the quads q and q + 1: at most two words per column
-#include "hwy/highway.h"
+//   output row i           uses rows s i .. s i + R - 1 of the quads q and q + 1: at most two words per
+//   column
 #include <cstdlib>
 #include <vector>
 
+#include "hwy/highway.h"
+#include "inverted_residual/bytes-inl.h"
 #include "inverted_residual/tile-inl.h"
 
 #if defined(EDGEDYN_OPS_BLOCK_INT8_INL_H_) == defined(HWY_TARGET_TOGGLE)
@@ -20,139 +22,6 @@
 HWY_BEFORE_NAMESPACE();
 namespace edgedyn {
 namespace HWY_NAMESPACE {
-
-using Ints = hn::RebindToSigned<Floats>;
-using IntVector = hn::Vec<Ints>;
-
-// Dot products of four bytes per lane, in intrinsics: Highway 1.0 has none. x86 multiplies unsigned by signed
-// bytes, NEON signed by signed: stored values are offset by kOffset.
-#if HWY_TARGET == HWY_SCALAR
-constexpr int32_t kOffset = 0;
-constexpr int64_t kTapWords = 1;
-using Quads = int32_t;
-using Taps = int32_t;
-HWY_INLINE Quads MakeQuads(IntVector v) { return hn::GetLane(v); }
-HWY_INLINE Taps LoadTaps(const int32_t* from) { return *from; }
-HWY_INLINE IntVector Dot(IntVector sum, Quads x, Taps w) {
-  int32_t total = hn::GetLane(sum);
-  for (int k = 0; k < 4; ++k) total += static_cast<int8_t>(x >> 8 * k) * static_cast<int8_t>(w >> 8 * k);
-  return hn::Set(Ints(), total);
-}
-#elif HWY_TARGET == HWY_AVX3_DL
-constexpr int32_t kOffset = 128;
-constexpr int64_t kTapWords = 1;
-using Quads = IntVector;
-using Taps = IntVector;
-HWY_INLINE Quads MakeQuads(IntVector v) { return v; }
-HWY_INLINE Taps LoadTaps(const int32_t* from) { return hn::Set(Ints(), *from); }
-HWY_INLINE IntVector Dot(IntVector sum, Quads x, Taps w) {
-  asm("vpdpbusd %2, %1, %0" : "+v"(sum.raw) : "v"(x.raw), "v"(w.raw));
-  return sum;
-}
-#elif HWY_ARCH_X86
-// pmaddubsw would saturate: the even and the odd bytes are multiplied as 16 bits
-constexpr int32_t kOffset = 128;
-constexpr int64_t kTapWords = 2;
-using Shorts = hn::Repartition<int16_t, Ints>;
-struct Quads {
-  hn::Vec<Shorts> even, odd;
-};
-using Taps = Quads;
-HWY_INLINE Quads MakeQuads(IntVector v) {
-  return {hn::BitCast(Shorts(), hn::And(v, hn::Set(Ints(), 0x00FF00FF))),
-          hn::BitCast(Shorts(), hn::ShiftRight<8>(hn::BitCast(hn::RebindToUnsigned<Shorts>(), v)))};
-}
-HWY_INLINE Taps LoadTaps(const int32_t* from) {
-  return {hn::BitCast(Shorts(), hn::Set(Ints(), from[0])), hn::BitCast(Shorts(), hn::Set(Ints(), from[1]))};
-}
-HWY_INLINE IntVector Dot(IntVector sum, Quads x, Taps w) {
-  IntVector unused = hn::Zero(Ints());
-  sum = hn::ReorderWidenMulAccumulate(Ints(), x.even, w.even, sum, unused);
-  return hn::ReorderWidenMulAccumulate(Ints(), x.odd, w.odd, sum, unused);
-}
-#else
-constexpr int32_t kOffset = 0;
-constexpr int64_t kTapWords = 1;
-using Quads = IntVector;
-using Taps = IntVector;
-HWY_INLINE Quads MakeQuads(IntVector v) { return v; }
-HWY_INLINE Taps LoadTaps(const int32_t* from) { return hn::Set(Ints(), *from); }
-HWY_INLINE IntVector Dot(IntVector sum, Quads x, Taps w) {
-#if defined(__ARM_FEATURE_DOTPROD)
-  return IntVector(vdotq_s32(sum.raw, vreinterpretq_s8_s32(x.raw), vreinterpretq_s8_s32(w.raw)));
-#else
-  // two products of a value by a weight of at least -127 fit 16 bits
-  const int8x16_t a = vreinterpretq_s8_s32(x.raw), b = vreinterpretq_s8_s32(w.raw);
-  const int16x8_t low = vmull_s8(vget_low_s8(a), vget_low_s8(b)), high = vmull_high_s8(a, b);
-  return IntVector(vpadalq_s16(sum.raw, vpaddq_s16(low, high)));
-#endif
-}
-#endif
-
-// Rounds values within int32 to the nearest integer, ties to even. hn::NearestInt also saturates, which takes
-// four more instructions on x86: half of the work behind a dot product.
-HWY_INLINE IntVector RoundedInts(Vector v) {
-#if !HWY_ARCH_X86 || HWY_TARGET == HWY_SCALAR
-  return hn::NearestInt(v);
-#elif HWY_TARGET <= HWY_AVX3
-  return IntVector{_mm512_cvtps_epi32(v.raw)};
-#elif HWY_TARGET == HWY_AVX2
-  return IntVector{_mm256_cvtps_epi32(v.raw)};
-#else
-  return IntVector{_mm_cvtps_epi32(v.raw)};
-#endif
-}
-
-// The two upper bytes of each lane of `first`, and above them the two lower ones of `second`.
-HWY_INLINE IntVector Funnel(IntVector first, IntVector second) {
-#if HWY_TARGET == HWY_AVX3_DL
-  return IntVector{_mm512_shrdi_epi32(first.raw, second.raw, 16)};
-#else
-  const hn::RebindToUnsigned<Ints> d;
-  return hn::BitCast(Ints(), hn::Or(hn::ShiftRight<16>(hn::BitCast(d, first)),
-                                    hn::ShiftLeft<16>(hn::BitCast(d, second))));
-#endif
-}
-
-// A zero point, for Pack.
-#if HWY_TARGET == HWY_SCALAR
-using ZeroPoint = int32_t;
-HWY_INLINE ZeroPoint MakeZeroPoint(const Quantization& q) { return q.zero_point; }
-#else
-using ZeroPoint = hn::Vec<hn::Repartition<int16_t, Ints>>;
-HWY_INLINE ZeroPoint MakeZeroPoint(const Quantization& q) {
-  return hn::Set(hn::Repartition<int16_t, Ints>(), static_cast<int16_t>(q.zero_point + kOffset));
-}
-#endif
-
-// The bytes of four vectors of rounded steps, a's in the lowest byte of each lane; saturates.
-HWY_INLINE IntVector Pack(IntVector a, IntVector b, IntVector c, IntVector d, ZeroPoint zero_point) {
-#if HWY_TARGET == HWY_SCALAR
-  uint32_t word = 0;
-  for (const IntVector v : {d, c, b, a}) {
-    const int64_t stored = static_cast<int64_t>(hn::GetLane(v)) + zero_point;
-    word = word << 8 | static_cast<uint8_t>(std::clamp<int64_t>(stored, -128, 127));
-  }
-  return hn::Set(Ints(), static_cast<int32_t>(word));
-#else
-  const hn::Repartition<int16_t, Ints> d16;
-  const hn::Repartition<uint8_t, Ints> d8;
-  const auto ab = hn::SaturatedAdd(hn::ReorderDemote2To(d16, a, b), zero_point);
-  const auto cd = hn::SaturatedAdd(hn::ReorderDemote2To(d16, c, d), zero_point);
-#if !HWY_ARCH_X86
-  const hn::Vec<decltype(d8)> bytes(vreinterpretq_u8_s8(vqmovn_high_s16(vqmovn_s16(ab.raw), cd.raw)));
-#elif HWY_TARGET <= HWY_AVX3
-  const hn::Vec<decltype(d8)> bytes{_mm512_packus_epi16(ab.raw, cd.raw)};
-#elif HWY_TARGET == HWY_AVX2
-  const hn::Vec<decltype(d8)> bytes{_mm256_packus_epi16(ab.raw, cd.raw)};
-#else
-  const hn::Vec<decltype(d8)> bytes{_mm_packus_epi16(ab.raw, cd.raw)};
-#endif
-  alignas(16) static constexpr uint8_t kTranspose[16] = {0, 4, 8,  12, 1, 5, 9,  13,
-                                                         2, 6, 10, 14, 3, 7, 11, 15};
-  return hn::BitCast(Ints(), hn::TableLookupBytes(bytes, hn::LoadDup128(d8, kTranspose)));
-#endif
-}
 
 // A layer's constants: weights as words of four bytes; per output channel the sum that cancels the zero point
 // of the input, and factor and offset from a sum to its output's unit.
@@ -172,7 +41,8 @@ class Int8Weights {
     project.weight.resize(outputs_ * hidden_ / 4 * kTapWords);
     PackPoints(a.project.weight, p_.outputs, p_.hidden, project.weight);
     Scale(a.expand, p_.expand, p_.hidden, p_.channels, a.of_x, a.of_hidden.scale, expand);
-    Scale(a.depthwise, p_.depthwise, p_.hidden, p_.side * p_.side, a.of_hidden, a.of_filtered.scale, depthwise);
+    Scale(a.depthwise, p_.depthwise, p_.hidden, p_.side * p_.side, a.of_hidden, a.of_filtered.scale,
+          depthwise);
     Scale(a.project, p_.project, p_.outputs, p_.hidden, a.of_filtered, 1, project);
   }
 
@@ -194,7 +64,8 @@ class Int8Weights {
     for (int64_t o = 0; o < RoundUp(outputs, 4); ++o) {
       for (int64_t k = 0; k < words; ++k) {
         int8_t taps[4] = {};
-        for (int64_t i = 4 * k; i < std::min(inputs, 4 * k + 4) && o < outputs; ++i) taps[i % 4] = from[o * inputs + i];
+        for (int64_t i = 4 * k; i < std::min(inputs, 4 * k + 4) && o < outputs; ++i)
+          taps[i % 4] = from[o * inputs + i];
         PutTaps(taps, &to[((o / 4 * words + k) * 4 + o % 4) * kTapWords]);
       }
     }
@@ -252,11 +123,13 @@ class Int8Tile {
 
   Int8Tile(const BlockArguments<int8_t>& a, const Int8Weights& weights, const BlockTile& tile,
            std::vector<int32_t>& scratch)
-      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile), needed_(p_, kMasked ? a.mask : nullptr, tile_, columns_), lanes_(hn::Lanes(Ints())),
+      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile),
+        needed_(p_, kMasked ? a.mask : nullptr, tile_, columns_), lanes_(hn::Lanes(Ints())),
         hidden_(RoundUp(p_.hidden, 4)), depth_((p_.channels + 3) / 4),
         vectors_((columns_.end - columns_.begin + lanes_ - 1) / lanes_),
         pitch_(columns_.Pitch(p_, tile, lanes_)), y_pitch_(RoundUp(tile.columns + lanes_, lanes_)) {
-    const int64_t in = vectors_ * depth_ * kQuad * lanes_, maps = hidden_ * 2 * pitch_, out = hidden_ * lanes_;
+    const int64_t in = vectors_ * depth_ * kQuad * lanes_, maps = hidden_ * 2 * pitch_,
+                  out = hidden_ * lanes_;
     x_ = Carve(scratch, in + maps + out + RoundUp(p_.outputs, 4) * kQuad * y_pitch_);
     maps_ = x_ + in, filtered_ = maps_ + maps, y_ = reinterpret_cast<float*>(filtered_ + out);
   }
@@ -301,8 +174,8 @@ class Int8Tile {
         const int64_t row = std::clamp<int64_t>(top + r, 0, p_.height - 1);
         const float* from[4];
         for (int64_t c = 0; c < 4; ++c) {
-          from[c] = begin + (std::min(4 * k + c, p_.channels - 1) * p_.height + row) * p_.width + columns_.left +
-                    columns_.begin;
+          from[c] = begin + (std::min(4 * k + c, p_.channels - 1) * p_.height + row) * p_.width +
+                    columns_.left + columns_.begin;
         }
         for (int64_t v = 0; v < windows.size(); ++v) {
           const WindowAccess<Floats, kMasked> access(windows[v]);
@@ -469,7 +342,8 @@ class Int8Tile {
       }
       EDGEDYN_UNROLL
       for (int c = 0; c < 4; ++c) {
-        const Vector factor = hn::Set(df, w_.project.factor[o + c]), offset = hn::Set(df, w_.project.offset[o + c]);
+        const Vector factor = hn::Set(df, w_.project.factor[o + c]),
+                     offset = hn::Set(df, w_.project.offset[o + c]);
         Vector y[kRows];
         EDGEDYN_UNROLL
         for (int i = 0; i < kRows; ++i) y[i] = hn::MulAdd(hn::ConvertTo(df, sum[c][i]), factor, offset);

@@ -1,13 +1,13 @@
 // inverted_residual for ExecuTorch: the whole block tile by tile, so that hidden maps stay in a core's cache.
 //
-// A tile takes four hidden rows at a time (a quad): x of these rows is packed, the first convolution writes the
-// quad beside the one before it, and the two of them give 4 / stride rows of y: one vector of columns at a
-// time is filtered for all channels and projected at once. Both kernels hold a register tile of four channels
-// by four rows. Float: float-inl.h. INT8, four bytes per 32-bit lane: int8-inl.h.
+// A tile takes four hidden rows at a time (a quad): x of these rows is packed, the first convolution writes
+// the quad beside the one before it, and the two of them give 4 / stride rows of y: one vector of columns at
+// a time is filtered for all channels and projected at once. Both kernels hold a register tile of four
+// channels by four rows. Float: float-inl.h. INT8, four bytes per 32-bit lane: int8-inl.h.
 //
-// Scratch per thread: two quads of all hidden channels, at most half of the second-level cache (1 MiB at most)
-// by narrower tiles, beside x and y of a quad. Threads keep it from call to call: as fresh pages it would cost
-// as much as the block of a small image.
+// Scratch per thread: two quads of all hidden channels, at most half of the second-level cache (1 MiB at
+// most) by narrower tiles, beside x and y of a quad. Threads keep it from call to call: as fresh pages it
+// would cost as much as the block of a small image.
 #undef HWY_TARGET_INCLUDE
 #define HWY_TARGET_INCLUDE "inverted_residual/kernel_executorch.cpp"
 // Highway leaves it out by default; the only x86 instruction set here with a dot product of bytes
@@ -87,8 +87,10 @@ struct Layer {
 
 bool ReadActivation(std::string_view name, BlockActivation& activation) {
   static constexpr std::pair<std::string_view, BlockActivation> kNames[] = {
-      {"none", BlockActivation::kNone},   {"relu", BlockActivation::kRelu},
-      {"relu6", BlockActivation::kRelu6}, {"prelu", BlockActivation::kPrelu},
+      {"none", BlockActivation::kNone},
+      {"relu", BlockActivation::kRelu},
+      {"relu6", BlockActivation::kRelu6},
+      {"prelu", BlockActivation::kPrelu},
       {"hardswish", BlockActivation::kHardswish}};
   for (const auto& [known, value] : kNames) {
     if (name == known) return activation = value, true;
@@ -103,7 +105,8 @@ const char* CheckLayer(const Layer& layer, ScalarType type, BlockActivation& act
   if (!ReadActivation(layer.activation, activation))
     return "expected activations none, relu, relu6, prelu or hardswish";
   if (!IsDense(layer.weight, 4, type) || layer.weight.size(1) != inputs || layer.weight.size(0) < 1)
-    return "expected weights as contiguous (outputs, inputs, R, R) of the op's type, each on the channels before";
+    return "expected weights as contiguous (outputs, inputs, R, R) of the op's type, each on the channels "
+           "before";
   const int64_t outputs = layer.weight.size(0);
   if (!IsVector(layer.bias, outputs) || (layer.scales && !IsVector(*layer.scales, outputs)))
     return "expected biases and scales as one float per output channel";
@@ -160,8 +163,8 @@ Tensor& Compute(KernelRuntimeContext& context, const Tensor& x, const Layer& exp
   EDGEDYN_CHECK(context, !wrong, out, "inverted_residual: %s", wrong);
   EDGEDYN_CHECK(context, std::all_of(q.begin(), q.end(), IsInt8), out,
                 "inverted_residual: expected scales > 0 and zero points in [-128, 127]");
-  EDGEDYN_CHECK(context, ResizeTo(out, ScalarType::Float, {p.batch, p.outputs, p.out_height, p.out_width}), out,
-                "inverted_residual: out cannot hold y");
+  EDGEDYN_CHECK(context, ResizeTo(out, ScalarType::Float, {p.batch, p.outputs, p.out_height, p.out_width}),
+                out, "inverted_residual: out cannot hold y");
   if (out.numel() == 0) return out;
   Run(BlockArguments<T>{p, x.const_data_ptr<float>(), Read<T>(expand), Read<T>(depthwise), Read<T>(project),
                         mask.has_value() ? mask->const_data_ptr<float>() : nullptr,
@@ -181,18 +184,22 @@ Tensor& inverted_residual_out(KernelRuntimeContext& context, const Tensor& x, co
   p.stride = stride, p.residual = residual;
   return Compute<float>(context, x, {expand, nullptr, expand_bias, expand_slopes, expand_activation},
                         {depthwise, nullptr, depthwise_bias, depthwise_slopes, depthwise_activation},
-                        {project, nullptr, project_bias, project_slopes, project_activation}, mask, p, {}, out);
+                        {project, nullptr, project_bias, project_slopes, project_activation}, mask, p, {},
+                        out);
 }
 
-Tensor& inverted_residual_int8_out(
-    KernelRuntimeContext& context, const Tensor& x, double x_scale, int64_t x_zero_point, const Tensor& expand,
-    const Tensor& expand_scales, const Tensor& expand_bias, const optional<Tensor>& expand_slopes,
-    double hidden_scale, int64_t hidden_zero_point, const Tensor& depthwise, const Tensor& depthwise_scales,
-    const Tensor& depthwise_bias, const optional<Tensor>& depthwise_slopes, double filtered_scale,
-    int64_t filtered_zero_point, const Tensor& project, const Tensor& project_scales, const Tensor& project_bias,
-    const optional<Tensor>& project_slopes, const optional<Tensor>& mask, std::string_view expand_activation,
-    std::string_view depthwise_activation, std::string_view project_activation, int64_t stride, bool residual,
-    Tensor& out) {
+Tensor& inverted_residual_int8_out(KernelRuntimeContext& context, const Tensor& x, double x_scale,
+                                   int64_t x_zero_point, const Tensor& expand, const Tensor& expand_scales,
+                                   const Tensor& expand_bias, const optional<Tensor>& expand_slopes,
+                                   double hidden_scale, int64_t hidden_zero_point, const Tensor& depthwise,
+                                   const Tensor& depthwise_scales, const Tensor& depthwise_bias,
+                                   const optional<Tensor>& depthwise_slopes, double filtered_scale,
+                                   int64_t filtered_zero_point, const Tensor& project,
+                                   const Tensor& project_scales, const Tensor& project_bias,
+                                   const optional<Tensor>& project_slopes, const optional<Tensor>& mask,
+                                   std::string_view expand_activation, std::string_view depthwise_activation,
+                                   std::string_view project_activation, int64_t stride, bool residual,
+                                   Tensor& out) {
   InvertedResidual p{};
   p.stride = stride, p.residual = residual;
   return Compute<int8_t>(

@@ -79,10 +79,8 @@ HWY_INLINE T* Carve(std::vector<T>& scratch, int64_t words) {
 // The columns of a tile, in its own coordinates: hidden column j of a row is column left + j of the image.
 struct TileColumns {
   TileColumns(const InvertedResidual& p, const BlockTile& tile)
-      : left(tile.column * p.stride - p.side / 2),
-        width((tile.columns - 1) * p.stride + p.side),
-        begin(std::max<int64_t>(-left, 0)),
-        end(std::min(width, p.width - left)) {}
+      : left(tile.column * p.stride - p.side / 2), width((tile.columns - 1) * p.stride + p.side),
+        begin(std::max<int64_t>(-left, 0)), end(std::min(width, p.width - left)) {}
 
   // Words between two rows of scratch, with room for the lanes behind the last column; an odd number of cache
   // lines, because many rows would fall into one cache set otherwise.
@@ -98,7 +96,8 @@ struct TileColumns {
 // The columns of a tile that are computed: all, or those that an active position of the mask needs.
 class NeededColumns {
  public:
-  NeededColumns(const InvertedResidual& p, const float* mask, const BlockTile& tile, const TileColumns& columns)
+  NeededColumns(const InvertedResidual& p, const float* mask, const BlockTile& tile,
+                const TileColumns& columns)
       : p_(p), tile_(tile), columns_(columns),
         mask_(mask ? mask + (tile.sample * p.out_height + tile.row) * p.out_width + tile.column : nullptr) {}
 
@@ -111,7 +110,8 @@ class NeededColumns {
   Windows OfHidden(int64_t quad) const {
     const int64_t count = columns_.end - columns_.begin;
     if (!mask_) return Windows(count);
-    const int64_t last = quad * kQuad + kQuad - 1;  // output rows from the first to the last that read the quad
+    const int64_t last =
+        quad * kQuad + kQuad - 1;  // output rows from the first to the last that read the quad
     const std::vector<uint8_t> active =
         Active(std::max<int64_t>(quad * kQuad - p_.side + p_.stride, 0) / p_.stride, last / p_.stride + 1);
     std::vector<uint8_t> needed(count);
@@ -139,7 +139,8 @@ class NeededColumns {
   const float* mask_;
 };
 
-HWY_INLINE void WriteRow(const float* HWY_RESTRICT f, int64_t count, const float* residual, const float* mask, float* HWY_RESTRICT to) {
+HWY_INLINE void WriteRow(const float* HWY_RESTRICT f, int64_t count, const float* residual, const float* mask,
+                         float* HWY_RESTRICT to) {
   const Floats d;
   const int64_t lanes = hn::Lanes(d);
   int64_t j = 0;
@@ -155,9 +156,9 @@ HWY_INLINE void WriteRow(const float* HWY_RESTRICT f, int64_t count, const float
   }
 }
 
-// Writes `rows` rows of a tile from scratch [output][row of the step]: F(x) where the mask is set, plus x with a
-// residual. Whole rows: y's planes often lie a power of two apart, and single lines of them would fall into one
-// set of every cache.
+// Writes `rows` rows of a tile from scratch [output][row of the step]: F(x) where the mask is set, plus x
+// with a residual. Whole rows: y's planes often lie a power of two apart, and single lines of them would fall
+// into one set of every cache.
 template <typename T>
 HWY_INLINE void WriteRows(const BlockArguments<T>& a, const BlockTile& tile, int64_t first, int64_t rows,
                           const float* from, int64_t pitch) {
@@ -167,7 +168,8 @@ HWY_INLINE void WriteRows(const BlockArguments<T>& a, const BlockTile& tile, int
       const int64_t row = tile.row + first + i;
       const int64_t at = ((tile.sample * p.outputs + o) * p.out_height + row) * p.out_width + tile.column;
       const float* f = from + (o * kQuad / p.stride + i) * pitch;
-      const float* mask = a.mask ? a.mask + (tile.sample * p.out_height + row) * p.out_width + tile.column : nullptr;
+      const float* mask =
+          a.mask ? a.mask + (tile.sample * p.out_height + row) * p.out_width + tile.column : nullptr;
       WriteRow(f, tile.columns, p.residual ? a.x + at : nullptr, mask, a.y + at);
     }
   }

@@ -24,8 +24,8 @@ struct Window {
   static constexpr int64_t kGap = 3;        // columns that are computed rather than left out
 
   int64_t stretches = 0;
-  int64_t column[kStretches];        // of a stretch's first lane
-  int64_t lane[kStretches + 1] = {}; // first lanes, and the number of lanes behind them
+  int64_t column[kStretches];         // of a stretch's first lane
+  int64_t lane[kStretches + 1] = {};  // first lanes, and the number of lanes behind them
 };
 
 class Windows {
@@ -62,7 +62,8 @@ class Windows {
 
   void Append(int64_t begin, int64_t end, int64_t lanes) {
     while (begin < end) {
-      if (list_.empty() || list_.back().stretches == Window::kStretches || list_.back().lane[list_.back().stretches] == lanes) {
+      if (list_.empty() || list_.back().stretches == Window::kStretches ||
+          list_.back().lane[list_.back().stretches] == lanes) {
         list_.emplace_back();
       }
       Window& w = list_.back();

@@ -1,5 +1,5 @@
-// The work of inverted_residual: its arguments, and how the output is cut into tiles whose hidden maps stay in
-// a core's cache.
+// The work of inverted_residual: its arguments, and how the output is cut into tiles whose hidden maps stay
+// in a core's cache.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,8 @@
 
 namespace edgedyn {
 
-// A layer of a block as the runtime hands it over. T: the type of the weights; scales of int8 weights, one per
-// output channel.
+// A layer of a block as the runtime hands it over. T: the type of the weights; scales of int8 weights, one
+// per output channel.
 template <typename T>
 struct LayerTensors {
   const T* weight;
