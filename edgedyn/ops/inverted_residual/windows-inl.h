@@ -87,11 +87,12 @@ HWY_INLINE hn::Vec<D> LoadStrided(D d, const T* from) {
 #endif
 }
 
-// Reads and writes the columns of a window; with a mask it touches a vector before and behind them, too.
+// Reads and writes the columns of a window; it touches up to a vector behind them.
 template <class D, bool kMasked, int kStride = 1>
 class WindowAccess {
  public:
-  HWY_INLINE explicit WindowAccess(const Window& w) : w_(w) {
+  HWY_INLINE explicit WindowAccess(const Window& w)
+      : w_(w), last_(w.column[w.stretches - 1] - w.lane[w.stretches - 1]) {
     if constexpr (!kMasked) return;
     const D d;
     for (int64_t k = 0; k < w.stretches; ++k) {
@@ -124,13 +125,7 @@ class WindowAccess {
   // Load where only [begin, end) may be read; other lanes are 0.
   HWY_INLINE hn::Vec<D> LoadWithin(const float* row, const float* begin, const float* end) const {
     const D d;
-    const int64_t lanes = hn::Lanes(d);
-    bool is_safe = true;
-    for (int64_t k = 0; k < w_.stretches; ++k) {
-      const float* from = row + w_.column[k] - w_.lane[k];
-      is_safe &= from >= begin && from + lanes <= end;
-    }
-    if (is_safe) return Load(row);
+    if (row + w_.column[0] >= begin && row + last_ + hn::Lanes(d) <= end) return Load(row);
     HWY_ALIGN float values[HWY_MAX_BYTES / sizeof(float)] = {};
     for (int64_t k = 0; k < w_.stretches; ++k) {
       for (int64_t lane = w_.lane[k]; lane < w_.lane[k + 1]; ++lane) {
@@ -143,6 +138,7 @@ class WindowAccess {
 
  private:
   const Window& w_;
+  int64_t last_;  // column at which the last stretch's vector begins; the first one's begins furthest left
   hn::Mask<D> from_[Window::kStretches], inside_[Window::kStretches];
 };
 
