@@ -18,6 +18,7 @@ from typing import Any
 
 from torch import Tensor, fx
 
+from edgedyn.graph.constants import is_in_place, memory_of
 from edgedyn.graph.nodes import convolution_arguments, module_path
 from edgedyn.graph.stages import (
     ACTIVATIONS_TAKEN,
@@ -144,6 +145,7 @@ def _match(module: fx.GraphModule, depthwise: fx.Node, taken: dict[fx.Node, Bloc
     channels = stored_weight(module, expand).shape[1], len(stored_weight(module, project))
     can_add = channels[0] == channels[1] and is_all(convolution_arguments(depthwise)[0], 1)
     x, output = _find_residual(expand, third.end, can_add=can_add, is_int8=qparams is not None)
+    _check_memory(module, x, expand, output)
     return Block(x, stages, third.mask, output is not third.end, output, qparams)
 
 
@@ -197,11 +199,27 @@ def _find_residual(expand: fx.Node, end: fx.Node, *, can_add: bool, is_int8: boo
     source = quantize.args[0] if isinstance(quantize, fx.Node) and is_pair else None
     reader = only_reader(end)
     if can_add and reader is not None and operator_name(reader) == "add" and not reader.kwargs:
-        term = other_term(reader, end)
+        # a sum written into x stays outside: later readers of x may want it
+        term = None if is_in_place(reader) and reader.args[0] is not end else other_term(reader, end)
         if term is not None and (term in (x, source) or _same_values(term, x)):
             return term, reader
     is_alone = isinstance(quantize, fx.Node) and len(quantize.users) == len(x.users) == 1
     return (source if is_alone and isinstance(source, fx.Node) else x), end
+
+
+def _check_memory(module: fx.GraphModule, x: fx.Node, expand: fx.Node, output: fx.Node) -> None:
+    """Refuse a block whose input is overwritten before the block ends, where its kernel reads it."""
+    nodes = list(module.graph.nodes)
+    for node in nodes[nodes.index(expand) : nodes.index(output)]:
+        if is_in_place(node) and _memory(node.args[0]) is _memory(x):
+            raise DiffersError(f"{operator_name(node)} overwrites the input of {layer_name(expand)} in place")
+
+
+def _memory(node: Any) -> Any:
+    """Return the node whose memory a value shares, through views and operators that work in place."""
+    while isinstance(node, fx.Node) and (memory_of(node) is not node or is_in_place(node)):
+        node = node.args[0] if is_in_place(node) else memory_of(node)
+    return node
 
 
 def _same_values(a: fx.Node, b: fx.Node) -> bool:

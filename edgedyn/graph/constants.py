@@ -156,7 +156,7 @@ def _constant_values(module: fx.GraphModule) -> dict[fx.Node, Any]:
         elif _is_foldable(node) and all(source in values for source in node.all_input_nodes):
             args, kwargs = fx.node.map_arg((node.args, node.kwargs), values.__getitem__)
             with torch.no_grad():
-                if _is_in_place(node):
+                if is_in_place(node):
                     args = (args[0].clone(), *args[1:])
                 values[node] = node.target(*args, **kwargs)
     return values
@@ -179,13 +179,13 @@ def _is_foldable(node: fx.Node) -> bool:
 
 def changed_in_place(graph: fx.Graph) -> set[fx.Node]:
     """Return the nodes whose memory an operator changes through a view, or where a view shows it."""
-    in_place = [node for node in graph.nodes if _is_in_place(node) and not works_on_its_own(node)]
+    in_place = [node for node in graph.nodes if is_in_place(node) and not works_on_its_own(node)]
     return {memory_of(argument(node, 0)) for node in in_place}
 
 
 def work_on_copy(node: fx.Node) -> None:
     """Let an operator that works in place on its own return a new value: its input can be read later."""
-    if not (_is_in_place(node) and works_on_its_own(node)):
+    if not (is_in_place(node) and works_on_its_own(node)):
         return
     target: Any = node.target
     copying = getattr(torch.ops.aten, target._schema.name.partition("::")[2].removesuffix("_"), None)
@@ -202,7 +202,8 @@ def works_on_its_own(node: fx.Node) -> bool:
     )
 
 
-def _is_in_place(node: fx.Node) -> bool:
+def is_in_place(node: fx.Node) -> bool:
+    """Tell whether an operator changes an argument, as ``relu_`` does."""
     schema = getattr(node.target, "_schema", None)
     return node.op == "call_function" and schema is not None and bool(schema.is_mutable and node.args)
 

@@ -131,6 +131,56 @@ def test_a_larger_dilation_covers_and_several_add_up():
         assert only_block(Masked(make, None, lambda m: m, side=5))[1].mask is not None
 
 
+class IntoBranch(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.branch(x)
+        y += x
+        return y
+
+
+class IntoX(Block):
+    """The sum is written into x, which a later sum reads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        y = x
+        x += self.branch(x)
+        return x + y
+
+
+class Overwritten(Block):
+    """An operator in place between two readers of x."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        y = self.expand(x)
+        x.relu_()
+        return x + self.project(self.act2(self.depthwise(self.act1(y))))
+
+
+class OverwrittenView(Overwritten):
+    def forward(self, x: Tensor) -> Tensor:
+        x = x * 2
+        y = self.expand(x)
+        x[:, :1].relu_()
+        return x + self.project(self.act2(self.depthwise(self.act1(y))))
+
+
+def test_sums_in_place_belong_to_a_block_where_x_stays_as_it_is():
+    assert only_block(IntoBranch())[1].is_residual
+    assert not only_block(IntoX())[1].is_residual
+
+
+def test_a_block_whose_input_is_overwritten_is_refused():
+    for network in (Overwritten(), OverwrittenView()):
+        assert reason(network) == "relu overwrites the input of expand in place"
+
+
+def test_a_sum_behind_stride_2_stays_outside():
+    _, block = only_block(Block(stride=2), 1, 4, 1, 1)
+    assert not block.is_residual
+
+
 def same(mask: Tensor) -> Tensor:
     return mask
 

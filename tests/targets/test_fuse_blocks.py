@@ -20,6 +20,16 @@ def same(mask):
     return mask
 
 
+class IntoX(Block):
+    """The sum is written into x, which a later sum reads."""
+
+    def forward(self, x):
+        x = x * 2
+        y = x
+        x += self.branch(x)
+        return x + y
+
+
 def fused_nodes(program):
     return [n for n in program.graph.nodes if getattr(n.target, "namespace", "") == "edgedyn"]
 
@@ -38,6 +48,7 @@ FLOAT = {
     "masked": Masked(dilated(3), same, same),
     "masked behind": Masked(None, None, same),
     "masked 5x5": Masked(dilated(5), None, same, side=5),
+    "sum into x": IntoX(),
     "chain": nn.Sequential(*[ResConvBlock(4) for _ in range(3)]),
 }
 
