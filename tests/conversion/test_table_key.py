@@ -16,6 +16,7 @@ import pytest
 import skimage
 import torch
 import yaml
+from small_blocks import Block, folded
 from torch import nn
 from typer.testing import CliRunner
 
@@ -372,3 +373,18 @@ def test_float_recipe_has_nothing_to_calibrate(tmp_path):
     given = load_recipe(RECIPES / "mallenet-s.phone.fp32.yaml", SMALL[:-1])
     with pytest.raises(RecipeError, match="has precision 'fp32'; only int8 has a calibration table"):
         pipeline.calibrate(given, tmp_path / "table.json")
+
+
+def test_the_key_names_the_blocks_of_a_kernel_where_there_are_any(tmp_path):
+    given = recipe(tmp_path)
+    images, _ = pipeline.load_sets(given)
+
+    def key(network: nn.Module, *, fuses_blocks: bool) -> dict[str, object]:
+        module = folded(network)
+        programs = {"forward": module}, {"forward": ({}, module)}
+        return recipe_table.table_key(given, images, *programs, fuses_blocks=fuses_blocks)
+
+    stock, fused = (key(Block(), fuses_blocks=fuses) for fuses in (False, True))
+    assert fused == {**stock, "forms": {"inverted_residual": "fused"}}
+    plain = nn.Conv2d(4, 4, 1)
+    assert key(plain, fuses_blocks=True) == key(plain, fuses_blocks=False)

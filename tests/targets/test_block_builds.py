@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from small_blocks import small_mobilenet
 
-from edgedyn import pipeline
+from edgedyn import pipeline, targets
 from edgedyn.bench import benchmark
+from edgedyn.conversion import inspection
 from edgedyn.conversion.convert import load_target
 from edgedyn.device import session
 from edgedyn.errors import NoFormError, RecipeError
@@ -69,3 +72,11 @@ def test_a_form_that_does_not_exist_or_cannot_run_is_refused():
         load_target(small("forms={inverted_residual: three}"))
     with pytest.raises(NoFormError, match="cannot run op 'inverted_residual' as fused"):
         load_target(small("kernels=stock", "forms={inverted_residual: fused}"))
+
+
+def test_a_preview_counts_the_kernel_of_each_block():
+    equipped = targets.load("executorch", "fused")
+    found = inspection.inspect_model(small_mobilenet().eval(), (torch.zeros(1, 3, 16, 16),), instead=equipped)
+    preview = found["targets"]["executorch"]
+    assert preview["portable"] == {"edgedyn.inverted_residual.default": len(found["blocks"])}
+    assert preview["unsupported"] == {}
