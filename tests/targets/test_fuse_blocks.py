@@ -145,3 +145,49 @@ def test_a_node_has_the_path_of_its_block_or_else_of_its_depthwise_layer():
     ):
         fused = fuse_blocks(to_float(export(network), sample(1), "fp32").program)
         assert [module_path(node) for node in fused_nodes(fused)] == expected
+
+
+def arguments(node):
+    return dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=True))
+
+
+@pytest.mark.parametrize("name", ["chain", "headed"])
+def test_int8_blocks_add_x_as_it_came(name):
+    fused = fuse_blocks(quantized({**FLOAT, "headed": Headed()}[name]).program)
+    calls = [arguments(node) for node in fused_nodes(fused)]
+    assert [call["residual"] for call in calls] == [True, True, True]
+    # the first reads what the layer in front wrote, which is INT8; others the sum of the block before
+    assert ("dequantize" in calls[0]["x"].name) == (name == "headed")
+    assert [call["x"] for call in calls[1:]] == fused_nodes(fused)[:2]
+
+
+def test_int8_blocks_without_a_sum_pass_float_maps_on():
+    network = nn.Sequential(Block(residual=False), Block(residual=False))
+    fused = fuse_blocks(quantized(network).program)
+    first, second = fused_nodes(fused)
+    assert arguments(second)["x"] is first
+    assert not [n for n in fused.graph.nodes if "quantize_per_tensor" in str(n.target)]
+
+
+class Branched(nn.Module):
+    """Two readers of one rounded map: a block and a dense convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block, self.other = Block(residual=False), nn.Conv2d(4, 4, 3, padding=1)
+
+    def forward(self, x):
+        y = x * 2
+        return self.block(y) + self.other(y)
+
+
+def test_a_map_that_others_read_rounded_is_rounded_once():
+    done = quantized(Branched())
+    fused = fuse_blocks(done.program)
+    (node,) = fused_nodes(fused)
+    (x,) = sample(3)
+    torch.testing.assert_close(fused.module()(x), done.program.module()(x), rtol=1e-4, atol=1e-4)
+    assert arguments(node)["residual"] is False
+    assert "dequantize" in arguments(node)["x"].name
+    (doubled,) = (n for n in fused.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
+    assert len(doubled.users) == 1
