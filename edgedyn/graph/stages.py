@@ -64,7 +64,7 @@ def read_stage(module: fx.GraphModule, conv: fx.Node) -> Stage:
     """Read activation and mask behind a convolution, as far as each has one reader."""
     end, function, activation, mask = conv, None, "none", None
     reader = only_reader(end)
-    if reader is not None and (kind := _activation(module, reader, len(stored_weight(module, conv)))):
+    if reader is not None and (kind := _activation(reader)):
         end = function = reader
         activation = kind
     reader = only_reader(end)
@@ -182,7 +182,7 @@ def _int8_weight(module: fx.GraphModule, conv: fx.Node) -> bool:
     return stored.dtype == torch.int8 and not constant_of(module, weight.args[2]).any()
 
 
-def _activation(module: fx.GraphModule, node: fx.Node, channels: int) -> str | None:
+def _activation(node: fx.Node) -> str | None:
     """Return the kind of an activation that the kernel computes, None of any other node."""
     name = operator_name(node)
     if name in ("clamp", "hardtanh", "clamp_min"):
@@ -193,7 +193,7 @@ def _activation(module: fx.GraphModule, node: fx.Node, channels: int) -> str | N
     if name == "prelu":
         slopes = node.args[1]
         is_stored = isinstance(slopes, fx.Node) and slopes.op == "get_attr"
-        return _SLOPED if is_stored and constant_of(module, slopes).numel() in (1, channels) else None
+        return _SLOPED if is_stored else None
     return _ACTIVATIONS.get(name)
 
 

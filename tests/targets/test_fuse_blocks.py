@@ -9,6 +9,7 @@ from small_int8 import quantize_program
 from torch import nn
 
 from edgedyn import targets
+from edgedyn.graph.blocks import find_blocks
 from edgedyn.graph.nodes import module_path
 from edgedyn.layers.malleconv import ResConvBlock
 from edgedyn.quantize.quantized import to_float
@@ -191,3 +192,18 @@ def test_a_map_that_others_read_rounded_is_rounded_once():
     assert "dequantize" in arguments(node)["x"].name
     (doubled,) = (n for n in fused.graph.nodes if n.target is torch.ops.aten.mul.Tensor)
     assert len(doubled.users) == 1
+
+
+def test_a_block_that_is_int8_in_part_stays_three_convolutions():
+    stock = targets.load("executorch").int8
+    for kept in ("expand", "depthwise", "project"):
+        done = quantize_program(
+            export(Block(activations=("relu", "relu", "none"))),
+            sample(1),
+            scheme=stock,
+            section=QuantizeSection(keep_float=[kept]),
+            samples=[sample(2)],
+        )
+        assert fuse_blocks(done.program) is done.program
+        (refusal,) = find_blocks(done.program.module())[1]
+        assert "only a part of it is INT8" in refusal.reason

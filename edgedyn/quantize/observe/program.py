@@ -110,7 +110,8 @@ def observe_program(
         note = _describe_outliers(sharing, peaks.read(layer.input_node), section)
         entries[layer.input] = replace(entries[layer.input], note=note)
     entries |= {layer.weight: _weight_entry(module, layer, section) for layer in layers}
-    entries |= raise_scales(entries, layers)
+    ends = {block.stages[-1].conv for block in blocks}  # their outputs are float
+    entries |= raise_scales(entries, [layer for layer in layers if layer.node not in ends])
     return Observed(tuple(entries.values()), constants)
 
 
