@@ -2,9 +2,10 @@
 
     python tools/bench_ops.py [--json] [--rounds 5] [--runs 10] [--out FILE.json] [PATTERN ...]
 
-Both run in turn through ExecuTorch with its own pool of two threads, for several rounds. The ratio is that of
-the medians over all rounds, its spread the largest minus the smallest ratio of a round. Tensors are random,
-for only their shapes cost time; masks are blobs, like masks of photos.
+Both run in turn through ExecuTorch with its own pool of two threads, on the same two CPUs, for several
+rounds. The ratio is that of the medians over all rounds, its spread the largest minus the smallest ratio of a
+round. Tensors are random, for only their shapes cost time; masks are blobs, like masks of photos. The rows
+"SQNR" compare the errors of INT8 programs against PyTorch in float32.
 
 Where valgrind is installed, it also counts the millions of instructions of one run on one thread, a figure
 that repeats on a busy machine. Valgrind knows no AVX-512: both our kernels and XNNPACK's then use AVX2.
@@ -17,33 +18,36 @@ import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 from unittest.mock import patch
 
+import block_rows
 import drivers
 import measurement
 import numpy as np
 import torch
 import torch.nn.functional as F
 import typer
+from bench_rows import Lowered, NetworkAndInputs, Row, SqnrRow, on_runtime
 from lowering import load_lowered, lower_recipe
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor, nn
 
-from edgedyn import targets
-from edgedyn.ops import Form, choose_forms, decompose, load_all, sliced_depthwise2d
+from edgedyn.images.metrics import sqnr_db
+from edgedyn.ops import Form, load_all, sliced_depthwise2d
 from edgedyn.recipe.recipe import load_recipe
 from edgedyn.targets.quiet import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
 THREADS = 2
+PAUSE = 0.1  # seconds between programs: the threads of ExecuTorch's pool wait busily after a run
 load_all()  # registers the ops
-NetworkAndInputs = tuple[nn.Module, tuple[Tensor, ...]]
 
 
 class Call(nn.Module):
@@ -52,48 +56,6 @@ class Call(nn.Module):
     def __init__(self, function: Callable[..., Tensor]) -> None:
         super().__init__()
         self.forward = function
-
-
-class Lowered(NamedTuple):
-    """A program, its inputs, and a function that runs it on them."""
-
-    path: Path
-    inputs: Sequence[Tensor]
-    run: Callable[[], object]
-
-
-class Row(NamedTuple):
-    """Two functions, each making a program, and the limit on the ratio of the programs' times, if any."""
-
-    name: str
-    limit: float | None
-    network: Callable[[Path], Lowered]
-    yardstick: Callable[[Path], Lowered]
-    is_counted: bool = True
-
-
-def on_runtime(network: NetworkAndInputs, kernels: str = "fused", **forms: str) -> Callable[[Path], Lowered]:
-    """Return a function that lowers a network into a folder."""
-
-    def make(folder: Path) -> Lowered:
-        module, inputs = network
-        target = targets.load("executorch", kernels)
-        program = torch.export.export(module.eval(), inputs)
-        chosen = choose_forms(program, target, forms)
-        program = decompose(decompose(program, chosen, "before_quantize"), chosen, "after_quantize")
-        artifact = target.lower({"forward": program}, folder, "fp32")
-        path = folder / artifact.programs["forward"]
-        return Lowered(path, inputs, run_method(path, inputs))
-
-    return make
-
-
-def run_method(path: Path, inputs: Sequence[Tensor]) -> Callable[[], object]:
-    """Return a function that runs a program, and does not copy the output: that costs as much as a kernel."""
-    from executorch.extension.pybindings.portable_lib import _load_for_executorch
-
-    program = _load_for_executorch(str(path))
-    return lambda: program.run_method("forward", inputs, clone_outputs=False)
 
 
 def sliced(channels: int = 32, size: int = 512, cells: int = 16) -> NetworkAndInputs:
@@ -224,10 +186,10 @@ ROWS = (
     Row("atom_depthwise2d f32 : bases_first", 0.4, on_runtime(atoms()), on_runtime(atoms(), "stock")),
     *(
         Row(
-            f"masked block, {active:.0%} active : dense",
+            f"masked_conv2d block, {active:.0%} active : dense",
             limit,
             on_runtime(residual(is_sparse=True, active=active)),
-            on_runtime(residual(is_sparse=False, active=active)),
+            on_runtime(residual(is_sparse=False, active=active), "stock"),
         )
         for active, limit in ((0.15, 0.4), (0.5, 1.0))
     ),
@@ -240,6 +202,7 @@ ROWS = (
         mallenet("stock"),
         is_counted=False,
     ),
+    *block_rows.ROWS,
 )
 
 
@@ -252,20 +215,28 @@ def main(
 ) -> None:
     from executorch.extension.pybindings.portable_lib import _unsafe_reset_threadpool
 
+    cpus = measurement.pin(THREADS)
     _unsafe_reset_threadpool(THREADS)
     torch.set_num_threads(THREADS)
-    selected = [row for row in ROWS if any(fnmatch.fnmatch(row.name, f"*{p}*") for p in patterns or ["*"])]
-    rows = []
+
+    def select(rows: tuple[Any, ...]) -> list[Any]:
+        return [row for row in rows if any(fnmatch.fnmatch(row.name, f"*{p}*") for p in patterns or ["*"])]
+
+    rows: list[dict[str, Any]] = []
+    sqnr: list[dict[str, Any]] = []
+    steps = [(rows, partial(measure, row, rounds, runs)) for row in select(ROWS)]
+    steps += [(sqnr, partial(compare_sqnr, row)) for row in select(block_rows.SQNR_ROWS)]
     with quiet_libraries():
-        for row in track(selected, "measure", disable=not sys.stderr.isatty()):
-            rows.append(measure(row, rounds, runs))
-    samples = f"{rounds} rounds of {runs} runs after 2 warm-ups, in turn; {THREADS} threads"
-    record = {"rows": rows, "samples": samples}
+        for results, step in track(steps, "measure", disable=not sys.stderr.isatty()):
+            results.append(step())
+    samples = f"{rounds} rounds of {runs} runs after 2 warm-ups, in turn; {THREADS} threads, {cpus}"
+    record = {"rows": rows, "sqnr": sqnr, "samples": samples}
     measurement.write(out, record)
     if as_json:
         sys.stdout.write(json.dumps({**record, **measurement.provenance()}, indent=1) + "\n")
     else:
         show(rows)
+        show_sqnr(sqnr)
 
 
 def measure(row: Row, rounds: int, runs: int) -> dict[str, Any]:
@@ -278,6 +249,7 @@ def measure(row: Row, rounds: int, runs: int) -> dict[str, Any]:
         times: list[list[list[float]]] = [[], []]
         for _ in range(rounds):
             for program, results in zip(programs, times, strict=True):
+                time.sleep(PAUSE)
                 results.append(time_runs(program.run, runs))
         counts = [count_millions(program) if row.is_counted else None for program in programs]
     ours, yardstick = (float(np.median(results)) for results in times)
@@ -291,6 +263,25 @@ def measure(row: Row, rounds: int, runs: int) -> dict[str, Any]:
         "spread": round(float(max(ratios) - min(ratios)), 3),
         "instructions": counts[0],
         "yardstick_instructions": counts[1],
+    }
+
+
+def compare_sqnr(row: SqnrRow) -> dict[str, Any]:
+    """Run both programs once and return their SQNR against the float network in PyTorch."""
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        found = []
+        for name, make in (("ours", row.ours), ("yardstick", row.yardstick)):
+            (Path(folder) / name).mkdir()
+            program = make(Path(folder) / name)
+            (y,) = program.run()
+            found.append(sqnr_db(y.numpy(), row.network(*program.inputs).numpy()))
+    ours, yardstick = found
+    return {
+        "what": row.name,
+        "db": round(ours, 2),
+        "yardstick_db": round(yardstick, 2),
+        "difference": round(ours - yardstick, 2),
+        "limit": row.limit,
     }
 
 
@@ -310,17 +301,36 @@ def time_runs(run: Callable[[], object], runs: int) -> list[float]:
 
 
 def show(rows: list[dict[str, Any]]) -> None:
-    """Print the table."""
+    """Print the table of ratios; bold above their limits."""
+    columns = (
+        "what",
+        "ms",
+        "yardstick\nms",
+        "ratio",
+        "limit",
+        "spread",
+        "million\ninstructions",
+        "yardstick's",
+    )
+    print_table(columns, rows, [row["ratio"] > (row["limit"] or np.inf) for row in rows])
+
+
+def show_sqnr(rows: list[dict[str, Any]]) -> None:
+    """Print the table of SQNR; bold below their limits."""
+    columns = "what", "dB", "yardstick\ndB", "difference", "at least"
+    print_table(columns, rows, [row["difference"] < row["limit"] for row in rows])
+
+
+def print_table(columns: tuple[str, ...], rows: list[dict[str, Any]], missed: list[bool]) -> None:
+    """Print rows that are not empty, bold where they miss a limit."""
     table = Table(box=None)
-    for column in (
-        *("what", "ms", "yardstick\nms", "ratio", "limit", "spread"),
-        *("million\ninstructions", "yardstick's"),
-    ):
+    for column in columns:
         table.add_column(column, justify="left" if column == "what" else "right", no_wrap=True)
-    for row in rows:
+    for row, is_missed in zip(rows, missed, strict=True):
         shown = ("" if value is None else str(value) for value in row.values())
-        table.add_row(*shown, style=None if row["ratio"] <= (row["limit"] or np.inf) else "bold")
-    Console(width=130).print(table)
+        table.add_row(*shown, style="bold" if is_missed else None)
+    if rows:
+        Console(width=130).print(table)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,18 @@ def _shorten(word: str) -> str:
     return key + equals + path.name if path.is_absolute() or ".." in path.parts else word
 
 
+def pin(threads: int) -> str:
+    """Keep this process, and those that it starts, on its first CPUs; return their numbers in words.
+
+    Called before a pool of threads is made. Where the system cannot pin, nothing happens.
+    """
+    if not hasattr(os, "sched_setaffinity"):
+        return "not pinned"
+    cpus = sorted(os.sched_getaffinity(0))[:threads]
+    os.sched_setaffinity(0, cpus)
+    return f"pinned to CPUs {', '.join(map(str, cpus))}"
+
+
 def write(path: Path | None, record: dict[str, Any]) -> None:
     """Write a measurement with its provenance as JSON; a path of None writes nothing."""
     if path is not None:

@@ -185,7 +185,12 @@ def folded(network: nn.Module, *shape: int, seed: int = 3) -> fx.GraphModule:
 
 
 def export(network: nn.Module, *shape: int, seed: int = 3) -> torch.export.ExportedProgram:
-    """Return the exported program of a network with random weights, biases, slopes and statistics."""
+    """Return the exported program of a network with random weights."""
+    return torch.export.export(randomize(network, seed), (torch.zeros(shape or (2, 4, 9, 7)),))
+
+
+def randomize(network: nn.Module, seed: int = 3) -> nn.Module:
+    """Give a network random weights, biases, slopes and statistics, and return it in evaluation mode."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for tensor in network.parameters():
@@ -194,4 +199,4 @@ def export(network: nn.Module, *shape: int, seed: int = 3) -> torch.export.Expor
         for name, tensor in network.named_buffers():
             if name.endswith(("running_mean", "running_var")):
                 tensor.copy_(torch.rand(tensor.shape, generator=generator) + 0.3)
-    return torch.export.export(network.eval(), (torch.zeros(shape or (2, 4, 9, 7)),))
+    return network.eval()
