@@ -8,13 +8,18 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import bench_ops
+import block_rows
 import drivers
 import fuzz_ops
 import numpy as np
 import pytest
+import torch
 import typer
+from bench_rows import SqnrRow
 from drivers import DriverStoppedError, Job, Result
 from random_calls import random_call
+
+from edgedyn.images.metrics import sqnr_db
 
 OP = "atom_depthwise2d"
 
@@ -52,6 +57,48 @@ def test_fuzz_goes_on_where_it_stopped(tmp_path):
         assert written["runs"]["sanitizer address,undefined"] == rounds * fuzz_ops.ROUND
     with pytest.raises(typer.BadParameter, match="counts seed 5"):
         fuzz_ops.main(seconds=0, seed=6, op=OP, out=out)
+
+
+def small_block(precision: str, kernels: str):
+    network = block_rows.block("c")
+    x, samples = block_rows.feature_map(32, (20, 28)), block_rows.calibration(32, (20, 28))
+    return network, block_rows.lowered(network, x, samples, kernels, precision)
+
+
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("precision", ["f32", "INT8"])
+def test_a_row_of_blocks_calls_the_kernel_on_our_side_only(precision, tmp_path):
+    op = {"f32": b"edgedyn::inverted_residual", "INT8": b"edgedyn::inverted_residual_int8"}[precision]
+    for kernels, is_called in (("fused", True), ("stock", False)):
+        network, make = small_block(precision, kernels)
+        (tmp_path / kernels).mkdir()
+        program = make(tmp_path / kernels)
+        assert (op in program.path.read_bytes()) is is_called
+        with torch.no_grad():
+            (y,), expected = program.run(), network(*program.inputs)
+        found = sqnr_db(y.numpy(), expected.numpy())
+        # 8 bits of three maps, whose largest values are about four times their power's root
+        assert found > 100 if precision == "f32" else 25 < found < 50
+
+
+@pytest.mark.usefixtures("library")
+def test_sqnr_is_of_both_programs_against_the_float_network():
+    network, ours = small_block("INT8", "fused")
+    exact = small_block("f32", "stock")[1]
+    row = bench_ops.compare_sqnr(SqnrRow("fused INT8 - float", -0.5, network, ours, exact))
+    assert row["db"] < 50 < row["yardstick_db"]
+    assert row["difference"] == pytest.approx(row["db"] - row["yardstick_db"], abs=0.01)
+
+
+def test_rows_of_masked_blocks_have_the_active_share_that_they_name():
+    for active in block_rows.MASKED:
+        field = block_rows.blobs(active, block_rows.KINDS["d"].size)
+        assert float((field >= 0).float().mean()) == pytest.approx(active, abs=1e-3)
+
+
+def test_every_row_has_a_name_of_its_own():
+    names = [row.name for row in (*bench_ops.ROWS, *block_rows.SQNR_ROWS)]
+    assert len(names) == len(set(names))
 
 
 @pytest.mark.usefixtures("library")

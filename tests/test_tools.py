@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -16,7 +17,10 @@ import numpy as np
 import pytest
 import torch
 import typer
+from lowering import load_lowered, lower_recipe
 from PIL import Image
+
+from edgedyn.recipe.recipe import load_recipe
 
 
 def test_measurement_carries_machine_versions_and_command_but_no_folders_of_this_machine(
@@ -74,6 +78,16 @@ def test_programs_are_compared_under_unclipped_noise_of_the_level():
     assert (seen[0] != seen[1]).any()  # each image has noise of its own
 
 
+def test_recipe_is_lowered_and_loaded_without_a_bundle(tmp_path):
+    recipe = load_recipe(bench.ROOT / "recipes/mallenet-s.phone.fp32.yaml", ["input.shape=[1, 3, 64, 64]"])
+    assert lower_recipe(recipe, tmp_path) == 0
+    x = np.random.default_rng(3).random((1, 3, 64, 64), dtype=np.float32)
+    (y,) = load_lowered(tmp_path)(x)
+    with torch.no_grad():
+        expected = recipe.load_model().eval()(torch.from_numpy(x)).numpy()
+    np.testing.assert_allclose(y, expected, rtol=0, atol=1e-4)
+
+
 def test_bench_ratios_are_against_eager_of_the_same_network():
     def results(*medians: float) -> list[dict]:
         return [{"times_ms": [m, m, 2 * m], "memory_mb": 7.0} for m in medians]
@@ -88,7 +102,29 @@ def test_bench_ratios_are_against_eager_of_the_same_network():
     assert rows["a, PyTorch eager"]["spread"] == pytest.approx(0.1)
     assert rows["a, INT8"]["ratio_to_eager"] == pytest.approx(25 / 110, abs=1e-3)
     assert rows["b, INT8"]["ratio_to_eager"] == 0.5
+    assert bench.summarize("8x8", {"c, INT8": results(5)})[0]["ratio_to_eager"] is None
     assert (rows["b, INT8"]["p95_ms"], rows["b, INT8"]["median_ms"]) == (10.0, 5.0)
+
+
+def test_bench_ratios_with_limits_are_of_one_size_and_of_measured_variants():
+    size, ours, yardstick, limit = bench.RATIOS[-1]
+    measured = {
+        name: [{"times_ms": [t, t]} for t in times] for name, times in ((ours, (1, 3)), (yardstick, (4, 4)))
+    }
+    (row,) = bench.compare(size, measured)
+    assert row["what"] == f"{ours} : {yardstick}"
+    assert (row["ratio"], row["limit"], row["spread"]) == (0.5, limit, 0.5)
+    assert bench.compare("8x8", measured) == bench.compare(size, {ours: measured[ours]}) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="this system does not pin")
+def test_pinned_process_runs_on_the_first_cpus_it_may_use():
+    code = "import os, measurement; print(measurement.pin(1), os.sched_getaffinity(0))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=bench.ROOT / "tools", capture_output=True, text=True, check=True
+    )
+    first = min(os.sched_getaffinity(0))
+    assert done.stdout.strip() == f"pinned to CPUs {first} {{{first}}}"
 
 
 TOOLS = [path for path in sorted((bench.ROOT / "tools").glob("*.py")) if "__main__" in path.read_text()]

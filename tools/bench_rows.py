@@ -15,7 +15,7 @@ from edgedyn.ops import choose_forms, decompose
 from edgedyn.quantize.quantized import to_float
 from edgedyn.recipe.keys import QuantizeSection
 
-SECTION = QuantizeSection()  # of a recipe that sets no key of it
+QUICK = QuantizeSection(rounding="nearest")  # rounding does not change the time of a run
 Inputs = tuple[Tensor, ...]
 NetworkAndInputs = tuple[nn.Module, Inputs]
 
@@ -49,7 +49,12 @@ class SqnrRow(NamedTuple):
 
 
 def on_runtime(
-    network: NetworkAndInputs, kernels: str = "fused", *, samples: Sequence[Inputs] = (), **forms: str
+    network: NetworkAndInputs,
+    kernels: str = "fused",
+    *,
+    samples: Sequence[Inputs] = (),
+    section: QuantizeSection = QUICK,
+    **forms: str,
 ) -> Callable[[Path], Lowered]:
     """Return a function that lowers a network into a folder, as a build does.
 
@@ -57,6 +62,7 @@ def on_runtime(
         network: in evaluation mode, and its inputs.
         kernels: ``fused`` or ``stock``.
         samples: calibration inputs, which may be smaller; the program is INT8 where there are any.
+        section: the recipe's section ``quantize``.
         forms: op -> form name.
     """
 
@@ -72,7 +78,7 @@ def on_runtime(
         chosen, program = prepare(inputs)
         if samples:
             called = {op.overload for op, form in chosen.items() if form.fn is None}
-            method = quantize.Int8Method(target.int8, SECTION, kernels=called)
+            method = quantize.Int8Method(target.int8, section, kernels=called)
             _, observed = prepare(samples[0])
             calibrated = quantize.calibrate(observed, quantize.CalibrationInputs(samples), method)
             program = quantize.apply(program, inputs, calibrated, method).program

@@ -1,8 +1,8 @@
 """Rows of inverted-residual blocks: our kernel beside XNNPACK; alone, masked and in chains.
 
 The blocks are MalleNet's (a, b, c) and DynConv's (d). Weights, inputs and calibration samples are random.
-Both sides of a row have the same weights and are calibrated on the same samples, as by a recipe that sets no
-key of ``quantize``.
+Both sides of a row have the same weights and are calibrated on the same samples; rows "SQNR" as by a recipe
+that sets no key of ``quantize``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,11 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from bench_rows import Inputs, Lowered, Row, SqnrRow, on_runtime
+from bench_rows import QUICK, Inputs, Lowered, Row, SqnrRow, on_runtime
 from small_blocks import Block, MobileNetV2, dilated, randomize
 from torch import Tensor, nn
+
+from edgedyn.recipe.keys import QuantizeSection
 
 Make = Callable[[Path], Lowered]
 
@@ -95,10 +97,16 @@ def calibration(channels: int, size: tuple[int, int] = SMALL) -> list[Inputs]:
 
 
 def lowered(
-    network: nn.Module, inputs: Inputs, samples: Sequence[Inputs], kernels: str, precision: str
+    network: nn.Module,
+    inputs: Inputs,
+    samples: Sequence[Inputs],
+    kernels: str,
+    precision: str,
+    section: QuantizeSection = QUICK,
 ) -> Make:
     """Return a function that lowers a network with ``fused`` or ``stock`` kernels in ``f32`` or ``INT8``."""
-    return on_runtime((network, inputs), kernels, samples=samples if precision == "INT8" else ())
+    samples = samples if precision == "INT8" else ()
+    return on_runtime((network, inputs), kernels, samples=samples, section=section)
 
 
 def beside_xnnpack(
@@ -142,7 +150,7 @@ def _rows() -> Iterator[Row]:
 def _sqnr_rows() -> Iterator[SqnrRow]:
     for name, kind in KINDS.items():
         network, inputs = block(name), feature_map(kind.channels, SMALL)
-        made = partial(lowered, network, inputs, calibration(kind.channels))
+        made = partial(lowered, network, inputs, calibration(kind.channels), section=QuantizeSection())
         title = f"block {name} SQNR, fused INT8 - XNNPACK INT8"
         yield SqnrRow(title, -0.5, network, made("fused", "INT8"), made("stock", "INT8"))
 

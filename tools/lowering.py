@@ -18,8 +18,9 @@ def lower_recipe(recipe: Recipe, folder: Path, *, trust: bool = False) -> float:
     """Lower a recipe into a folder; return the smallest INT8 share of multiply-adds among its variants."""
     folder.mkdir(parents=True, exist_ok=True)
     target = load_target(recipe)
-    calibration, samples = pipeline.load_sets(recipe)
-    converted = pipeline.convert(recipe, target, calibration, samples[0], trust=trust)
+    network = pipeline.rewrite_network(recipe, target, trust=trust)
+    calibration, samples = pipeline.load_sets(network.recipe)
+    converted = pipeline.convert(network, target, calibration, samples[0])
     artifact = target.lower(converted.programs, folder, recipe.precision)
     routing = converted.routing
     index = {"target": recipe.target, "programs": artifact.programs}

@@ -57,14 +57,14 @@ def _summary(path: Path) -> str:
 
 
 def _row(name: str) -> str:
-    network, target, precision = name.split(".")
+    network, target, precision, *kernels = name.split(".")
     built = _read("builds")["builds"].get(name, {})
     share = built.get("int8_mac_share")
     drop, measured_share = _drop(name)
     cells = [
         f"[{name}]({name}.yaml)",
         _percent(share if share is not None else measured_share),
-        _latency(network, precision) if target == "phone" else "-",
+        _latency(network, " ".join([_PRECISIONS[precision], *kernels])) if target == "phone" else "-",
         f"{built['program_bytes'] / 2**20:.2f} MB" if built else "-",
         drop,
     ]
@@ -75,10 +75,10 @@ def _percent(share: float | None) -> str:
     return "-" if share is None else f"{share:.1%}".replace("%", " %")
 
 
-def _latency(network: str, precision: str) -> str:
+def _latency(network: str, variant: str) -> str:
     """Return the latency in milliseconds of a phone recipe; published networks are measured by short name."""
-    program = f"ExecuTorch {_PRECISIONS[precision]}"
-    rows = {row["what"]: row["median_ms"] for row in _read("bench")["rows"]}
+    program = f"ExecuTorch {variant}"
+    rows = {row["what"]: row["median_ms"] for row in _read("bench")["rows"] if row["size"] == "320x480"}
     names = [f"{name}, {program}" for name in (network, network.removesuffix("-color"))]
     return next((f"{rows[name]:g}" for name in names if name in rows), "-")
 
