@@ -92,6 +92,36 @@ def on_runtime(
     return make
 
 
+def by_executorch(network: NetworkAndInputs, samples: Sequence[Inputs]) -> Callable[[Path], Lowered]:
+    """Return a function that quantizes and lowers a network as ExecuTorch's documentation does, without us.
+
+    Its quantizer also makes sums and products INT8.
+    """
+
+    def make(folder: Path) -> Lowered:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.backends.xnnpack.quantizer.xnnpack_quantizer import (
+            XNNPACKQuantizer,
+            get_symmetric_quantization_config,
+        )
+        from executorch.exir import to_edge_transform_and_lower
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+
+        module, inputs = network
+        config = get_symmetric_quantization_config(is_per_channel=True)
+        exported = torch.export.export(module.eval(), inputs).module()
+        prepared = prepare_pt2e(exported, XNNPACKQuantizer().set_global(config))
+        for sample in samples:
+            prepared(*sample)
+        program = torch.export.export(convert_pt2e(prepared), inputs)
+        path = folder / "executorch.pte"
+        edge = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()])
+        path.write_bytes(edge.to_executorch().buffer)
+        return Lowered(path, inputs, run_method(path, inputs))
+
+    return make
+
+
 def run_method(path: Path, inputs: Sequence[Tensor]) -> Callable[[], Sequence[Tensor]]:
     """Return a function that runs a program, and does not copy the output: that costs as much as a kernel."""
     from executorch.extension.pybindings.portable_lib import _load_for_executorch

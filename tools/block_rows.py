@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from bench_rows import QUICK, Inputs, Lowered, Row, SqnrRow, on_runtime
+from bench_rows import QUICK, Inputs, Lowered, Row, SqnrRow, by_executorch, on_runtime
 from small_blocks import Block, MobileNetV2, dilated, randomize
 from torch import Tensor, nn
 
@@ -142,9 +142,11 @@ def _rows() -> Iterator[Row]:
     made = partial(lowered, blocks, feature_map(kind.channels, kind.size), calibration(kind.channels))
     yield from beside_xnnpack(f"{CHAIN} blocks a", made, (None,) * 3)
     network, x = randomize(MobileNetV2()), feature_map(3, PHOTO)
-    made = partial(lowered, network, x, calibration(3, PHOTO))
-    title = "MobileNetV2 at 224 x 224 fused INT8 : XNNPACK INT8"
-    yield Row(title, 0.8, made("fused", "INT8"), made("stock", "INT8"))
+    samples = calibration(3, PHOTO)
+    made = partial(lowered, network, x, samples)
+    title = "MobileNetV2 at 224 x 224 fused INT8 : "
+    yield Row(f"{title}XNNPACK INT8", 0.8, made("fused", "INT8"), made("stock", "INT8"))
+    yield Row(f"{title}INT8 by ExecuTorch", None, made("fused", "INT8"), by_executorch((network, x), samples))
 
 
 def _sqnr_rows() -> Iterator[SqnrRow]:
