@@ -85,7 +85,7 @@ def test_recipe_is_lowered_and_loaded_without_a_bundle(tmp_path):
     network = ACDADnCNN(width=4, depth=3).eval()
     save_file(network.state_dict(), tmp_path / "small.safetensors")
     overrides = [f"model.weights={tmp_path / 'small.safetensors'}", "input.shape=[1, 3, 24, 32]"]
-    overrides.append("model.arguments={width: 4, depth: 3}")
+    overrides += ["model.arguments={width: 4, depth: 3}", "tile.overlap=0"]
     recipe = load_recipe(bench.ROOT / "recipes/acda-dncnn.phone.fp32.yaml", overrides)
     assert lower_recipe(recipe, tmp_path) == 0
     x = np.random.default_rng(3).random((1, 3, 24, 32), dtype=np.float32)
