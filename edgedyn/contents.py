@@ -275,7 +275,12 @@ def write_texts(
     values = {"ok": report.ok, "rows": rows, "advice": advise(rows, facts)}
     _write_json(
         staging / "report.json",
-        {**values, "latency_ms": facts["latency_ms"], "measured_on": facts.get("measured_on", {})},
+        {
+            **values,
+            "latency_ms": facts["latency_ms"],
+            "latency_beside": facts.get("latency_beside", {}),
+            "measured_on": facts.get("measured_on", {}),
+        },
     )
     if table is not None:
         table.write(staging / "calibration.json")

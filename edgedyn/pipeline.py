@@ -11,11 +11,12 @@ from __future__ import annotations
 import importlib
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from edgedyn.bench.speed import machine, time_runs
+from edgedyn.bench.speed import machine, time_beside
 from edgedyn.bundle.bundle import Bundle, refuse_existing, write_bundle
 from edgedyn.bundle.dispatch import load_programs
 from edgedyn.contents import describe, write_contents
@@ -23,6 +24,7 @@ from edgedyn.conversion import coverage, implicit
 from edgedyn.conversion.calibration import Measurements
 from edgedyn.conversion.capture import capture
 from edgedyn.conversion.convert import convert, load_target
+from edgedyn.conversion.counterparts import load_counterparts
 from edgedyn.conversion.image_sets import draw, load_sets, open_sets
 from edgedyn.conversion.network import rewrite_network
 from edgedyn.device import programs
@@ -34,6 +36,7 @@ from edgedyn.quantize.progress import Progress, silent
 from edgedyn.quantize.table.table import refuse_place
 from edgedyn.recipe.recipe import Recipe, as_recipe
 from edgedyn.report.advice import advise
+from edgedyn.report.beside import latency_rows
 from edgedyn.report.rows import ValidationReport
 from edgedyn.targets.onnxruntime.run import THREADS
 from edgedyn.validation import checks, decisions
@@ -72,11 +75,14 @@ class Build:
         bundle: the directory.
         report: rows and verdict.
         latency_ms: median and 95th percentile (p95) of ``runs`` runs of one tile on this machine.
+        latency_beside: median of the same tile, timed in turns with it: ``float32``, ``stock kernels`` or
+            ``fused kernels`` -> milliseconds; see ``conversion.counterparts``.
     """
 
     bundle: Bundle
     report: ValidationReport
     latency_ms: dict[str, float]
+    latency_beside: dict[str, float] = field(default_factory=dict)
 
     def __repr__(self) -> str:
         """Return one line: the bundle, its checks and the latency; failed rows follow."""
@@ -101,6 +107,7 @@ class Build:
             "rows": [row.to_json() for row in self.report.rows],
             "advice": self.advice,
             "latency_ms": self.latency_ms,
+            "latency_beside": self.latency_beside,
             "measured_on": manifest["facts"].get("measured_on", {}),
             "files": {name: entry["size"] for name, entry in manifest["files"].items()},
         }
@@ -114,6 +121,7 @@ def build(
     calibration: CalibrationSet | None = None,
     force: bool = False,
     trust: bool = False,
+    compare: bool = True,
     progress: Progress = silent,
 ) -> Build:
     """Build the bundle ``out``; it appears whole, report included, or not at all.
@@ -128,6 +136,7 @@ def build(
         calibration: in place of the recipe's calibration set, for instance ``CalibrationSet.of(loader)``.
         force: replace a bundle at ``out``.
         trust: allow a network from anywhere, and weights that are a pickle of tensors.
+        compare: also time the network in float32 and with the other kernels, where they run here.
         progress: called with (phase, steps done, steps of the phase).
 
     Raises:
@@ -150,13 +159,17 @@ def build(
         outputs = run_samples(converted, device, samples, recipe.precision, progress)
         report, margins = validate(recipe, target, converted, artifact, outputs)
         inputs = [x.astype(recipe.input_specs()[0].dtype) for x in samples[0].inputs]
-        latency_ms = time_runs(device, inputs)
+        with TemporaryDirectory() as folder:
+            others = load_counterparts(converted, target, Path(folder), progress) if compare else {}
+            latency_ms, beside = time_beside(device, others, inputs)
+        report = ValidationReport((*report.rows, *latency_rows(latency_ms, beside)))
         manifest = describe(recipe, artifact, converted, calibration, outputs, latency_ms, report.ok)
         manifest["facts"] |= {**margins, "measured_on": measured_on(target, staging, artifact, inputs)}
+        manifest["facts"] |= {"latency_beside": beside} if beside else {}
         write_contents(staging, recipe, converted, outputs, report, manifest)
         bundle = write_bundle(out, staging, manifest, force=force)
     programs.remember(bundle, runtime_name(bundle))
-    return Build(bundle, report, latency_ms)
+    return Build(bundle, report, latency_ms, beside)
 
 
 def validate(

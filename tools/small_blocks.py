@@ -179,6 +179,21 @@ def _multiple_of_8(channels: float) -> int:
     return rounded + 8 if rounded < 0.9 * channels else rounded
 
 
+def block_net() -> nn.Module:
+    """Return a denoiser of a wide block between two convolutions."""
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 16, 3, padding=1), Block(16, 80, 16), nn.Conv2d(16, 3, 3, padding=1)
+    ).eval()
+
+
+def masked_net() -> nn.Module:
+    """Return a denoiser of a block that counts where its head decides so."""
+    torch.manual_seed(0)
+    block = Masked(dilated(3), None, lambda mask: mask)
+    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), block, nn.Conv2d(4, 3, 3, padding=1)).eval()
+
+
 def folded(network: nn.Module, *shape: int, seed: int = 3) -> fx.GraphModule:
     """Return the folded program of a network with random weights."""
     return fold(export(network, *shape, seed=seed))

@@ -23,6 +23,7 @@ from edgedyn.errors import BundleError
 from edgedyn.targets import Events
 
 Trace = Sequence[Mapping[str, Any]]  # the layer of each operator: ``operators`` of the facts
+_PAUSE = 0.1  # seconds: the threads of ExecuTorch's pool spin behind a run, and slow the next program
 _WORTH = 1e-4  # share of a program's time that leaving a layer in float must save to be suggested
 
 
@@ -259,13 +260,51 @@ def time_runs(
     run: Callable[..., object], inputs: Sequence[np.ndarray], *, runs: int = 10, warm_up: int = 2
 ) -> dict[str, float]:
     """Time the program on one input on this machine; milliseconds."""
+    return _summary(_times(run, inputs, runs, warm_up))
+
+
+def time_beside(
+    run: Callable[..., object],
+    others: Mapping[str, Callable[..., object]],
+    inputs: Sequence[np.ndarray],
+    *,
+    turns: int = 5,
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Time a program beside others on one input, in turns, so that disturbances hit all of them.
+
+    Args:
+        run: the program.
+        others: by name, programs of the same inputs.
+        inputs: of all of them.
+        turns: of each program, two counted runs in each.
+
+    Returns:
+        The times of the program, as ``time_runs`` has them; the median of each other one, milliseconds.
+    """
+    if not others:
+        return time_runs(run, inputs), {}
+    programs = [run, *others.values()]
+    times: list[list[float]] = [[] for _ in programs]
+    for _ in range(turns):
+        for program, measured in zip(programs, times, strict=True):
+            time.sleep(_PAUSE)
+            measured += _times(program, inputs, runs=2, warm_up=1)
+    own, *rest = map(_summary, times)
+    return own, {name: found["median"] for name, found in zip(others, rest, strict=True)}
+
+
+def _times(run: Callable[..., object], inputs: Sequence[np.ndarray], runs: int, warm_up: int) -> list[float]:
     times = []
     for index in range(warm_up + runs):
         start = time.perf_counter()
         run(*inputs)
         if index >= warm_up:
             times.append((time.perf_counter() - start) * 1e3)
-    return {"median": float(np.median(times)), "p95": float(np.percentile(times, 95)), "runs": runs}
+    return times
+
+
+def _summary(times: Sequence[float]) -> dict[str, float]:
+    return {"median": float(np.median(times)), "p95": float(np.percentile(times, 95)), "runs": len(times)}
 
 
 def machine() -> str:

@@ -19,6 +19,7 @@ from edgedyn.cli.terminal import (
     result,
     warn,
 )
+from edgedyn.report.beside import describe_beside
 
 if TYPE_CHECKING:
     from edgedyn.pipeline import Build
@@ -32,6 +33,14 @@ def build(
     force: Force = False,
     trust: Trust = False,
     seed: Seed = 0,
+    compare: Annotated[
+        bool,
+        typer.Option(
+            "--compare/--no-compare",
+            help="On a phone, also time the network in float32 and with the other kernels; up to three times "
+            "the time of lowering.",
+        ),
+    ] = True,
     verbose: Verbosity = None,
 ) -> None:
     """Build a bundle and its report; exit 1 if a check fails."""
@@ -44,7 +53,7 @@ def build(
         from edgedyn import pipeline
 
         torch.manual_seed(seed)
-        built = pipeline.build(parsed, out, force=force, trust=trust, progress=advance)
+        built = pipeline.build(parsed, out, force=force, trust=trust, compare=compare, progress=advance)
     mismatch = built.bundle.manifest["facts"].get("calibration", {}).get("forced")
     if mismatch:
         warn(f"by --force: the calibration table {mismatch}")
@@ -79,3 +88,5 @@ def _print_build(built: Build, *, is_trained: bool) -> None:
     if not is_trained:
         detail("The network has no trained weights; picture and decisions are reported without limits.")
     detail(f"report: {bundle.path / 'report.html'}")
+    for name, sentence in describe_beside(latency, built.latency_beside).items():
+        detail(f"{name}: {sentence}")

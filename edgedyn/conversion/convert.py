@@ -73,6 +73,7 @@ class Converted:
         mismatch: the first field of the table's key that does not fit the recipe, where ``force`` used the
             table all the same; else empty.
         outputs: the tensors that the programs return.
+        network: the network that the parts were made of, with its calibration samples.
     """
 
     reference: nn.Module
@@ -83,6 +84,7 @@ class Converted:
     table: CalibrationTable | None = None
     mismatch: str = ""
     outputs: tuple[TensorSpec, ...] = ()
+    network: Network | None = None
 
     def __repr__(self) -> str:
         """Return one line: programs, nodes of each, and the number of dynamic layers."""
@@ -156,6 +158,7 @@ def convert(
         table,
         mismatch,
         network.outputs,
+        network,
     )
 
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from edgedyn.errors import UsageError, printable
 from edgedyn.report.advice import advise
+from edgedyn.report.beside import BETWEEN, describe_beside
 from edgedyn.report.curves import ablation_rows, precision_sections
 from edgedyn.report.layers import CLOSES, OPENS, describe_layers, replace_layers
 from edgedyn.report.pictures import Picture, panels
@@ -36,6 +37,7 @@ QUESTIONS = {
     "device:truth": "How good is the network on the device?",
     "int8:float": "Is INT8 faster than float, layer by layer?",
     "decisions": "Do gates and masks still decide the same?",
+    BETWEEN: "How long does a tile take on the build machine, in this build and in others?",
 }
 
 _UNITS = {"_db": "dB", "_ms": "ms", "_levels": "levels", "_bytes": "bytes", "_percent": "%"}
@@ -44,6 +46,7 @@ _FACTS_SHOWN = frozenset(
     {
         "programs",
         "latency_ms",
+        "latency_beside",
         "int8_mac_share",
         "float_nodes",
         "dynamic_ranges",
@@ -84,10 +87,11 @@ def write_report(
             ``forms`` {op: form}, ``versions`` {tool: version} and ``digests`` {name: sha256}.
         pictures: shown in this order.
         facts: measurements besides the rows. Each may be absent: ``programs`` {file: bytes},
-            ``latency_ms`` {median, p95, runs}, ``int8_mac_share`` (a fraction), ``float_nodes``
-            [{node, reason}], ``dynamic_ranges`` [layer], ``check_build`` and ``calibration`` {name: value},
-            ``weights`` (where they are from), ``truth`` (a notice where none is known), ``precision`` and
-            ``ablation`` (of a calibration table: {program: measurements}), ``generated_kernels`` {name:
+            ``latency_ms`` {median, p95, runs}, ``latency_beside`` {counterpart: median in ms},
+            ``int8_mac_share`` (a fraction), ``float_nodes`` [{node, reason}], ``dynamic_ranges`` [layer],
+            ``check_build`` and ``calibration`` {name: value}, ``weights`` (where they are from), ``truth`` (a
+            notice where none is known), ``precision`` and ``ablation`` (of a calibration table: {program:
+            measurements}), ``generated_kernels`` {name:
             {spread, between_images}} (shares of a kernel's rms, see ``quantize.rescale.generated``),
             ``decisions`` and ``routes`` (histograms of margins: ``edges``, ``all``, ``changed``), ``notes``
             {tensor: note of the calibration}, ``measured_on`` {tile, runtime, threads, machine} (of
@@ -205,6 +209,9 @@ def _figures(rows: list[dict[str, Any]], facts: Mapping[str, Any]) -> Iterable[t
         keys = [key for key in ("tile", "runtime", "threads", "machine") if key in place]
         note += "".join(f"; {place[key]}" for key in keys)
         yield "Latency on the build machine" if place else "Latency", f"{number(latency['median'])} ms", note
+        beside = facts.get("latency_beside", {})
+        for name, sentence in describe_beside(latency, beside).items():
+            yield f"Latency, {name}", f"{number(beside[name])} ms", sentence
 
 
 def _notice(weights: str) -> str:

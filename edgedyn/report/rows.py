@@ -14,7 +14,7 @@ class Row:
         between: ``canonical:reference``, ``decomposed:canonical``, ``quantized:decomposed``,
             ``device:quantized``, ``float:truth``, ``device:truth``, ``device:float``, ``float:labels``,
             ``device:labels``, ``int8:float``,
-            ``device:vectors``, ``build:report``, ``decisions``, or a check of a toolchain.
+            ``device:vectors``, ``build:report``, ``decisions``, ``latency``, or a check of a toolchain.
         metric: name with its unit, ``psnr_db``; a condition follows in brackets, ``psnr_db[sigma=25]``.
         value: the measurement.
         limit: ``{"at_least": x}``, ``{"at_most": x}``, or empty where the number is only reported.

@@ -105,6 +105,8 @@ class Target:
             lowered to and run here.
         compile: ``compile(lowered, engine, workspace_bytes=None, progress=None)`` builds the engine of a
             lowered file, on the device, and returns its facts. None where ``load`` runs the lowered file.
+        load_kernels: compiles our kernels where they are not in the cache, and loads them into this process;
+            refuses without a compiler. None where this machine's runtime does not take them.
         fuses_blocks: whether ``lower`` and ``preview`` make one node of every inverted-residual block.
     """
 
@@ -120,6 +122,7 @@ class Target:
     missing: Callable[[], str | None]
     profile: Callable[[Path, str], Any] | None = None
     compile: Callable[..., dict[str, object]] | None = None
+    load_kernels: Callable[[], Path] | None = None
     fuses_blocks: bool = False
 
 

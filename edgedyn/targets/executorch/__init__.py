@@ -29,4 +29,5 @@ TARGET = Target(
     load=deferred("edgedyn.targets.executorch.run", "load"),
     missing=_missing,
     profile=deferred("edgedyn.targets.executorch.profile", "Profiled"),
+    load_kernels=deferred("edgedyn.targets.executorch.kernels", "load"),
 )
