@@ -14,11 +14,13 @@ BIN := .venv/bin
 	$(BIN)/pip install --quiet --editable '.[dev,kernels,tensorrt-check]'
 	touch $@
 
+# with our kernels where they can be compiled, else for the stock runtime
 demo: .venv
 	rm -rf demo-out
 	mkdir demo-out
 	$(BIN)/python tools/make_noisy.py demo-out/noisy.png
-	$(BIN)/edgedyn build recipes/mallenet-s.phone.int8.yaml -o demo-out/bundle
+	if $(BIN)/edgedyn ops build; then kernels=.fused; fi; \
+	  $(BIN)/edgedyn build recipes/mallenet-s.phone.int8$$kernels.yaml -o demo-out/bundle
 	$(BIN)/edgedyn run demo-out/bundle demo-out/noisy.png -o demo-out/denoised
 	@echo
 	@echo "bundle    demo-out/bundle"

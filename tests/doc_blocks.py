@@ -123,6 +123,7 @@ class Reader:
             return
         for _, *words in filter(None, lines):
             smaller = shlex.split(block.mark("with") or "") if words[0] in _SMALLER else []
+            smaller += ["--no-compare"] if words[0] == "build" else []
             self.edgedyn([*words, *smaller])
 
     def edgedyn(self, words: list[str]) -> None:

@@ -40,7 +40,7 @@ JETSON = [pytest.param(name, marks=NEEDS_RTX) for name in ("jetson.fp16", "jetso
 def built(request, tmp_path_factory):
     overrides = SMALL + DROP_OF_SMALL.get(request.param.partition(".")[2], [])
     recipe = load_recipe(RECIPES / f"mallenet-s.{request.param}.yaml", overrides)
-    return pipeline.build(recipe, tmp_path_factory.mktemp("build") / "bundle")
+    return pipeline.build(recipe, tmp_path_factory.mktemp("build") / "bundle", compare=False)
 
 
 def test_every_stage_has_rows_with_samples_and_passes(built):

@@ -81,7 +81,7 @@ def build(name: str, threads: int | None = None) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         command = [str(Path(sys.executable).with_name("edgedyn")), "build", f"recipes/{name}.yaml"]
         done = subprocess.run(
-            [*command, "-o", f"{folder}/bundle", "--json"],
+            [*command, "-o", f"{folder}/bundle", "--no-compare", "--json"],
             cwd=ROOT,
             env={**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})},
             capture_output=True,

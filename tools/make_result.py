@@ -1,6 +1,6 @@
 """Make the README's picture from a built bundle: noisy, float32 in PyTorch, INT8 in the bundle's runtime.
 
-python tools/make_result.py BUNDLE docs/result.jpg
+python tools/make_result.py demo-out/bundle docs/result.jpg    after make demo
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import typer
 from make_noisy import add_noise
 from PIL import Image, ImageDraw
 
+from edgedyn.bench.benchmark import stored_recipe
 from edgedyn.device.session import open_session
 from edgedyn.images import metrics
 from edgedyn.recipe.recipe import load_recipe
@@ -30,7 +31,8 @@ def main(bundle: Path, out: Path, sigma: float = 25.0, seed: int = 0) -> None:
         float_ = model(torch.from_numpy(noisy.transpose(2, 0, 1)[None]))[0].numpy().transpose(1, 2, 0)
     session = open_session(bundle)
     device = session.process(noisy)
-    names = ("noisy", "float32", f"{session.bundle.precision}, {session.bundle.target}")
+    kernels = stored_recipe(session.bundle).kernels
+    names = ("noisy", "float32", f"{session.bundle.precision}, {session.bundle.target}, {kernels} kernels")
     panels = []
     for name, image in zip(names, (noisy, float_, device), strict=True):
         panel = Image.fromarray((image[CUT].clip(0, 1) * 255).round().astype(np.uint8))

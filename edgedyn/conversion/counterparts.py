@@ -60,7 +60,7 @@ def load_counterparts(
         progress(f"measure {name}", 0, 1)
         (folder / name).mkdir()
         try:
-            run = _lower(network, converted, recipe, folder / name)
+            run = _lower(network, converted, recipe, folder / name, progress)
         except EdgedynError:
             run = None
         progress(f"measure {name}", 1, 1)
@@ -79,7 +79,9 @@ def _other_recipes(recipe: Recipe, target: Target) -> dict[str, Recipe]:
     return others
 
 
-def _lower(network: Network, converted: Converted, recipe: Recipe, folder: Path) -> Run | None:
+def _lower(
+    network: Network, converted: Converted, recipe: Recipe, folder: Path, progress: Progress
+) -> Run | None:
     """Return the loaded counterpart; None where other kernels leave the program as it is."""
     target = load_target(recipe)
     forms, decomposed = decompose_part(network.captured[FORWARD], target, recipe)
@@ -87,7 +89,9 @@ def _lower(network: Network, converted: Converted, recipe: Recipe, folder: Path)
         if forms == converted.parts[FORWARD].forms:
             return None
         if recipe.kernels == "fused" and target.load_kernels is not None:
+            progress("compile fused kernels", 0, 1)
             target.load_kernels()  # refuses before the calibration
+            progress("compile fused kernels", 1, 1)
     inputs = network.inputs[FORWARD]
     if recipe.precision == "int8":
         network = replace(network, recipe=recipe, decomposed={FORWARD: (forms, decomposed)})

@@ -135,6 +135,16 @@ def test_without_a_compiler_a_build_is_ok_and_compares_no_kernels(tmp_path, monk
         kernels.load()
 
 
+def test_library_that_the_system_does_not_load_fails_no_build(tmp_path, monkeypatch):
+    broken = tmp_path / "libbroken.so"
+    broken.write_text("no library")
+    monkeypatch.setattr(kernels, "build", lambda: broken)
+    kernels.load.cache_clear()
+    with pytest.raises(TargetMissingError, match=r"fused kernels cannot be loaded: .*libbroken"):
+        kernels.load()
+    assert build(tmp_path / "out", "small_blocks:block_net").latency_beside == {}
+
+
 def test_routed_network_is_compared_with_nothing(tmp_path):
     assert build(tmp_path / "out", "small_decisions:routed_denoiser").latency_beside == {}
 

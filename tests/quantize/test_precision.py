@@ -340,7 +340,7 @@ def test_command_measures_layers_and_a_build_by_its_table_shows_them(tmp_path, m
     assert kept.precision["forward"].to_json() == printed["precision"]["forward"]
     assert dict(kept.ablation["forward"]) == printed["ablation"]["forward"]
     parsed = load_recipe(Path(recipe), [*small, f"quantize.table={table}"])
-    built = pipeline.build(parsed, tmp_path / "bundle")
+    built = pipeline.build(parsed, tmp_path / "bundle", compare=False)
     page = (built.bundle.path / "report.html").read_text()
     assert "<polyline points=" in page
     assert "rounding: nearest" in page

@@ -127,7 +127,7 @@ def test_target_without_kernels_of_ours_refuses_fused():
 def test_recipe_with_fused_kernels_builds_runs_and_says_so(tmp_path):
     smaller = ["input.shape=[1, 3, 64, 64]", "tile.overlap=16", "model.arguments={colors: 3, depth: 4}"]
     recipe = load_recipe(ROOT / "recipes/acda-dncnn.phone.int8.yaml", ["kernels=fused", *smaller])
-    built = pipeline.build(recipe, tmp_path / "bundle")
+    built = pipeline.build(recipe, tmp_path / "bundle", compare=False)
     assert [row for row in built.to_json()["rows"] if not row["passed"]] == []
     assert built.to_json()["forms"] == {"atom_depthwise2d": "fused"}
     assert built.bundle.manifest["facts"]["portable"] == {"edgedyn.atom_depthwise2d_int8.default": 2}

@@ -28,7 +28,8 @@ def test_noisy_photos_alone_validate_int8_against_float(tmp_path):
     command = ["calibrate", "--make-manifest", str(tmp_path / "noisy"), "-o", str(tmp_path / "noisy.yaml")]
     assert execute([*command, "--set", "noise.kind=real", "--set", "samples=3"]) == 0
     given = [*SMALL, f"validation={tmp_path / 'noisy.yaml'}"]
-    built = edgedyn.build(load_recipe(RECIPES / "mallenet-s.phone.int8.yaml", given), tmp_path / "out")
+    recipe = load_recipe(RECIPES / "mallenet-s.phone.int8.yaml", given)
+    built = edgedyn.build(recipe, tmp_path / "out", compare=False)
     assert built.report.ok, built.report
     rows = {f"{row.between} {row.metric.partition('[')[0]}": row for row in built.report.rows}
     assert rows["float:truth images_without_truth"].value == 3

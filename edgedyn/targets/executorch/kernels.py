@@ -12,6 +12,7 @@ from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
+from edgedyn.errors import TargetMissingError
 from edgedyn.targets import native
 
 _FIX = (
@@ -54,9 +55,20 @@ def build() -> Path:
 
 @functools.cache
 def load() -> Path:
-    """Build the library where necessary, load it into this process once, and return its path."""
+    """Build the library where necessary, load it into this process once, and return its path.
+
+    Raises:
+        TargetMissingError: as ``build``; where the system does not load it, for instance from a folder
+            whose files may not be executed.
+    """
     path = build()
-    ctypes.CDLL(str(path))
+    try:
+        ctypes.CDLL(str(path))
+    except OSError as error:
+        raise TargetMissingError(
+            f"the fused kernels cannot be loaded: {error}. Remove {path.parent}, or set XDG_CACHE_HOME to a "
+            "folder whose files may be executed. A recipe with kernels: stock does not need them."
+        ) from error
     return path
 
 
