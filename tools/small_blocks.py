@@ -187,13 +187,6 @@ def block_net() -> nn.Module:
     ).eval()
 
 
-def masked_net() -> nn.Module:
-    """Return a denoiser of a block that counts where its head decides so."""
-    torch.manual_seed(0)
-    block = Masked(dilated(3), None, lambda mask: mask)
-    return nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), block, nn.Conv2d(4, 3, 3, padding=1)).eval()
-
-
 def folded(network: nn.Module, *shape: int, seed: int = 3) -> fx.GraphModule:
     """Return the folded program of a network with random weights."""
     return fold(export(network, *shape, seed=seed))
