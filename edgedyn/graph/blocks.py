@@ -13,13 +13,20 @@ than the depthwise kernel reaches. A block is taken only where nothing outside o
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx
 
 from edgedyn.graph.constants import is_in_place, memory_of
-from edgedyn.graph.nodes import convolution_arguments, module_path
+from edgedyn.graph.nodes import (
+    FUSED_ACTIVATIONS,
+    MULTIPLY_ADD_OPS,
+    convolution_arguments,
+    is_int8,
+    module_path,
+)
 from edgedyn.graph.stages import (
     ACTIVATIONS_TAKEN,
     DEQUANTIZE,
@@ -144,7 +151,7 @@ def _match(module: fx.GraphModule, depthwise: fx.Node, taken: dict[fx.Node, Bloc
     qparams = check_int8(module, stages)
     channels = stored_weight(module, expand).shape[1], len(stored_weight(module, project))
     can_add = channels[0] == channels[1] and is_all(convolution_arguments(depthwise)[0], 1)
-    x, output = _find_residual(expand, third.end, can_add=can_add, is_int8=qparams is not None)
+    x, output = _find_residual(expand, third.end, taken, can_add=can_add, is_int8=qparams is not None)
     _check_memory(module, x, expand, output)
     return Block(x, stages, third.mask, output is not third.end, output, qparams)
 
@@ -187,10 +194,13 @@ def _sole_reader(stage: Stage, node: fx.Node) -> fx.Node:
     )
 
 
-def _find_residual(expand: fx.Node, end: fx.Node, *, can_add: bool, is_int8: bool) -> tuple[fx.Node, fx.Node]:
+def _find_residual(
+    expand: fx.Node, end: fx.Node, taken: Collection[fx.Node], *, can_add: bool, is_int8: bool
+) -> tuple[fx.Node, fx.Node]:
     """Return the value that a block reads and the call that computes y: a sum with this value, or ``end``.
 
-    An INT8 block rounds what it reads. It may read the value in front of Q, then, or the rounded one.
+    An INT8 block rounds what it reads. It may read the value in front of Q, then, or the rounded one: that
+    of an INT8 layer outside of blocks, whose runtime wants an INT8 output.
     """
     x = expand.args[0]
     assert isinstance(x, fx.Node)
@@ -204,7 +214,15 @@ def _find_residual(expand: fx.Node, end: fx.Node, *, can_add: bool, is_int8: boo
         if term is not None and (term in (x, source) or _same_values(term, x)):
             return term, reader
     is_alone = isinstance(quantize, fx.Node) and len(quantize.users) == len(x.users) == 1
+    is_alone = is_alone and not _is_int8_output(source, taken)
     return (source if is_alone and isinstance(source, fx.Node) else x), end
+
+
+def _is_int8_output(node: fx.Node | None, taken: Collection[fx.Node]) -> bool:
+    """Whether an INT8 layer outside of blocks computes a value, with the activation that runtimes fuse."""
+    if node is not None and node.target in FUSED_ACTIVATIONS and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node is not None and node.target in MULTIPLY_ADD_OPS and is_int8(node) and node not in taken
 
 
 def _check_memory(module: fx.GraphModule, x: fx.Node, expand: fx.Node, output: fx.Node) -> None:

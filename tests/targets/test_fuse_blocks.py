@@ -170,6 +170,17 @@ def test_int8_blocks_without_a_sum_pass_float_maps_on():
     assert not [n for n in fused.graph.nodes if "quantize_per_tensor" in str(n.target)]
 
 
+@pytest.mark.parametrize("between", [[], [nn.ReLU6()]], ids=["plain", "relu6"])
+def test_a_block_reads_the_rounded_output_of_an_int8_layer(between, tmp_path):
+    network = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), *between, Block(residual=False))
+    done = quantized(network, 1, 3, 12, 18)
+    (node,) = fused_nodes(fuse_blocks(done.program))
+    assert "dequantize" in arguments(node)["x"].name
+    # XNNPACK wants the layer's output in INT8: without its pair the program did not lower
+    artifact = targets.load("executorch", "fused").lower({"forward": done.program}, tmp_path, "int8")
+    assert artifact.facts["portable"] == {"edgedyn.inverted_residual_int8.default": 1}
+
+
 class Branched(nn.Module):
     """Two readers of one rounded map: a block and a dense convolution."""
 
