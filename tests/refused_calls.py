@@ -188,11 +188,15 @@ INVERTED = {
     "expected x as a contiguous (B, C, H, W) of float, at least one channel and pixel": each(
         x=[*X, empty(2, 4, 0, 8), empty(2, 0, 6, 8)]
     ),
-    "expected weights as contiguous (outputs, inputs, R, R) of the op's type, each on the channels before": [
+    "expected weights as contiguous (outputs, inputs, R, R) of the op's type, on the channels before": [
         *each(expand=[empty(7, 3, 1, 1), empty(0, 4, 1, 1), empty(7, 4), *ill_typed(7, 4, 1, 1)]),
         *each(depthwise=[empty(7, 2, 3, 3), *not_dense(7, 1, 3, 3)[:4], turned(7, 3, 3, 3)]),
         *each(project=[empty(0, 7, 1, 1), empty(5, 6, 1, 1), empty(5, 7), *ill_typed(5, 7, 1, 1)]),
         *({name: GOOD["inverted_residual"][k], "x_scale": 0.1} for name, k in OF_WEIGHTS.items()),
+    ],
+    "expected int8 weights from -127 to 127": [
+        {name: torch.full(GOOD["inverted_residual"][k].shape, -128, dtype=torch.int8), "x_scale": 0.1}
+        for name, k in OF_WEIGHTS.items()
     ],
     "expected 1 x 1 weights around a depthwise one of 3 x 3 or 5 x 5, one kernel per hidden channel": [
         *each(expand=[empty(7, 4, 1, 3), empty(7, 4, 3, 1)], project=[empty(5, 7, 3, 3), empty(5, 7, 1, 2)]),

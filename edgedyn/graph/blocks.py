@@ -218,11 +218,12 @@ def _find_residual(
     return (source if is_alone and isinstance(source, fx.Node) else x), end
 
 
-def _is_int8_output(node: fx.Node | None, taken: Collection[fx.Node]) -> bool:
+def _is_int8_output(node: Any, taken: Collection[fx.Node]) -> bool:
     """Whether an INT8 layer outside of blocks computes a value, with the activation that runtimes fuse."""
-    if node is not None and node.target in FUSED_ACTIVATIONS and isinstance(node.args[0], fx.Node):
+    if isinstance(node, fx.Node) and node.target in FUSED_ACTIVATIONS:
         node = node.args[0]
-    return node is not None and node.target in MULTIPLY_ADD_OPS and is_int8(node) and node not in taken
+    is_layer = isinstance(node, fx.Node) and node.target in MULTIPLY_ADD_OPS
+    return is_layer and is_int8(node) and node not in taken
 
 
 def _check_memory(module: fx.GraphModule, x: fx.Node, expand: fx.Node, output: fx.Node) -> None:

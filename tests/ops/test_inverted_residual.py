@@ -287,6 +287,14 @@ def test_mask_of_other_values_is_refused_where_the_op_computes(value):
         INT8(*GOOD_INT8[:19], mask, *GOOD_INT8[20:])
 
 
+@pytest.mark.parametrize(("name", "at"), [("expand", 3), ("depthwise", 9), ("project", 15)])
+def test_weight_of_minus_128_is_refused_where_the_op_computes(name, at):
+    weight = GOOD_INT8[at].clone()
+    weight.flatten()[-1] = -128
+    with pytest.raises(ModelError, match=f"inverted_residual_int8 got {name} with a value of -128"):
+        INT8(*GOOD_INT8[:at], weight, *GOOD_INT8[at + 1 :])
+
+
 # --- targets
 
 

@@ -110,9 +110,18 @@ def oracle_int8(x: Tensor, *rest: Any) -> Tensor:
     """Compute the INT8 op by its definition: x, hidden and filtered map rounded to INT8, all else float."""
     call = Int8Call.read(x, *rest)
     check_mask_values(call.block.mask, _INT8)
+    _check_weight_values(rest)
     seen = call.of_x.round(x)
     filtered = expand_and_filter(seen, call.block, call.of_hidden.round, call.of_filtered.round)
     return finish(filtered, x, call.block)
+
+
+def _check_weight_values(rest: tuple[Any, ...]) -> None:
+    for k, name in enumerate(NAMES):
+        if (rest[6 * k + 2] == -128).any():  # NEON adds two products in 16 bits
+            raise ModelError(
+                f"{_INT8} got {name} with a value of -128; expected -127 to 127. Quantize symmetrically."
+            )
 
 
 def fake_int8(x: Tensor, *rest: Any) -> Tensor:

@@ -13,7 +13,9 @@
 // Highway leaves it out by default; the only x86 instruction set here with a dot product of bytes
 #define HWY_WANT_AVX3_DL
 // without AVX2 and SSE4: the scalar one
+#ifndef HWY_DISABLED_TARGETS  // on ARM64 CMake leaves out SVE
 #define HWY_DISABLED_TARGETS HWY_SSSE3
+#endif
 #include "hwy/foreach_target.h"  // IWYU pragma: keep
 // after foreach_target.h
 #include "executorch.h"
@@ -56,6 +58,8 @@ HWY_AFTER_NAMESPACE();
 
 #if HWY_ONCE
 #include <unistd.h>
+
+#include <cstring>
 
 namespace edgedyn {
 namespace {
@@ -105,8 +109,10 @@ const char* CheckLayer(const Layer& layer, ScalarType type, BlockActivation& act
   if (!ReadActivation(layer.activation, activation))
     return "expected activations none, relu, relu6, prelu or hardswish";
   if (!IsDense(layer.weight, 4, type) || layer.weight.size(1) != inputs || layer.weight.size(0) < 1)
-    return "expected weights as contiguous (outputs, inputs, R, R) of the op's type, each on the channels "
-           "before";
+    return "expected weights as contiguous (outputs, inputs, R, R) of the op's type, on the channels before";
+  if (type == ScalarType::Char &&
+      std::memchr(layer.weight.const_data_ptr<int8_t>(), 0x80, layer.weight.numel()))
+    return "expected int8 weights from -127 to 127";  // two products of -128 overflow 16 bits on NEON
   const int64_t outputs = layer.weight.size(0);
   if (!IsVector(layer.bias, outputs) || (layer.scales && !IsVector(*layer.scales, outputs)))
     return "expected biases and scales as one float per output channel";

@@ -91,8 +91,7 @@ HWY_INLINE hn::Vec<D> LoadStrided(D d, const T* from) {
 template <class D, bool kMasked, int kStride = 1>
 class WindowAccess {
  public:
-  explicit WindowAccess(const Window& w)
-      : w_(w), last_(w.column[w.stretches - 1] - w.lane[w.stretches - 1]) {
+  explicit WindowAccess(const Window& w) : w_(w), last_(w.column[w.stretches - 1] - w.lane[w.stretches - 1]) {
     if constexpr (!kMasked) return;
     const D d;
     for (int64_t k = 0; k < w.stretches; ++k) {
