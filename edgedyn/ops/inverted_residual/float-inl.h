@@ -102,14 +102,13 @@ class FloatTile {
   void PackInput(int64_t top, const Windows& windows) {
     const float* begin = a_.x + tile_.sample * p_.channels * p_.height * p_.width;
     const float* end = begin + p_.channels * p_.height * p_.width;
-    std::vector<WindowAccess<Floats, kMasked>> columns;
-    for (int64_t v = 0; v < windows.size(); ++v) columns.emplace_back(windows[v]);
     for (int64_t c = 0; c < p_.channels; ++c) {
       for (int64_t r = 0; r < kQuad; ++r) {
         const int64_t row = std::clamp<int64_t>(top + r, 0, p_.height - 1);
         const float* from = begin + (c * p_.height + row) * p_.width + columns_.left + columns_.begin;
         for (int64_t v = 0; v < windows.size(); ++v) {
-          hn::Store(columns[v].LoadWithin(from, begin, end), Floats(),
+          const WindowAccess<Floats, kMasked> columns(windows[v]);
+          hn::Store(columns.LoadWithin(from, begin, end), Floats(),
                     x_ + ((v * p_.channels + c) * kQuad + r) * lanes_);
         }
       }

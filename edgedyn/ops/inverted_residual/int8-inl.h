@@ -169,8 +169,6 @@ class Int8Tile {
     const auto zero_point = MakeZeroPoint(a_.of_x);
     const Vector inverse = hn::Set(d, a_.of_x.inverse);
     const Vector most = hn::Set(d, 1e9f), least = hn::Set(d, -1e9f);
-    std::vector<WindowAccess<Floats, kMasked>> columns;
-    for (int64_t v = 0; v < windows.size(); ++v) columns.emplace_back(windows[v]);
     for (int64_t k = 0; k < depth_; ++k) {
       for (int64_t r = 0; r < kQuad; ++r) {
         const int64_t row = std::clamp<int64_t>(top + r, 0, p_.height - 1);
@@ -180,10 +178,11 @@ class Int8Tile {
                     columns_.left + columns_.begin;
         }
         for (int64_t v = 0; v < windows.size(); ++v) {
+          const WindowAccess<Floats, kMasked> columns(windows[v]);
           IntVector steps[4];
           EDGEDYN_UNROLL
           for (int c = 0; c < 4; ++c) {
-            const Vector value = columns[v].LoadWithin(from[c], begin, end);
+            const Vector value = columns.LoadWithin(from[c], begin, end);
             steps[c] = RoundedInts(hn::Min(most, hn::Max(least, hn::Mul(value, inverse))));
           }
           hn::Store(Pack(steps[0], steps[1], steps[2], steps[3], zero_point), Ints(),
