@@ -84,8 +84,9 @@ def _lower(
 ) -> Run | None:
     """Return the loaded counterpart; None where other kernels leave the program as it is."""
     target = load_target(recipe)
-    forms, decomposed = decompose_part(network.captured[FORWARD], target, recipe)
+    forms, decomposed = network.decomposed[FORWARD]
     if recipe.kernels != network.recipe.kernels:
+        forms, decomposed = decompose_part(network.captured[FORWARD], target, recipe)
         if forms == converted.parts[FORWARD].forms:
             return None
         if recipe.kernels == "fused" and target.load_kernels is not None:

@@ -199,8 +199,8 @@ def _find_residual(
 ) -> tuple[fx.Node, fx.Node]:
     """Return the value that a block reads and the call that computes y: a sum with this value, or ``end``.
 
-    An INT8 block rounds what it reads. It may read the value in front of Q, then, or the rounded one: that
-    of an INT8 layer outside of blocks, whose runtime wants an INT8 output.
+    An INT8 block rounds its input. So its input may be the value in front of Q, or the rounded value; behind
+    an INT8 layer outside of blocks it is the rounded one, because that layer's runtime needs an INT8 output.
     """
     x = expand.args[0]
     assert isinstance(x, fx.Node)

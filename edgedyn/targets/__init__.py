@@ -151,7 +151,7 @@ def load(name: str, kernels: str = "stock", forms: Mapping[str, str] = MappingPr
 
     Raises:
         RecipeError: for an unknown name, with the known ones; for a target without kernels of ours.
-        NoFormError: where the target cannot run the form of a block that is asked for.
+        NoFormError: where the target cannot run the requested form of a block.
     """
     if name not in names():
         raise RecipeError(

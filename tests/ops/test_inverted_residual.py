@@ -50,9 +50,9 @@ def network_of(args) -> nn.Sequential:
         nn.Conv2d(hidden, outputs, 1),
         MODULES[args[13]](outputs),
     )
-    given = [tensor for tensor in tensors if tensor is not None]
-    assert len(list(net.parameters())) == len(given)
-    for parameter, tensor in zip(net.parameters(), given, strict=True):
+    stored = [tensor for tensor in tensors if tensor is not None]
+    assert len(list(net.parameters())) == len(stored)
+    for parameter, tensor in zip(net.parameters(), stored, strict=True):
         parameter.data = tensor.clone()
     return net.to(x.dtype).eval()
 
@@ -159,8 +159,8 @@ def quantized_program(x, x_scale, x_zero, *rest):
 @every_case
 @torch.no_grad()
 def test_int8_op_equals_the_program_of_quantize_and_dequantize(args):
-    _, given = int8_call(OP, args)
-    y, expected = INT8(*given), quantized_program(*given)
+    _, arguments = int8_call(OP, args)
+    y, expected = INT8(*arguments), quantized_program(*arguments)
     assert y.dtype == torch.float32
     step = (y - expected).abs().max() / y.abs().max()
     assert step < 1e-2  # a sum in another order tips a tie at most, one step of 90 on one of many channels
@@ -194,10 +194,10 @@ def test_int8_registration_passes_opcheck(args):
 
 @every_case
 def test_int8_out_variant_writes_what_the_op_returns(args):
-    _, given = int8_call(OP, args)
+    _, arguments = int8_call(OP, args)
     out = torch.full((1,), torch.nan)
-    assert INT8.out(*given, out=out) is out
-    assert torch.equal(out, INT8(*given))
+    assert INT8.out(*arguments, out=out) is out
+    assert torch.equal(out, INT8(*arguments))
 
 
 # --- refusals
@@ -383,10 +383,12 @@ def test_bounds_tell_a_map_that_is_padded_by_something_else():
 def test_bounds_are_exact_but_for_ties():
     """Most outputs meet no tie: there only the roundings of one sum of float32 are allowed."""
     for args in CASES:
-        _, given = int8_call(OP, args)
-        low, high = int8_bounds(OP, given)
-        step = given[NAMES_INT8.index("filtered_scale")] * given[NAMES_INT8.index("project")].abs().max()
-        step = step * given[NAMES_INT8.index("project_scales")].max()  # of one filtered value
+        _, arguments = int8_call(OP, args)
+        low, high = int8_bounds(OP, arguments)
+        step = (
+            arguments[NAMES_INT8.index("filtered_scale")] * arguments[NAMES_INT8.index("project")].abs().max()
+        )
+        step = step * arguments[NAMES_INT8.index("project_scales")].max()  # of one filtered value
         apart = (high - low) / step
         assert (low <= high).all()
         assert float(apart.median()) < 0.02
@@ -400,13 +402,13 @@ def test_value_at_a_tie_may_round_either_way():
     centre[..., 1, 1] = 1
     of = [(one, torch.ones(1), torch.tensor([0.5]), None), (centre, torch.ones(1), torch.zeros(1), None)]
     of.append((one, torch.ones(1), torch.zeros(1), None))
-    given = (torch.full((1, 1, 1, 1), 4.0), 1.0, 0, *of[0], 1.0, 0, *of[1], 1.0, 0, *of[2], None)
-    given += ("none", "none", "none", 1, False)
-    low, high = block_check.int8_bounds(given)
+    arguments = (torch.full((1, 1, 1, 1), 4.0), 1.0, 0, *of[0], 1.0, 0, *of[1], 1.0, 0, *of[2], None)
+    arguments += ("none", "none", "none", 1, False)
+    low, high = block_check.int8_bounds(arguments)
     assert low.item() == pytest.approx(4, abs=1e-4)
     assert high.item() == pytest.approx(5, abs=1e-4)
-    assert INT8(*given).item() == 4  # half to even
-    off = list(given)
+    assert INT8(*arguments).item() == 4  # half to even
+    off = list(arguments)
     off[5] = torch.tensor([0.5 + 3 * block_check.TIE])
     low, high = block_check.int8_bounds(tuple(off))
     assert low.item() == pytest.approx(5, abs=1e-4)

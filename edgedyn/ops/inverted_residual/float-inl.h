@@ -55,48 +55,25 @@ class FloatWeights {
 };
 
 template <bool kMasked>
-class FloatTile {
+class FloatTile : public Tile<FloatTile<kMasked>, float, kMasked> {
+  using Base = Tile<FloatTile<kMasked>, float, kMasked>;
+  friend Base;
+
  public:
   static int64_t Words(const InvertedResidual& p) { return p.hidden * 2 * kQuad; }
 
   FloatTile(const BlockArguments<float>& a, const FloatWeights& weights, const BlockTile& tile,
             std::vector<float>& scratch)
-      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile),
-        needed_(p_, kMasked ? a.mask : nullptr, tile_, columns_), lanes_(hn::Lanes(Floats())),
-        vectors_((columns_.end - columns_.begin + lanes_ - 1) / lanes_),
-        pitch_(columns_.Pitch(p_, tile, lanes_)), y_pitch_(RoundUp(tile.columns + lanes_, lanes_)) {
+      : Base(a, tile), w_(weights) {
     const int64_t in = vectors_ * p_.channels * kQuad * lanes_, maps = (p_.hidden + 3) * 2 * kQuad * pitch_;
     const int64_t out = p_.hidden * kQuad * lanes_;
-    x_ = Carve(scratch, in + maps + out + RoundUp(p_.outputs, 4) * kQuad * y_pitch_);
+    x_ = Carve(scratch, in + maps + out + this->OutputWords());
     maps_ = x_ + in, filtered_ = maps_ + maps, y_ = filtered_ + out;
   }
 
-  void Run() {
-    if (p_.side == 3 && p_.stride == 1) return RunSteps<3, 1>();
-    if constexpr (!kMasked) {
-      if (p_.side == 3) return RunSteps<3, 2>();
-      if (p_.stride == 1) return RunSteps<5, 1>();
-      RunSteps<5, 2>();
-    }
-  }
-
  private:
-  template <int kSide, int kStride>
-  void RunSteps() {
-    constexpr int kRows = kQuad / kStride;  // of y per step
-    const int64_t steps = (tile_.rows + kRows - 1) / kRows;
-    Expand(0);
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t rows = std::min<int64_t>(kRows, tile_.rows - step * kRows);
-      if ((rows - 1) * kStride + kSide > kQuad) Expand(step + 1);
-      const Windows windows = needed_.OfOutput(step * kRows, rows);
-      for (int64_t v = 0; v < windows.size(); ++v) {
-        Filter<kSide, kStride>(step, windows[v]);
-        Project<kRows>(windows[v]);
-      }
-      WriteRows(a_, tile_, step * kRows, rows, y_, y_pitch_);
-    }
-  }
+  using Base::a_, Base::p_, Base::tile_, Base::columns_, Base::needed_;
+  using Base::lanes_, Base::vectors_, Base::pitch_, Base::y_pitch_, Base::y_;
 
   // x of a quad of rows: [vector][channel][row][lane]
   void PackInput(int64_t top, const Windows& windows) {
@@ -220,14 +197,8 @@ class FloatTile {
     }
   }
 
-  const BlockArguments<float>& a_;
-  const InvertedResidual& p_;
   const FloatWeights& w_;
-  const BlockTile tile_;
-  const TileColumns columns_;
-  const NeededColumns needed_;
-  const int64_t lanes_, vectors_, pitch_, y_pitch_;
-  float *x_, *maps_, *filtered_, *y_;
+  float *x_, *maps_, *filtered_;
 };
 
 }  // namespace HWY_NAMESPACE

@@ -117,49 +117,25 @@ class Int8Weights {
 };
 
 template <bool kMasked>
-class Int8Tile {
+class Int8Tile : public Tile<Int8Tile<kMasked>, int8_t, kMasked> {
+  using Base = Tile<Int8Tile<kMasked>, int8_t, kMasked>;
+  friend Base;
+
  public:
   static int64_t Words(const InvertedResidual& p) { return RoundUp(p.hidden, 4) * 2; }
 
   Int8Tile(const BlockArguments<int8_t>& a, const Int8Weights& weights, const BlockTile& tile,
            std::vector<int32_t>& scratch)
-      : a_(a), p_(a.p), w_(weights), tile_(tile), columns_(p_, tile),
-        needed_(p_, kMasked ? a.mask : nullptr, tile_, columns_), lanes_(hn::Lanes(Ints())),
-        hidden_(RoundUp(p_.hidden, 4)), depth_((p_.channels + 3) / 4),
-        vectors_((columns_.end - columns_.begin + lanes_ - 1) / lanes_),
-        pitch_(columns_.Pitch(p_, tile, lanes_)), y_pitch_(RoundUp(tile.columns + lanes_, lanes_)) {
+      : Base(a, tile), w_(weights), hidden_(RoundUp(p_.hidden, 4)), depth_(RoundUp(p_.channels, 4) / 4) {
     const int64_t in = vectors_ * depth_ * kQuad * lanes_, maps = hidden_ * 2 * pitch_,
                   out = hidden_ * lanes_;
-    x_ = Carve(scratch, in + maps + out + RoundUp(p_.outputs, 4) * kQuad * y_pitch_);
+    x_ = Carve(scratch, in + maps + out + this->OutputWords());
     maps_ = x_ + in, filtered_ = maps_ + maps, y_ = reinterpret_cast<float*>(filtered_ + out);
   }
 
-  void Run() {
-    if (p_.side == 3 && p_.stride == 1) return RunSteps<3, 1>();
-    if constexpr (!kMasked) {
-      if (p_.side == 3) return RunSteps<3, 2>();
-      if (p_.stride == 1) return RunSteps<5, 1>();
-      RunSteps<5, 2>();
-    }
-  }
-
  private:
-  template <int kSide, int kStride>
-  void RunSteps() {
-    constexpr int kRows = kQuad / kStride;  // of y per step
-    const int64_t steps = (tile_.rows + kRows - 1) / kRows;
-    Expand(0);
-    for (int64_t step = 0; step < steps; ++step) {
-      const int64_t rows = std::min<int64_t>(kRows, tile_.rows - step * kRows);
-      if ((rows - 1) * kStride + kSide > kQuad) Expand(step + 1);
-      const Windows windows = needed_.OfOutput(step * kRows, rows);
-      for (int64_t v = 0; v < windows.size(); ++v) {
-        Filter<kSide, kStride>(step, windows[v]);
-        Project<kRows>(windows[v]);
-      }
-      WriteRows(a_, tile_, step * kRows, rows, y_, y_pitch_);
-    }
-  }
+  using Base::a_, Base::p_, Base::tile_, Base::columns_, Base::needed_;
+  using Base::lanes_, Base::vectors_, Base::pitch_, Base::y_pitch_, Base::y_;
 
   // x of a quad of rows, quantized: [vector][word of channels][row][lane]
   void PackInput(int64_t top, const Windows& windows) {
@@ -218,32 +194,39 @@ class Int8Tile {
     const auto zero_point = MakeZeroPoint(a_.of_hidden);
     const IntVector keep = hn::Set(d, static_cast<int32_t>(~outside));
     const IntVector padding = hn::Set(d, fill & static_cast<int32_t>(outside));
-    const int32_t* weight = w_.expand.weight.data();
     for (int64_t e = 0; e < hidden_; e += 4) {
       IntVector sum[4][kQuad];
-      EDGEDYN_UNROLL
-      for (int c = 0; c < 4; ++c) {
-        EDGEDYN_UNROLL
-        for (auto& value : sum[c]) value = hn::Set(d, w_.expand.start[e + c]);
-      }
-      const int32_t* x = x_ + v * depth_ * kQuad * lanes_;
-      for (int64_t k = 0; k < depth_; ++k, x += kQuad * lanes_, weight += 4 * kTapWords) {
-        Quads values[kQuad];
-        EDGEDYN_UNROLL
-        for (int r = 0; r < kQuad; ++r) values[r] = MakeQuads(hn::Load(d, x + r * lanes_));
-        EDGEDYN_UNROLL
-        for (int c = 0; c < 4; ++c) {
-          const Taps taps = LoadTaps(weight + c * kTapWords);
-          EDGEDYN_UNROLL
-          for (int r = 0; r < kQuad; ++r) sum[c][r] = Dot(sum[c][r], values[r], taps);
-        }
-      }
+      Multiply(w_.expand, e, depth_, x_ + v * depth_ * kQuad * lanes_, sum);
       EDGEDYN_UNROLL
       for (int c = 0; c < 4; ++c) {
         ToSteps(w_.expand, e + c, sum[c]);
         IntVector word = Pack(sum[c][0], sum[c][1], sum[c][2], sum[c][3], zero_point);
         if (outside) word = hn::Or(hn::And(word, keep), padding);
         access.Store(word, Map(e + c, quad) + columns_.begin);
+      }
+    }
+  }
+
+  // A 1 x 1 convolution to the four channels from o on: from [word of inputs][row][lane].
+  template <int kCount>
+  HWY_INLINE void Multiply(const Int8Layer& layer, int64_t o, int64_t words, const int32_t* from,
+                           IntVector (&sum)[4][kCount]) const {
+    const Ints d;
+    const int32_t* weight = layer.weight.data() + o * words * kTapWords;
+    EDGEDYN_UNROLL
+    for (int c = 0; c < 4; ++c) {
+      EDGEDYN_UNROLL
+      for (auto& value : sum[c]) value = hn::Set(d, layer.start[o + c]);
+    }
+    for (int64_t k = 0; k < words; ++k, from += kCount * lanes_, weight += 4 * kTapWords) {
+      Quads values[kCount];
+      EDGEDYN_UNROLL
+      for (int r = 0; r < kCount; ++r) values[r] = MakeQuads(hn::Load(d, from + r * lanes_));
+      EDGEDYN_UNROLL
+      for (int c = 0; c < 4; ++c) {
+        const Taps taps = LoadTaps(weight + c * kTapWords);
+        EDGEDYN_UNROLL
+        for (int r = 0; r < kCount; ++r) sum[c][r] = Dot(sum[c][r], values[r], taps);
       }
     }
   }
@@ -318,28 +301,10 @@ class Int8Tile {
   template <int kRows>
   void Project(const Window& window) {
     const WindowAccess<Floats, kMasked> access(window);
-    const Ints d;
     const Floats df;
-    const int32_t* weight = w_.project.weight.data();
     for (int64_t o = 0; o < p_.outputs; o += 4) {
       IntVector sum[4][kRows];
-      EDGEDYN_UNROLL
-      for (int c = 0; c < 4; ++c) {
-        EDGEDYN_UNROLL
-        for (auto& value : sum[c]) value = hn::Set(d, w_.project.start[o + c]);
-      }
-      const int32_t* from = filtered_;
-      for (int64_t k = 0; k < hidden_ / 4; ++k, from += kRows * lanes_, weight += 4 * kTapWords) {
-        Quads values[kRows];
-        EDGEDYN_UNROLL
-        for (int i = 0; i < kRows; ++i) values[i] = MakeQuads(hn::Load(d, from + i * lanes_));
-        EDGEDYN_UNROLL
-        for (int c = 0; c < 4; ++c) {
-          const Taps taps = LoadTaps(weight + c * kTapWords);
-          EDGEDYN_UNROLL
-          for (int i = 0; i < kRows; ++i) sum[c][i] = Dot(sum[c][i], values[i], taps);
-        }
-      }
+      Multiply(w_.project, o, hidden_ / 4, filtered_, sum);
       EDGEDYN_UNROLL
       for (int c = 0; c < 4; ++c) {
         const Vector factor = hn::Set(df, w_.project.factor[o + c]),
@@ -354,15 +319,9 @@ class Int8Tile {
     }
   }
 
-  const BlockArguments<int8_t>& a_;
-  const InvertedResidual& p_;
   const Int8Weights& w_;
-  const BlockTile tile_;
-  const TileColumns columns_;
-  const NeededColumns needed_;
-  const int64_t lanes_, hidden_, depth_, vectors_, pitch_, y_pitch_;
+  const int64_t hidden_, depth_;
   int32_t *x_, *maps_, *filtered_;
-  float* y_;
 };
 
 }  // namespace HWY_NAMESPACE

@@ -110,10 +110,9 @@ class NeededColumns {
   Windows OfHidden(int64_t quad) const {
     const int64_t count = columns_.end - columns_.begin;
     if (!mask_) return Windows(count);
-    const int64_t last =
-        quad * kQuad + kQuad - 1;  // output rows from the first to the last that read the quad
-    const std::vector<uint8_t> active =
-        Active(std::max<int64_t>(quad * kQuad - p_.side + p_.stride, 0) / p_.stride, last / p_.stride + 1);
+    const int64_t top = quad * kQuad;  // rows of y from the first to the last that read the quad
+    const std::vector<uint8_t> active = Active(std::max<int64_t>(top - p_.side + p_.stride, 0) / p_.stride,
+                                               (top + kQuad - 1) / p_.stride + 1);
     std::vector<uint8_t> needed(count);
     for (int64_t j = 0; j < tile_.columns; ++j) {
       if (!active[j]) continue;
@@ -174,6 +173,58 @@ HWY_INLINE void WriteRows(const BlockArguments<T>& a, const BlockTile& tile, int
     }
   }
 }
+
+// The steps of a tile, and where its columns lie. A Derived tile computes hidden rows (Expand) and vectors of
+// y (Filter, Project) in scratch; y_ is [output][row of the step][column].
+template <class Derived, typename T, bool kMasked>
+class Tile {
+ public:
+  void Run() {
+    if (p_.side == 3 && p_.stride == 1) return RunSteps<3, 1>();
+    if constexpr (!kMasked) {
+      if (p_.side == 3) return RunSteps<3, 2>();
+      if (p_.stride == 1) return RunSteps<5, 1>();
+      RunSteps<5, 2>();
+    }
+  }
+
+ protected:
+  Tile(const BlockArguments<T>& a, const BlockTile& tile)
+      : a_(a), p_(a.p), tile_(tile), columns_(p_, tile),
+        needed_(p_, kMasked ? a.mask : nullptr, tile_, columns_), lanes_(hn::Lanes(Floats())),
+        vectors_((columns_.end - columns_.begin + lanes_ - 1) / lanes_),
+        pitch_(columns_.Pitch(p_, tile, lanes_)), y_pitch_(RoundUp(tile.columns + lanes_, lanes_)) {}
+
+  // Words of scratch for y.
+  int64_t OutputWords() const { return RoundUp(p_.outputs, 4) * kQuad * y_pitch_; }
+
+  const BlockArguments<T>& a_;
+  const InvertedResidual& p_;
+  const BlockTile tile_;
+  const TileColumns columns_;
+  const NeededColumns needed_;
+  const int64_t lanes_, vectors_, pitch_, y_pitch_;
+  float* y_ = nullptr;
+
+ private:
+  template <int kSide, int kStride>
+  void RunSteps() {
+    Derived& tile = static_cast<Derived&>(*this);
+    constexpr int kRows = kQuad / kStride;  // of y per step
+    const int64_t steps = (tile_.rows + kRows - 1) / kRows;
+    tile.Expand(0);
+    for (int64_t step = 0; step < steps; ++step) {
+      const int64_t rows = std::min<int64_t>(kRows, tile_.rows - step * kRows);
+      if ((rows - 1) * kStride + kSide > kQuad) tile.Expand(step + 1);
+      const Windows windows = needed_.OfOutput(step * kRows, rows);
+      for (int64_t v = 0; v < windows.size(); ++v) {
+        tile.template Filter<kSide, kStride>(step, windows[v]);
+        tile.template Project<kRows>(windows[v]);
+      }
+      WriteRows(a_, tile_, step * kRows, rows, y_, y_pitch_);
+    }
+  }
+};
 
 }  // namespace HWY_NAMESPACE
 }  // namespace edgedyn

@@ -30,8 +30,6 @@ struct Window {
 
 class Windows {
  public:
-  Windows() = default;
-
   // All columns in [0, count).
   explicit Windows(int64_t count) { Cover(count); }
 

@@ -45,7 +45,8 @@ struct BlockTile {
 // A step computes four hidden rows of a tile (a quad), and from two quads 4 / stride rows of y.
 constexpr int64_t kQuad = 4;
 
-// How y is cut. Hidden maps take `words` 32-bit words per column: tiles are as wide as the budget allows.
+// How y is cut into tiles. Hidden maps take `words` words of 32 bits per column, and a tile is as wide as the
+// budget in bytes allows.
 struct BlockGrid {
   BlockGrid(const InvertedResidual& p, int64_t words, int64_t lanes, int64_t budget) : p(p) {
     const int64_t room = std::max(budget / 4 / words, 2 * lanes) / lanes * lanes;  // hidden columns
